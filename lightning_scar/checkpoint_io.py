@@ -1,0 +1,133 @@
+"""``SCARCheckpointIO``: how a checkpoint is saved and loaded; the callback says when."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from typing_extensions import override
+
+from lightning_scar.core.restoration import is_running_checkpoint, load
+from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.core.settings import Settings
+from lightning_scar.storage.directory import Directory
+
+
+class SCARCheckpointIO(CheckpointIO):
+    """Loads running checkpoints as Lightning checkpoint dicts and saves to them block by block.
+
+    The path decides: a directory that holds a running checkpoint, or a new path without an extension, is one; anything
+    else, such as ``"last.ckpt"``, goes to the wrapped IO as it is.
+
+    Args:
+        checkpoint_io: What handles plain checkpoint files; by default ``TorchCheckpointIO``.
+        settings: How running checkpoints are saved that no :class:`~lightning_scar.SCARCheckpoint` has opened.
+        storage_options: Passed to the file system of running checkpoints.
+
+    Example::
+
+        >>> import torch
+        >>> io = SCARCheckpointIO()
+        >>> io.save_checkpoint({"state_dict": {"weight": torch.ones(2)}, "global_step": 1}, "memory://io-example")
+        >>> io.teardown()
+        >>> io.load_checkpoint("memory://io-example")["state_dict"]
+        {'weight': tensor([1., 1.])}
+
+    """
+
+    def __init__(
+        self,
+        checkpoint_io: CheckpointIO | None = None,
+        settings: Settings | None = None,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.checkpoint_io = checkpoint_io or TorchCheckpointIO()
+        # An AsyncCheckpointIO() that was made without a base expects the strategy to give it one.
+        if getattr(self.checkpoint_io, "checkpoint_io", self) is None:
+            self.checkpoint_io.checkpoint_io = TorchCheckpointIO()  # type: ignore[attr-defined]
+        self._settings = settings
+        self._storage_options = storage_options
+        self._attached: dict[str, RunningCheckpoint] = {}
+        self._opened: dict[str, RunningCheckpoint] = {}
+
+    def attach(self, path: _PATH, running: RunningCheckpoint) -> None:
+        """Routes a directory to a running checkpoint that the caller opened, and will close."""
+        self._attached[self._key(path)] = running
+
+    def detach(self, path: _PATH) -> None:
+        """Ends :meth:`attach`."""
+        self._attached.pop(self._key(path), None)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Saves a checkpoint dict.
+
+        Args:
+            checkpoint: The dict, with references to live tensors.
+            path: A directory for a running checkpoint, or a file.
+            storage_options: For a running checkpoint the arguments of
+                :meth:`~lightning_scar.core.running_checkpoint.RunningCheckpoint.save` beside the dict; without them it
+                is saved eagerly, with ``checkpoint["global_step"]`` as its step. For a file, the wrapped IO's.
+
+        """
+        attached = self._attached.get(self._key(path))
+        if attached is not None and storage_options:
+            attached.save(checkpoint, **storage_options)
+        elif attached is not None or self._is_running(path):
+            running = attached or self._open(path)
+            running.save_now(checkpoint, **(storage_options or {"step": int(checkpoint.get("global_step", 0))}))
+        else:
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+
+    @override
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Loads a checkpoint dict; arguments and errors as in :func:`lightning_scar.load` and the wrapped IO."""
+        attached = self._attached.get(self._key(path))
+        if attached is not None:
+            return attached.restore(weights_only).checkpoint
+        if is_running_checkpoint(path, self._storage_options):
+            return load(
+                path, map_location=map_location, weights_only=weights_only, storage_options=self._storage_options
+            )
+        options = {"map_location": map_location} if map_location is not None else {}
+        # Lightning 2.5 does not know the argument.
+        options |= {"weights_only": weights_only} if weights_only is not None else {}
+        return self.checkpoint_io.load_checkpoint(path, **options)
+
+    @override
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """Removes a checkpoint file or a running checkpoint."""
+        self.checkpoint_io.remove_checkpoint(path)
+
+    @override
+    def teardown(self) -> None:
+        """Finishes the saves of running checkpoints that this object opened, and raises or warns about failed ones."""
+        opened, self._opened = self._opened, {}
+        for running in opened.values():
+            running.close()
+        self.checkpoint_io.teardown()
+
+    def _is_running(self, path: _PATH) -> bool:
+        name = str(path).rstrip("/").rsplit("/", 1)[-1]
+        return "." not in name or is_running_checkpoint(path, self._storage_options)
+
+    def _open(self, path: _PATH) -> RunningCheckpoint:
+        key = self._key(path)
+        if key not in self._opened:
+            self._opened[key] = RunningCheckpoint(path, self._settings, self._storage_options)
+        return self._opened[key]
+
+    def _key(self, path: _PATH) -> str:
+        return Directory(path, self._storage_options).path
+
+
+def installed_io(trainer: pl.Trainer, storage_options: dict[str, Any] | None = None) -> SCARCheckpointIO:
+    """The trainer's :class:`SCARCheckpointIO`, wrapped around the present IO if there is none yet."""
+    present = trainer.strategy.checkpoint_io
+    if not isinstance(present, SCARCheckpointIO):
+        present = SCARCheckpointIO(present, storage_options=storage_options)
+        trainer.strategy.checkpoint_io = present
+    return present

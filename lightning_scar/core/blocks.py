@@ -1,0 +1,237 @@
+"""Blocks: contiguous rows of one parameter with the same rows of its optimizer state, and their map.
+
+The map is a pure function of names, shapes and the block size. A block's rows depend on its own parameter only, so
+blocks keep their rows when optimizer state appears late or other tensors come and go.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_scar.core.skeleton import Leaf, Path, identity
+
+_BLOCKS_AIMED_AT = 4096
+_SMALLEST, _LARGEST = 4 * 1024, 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of a group: the parameter itself, or optimizer state of its shape.
+
+    Attributes:
+        name: ``"param"`` or the optimizer's word, e.g. ``"exp_avg"``.
+        dtype: The tensor's data type.
+        stride: Strides of a dense layout other than row-major (channels-last, transposed), else ``None``.
+        paths: Where the tensor sits in the checkpoint; more than one for tied weights.
+
+    """
+
+    name: str
+    dtype: torch.dtype
+    stride: tuple[int, ...] | None
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A parameter (or any other large tensor) and the optimizer state of its shape, cut into blocks of whole rows.
+
+    Attributes:
+        name: The place in the checkpoint, e.g. ``"state_dict/layer.weight"``.
+        shape: The shape of every slot.
+        slots: The tensors; the first is the one whose distance counts.
+        rows_per_block: Rows of the first dimension in every block but the last.
+        lazy: Whether it changes between optimizer steps only, as far as is known: parameters and optimizer state.
+
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    slots: tuple[Slot, ...]
+    rows_per_block: int
+    lazy: bool = False
+
+    @property
+    def rows(self) -> int:
+        """The size of the first dimension; 1 for a 0-d tensor."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row."""
+        return self.shape[1:]
+
+    @property
+    def row_numel(self) -> int:
+        """Elements of a row."""
+        return int(torch.Size(self.row_shape).numel())
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of a row over all slots."""
+        return self.row_numel * sum(slot.dtype.itemsize for slot in self.slots)
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return -(-self.rows // self.rows_per_block)
+
+    def span(self, i: int) -> tuple[int, int]:
+        """First row of block ``i``, and the row behind its last."""
+        start = i * self.rows_per_block
+        return start, min(start + self.rows_per_block, self.rows)
+
+    def key(self, i: int) -> str:
+        """The block's name in a delta."""
+        start, stop = self.span(i)
+        return f"{self.name}[{start}:{stop}]"
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """The division of a training state into blocks.
+
+    Attributes:
+        groups: The parameters with their state, and everything else that is large.
+        block_size: Bytes of a parameter's rows in a block (rows are kept whole).
+
+    """
+
+    groups: tuple[Group, ...]
+    block_size: int
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """The number of each group's first block, and the number of all blocks at the end."""
+        sums = [0]
+        for group in self.groups:
+            sums.append(sums[-1] + len(group))
+        return tuple(sums)
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return self.offsets[-1]
+
+    @cached_property
+    def nbytes(self) -> Tensor:
+        """Bytes of every block over all slots; int64, one dimension."""
+        sizes = []
+        for group in self.groups:
+            own = torch.full((len(group),), group.rows_per_block * group.row_nbytes)
+            start, stop = group.span(len(group) - 1)
+            own[-1] = (stop - start) * group.row_nbytes
+            sizes.append(own)
+        return torch.cat(sizes) if sizes else torch.zeros(0, dtype=torch.int64)
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes of all blocks."""
+        return int(self.nbytes.sum())
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each block, by key."""
+        return {g.key(i): start + i for g, start in zip(self.groups, self.offsets, strict=False) for i in range(len(g))}
+
+    def locate(self, block: int) -> tuple[int, int]:
+        """The group of a block, and its number within the group."""
+        group = bisect_right(self.offsets, block) - 1
+        return group, block - self.offsets[group]
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """A tensor as rows: itself, or for a 0-d tensor its only element as one row."""
+    return tensor if tensor.dim() else tensor.unsqueeze(0)
+
+
+def build_map(
+    leaves: Sequence[Leaf],
+    optimizers: Mapping[Path, tuple[Optimizer, Mapping[str, Any]]],
+    parameters: Iterable[Tensor],
+    block_size: int | None,
+) -> BlockMap:
+    """Divides a checkpoint's large tensors into blocks.
+
+    Args:
+        leaves: The tensors with their places.
+        optimizers: For each optimizer state in the checkpoint, by its place: the live optimizer, and that state.
+        parameters: Tensors that change at optimizer steps only.
+        block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
+
+    Returns:
+        The map; the order of its groups is that of the leaves.
+
+    """
+    moments = {path: pair for prefix, (opt, state) in optimizers.items() for path, pair in _moments(prefix, opt, state)}
+    lazy = {identity(tensor) for tensor in parameters} | {owner for owner, _ in moments.values()}
+    names: dict[tuple[Any, ...], str] = {}
+    slots: dict[str, dict[str, list[Leaf]]] = {}
+    lazy_names: set[str] = set()
+    unpaired: list[Leaf] = []
+    for leaf in leaves:
+        if leaf.path in moments:
+            unpaired.append(leaf)
+            continue
+        name = names.setdefault(identity(leaf.tensor), "/".join(map(str, leaf.path)))
+        slots.setdefault(name, {}).setdefault("param", []).append(leaf)
+        if identity(leaf.tensor) in lazy:
+            lazy_names.add(name)
+    for leaf in unpaired:
+        owner, word = moments[leaf.path]
+        parameter = names.get(owner)
+        if parameter is not None and slots[parameter]["param"][0].tensor.shape == leaf.tensor.shape:
+            # A parameter of two optimizers: the second one's words get a number.
+            word = word if word not in slots[parameter] else f"{word}#{len(slots[parameter])}"
+            slots[parameter][word] = [leaf]
+        else:
+            # By the parameter's name: an optimizer's order changes when parameters are added.
+            name = "/".join([*map(str, leaf.path[:-2]), parameter or str(leaf.path[-2]), word])
+            slots[name] = {"param": [leaf]}
+            lazy_names.add(name)
+    size = block_size or _automatic_size(slots.values())
+    return BlockMap(tuple(_group(name, by_slot, size, name in lazy_names) for name, by_slot in slots.items()), size)
+
+
+def _group(name: str, by_slot: Mapping[str, list[Leaf]], block_size: int, lazy: bool) -> Group:
+    shape = tuple(by_slot["param"][0].tensor.shape)
+    slots = tuple(
+        Slot(slot, leaves[0].tensor.dtype, _dense_stride(leaves[0].tensor), tuple(leaf.path for leaf in leaves))
+        for slot, leaves in by_slot.items()
+    )
+    row_bytes = torch.Size(shape[1:]).numel() * slots[0].dtype.itemsize
+    return Group(name, shape, slots, max(1, block_size // row_bytes), lazy)
+
+
+def _dense_stride(tensor: Tensor) -> tuple[int, ...] | None:
+    if tensor.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return None
+    return tuple(tensor.stride())
+
+
+def _automatic_size(groups: Iterable[Mapping[str, list[Leaf]]]) -> int:
+    total = sum(by_slot["param"][0].tensor.nbytes for by_slot in groups)
+    return min(max(total // _BLOCKS_AIMED_AT, _SMALLEST), _LARGEST)
+
+
+def _moments(prefix: Path, optimizer: Optimizer, state: Mapping[str, Any]) -> Iterator[tuple[Path, tuple[Any, str]]]:
+    live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ids = [i for group in state.get("param_groups", ()) for i in group["params"]]
+    if len(ids) != len(live):
+        return  # Not the state of this optimizer as torch writes it; its tensors become blocks of their own.
+    for i, parameter in zip(ids, live, strict=True):
+        for path in _tensor_paths(state["state"].get(i, {})):
+            yield (*prefix, "state", i, *path), (identity(parameter), ".".join(map(str, path)))
+
+
+def _tensor_paths(value: Any) -> Iterator[Path]:
+    if isinstance(value, Tensor):
+        yield ()
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        for path in _tensor_paths(item):
+            yield (key, *path)

@@ -1,0 +1,86 @@
+"""What the owner remembers of the blocks it saved: their values, and when."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_scar.core.blocks import BlockMap, Group, rows
+
+NEVER = -1
+
+
+class LastSaved:
+    """The last saved values of every group's first slot, and the step of every block's last save.
+
+    The values are one copy of the parameters; of optimizer state none is kept.
+    """
+
+    def __init__(self) -> None:
+        self.map = BlockMap((), 0)
+        self.steps = torch.zeros(0, dtype=torch.int64)
+        self._values: dict[str, Tensor] = {}
+
+    def adopt(self, block_map: BlockMap, values: dict[str, Tensor], steps: dict[str, int]) -> None:
+        """Begins with what a running checkpoint held.
+
+        Args:
+            block_map: Its map.
+            values: For each group the values of its first slot; copied, since a loader may hand its tensors on.
+            steps: For each block, by key, the step of its version.
+
+        """
+        self.map = block_map
+        self._values = {name: tensor.clone() for name, tensor in values.items()}
+        self.steps = torch.tensor([steps[group.key(i)] for group in block_map.groups for i in range(len(group))])
+
+    def fit(self, block_map: BlockMap, live: Sequence[Sequence[Tensor]]) -> None:
+        """Follows a change of the state: what is known of unchanged groups stays, the rest counts as never saved.
+
+        Args:
+            block_map: The new map.
+            live: The tensors of each of its groups, one a slot.
+
+        """
+        known = {_likeness(group): g for g, group in enumerate(self.map.groups)}
+        steps, values = [], {}
+        for group, tensors in zip(block_map.groups, live, strict=True):
+            old = known.get(_likeness(group))
+            if old is None:
+                steps.append(torch.full((len(group),), NEVER))
+                values[group.name] = torch.empty_like(tensors[0])
+            else:
+                steps.append(self.steps[self.map.offsets[old] : self.map.offsets[old + 1]])
+                # Dense tensors keep the layout of the live one, which makes scoring one straight read.
+                values[group.name] = torch.empty_like(tensors[0]).copy_(self._values.pop(group.name))
+        self.map, self._values = block_map, values
+        self.steps = torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int64)
+
+    def values(self, group: Group) -> Tensor:
+        """The last saved values of a group, as rows; those of blocks that were never saved mean nothing."""
+        return rows(self._values[group.name])
+
+    def record(self, group: Group, number: int, copy: Tensor, block: int, step: int) -> None:
+        """Notes a save of one block.
+
+        Args:
+            group: Its group.
+            number: Its number within the group.
+            copy: The bytes of its first slot.
+            block: Its number in the map.
+            step: The optimizer step.
+
+        """
+        part = self.values(group)[slice(*group.span(number))]
+        part.copy_(copy.view(part.dtype).view(part.shape))
+        self.steps[block] = step
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Makes blocks count as never saved."""
+        for key in keys:
+            if key in self.map.numbers:
+                self.steps[self.map.numbers[key]] = NEVER
+
+
+def _likeness(group: Group) -> tuple[object, ...]:
+    return group.name, group.shape, group.rows_per_block, tuple((slot.name, slot.dtype) for slot in group.slots)

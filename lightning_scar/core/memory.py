@@ -1,0 +1,16 @@
+"""A tensor's bytes, without a copy."""
+
+import torch
+from torch import Tensor
+
+
+def memory(tensor: Tensor) -> memoryview:
+    r"""The memory of a contiguous tensor on the CPU, writable, one dimension of bytes.
+
+    Example::
+
+        >>> memory(torch.tensor([1, 2], dtype=torch.int16)).tobytes()
+        b'\x01\x00\x02\x00'
+
+    """
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

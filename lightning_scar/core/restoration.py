@@ -1,0 +1,250 @@
+"""A running checkpoint read back: every block from its newest intact version, put together with the skeleton."""
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_scar.core.blocks import BlockMap, Group, Slot, rows
+from lightning_scar.core.memory import memory
+from lightning_scar.core.skeleton import Path, put_together, unpack
+from lightning_scar.storage.delta import StorageError, Version
+from lightning_scar.storage.index import Located
+from lightning_scar.storage.store import Damage, DeltaStore, Reading, retry_vanished
+
+SKELETON = "skeleton"
+
+
+class NoCheckpointError(StorageError):
+    """The directory holds no running checkpoint."""
+
+
+class IncompleteError(StorageError):
+    """No intact version of some block is left."""
+
+
+@dataclass
+class Restored:
+    """What a directory held.
+
+    Attributes:
+        checkpoint: The checkpoint dict; its tensors are on the CPU.
+        step: The optimizer step of its newest save.
+        map: The block map it was saved with.
+        versions: The version that each block was read from.
+        primary: For each group the tensor whose distance counts (the one in ``checkpoint``, not a copy).
+        damaged: What had to be passed over.
+        info: What the newest save said about itself.
+
+    """
+
+    checkpoint: dict[str, Any]
+    step: int
+    map: BlockMap
+    versions: dict[str, Version]
+    primary: dict[str, Tensor]
+    damaged: list[tuple[Located, Damage]]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def oldest_age(self) -> int:
+        """Steps between the newest save and the oldest block that had changed since it was saved."""
+        age: int = self.info.get("oldest_age", 0)
+        return age
+
+
+def describe(block_map: BlockMap) -> list[tuple[Any, ...]]:
+    """A block map in plain values, for the skeleton."""
+    return [
+        (g.name, g.shape, g.rows_per_block, [(s.name, str(s.dtype), s.stride, s.paths) for s in g.slots])
+        for g in block_map.groups
+    ]
+
+
+def parse(groups: list[tuple[Any, ...]], block_size: int) -> BlockMap:
+    """The inverse of :func:`describe`."""
+
+    def slot(name: str, dtype: str, stride: tuple[int, ...] | None, paths: tuple[Path, ...]) -> Slot:
+        return Slot(name, getattr(torch, dtype.removeprefix("torch.")), stride, paths)
+
+    parsed = (Group(name, shape, tuple(slot(*s) for s in slots), size) for name, shape, size, slots in groups)
+    return BlockMap(tuple(parsed), block_size)
+
+
+def load(
+    url: str | os.PathLike[str],
+    *,
+    consistent: bool = False,
+    map_location: Any = None,
+    weights_only: bool | None = None,
+    storage_options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Loads a running checkpoint as the checkpoint dict that was saved.
+
+    Args:
+        url: The directory, any fsspec URL.
+        consistent: Whether to read the newest full save, all blocks of one step, rather than the newest version of
+            every block.
+        map_location: A device or device name to move the tensors to; ``None`` leaves them on the CPU.
+        weights_only: As in ``torch.load``, for the skeleton. Tensors are never unpickled.
+        storage_options: Passed to the file system.
+
+    Returns:
+        The dict, e.g. for ``LightningModule.load_state_dict(load(dir)["state_dict"])``.
+
+    Raises:
+        NoCheckpointError: If there is no running checkpoint, or no full save for ``consistent``.
+        IncompleteError: If no intact version of some block is left; the blocks are named.
+        NewerFormatError: If a newer version of this library wrote it.
+
+    Example::
+
+        >>> from lightning_scar.core.running_checkpoint import RunningCheckpoint
+        >>> with RunningCheckpoint("memory://load-example") as running:
+        ...     running.save_now({"state_dict": {"weight": torch.ones(2)}}, step=1)
+        >>> load("memory://load-example")
+        {'state_dict': {'weight': tensor([1., 1.])}}
+
+    """
+    restored = restore(DeltaStore(url, storage_options), consistent=consistent, weights_only=weights_only)
+    if map_location is None:
+        return restored.checkpoint
+    return _moved(restored.checkpoint, map_location)
+
+
+def _moved(checkpoint: dict[str, Any], map_location: Any) -> dict[str, Any]:
+    from torch.utils._pytree import tree_map_only
+
+    if isinstance(map_location, dict):
+        map_location = map_location.get("cpu", "cpu")
+    move = (lambda t: map_location(t, "cpu")) if callable(map_location) else (lambda t: t.to(map_location))
+    moved: dict[str, Any] = tree_map_only(Tensor, move, checkpoint)
+    return moved
+
+
+def is_running_checkpoint(url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> bool:
+    """Whether a path is the directory of a running checkpoint (files and other directories are not)."""
+    if FilePath(os.fspath(url)).is_file():
+        return False
+    return not DeltaStore(url, storage_options).is_empty()
+
+
+def restore(store: DeltaStore, *, consistent: bool = False, weights_only: bool | None = None) -> Restored:
+    """Reads the running checkpoint of a store; see :func:`load` for arguments and errors."""
+    restored = retry_vanished(lambda: _restore(store, consistent, weights_only))
+    damages = [*store.damaged, *(damage for _, damage in restored.damaged)]
+    if damages:
+        # Several thousand blocks may lie in one lost file: name the first, count the rest.
+        shown = "\n  ".join(map(str, damages[:8])) + (f"\n  and {len(damages) - 8} more" * (len(damages) > 8))
+        warnings.warn(
+            f"{store.directory} is damaged; older versions are used instead of\n  {shown}\n"
+            "`lightning-scar verify` lists all damage.",
+            stacklevel=3,
+        )
+    return restored
+
+
+def _restore(store: DeltaStore, consistent: bool, weights_only: bool | None) -> Restored:
+    store.refresh()
+    index = store.index
+    if not list(index.keys()):
+        reasons = "".join(f"\n  {damage}" for damage in store.damaged)
+        raise NoCheckpointError(f"{store.directory} holds no running checkpoint{reasons}")
+    limit = index.consistent if consistent else None
+    if consistent and limit is None:
+        raise NoCheckpointError(
+            f"{store.directory} holds no complete full save to read a consistent state from; "
+            "set full_every_n_saves, or read without `consistent`"
+        )
+    reader = _Reader(store, limit)
+    content, at = reader.skeleton(weights_only)
+    block_map = parse(content["groups"], content["block_size"])
+    tensors = reader.groups(block_map)
+    leaves = {
+        path: tensor
+        for group, slots in zip(block_map.groups, tensors, strict=True)
+        for slot, tensor in zip(group.slots, slots, strict=True)
+        for path in slot.paths
+    }
+    return Restored(
+        checkpoint=put_together(content["tree"], leaves),
+        step=at.block.version.step,
+        map=block_map,
+        versions=reader.versions,
+        primary={group.name: slots[0] for group, slots in zip(block_map.groups, tensors, strict=True)},
+        damaged=reader.damaged,
+        info=dict(at.delta.head.info),
+    )
+
+
+class _Reader:
+    """Reads blocks from their newest intact version."""
+
+    def __init__(self, store: DeltaStore, limit: Version | None) -> None:
+        self._store = store
+        self._limit = limit
+        self.versions: dict[str, Version] = {}
+        self.damaged: list[tuple[Located, Damage]] = []
+
+    def _candidates(self, key: str) -> list[Located]:
+        bad = [located for located, _ in self.damaged]
+        found = (
+            [at for at in self._store.index.versions(key) if at not in bad] if bad else self._store.index.versions(key)
+        )
+        return found if self._limit is None else [at for at in found if at.block.version <= self._limit]
+
+    def skeleton(self, weights_only: bool | None) -> tuple[dict[str, Any], Located]:
+        while candidates := self._candidates(SKELETON):
+            at = candidates[0]
+            data = memoryview(bytearray(at.block.nbytes))
+            if not self._note_damage(self._store.read([Reading(at, {"bytes": data})])):
+                return unpack(data, weights_only), at
+        raise IncompleteError(f"{self._store.directory} holds no intact skeleton: every version of it is damaged")
+
+    def groups(self, block_map: BlockMap) -> list[list[Tensor]]:
+        tensors = [[_empty(group, slot) for slot in group.slots] for group in block_map.groups]
+        wanted = [(g, i) for g, group in enumerate(block_map.groups) for i in range(len(group))]
+        while wanted:
+            readings, scratch, owners = [], [], {}
+            for g, i in wanted:
+                at = self._candidate(block_map.groups[g], i)
+                into = {}
+                for slot, tensor in zip(block_map.groups[g].slots, tensors[g], strict=True):
+                    part = rows(tensor)[slice(*block_map.groups[g].span(i))]
+                    flat = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
+                    scratch += [] if flat is part else [(part, flat)]
+                    into[slot.name] = memory(flat)
+                readings.append(Reading(at, into))
+                owners[at.block.key] = (g, i)
+                self.versions[at.block.key] = at.block.version
+            damage = self._store.read(readings)
+            for part, flat in scratch:
+                part.copy_(flat)
+            wanted = [owners[key] for key in self._note_damage(damage)]
+        return tensors
+
+    def _candidate(self, group: Group, i: int) -> Located:
+        key = group.key(i)
+        nbytes = (group.span(i)[1] - group.span(i)[0]) * group.row_nbytes
+        names = {slot.name for slot in group.slots}
+        for at in self._candidates(key):
+            if set(at.block.slots) == names and at.block.nbytes == nbytes:
+                return at
+        raise IncompleteError(
+            f"{self._store.directory} holds no intact version of block {key}; it is not filled with initial values. "
+            "`lightning-scar verify` lists all damage; an older copy of the directory may hold what is missing."
+        )
+
+    def _note_damage(self, found: list[tuple[Reading, Damage]]) -> list[str]:
+        self.damaged += [(reading.located, damage) for reading, damage in found]
+        return [reading.located.block.key for reading, _ in found]
+
+
+def _empty(group: Group, slot: Slot) -> Tensor:
+    if slot.stride is not None:
+        return torch.empty_strided(group.shape, slot.stride, dtype=slot.dtype)
+    return torch.empty(group.shape, dtype=slot.dtype)

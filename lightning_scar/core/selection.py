@@ -1,0 +1,122 @@
+"""Which blocks to save under a byte budget. Pure functions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The blocks that may be saved, one element of each tensor a block.
+
+    Attributes:
+        distance: L2 distance to the last saved values, float64; ``inf`` where the last write failed.
+        nbytes: Bytes of the block over all slots, int64.
+        age: Steps since the block was last saved, int64.
+        step: The present optimizer step.
+
+    """
+
+    distance: Tensor
+    nbytes: Tensor
+    age: Tensor
+    step: int
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return len(self.distance)
+
+
+#: Gives every block a priority (any real dtype, shape ``(blocks,)``); the highest is saved first.
+Policy = Callable[[Candidates], Tensor]
+
+
+def distance(candidates: Candidates) -> Tensor:
+    """The blocks that moved furthest, by distance per byte: the greedy solution of the knapsack.
+
+    The paper's priority (SCAR, section 4.2), where all blocks have the same size.
+
+    Example::
+
+        >>> moved = Candidates(torch.tensor([2.0, 3.0]), torch.tensor([1, 2]), torch.tensor([5, 5]), step=9)
+        >>> distance(moved)
+        tensor([2.0000, 1.5000])
+
+    """
+    return candidates.distance / candidates.nbytes
+
+
+def round_robin(candidates: Candidates) -> Tensor:
+    """The blocks that waited longest (the paper's baseline).
+
+    Example::
+
+        >>> waited = Candidates(torch.zeros(2), torch.ones(2), torch.tensor([5, 8]), step=9)
+        >>> round_robin(waited)
+        tensor([5, 8])
+
+    """
+    return candidates.age
+
+
+def random(candidates: Candidates) -> Tensor:
+    """Any blocks, the same for the same step (the paper's baseline)."""
+    # A generator of its own: drawing from the global one would change the training.
+    return torch.rand(len(candidates), generator=torch.Generator().manual_seed(candidates.step))
+
+
+POLICIES: dict[str, Policy] = {"distance": distance, "round_robin": round_robin, "random": random}
+
+
+def select(candidates: Candidates, policy: Policy, budget: int, max_age: int | None = None) -> Tensor:
+    """Chooses blocks greedily, highest priority first, as long as they fit in the budget.
+
+    Blocks older than ``max_age`` come before all others, the oldest first. Ties go to the older block.
+
+    Args:
+        candidates: The blocks that may be saved.
+        policy: What ranks them.
+        budget: Bytes to spend.
+        max_age: Steps after which a block is due whatever its priority; ``None`` for never.
+
+    Returns:
+        Indices of the chosen blocks, int64, best first. Their bytes never exceed the budget.
+
+    Raises:
+        ValueError: If the policy does not return one priority a block.
+
+    Example::
+
+        >>> blocks = Candidates(torch.tensor([1.0, 9.0, 5.0]), torch.tensor([4, 4, 4]), torch.tensor([0, 0, 0]), step=7)
+        >>> select(blocks, distance, budget=8)
+        tensor([1, 2])
+
+    """
+    priority = policy(candidates)
+    if tuple(priority.shape) != (len(candidates),):
+        raise ValueError(
+            f"the policy {policy!r} returned shape {tuple(priority.shape)} for {len(candidates)} blocks; "
+            "it must return one priority a block"
+        )
+    age = candidates.age.to(torch.float64)
+    overdue = age > max_age if max_age is not None else torch.zeros_like(age, dtype=torch.bool)
+    order = age.argsort(descending=True, stable=True)
+    for key in (torch.where(overdue, age, priority.to(torch.float64)), overdue.to(torch.int8)):
+        order = order[key[order].argsort(descending=True, stable=True)]
+    return _fill(order, candidates.nbytes, budget)
+
+
+def _fill(order: Tensor, nbytes: Tensor, budget: int) -> Tensor:
+    if not len(order):
+        return order
+    smallest = int(nbytes.min())
+    chosen = []
+    for block, size in zip(order.tolist(), nbytes[order].tolist(), strict=True):
+        if size <= budget:
+            chosen.append(block)
+            budget -= size
+            if budget < smallest:
+                break
+    return torch.tensor(chosen, dtype=torch.int64)

@@ -1,0 +1,72 @@
+"""What a user may set about a running checkpoint, checked as early as possible."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_scar.core.selection import POLICIES, Policy
+
+PolicyName = Literal["distance", "round_robin", "random"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a running checkpoint is saved.
+
+    Attributes:
+        fraction: The share of the state's bytes that one save may write, in (0, 1]. Never less than one block.
+        policy: ``"distance"``, ``"round_robin"``, ``"random"``, or a function from
+            :class:`~lightning_scar.core.selection.Candidates` to one priority a block.
+        block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
+        max_age: Steps after which a block is due whatever its priority; ``None`` for never.
+        staging: ``"lazy"`` scores and copies beside the next forward and backward, ``"eager"`` at once.
+        on_write_error: ``"warn"`` goes on training, ``"raise"`` stops it.
+
+    Raises:
+        ValueError: If a value is out of range; the message names it and what is allowed.
+
+    Example::
+
+        >>> Settings(fraction=0.25).policy_function.__name__
+        'distance'
+
+    """
+
+    fraction: float = 0.125
+    policy: PolicyName | Policy = "distance"
+    block_size: int | None = None
+    max_age: int | None = None
+    staging: Literal["lazy", "eager"] = "lazy"
+    on_write_error: Literal["warn", "raise"] = "warn"
+
+    def __post_init__(self) -> None:
+        """Checks every value."""
+        _require(
+            0 < self.fraction <= 1,
+            f"fraction={self.fraction!r} must be in (0, 1]: the share of the state that one save may write, e.g. 0.125",
+        )
+        _require(
+            self.policy in POLICIES or isinstance(self.policy, Callable),  # type: ignore[arg-type]
+            f"policy={self.policy!r} must be one of {', '.join(POLICIES)}, or a function of the candidates",
+        )
+        for name, least in (("block_size", 1), ("max_age", 0)):
+            value = getattr(self, name)
+            _require(
+                value is None or (isinstance(value, int) and value >= least),
+                f"{name}={value!r} must be None or a whole number of at least {least}",
+            )
+        _require(self.staging in ("lazy", "eager"), f"staging={self.staging!r} must be 'lazy' or 'eager'")
+        _require(
+            self.on_write_error in ("warn", "raise"),
+            f"on_write_error={self.on_write_error!r} must be 'warn' or 'raise'",
+        )
+
+    @property
+    def policy_function(self) -> Policy:
+        """The policy as a function."""
+        return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

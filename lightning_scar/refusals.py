@@ -1,0 +1,60 @@
+"""What ``SCARCheckpoint`` cannot work with, said at once and with a remedy."""
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lightning_scar.core.settings import Settings
+
+_SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
+
+def check_intervals(
+    every_n_train_steps: int | None, every_n_seconds: float | None, full_every_n_saves: int | None
+) -> None:
+    """Refuses anything but exactly one positive interval.
+
+    Raises:
+        MisconfigurationException: Naming the values and what is allowed.
+
+    """
+    if (every_n_train_steps is None) == (every_n_seconds is None):
+        raise MisconfigurationException(
+            f"SCARCheckpoint: every_n_train_steps={every_n_train_steps} and every_n_seconds={every_n_seconds}; "
+            "set exactly one of them, e.g. every_n_train_steps=25"
+        )
+    intervals = {
+        "every_n_train_steps": every_n_train_steps,
+        "every_n_seconds": every_n_seconds,
+        "full_every_n_saves": full_every_n_saves,
+    }
+    for name, value in intervals.items():
+        if value is not None and value <= 0:
+            raise MisconfigurationException(f"SCARCheckpoint: {name}={value} must be positive")
+
+
+def checked_settings(**values: object) -> Settings:
+    """Settings, with Lightning's exception for what is out of range.
+
+    Raises:
+        MisconfigurationException: Naming the value and what is allowed.
+
+    """
+    try:
+        return Settings(**values)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise MisconfigurationException(f"SCARCheckpoint: {error}") from None
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Refuses strategies in which no process holds the whole state.
+
+    Raises:
+        MisconfigurationException: For FSDP, DeepSpeed and model parallelism.
+
+    """
+    if isinstance(trainer.strategy, _SHARDED):
+        raise MisconfigurationException(
+            f"SCARCheckpoint does not support {type(trainer.strategy).__name__}: it shards the state over the ranks. "
+            "Use `strategy='ddp'` or a single device, or ModelCheckpoint with this strategy."
+        )

@@ -1,0 +1,297 @@
+"""The delta file: what one save writes. A safetensors file that checks itself.
+
+``safetensors.safe_open`` reads it: 8 bytes with the header's length, a JSON header, the data. One entry holds one slot
+(``param``, ``exp_avg``, ...) of one block; ``__metadata__`` holds the table of the blocks with a version for each block
+and a checksum (XXH3, 64 bits) for each entry, and a checksum of the header itself. The data's checksums are verified
+when they are read; the header's decides whether the file counts at all.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any, NamedTuple
+
+import xxhash
+
+from lightning_scar.storage.directory import Directory
+
+FORMAT_VERSION = 1
+SUFFIX = ".safetensors"
+_NO_CHECKSUM = "0" * 16
+
+
+class StorageError(RuntimeError):
+    """Something on disk is not what it should be."""
+
+
+class DamagedError(StorageError):
+    """A delta, or an entry of one, does not match its checksum or ends too early."""
+
+
+class NewerFormatError(StorageError):
+    """A delta was written by a newer version of this library."""
+
+
+@dataclass(frozen=True, order=True)
+class Version:
+    """When a block was saved. Ordered by incarnation and sequence; the step is for people.
+
+    Attributes:
+        incarnation: Which start of the training wrote it; grows by one at every start.
+        sequence: Which save of that incarnation.
+        step: The optimizer step of that save.
+
+    """
+
+    incarnation: int
+    sequence: int
+    step: int = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one slot of a block lies in its file.
+
+    Attributes:
+        dtype: The safetensors name of the data type.
+        shape: The shape of the block's rows.
+        start: Offset of the first byte in the file.
+        stop: Offset behind the last byte.
+        checksum: XXH3 of the bytes, in hexadecimal.
+
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """One version of one block in a delta."""
+
+    key: str
+    version: Version
+    slots: Mapping[str, Entry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block's entries."""
+        return sum(entry.stop - entry.start for entry in self.slots.values())
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a delta says about itself.
+
+    Attributes:
+        incarnation: The incarnation that wrote the file.
+        lineage: That incarnation and those it resumed from, oldest first.
+        sequence: The save that wrote the file.
+        step: The optimizer step of that save.
+        rank: The rank that wrote the file.
+        world_size: The number of ranks that write.
+        kind: ``"full"``, ``"partial"`` or ``"compacted"``.
+        consistent: The version of the newest full save, ``None`` before there is one.
+        state_bytes: Bytes of the whole training state, of which the delta holds a part.
+        info: Small facts of the writer's, e.g. ``{"finished": True}``.
+
+    """
+
+    incarnation: int
+    lineage: tuple[int, ...]
+    sequence: int
+    step: int
+    rank: int
+    world_size: int
+    kind: str
+    consistent: Version | None
+    state_bytes: int
+    info: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta file whose header is intact."""
+
+    name: str
+    nbytes: int
+    head: Head
+    blocks: tuple[StoredBlock, ...]
+
+
+@dataclass(frozen=True)
+class Payload:
+    """One slot of a block on its way into a file.
+
+    Attributes:
+        dtype: The safetensors name of the data type.
+        shape: The shape of the block's rows.
+        nbytes: How many bytes there are.
+        checksum: Their checksum.
+        data: Gives the bytes, when their turn has come.
+
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    checksum: str
+    data: Callable[[], memoryview]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return self.nbytes // max(1, math.prod(self.shape))
+
+
+class BlockData(NamedTuple):
+    """One block on its way into a file."""
+
+    key: str
+    version: Version
+    slots: Mapping[str, Payload]
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """The checksum of an entry: XXH3 with 64 bits, in hexadecimal.
+
+    Example::
+
+        >>> checksum(b"scar")
+        '2473c2ef04edd4aa'
+
+    """
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def encode(head: Head, blocks: Sequence[BlockData]) -> Iterator[bytes | memoryview]:
+    """The bytes of a delta, piece by piece.
+
+    Args:
+        head: What the delta says about itself.
+        blocks: The blocks to put in.
+
+    Yields:
+        The header with its own checksum in it, then each slot's bytes.
+
+    """
+    # Larger elements first: without gaps, every entry is then aligned to its element's size.
+    slots = [(block, slot, payload) for block in blocks for slot, payload in block.slots.items()]
+    slots.sort(key=lambda item: item[2].itemsize, reverse=True)
+    entries: dict[str, Any] = {}
+    position = 0
+    for block, slot, payload in slots:
+        offsets = [position, position := position + payload.nbytes]
+        name = _entry_name(block.key, slot, block.version)
+        entries[name] = {"dtype": payload.dtype, "shape": list(payload.shape), "data_offsets": offsets}
+    table = [
+        [key, version.incarnation, version.sequence, version.step, {slot: p.checksum for slot, p in slots.items()}]
+        for key, version, slots in blocks
+    ]
+    yield from _header({"head": json.dumps(asdict(head)), "blocks": json.dumps(table, separators=(",", ":"))}, entries)
+    for _, _, payload in slots:
+        yield payload.data()
+
+
+def _header(metadata: dict[str, str], entries: dict[str, Any]) -> Iterator[bytes]:
+    metadata = {"format": str(FORMAT_VERSION), "header_checksum": _NO_CHECKSUM, **metadata}
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text.replace(_NO_CHECKSUM.encode(), checksum(text).encode(), 1)
+
+
+def _entry_name(key: str, slot: str, version: Version) -> str:
+    # With the version: a merged delta may hold two versions of a block.
+    return f"{key}/{slot}@{version.incarnation}.{version.sequence}"
+
+
+def read_delta(directory: Directory, name: str) -> Delta:
+    """Reads a delta's header and checks it.
+
+    Args:
+        directory: Where the file lies.
+        name: The file's name.
+
+    Raises:
+        DamagedError: If the header does not match its checksum, or the file ends before its data do.
+        NewerFormatError: If a newer version of this library wrote the file.
+        FileNotFoundError: If the file is gone.
+
+    """
+    with directory.open(name) as file:
+        prefix = file.read(8)
+        text = file.read(int.from_bytes(prefix, "little")) if len(prefix) == 8 else b""
+        file.seek(0, 2)
+        size = file.tell()
+    try:
+        metadata, entries = _checked_header(text)
+        head = _head(json.loads(metadata["head"]))
+        blocks = tuple(_blocks(json.loads(metadata["blocks"]), entries, 8 + len(text)))
+    except NewerFormatError as error:
+        raise NewerFormatError(f"{directory.file(name)} {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{directory.file(name)} is damaged: its header does not hold ({error!r})") from None
+    end = max((entry.stop for block in blocks for entry in block.slots.values()), default=0)
+    if end > size:
+        raise DamagedError(f"{directory.file(name)} is damaged: {size} bytes long, its data end at {end}")
+    return Delta(name, size, head, blocks)
+
+
+def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+    entries = json.loads(text)
+    metadata = entries.pop("__metadata__")
+    # Before the checksum: a newer format may well compute it in another way.
+    if int(metadata["format"]) > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"has format {metadata['format']}, this version of lightning-scar reads up to {FORMAT_VERSION}: "
+            "upgrade lightning-scar"
+        )
+    expected = metadata["header_checksum"]
+    if checksum(text.replace(expected.encode(), _NO_CHECKSUM.encode(), 1)) != expected:
+        raise ValueError("checksum")
+    return metadata, entries
+
+
+def _head(fields: dict[str, Any]) -> Head:
+    consistent = fields.pop("consistent")
+    lineage = tuple(fields.pop("lineage"))
+    return Head(**fields, lineage=lineage, consistent=Version(**consistent) if consistent else None)
+
+
+def _blocks(table: list[Any], entries: dict[str, Any], data_start: int) -> Iterator[StoredBlock]:
+    for key, incarnation, sequence, step, sums in table:
+        version = Version(incarnation, sequence, step)
+        slots = {}
+        for slot, expected in sums.items():
+            entry = entries[_entry_name(key, slot, version)]
+            start, stop = entry["data_offsets"]
+            slots[slot] = Entry(entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop, expected)
+        yield StoredBlock(key, version, slots)
+
+
+def read_entry(file: IO[bytes], entry: Entry, into: memoryview) -> None:
+    """Reads one entry into ready memory and verifies its checksum.
+
+    Args:
+        file: The open delta.
+        entry: Which entry.
+        into: Writable bytes, exactly as many as the entry has.
+
+    Raises:
+        DamagedError: If the file ends too early or the bytes do not match their checksum.
+
+    """
+    file.seek(entry.start)
+    done = 0
+    while done < len(into):
+        count = file.readinto(into[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise DamagedError(f"the file ends {len(into) - done} bytes too early")
+        done += count
+    if checksum(into) != entry.checksum:
+        raise DamagedError("the bytes do not match their checksum")

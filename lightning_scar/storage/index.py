@@ -1,0 +1,106 @@
+"""Which version of each block counts, and which bytes of which delta are still needed."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from lightning_scar.storage.delta import Delta, StoredBlock, Version
+
+
+class Located(NamedTuple):
+    """One version of a block, and the delta that holds it."""
+
+    delta: Delta
+    block: StoredBlock
+
+
+def newest_lineage(deltas: Iterable[Delta]) -> tuple[int, ...]:
+    """The incarnations whose blocks make up the running checkpoint; empty where there is none.
+
+    A fresh incarnation counts once every rank has finished its first save, so that two trainings never mix; one that
+    resumed counts at once, since it continues the blocks it restored.
+
+    Args:
+        deltas: All intact deltas of the directory.
+
+    """
+    ranks: dict[tuple[int, ...], set[int]] = {}
+    world_size: dict[tuple[int, ...], int] = {}
+    for delta in deltas:
+        ranks.setdefault(delta.head.lineage, set()).add(delta.head.rank)
+        world_size[delta.head.lineage] = delta.head.world_size
+    counting = [lineage for lineage, seen in ranks.items() if len(lineage) > 1 or len(seen) == world_size[lineage]]
+    return max(counting, key=lambda lineage: lineage[-1], default=())
+
+
+class Index:
+    """The versions of every block that are kept: the newest, and an older one to fall back to.
+
+    The older one is the version of the newest full save where there is one, so that a state of one single step can be
+    read at any time; else the version before the newest.
+
+    Args:
+        lineage: The incarnations that count.
+        deltas: Intact deltas, in any order.
+
+    """
+
+    def __init__(self, lineage: Sequence[int], deltas: Iterable[Delta] = ()) -> None:
+        self.lineage = tuple(lineage)
+        self.consistent: Version | None = None
+        self._versions: dict[str, list[Located]] = {}
+        self._live: dict[str, dict[tuple[str, Version], StoredBlock]] = {}
+        for delta in sorted(deltas, key=lambda delta: (delta.head.incarnation, delta.head.sequence)):
+            self.add(delta)
+
+    def add(self, delta: Delta) -> None:
+        """Takes a delta in; of equal versions the one added last is kept."""
+        if delta.head.incarnation not in self.lineage:
+            return
+        consistent = delta.head.consistent
+        if consistent is not None and (self.consistent is None or consistent > self.consistent):
+            self.consistent = consistent
+            for key in list(self._versions):
+                self._settle(key, self._versions[key])
+        for block in delta.blocks:
+            if block.version.incarnation in self.lineage:
+                others = [at for at in self._versions.get(block.key, []) if at.block.version != block.version]
+                located = sorted([*others, Located(delta, block)], key=lambda at: at.block.version, reverse=True)
+                self._settle(block.key, located)
+
+    def discard(self, located: Located) -> None:
+        """Drops a version that turned out to be damaged, lest it take the place of a good one."""
+        key, version = located.block.key, located.block.version
+        remaining = [at for at in self._versions[key] if at.block.version != version]
+        if remaining:
+            self._settle(key, remaining)
+
+    def _settle(self, key: str, located: list[Located]) -> None:
+        for delta, block in self._versions.get(key, []):
+            del self._live[delta.name][key, block.version]
+        self._versions[key] = kept = self._kept(located)
+        for delta, block in kept:
+            self._live.setdefault(delta.name, {})[key, block.version] = block
+
+    def _kept(self, located: list[Located]) -> list[Located]:
+        newest, *older = located
+        consistent = self.consistent
+        if consistent is not None and newest.block.version > consistent:
+            older = [at for at in older if at.block.version <= consistent] or older
+        return [newest, *older[:1]]
+
+    def keys(self) -> Iterator[str]:
+        """The blocks that have a version."""
+        return iter(self._versions)
+
+    def versions(self, key: str) -> list[Located]:
+        """The kept versions of a block, newest first; empty for an unknown block."""
+        return self._versions.get(key, [])
+
+    def newest(self, key: str) -> StoredBlock | None:
+        """The newest version of a block, or ``None`` for an unknown block."""
+        located = self._versions.get(key)
+        return located[0].block if located else None
+
+    def live(self, delta: Delta) -> list[StoredBlock]:
+        """The blocks for whose sake a delta is still needed."""
+        return list(self._live.get(delta.name, {}).values())
