@@ -17,9 +17,10 @@ from typing_extensions import override
 
 from lightning_scar import _lightning
 from lightning_scar.checkpoint_io import SCARCheckpointIO, installed_io
-from lightning_scar.core.running_checkpoint import RunningCheckpoint, Stats
+from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName
+from lightning_scar.core.stats import Stats
 from lightning_scar.fences import Fences, before_optimizer_steps
 from lightning_scar.refusals import check_intervals, check_strategy, checked_settings
 from lightning_scar.resumption import fit_to_model, unfinished_run

@@ -1,0 +1,165 @@
+"""Scores, chooses and copies blocks: at once, or beside the next forward and backward."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_scar.core.last_saved import NEVER, LastSaved
+from lightning_scar.core.scoring import Choice, Scorer
+from lightning_scar.core.settings import Settings
+from lightning_scar.core.staging import StagedBlock, StagingBuffer, stage
+from lightning_scar.storage.store import DeltaStore
+
+
+@dataclass
+class Staging:
+    """What one save copies.
+
+    Attributes:
+        step: The optimizer step.
+        full: Whether to take every block that has changed.
+        live: The live tensors of every group, one a slot, as rows.
+        buffer: Where the copies go.
+        choices: What was chosen.
+        blocks: The copies.
+
+    """
+
+    step: int
+    full: bool
+    live: list[list[Tensor]]
+    buffer: StagingBuffer
+    choices: list[Choice] = field(default_factory=list)
+    blocks: list[StagedBlock] = field(default_factory=list)
+    tensor_versions: dict[int, list[int]] = field(default_factory=dict)
+    lazily: "Future[int] | None" = None
+
+    @property
+    def non_finite(self) -> int:
+        """Blocks left out because they hold NaN or Inf."""
+        return sum(choice.non_finite for choice in self.choices)
+
+    @property
+    def distance(self) -> float:
+        """L2 distance between the live state and the running checkpoint, once this save is in it."""
+        return float(sum(choice.squared_rest for choice in self.choices) ** 0.5)
+
+    @property
+    def oldest_age(self) -> int:
+        """Steps since the oldest block left out, of those that have changed, was saved."""
+        return max((choice.oldest_age for choice in self.choices), default=0)
+
+
+class Stager:
+    """Fills stagings.
+
+    Lazy staging reads live tensors beside the forward and backward pass. What may change there is copied at once:
+    buffers and callback state, and every tensor that was once caught changing by its version counter.
+
+    Args:
+        settings: What to save and how.
+        store: Knows what is on disk.
+
+    """
+
+    def __init__(self, settings: Settings, store: DeltaStore) -> None:
+        self.last = LastSaved()
+        self.failed: set[str] = set()
+        self._settings = settings
+        self._scorer = Scorer(settings, store)
+        self._caught: set[str] = set()
+        self._thread: ThreadPoolExecutor | None = None
+
+    def start(self, staging: Staging) -> None:
+        """Copies what cannot wait; the rest is on its way when this returns."""
+        lazy = self._lazy_groups(staging)
+        staging.tensor_versions = {g: _versions(staging.live[g]) for g in lazy}
+        eager = [g for g in range(len(staging.live)) if g not in lazy]
+        spent = self._copy(staging, eager, self._budget(staging, eager))
+        if lazy:
+            if self._thread is None:
+                self._thread = _one_thread()
+            rest = int(self._settings.fraction * self.last.map.state_bytes) - spent
+            staging.lazily = self._thread.submit(self._copy, staging, lazy, rest)
+
+    def finish(self, staging: Staging) -> None:
+        """Waits for the copies, and drops those of tensors that changed meanwhile."""
+        if staging.lazily is None:
+            return
+        staging.lazily.result()
+        changed = [g for g, versions in staging.tensor_versions.items() if _versions(staging.live[g]) != versions]
+        if changed:
+            torn = {self.last.map.groups[g].name for g in changed}
+            # What changed outside the optimizer will do so again: from now on it is copied at once.
+            self._caught |= torn
+            self.failed |= {block.key for block in staging.blocks if block.group.name in torn}
+            staging.blocks = [block for block in staging.blocks if block.group.name not in torn]
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    def _lazy_groups(self, staging: Staging) -> list[int]:
+        if staging.full or self._settings.staging == "eager":
+            return []
+        block_map, steps = self.last.map, self.last.steps
+        return [
+            g
+            for g, group in enumerate(block_map.groups)
+            if group.lazy
+            and group.name not in self._caught
+            and all(tensor.device.type == "cpu" for tensor in staging.live[g])
+            # A block without a version on disk must not be dropped, so it must not be torn.
+            and bool((steps[block_map.offsets[g] : block_map.offsets[g + 1]] != NEVER).all())
+        ]
+
+    def _budget(self, staging: Staging, eager: Sequence[int]) -> int | None:
+        """The share of the budget for what is copied at once; ``None`` for a full save."""
+        if staging.full:
+            return None
+        block_map = self.last.map
+        total = int(self._settings.fraction * block_map.state_bytes)
+        if len(eager) == len(block_map.groups):
+            return total
+        own = sum(group.rows * group.row_nbytes for group in (block_map.groups[g] for g in eager))
+        # Running statistics and other buffers are small in bytes and in distance, and matter all the same: where they
+        # fit in a quarter of the budget they are always fresh.
+        return max(int(own * self._settings.fraction), min(own, total // 4))
+
+    def _copy(self, staging: Staging, groups: Sequence[int], budget: int | None) -> int:
+        """Scores groups, chooses among their blocks and copies those; returns the bytes spent."""
+        if not groups:
+            return 0
+        last = self.last
+        choice = self._scorer.choose(last, staging.live, groups, staging.step, budget, set(self.failed))
+        staging.choices.append(choice)
+        chosen = choice.by_group(last.map)
+        staging.buffer.reserve(choice.nbytes, sum(len(n) * len(last.map.groups[g].slots) for g, n in chosen.items()))
+        for g, numbers in chosen.items():
+            for block in stage(staging.buffer, last.map.groups[g], staging.live[g], numbers):
+                number = last.map.offsets[g] + block.number
+                if not block.state_is_finite and last.steps[number] != NEVER:
+                    choice.non_finite += 1
+                    continue
+                last.record(block.group, block.number, block.copies[0], number, staging.step)
+                staging.blocks.append(block)
+        return choice.nbytes
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors]
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    """A thread whose torch operations use one core, so that it does not fight with the training for all of them."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(1, "scar-stager", initializer=torch.set_num_threads, initargs=(1,))
+    pool.submit(int).result()
+    # The number holds for the thread that set it, but is also what later threads begin with.
+    torch.set_num_threads(threads)
+    return pool

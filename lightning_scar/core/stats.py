@@ -1,0 +1,35 @@
+"""Counters of a run, for loggers and programs."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Stats:
+    """What a running checkpoint has cost and how far behind it is.
+
+    Attributes:
+        saves: Saves that were handed to the writer.
+        full_saves: How many of them were full.
+        skipped_saves: Partial saves left out because the writer was behind.
+        failed_saves: Saves that could not be written.
+        non_finite_blocks: Blocks of the last save that hold NaN or Inf and were not written over a good version.
+        bytes_written: Bytes of all deltas written.
+        stall_seconds: How long the training thread stood still for the last partial save, fence included.
+        full_stall_seconds: The same for the last full save.
+        distance: L2 distance between the live state and the running checkpoint after the last save.
+        oldest_age: Steps since the oldest block that has changed was saved.
+        queue_depth: Deltas waiting to be written when the last save was handed over.
+
+    """
+
+    saves: int = 0
+    full_saves: int = 0
+    skipped_saves: int = 0
+    failed_saves: int = 0
+    non_finite_blocks: int = 0
+    bytes_written: int = 0
+    stall_seconds: float = 0.0
+    full_stall_seconds: float = 0.0
+    distance: float = 0.0
+    oldest_age: int = 0
+    queue_depth: int = 0
