@@ -160,7 +160,7 @@ class SCARCheckpoint(Checkpoint):
         if not self._is_own(path):
             return
         fit_to_model(path, checkpoint, trainer.lightning_module, self._strict)
-        age = f", its oldest block {self._running.restored_age} steps older" if self._running is not None else ""
+        age = f", age of the oldest block {self._running.restored_age} steps" if self._running is not None else ""
         rank_zero_info(f"Resuming from the running checkpoint {path}: step {checkpoint['global_step']}{age}.")
 
     def _is_own(self, path: str) -> bool:

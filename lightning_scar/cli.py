@@ -1,0 +1,182 @@
+"""The command ``lightning-scar``: look at, verify and export running checkpoints."""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import jsonargparse
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_scar.core.restoration import SKELETON, NoCheckpointError, load
+from lightning_scar.storage.delta import StorageError, StoredBlock
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.store import DeltaStore, retry_vanished
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def inspect(dir: str, storage_options: dict[str, Any] | None = None) -> int:
+    """Shows what a running checkpoint holds: blocks, ages, bytes, steps.
+
+    Args:
+        dir: The running checkpoint's directory, a path or any fsspec URL.
+        storage_options: Passed to the file system.
+
+    """
+    store = _opened(dir, storage_options)
+    console = Console()
+    console.print(_summary(store))
+    console.print(_tensors(store))
+    for damage in store.damaged:
+        console.print(f"[red]damaged[/]: {damage}")
+    return 0
+
+
+def verify(dir: str, storage_options: dict[str, Any] | None = None) -> int:
+    """Reads every block that counts and checks its checksum; exits with 1 if any is damaged.
+
+    Args:
+        dir: The running checkpoint's directory, a path or any fsspec URL.
+        storage_options: Passed to the file system.
+
+    """
+    store = _opened(dir, storage_options)
+    damages = store.verify()
+    console = Console(soft_wrap=True)
+    for damage in damages:
+        console.print(f"[red]damaged[/]: {damage}", highlight=False)
+    if damages:
+        console.print(f"{len(damages)} damaged places. Loading falls back to the older version of such a block.")
+        return 1
+    blocks = sum(len(store.index.live(delta)) for delta in store.deltas)
+    console.print(f"{dir} is intact: {blocks} blocks in {len(store.deltas)} files.", highlight=False)
+    return 0
+
+
+def export(
+    dir: str,
+    out: str,
+    consistent: bool = False,
+    weights_only: bool = True,
+    overwrite: bool = False,
+    storage_options: dict[str, Any] | None = None,
+) -> int:
+    """Writes a running checkpoint as one file.
+
+    Args:
+        dir: The running checkpoint's directory, a path or any fsspec URL.
+        out: ``*.ckpt`` for a checkpoint that plain Lightning loads, ``*.safetensors`` for the model's weights.
+        consistent: Take the newest full save, all blocks of one step, instead of the newest version of every block.
+        weights_only: Refuse a skeleton that holds other than plain values; ``false`` only for what you trust.
+        overwrite: Replace ``out`` if it exists.
+        storage_options: Passed to the file system of ``dir``.
+
+    """
+    folder, name = os.path.split(out)
+    target = Directory(folder or ".")
+    if name in target.names() and not overwrite:
+        raise StorageError(f"{out} exists; choose another name, or pass --overwrite=true")
+    encode = _encoder(out)
+    try:
+        checkpoint = load(dir, consistent=consistent, weights_only=weights_only, storage_options=storage_options)
+    except pickle.UnpicklingError as error:
+        raise StorageError(f"{error}\nIf you trust {dir}, pass --weights_only=false.") from None
+    target.create()
+    target.write(name, [encode(checkpoint)])
+    print(f"Wrote step {checkpoint.get('global_step', '?')} of {dir} to {out}.")
+    return 0
+
+
+def main() -> None:
+    """Runs the command."""
+    commands: Any = {"inspect": inspect, "verify": verify, "export": export}
+    try:
+        sys.exit(jsonargparse.auto_cli(commands, prog="lightning-scar", description=__doc__))
+    except (StorageError, OSError, ValueError) as error:
+        sys.exit(f"lightning-scar: {error}")
+
+
+def _opened(dir: str, storage_options: dict[str, Any] | None) -> DeltaStore:
+    store = DeltaStore(dir, storage_options)
+    retry_vanished(store.refresh)
+    if not list(store.index.keys()):
+        reasons = "".join(f"\n  {damage}" for damage in store.damaged)
+        raise NoCheckpointError(f"{dir} holds no running checkpoint{reasons}")
+    return store
+
+
+def _encoder(out: str) -> Callable[[dict[str, Any]], bytes]:
+    if out.endswith(".ckpt"):
+        return _torch_file
+    if out.endswith(".safetensors"):
+        return _weights_file
+    raise ValueError(f"cannot tell the format of {out!r}; give it the extension .ckpt or .safetensors")
+
+
+def _torch_file(checkpoint: dict[str, Any]) -> bytes:
+    buffer = BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()
+
+
+def _weights_file(checkpoint: dict[str, Any]) -> bytes:
+    weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    # The format has no shared tensors: tied weights are written under each of their names.
+    return safetensors.torch.save({name: value.clone().contiguous() for name, value in weights.items()})
+
+
+def _summary(store: DeltaStore) -> Table:
+    counting = [delta for delta in store.deltas if delta.head.lineage == store.index.lineage]
+    head = max((delta.head for delta in counting), key=lambda head: head.sequence)
+    newest = _newest(store)
+    table = Table(title=f"Running checkpoint {store.directory}", show_header=False, title_justify="left")
+    kinds = [delta.head.kind for delta in store.deltas]
+    rows = {
+        "step": f"{head.step}{' (finished)' if head.info.get('finished') else ''}",
+        "age of the oldest block that has changed": f"{head.info.get('oldest_age', '?')} steps",
+        "distance of the live state when it was saved": f"{head.info.get('distance', float('nan')):.4g}",
+        "newest consistent state": f"step {head.consistent.step}" if head.consistent else "none",
+        "blocks": f"{len(newest)}, {_size(sum(block.nbytes for block in newest))}",
+        "files": f"{len(kinds)} ({', '.join(f'{kinds.count(k)} {k}' for k in sorted(set(kinds)))}), "
+        f"{_size(sum(delta.nbytes for delta in store.deltas))}",
+        "starts": str(len(store.index.lineage)),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _tensors(store: DeltaStore) -> Table:
+    by_tensor: dict[str, list[StoredBlock]] = {}
+    for block in _newest(store):
+        by_tensor.setdefault(block.key.rsplit("[", 1)[0], []).append(block)
+    table = Table(title="Newest version of every tensor's blocks", title_justify="left")
+    for column in ("tensor", "slots"):
+        table.add_column(column, overflow="fold")
+    for column in ("blocks", "bytes", "newest step", "oldest step"):
+        table.add_column(column, justify="right")
+    for name, blocks in by_tensor.items():
+        steps = [block.version.step for block in blocks]
+        size = _size(sum(block.nbytes for block in blocks))
+        table.add_row(name, ", ".join(blocks[0].slots), str(len(blocks)), size, str(max(steps)), str(min(steps)))
+    return table
+
+
+def _newest(store: DeltaStore) -> list[StoredBlock]:
+    keys = sorted(store.index.keys())
+    return [block for key in keys if (block := store.index.newest(key)) is not None and key != SKELETON]
+
+
+def _size(nbytes: float) -> str:
+    for unit in _UNITS[:-1]:
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} {_UNITS[-1]}"

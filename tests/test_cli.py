@@ -1,0 +1,100 @@
+"""The command, run as a user would: as a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_scar import load
+from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.core.settings import Settings
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lightning_scar", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = tmp_path / "scar"
+    weight = torch.zeros(64, 64)
+    with RunningCheckpoint(folder, Settings(fraction=0.25, block_size=1024)) as running:
+        for step in range(1, 6):
+            weight += torch.rand(64, 64)
+            checkpoint = {"state_dict": {"layer.weight": weight, "tied.weight": weight}, "global_step": step}
+            running.save_now(checkpoint, step)
+    return folder
+
+
+def test_inspect_shows_steps_blocks_and_ages(saved: Path) -> None:
+    shown = run("inspect", saved)
+    assert shown.returncode == 0, shown.stderr
+    for expected in ("layer.weight", "16", "4 steps", "step 1"):
+        assert expected in shown.stdout
+
+
+def test_verify_accepts_an_intact_directory(saved: Path) -> None:
+    done = run("verify", saved)
+    assert done.returncode == 0
+    assert "intact" in done.stdout
+
+
+def test_verify_names_the_damaged_block_and_exits_with_1(saved: Path) -> None:
+    newest = max(saved.glob("rank-*/delta-*"))
+    damaged = bytearray(newest.read_bytes())
+    length = int.from_bytes(damaged[:8], "little")
+    damaged[8 + length] ^= 1
+    newest.write_bytes(damaged)
+    done = run("verify", saved)
+    assert done.returncode == 1
+    assert "state_dict/layer.weight[" in done.stdout
+    assert newest.name in done.stdout.replace("\n", "")
+
+
+def test_an_exported_ckpt_is_what_load_returns(saved: Path, tmp_path: Path) -> None:
+    assert run("export", saved, tmp_path / "out.ckpt").returncode == 0
+    exported = torch.load(tmp_path / "out.ckpt")
+    assert exported["global_step"] == 5
+    assert torch.equal(exported["state_dict"]["layer.weight"], load(saved)["state_dict"]["layer.weight"])
+
+
+def test_a_consistent_export_holds_one_step(saved: Path, tmp_path: Path) -> None:
+    assert run("export", saved, tmp_path / "out.ckpt", "--consistent=true").returncode == 0
+    exported = torch.load(tmp_path / "out.ckpt")
+    assert exported["global_step"] == 1
+    assert bool((exported["state_dict"]["layer.weight"] <= 1).all())
+
+
+def test_exported_weights_have_the_models_names(saved: Path, tmp_path: Path) -> None:
+    assert run("export", saved, tmp_path / "out.safetensors").returncode == 0
+    weights = load_file(tmp_path / "out.safetensors")
+    assert sorted(weights) == ["layer.weight", "tied.weight"]
+    assert torch.equal(weights["layer.weight"], weights["tied.weight"])
+
+
+def test_an_existing_file_is_not_overwritten_unasked(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.ckpt"
+    out.write_bytes(b"precious")
+    refused = run("export", saved, out)
+    assert refused.returncode == 1
+    assert "--overwrite=true" in refused.stderr
+    assert out.read_bytes() == b"precious"
+    assert run("export", saved, out, "--overwrite=true").returncode == 0
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["export", "out.ckpt"]])
+def test_a_directory_without_a_running_checkpoint_is_one_clear_line(tmp_path: Path, command: list[str]) -> None:
+    done = run(command[0], tmp_path / "nothing", *command[1:])
+    assert done.returncode == 1
+    assert "holds no running checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_extension_is_refused_with_the_known_ones(saved: Path, tmp_path: Path) -> None:
+    done = run("export", saved, tmp_path / "out.bin")
+    assert done.returncode == 1
+    assert ".ckpt or .safetensors" in done.stderr
