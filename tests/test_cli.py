@@ -1,7 +1,6 @@
-"""The command, run as a user would: as a process of its own."""
-
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,13 +8,37 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_scar import load
+from lightning_scar.cli import main
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lightning_scar", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Command:
+    """Runs the command in this process: what it prints, and how it ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        monkeypatch.setenv("COLUMNS", "200")
+
+    def __call__(self, *arguments: str | Path) -> Done:
+        self._monkeypatch.setattr(sys, "argv", ["lightning-scar", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = self._capsys.readouterr()
+        code = end.value.code
+        return Done(1, out, err + code) if isinstance(code, str) else Done(int(code or 0), out, err)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -30,20 +53,20 @@ def saved(tmp_path: Path) -> Path:
     return folder
 
 
-def test_inspect_shows_steps_blocks_and_ages(saved: Path) -> None:
+def test_inspect_shows_steps_blocks_and_ages(run: Command, saved: Path) -> None:
     shown = run("inspect", saved)
     assert shown.returncode == 0, shown.stderr
-    for expected in ("layer.weight", "16", "4 steps", "step 1"):
+    for expected in ("layer.weight", "16", "3 steps", "step 1"):
         assert expected in shown.stdout
 
 
-def test_verify_accepts_an_intact_directory(saved: Path) -> None:
+def test_verify_accepts_an_intact_directory(run: Command, saved: Path) -> None:
     done = run("verify", saved)
     assert done.returncode == 0
     assert "intact" in done.stdout
 
 
-def test_verify_names_the_damaged_block_and_exits_with_1(saved: Path) -> None:
+def test_verify_names_the_damaged_block_and_exits_with_1(run: Command, saved: Path) -> None:
     newest = max(saved.glob("rank-*/delta-*"))
     damaged = bytearray(newest.read_bytes())
     length = int.from_bytes(damaged[:8], "little")
@@ -55,28 +78,28 @@ def test_verify_names_the_damaged_block_and_exits_with_1(saved: Path) -> None:
     assert newest.name in done.stdout.replace("\n", "")
 
 
-def test_an_exported_ckpt_is_what_load_returns(saved: Path, tmp_path: Path) -> None:
+def test_an_exported_ckpt_is_what_load_returns(run: Command, saved: Path, tmp_path: Path) -> None:
     assert run("export", saved, tmp_path / "out.ckpt").returncode == 0
     exported = torch.load(tmp_path / "out.ckpt")
     assert exported["global_step"] == 5
     assert torch.equal(exported["state_dict"]["layer.weight"], load(saved)["state_dict"]["layer.weight"])
 
 
-def test_a_consistent_export_holds_one_step(saved: Path, tmp_path: Path) -> None:
+def test_a_consistent_export_holds_one_step(run: Command, saved: Path, tmp_path: Path) -> None:
     assert run("export", saved, tmp_path / "out.ckpt", "--consistent=true").returncode == 0
     exported = torch.load(tmp_path / "out.ckpt")
     assert exported["global_step"] == 1
     assert bool((exported["state_dict"]["layer.weight"] <= 1).all())
 
 
-def test_exported_weights_have_the_models_names(saved: Path, tmp_path: Path) -> None:
+def test_exported_weights_have_the_models_names(run: Command, saved: Path, tmp_path: Path) -> None:
     assert run("export", saved, tmp_path / "out.safetensors").returncode == 0
     weights = load_file(tmp_path / "out.safetensors")
     assert sorted(weights) == ["layer.weight", "tied.weight"]
     assert torch.equal(weights["layer.weight"], weights["tied.weight"])
 
 
-def test_an_existing_file_is_not_overwritten_unasked(saved: Path, tmp_path: Path) -> None:
+def test_an_existing_file_is_not_overwritten_unasked(run: Command, saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.ckpt"
     out.write_bytes(b"precious")
     refused = run("export", saved, out)
@@ -87,14 +110,22 @@ def test_an_existing_file_is_not_overwritten_unasked(saved: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["verify"], ["export", "out.ckpt"]])
-def test_a_directory_without_a_running_checkpoint_is_one_clear_line(tmp_path: Path, command: list[str]) -> None:
+def test_a_directory_without_a_running_checkpoint_is_one_clear_line(
+    run: Command, tmp_path: Path, command: list[str]
+) -> None:
     done = run(command[0], tmp_path / "nothing", *command[1:])
     assert done.returncode == 1
     assert "holds no running checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_an_unknown_extension_is_refused_with_the_known_ones(saved: Path, tmp_path: Path) -> None:
+def test_an_unknown_extension_is_refused_with_the_known_ones(run: Command, saved: Path, tmp_path: Path) -> None:
     done = run("export", saved, tmp_path / "out.bin")
     assert done.returncode == 1
     assert ".ckpt or .safetensors" in done.stderr
+
+
+def test_the_command_is_a_program(saved: Path) -> None:
+    command = [sys.executable, "-m", "lightning_scar", "verify", str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "intact" in done.stdout

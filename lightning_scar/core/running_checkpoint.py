@@ -160,6 +160,7 @@ class RunningCheckpoint:
         optimizers: Mapping[Path, Optimizer] | None = None,
         parameters: Iterable[Tensor] = (),
         full: bool = False,
+        wait: bool = False,
         info: Mapping[str, Any] | None = None,
     ) -> bool:
         """Begins a save: takes the checkpoint apart and pickles the skeleton. :meth:`stage` must follow.
@@ -171,10 +172,11 @@ class RunningCheckpoint:
                 ``{("optimizer_states", 0): optimizer}``; pairs optimizer state with parameters.
             parameters: Tensors that change at optimizer steps only, and may be staged lazily.
             full: Whether to save every block that has changed. The first save always does.
+            wait: Whether to wait when the writer is behind, rather than skip the save. A full save always waits.
             info: Small facts to keep with the delta.
 
         Returns:
-            Whether the save is on its way; a partial one is skipped, and counted, when the writer is behind.
+            Whether the save is on its way; ``False`` for one that was skipped, which is counted.
 
         Raises:
             StorageError: If another run has taken the directory over.
@@ -186,7 +188,7 @@ class RunningCheckpoint:
         if self._ownership.lost:
             raise StorageError(f"another run has taken {self.store.directory} over; this one saves nothing any more")
         full = full or not self._has_base
-        if not self._writer.reserve(wait=full):
+        if not self._writer.reserve(wait=wait or full):
             self.stats.skipped_saves += 1
             return False
         started = time.perf_counter()
@@ -223,9 +225,9 @@ class RunningCheckpoint:
             self._hand_over(save)
 
     def save_now(self, checkpoint: dict[str, Any], step: int, **options: Any) -> None:
-        """Saves and waits until the copy is made; arguments as in :meth:`save`."""
-        if self.save(checkpoint, step, **options):
-            self.fence()
+        """Saves and returns when the copy is made; arguments as in :meth:`save`. Never skipped."""
+        self.save(checkpoint, step, wait=True, **options)
+        self.fence()
 
     def close(self) -> None:
         """Finishes what is under way, gives the directory back, and raises or warns about failed writes."""
