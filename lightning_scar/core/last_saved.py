@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_scar.core.blocks import BlockMap, Group, rows
+from lightning_scar.core.staging import StagedGroup, scatter
 
 NEVER = -1
 
@@ -60,20 +61,13 @@ class LastSaved:
         """The last saved values of a group, as rows; those of blocks that were never saved mean nothing."""
         return rows(self._values[group.name])
 
-    def record(self, group: Group, number: int, copy: Tensor, block: int, step: int) -> None:
-        """Notes a save of one block.
-
-        Args:
-            group: Its group.
-            number: Its number within the group.
-            copy: The bytes of its first slot.
-            block: Its number in the map.
-            step: The optimizer step.
-
-        """
-        part = self.values(group)[slice(*group.span(number))]
-        part.copy_(copy.view(part.dtype).view(part.shape))
-        self.steps[block] = step
+    def record(self, staged: StagedGroup, step: int) -> None:
+        """Notes a save of some blocks of one group."""
+        group = staged.group
+        values = self.values(group)
+        scatter(values, group, staged.numbers, staged.copies[0].view(values.dtype).view(-1, *group.row_shape))
+        first = self.map.numbers[group.key(0)]
+        self.steps[[first + number for number in staged.numbers]] = step
 
     def forget(self, keys: Iterable[str]) -> None:
         """Makes blocks count as never saved."""

@@ -1,5 +1,6 @@
 """A running checkpoint read back: every block from its newest intact version, put together with the skeleton."""
 
+import json
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_scar.core.blocks import BlockMap, Group, Slot, rows
+from lightning_scar.core.blocks import BlockMap, Group, Slot
 from lightning_scar.core.memory import memory
-from lightning_scar.core.skeleton import Path, put_together, unpack
+from lightning_scar.core.skeleton import put_together, unpack
 from lightning_scar.storage.delta import StorageError, Version
 from lightning_scar.storage.index import Located
 from lightning_scar.storage.store import Damage, DeltaStore, Reading, retry_vanished
@@ -57,22 +58,28 @@ class Restored:
         return age
 
 
-def describe(block_map: BlockMap) -> list[tuple[Any, ...]]:
-    """A block map in plain values, for the skeleton."""
-    return [
+def describe(block_map: BlockMap) -> str:
+    """A block map as JSON, for the skeleton."""
+    groups = [
         (g.name, g.shape, g.rows_per_block, [(s.name, str(s.dtype), s.stride, s.paths) for s in g.slots])
         for g in block_map.groups
     ]
+    return json.dumps({"block_size": block_map.block_size, "groups": groups})
 
 
-def parse(groups: list[tuple[Any, ...]], block_size: int) -> BlockMap:
+def parse(text: str) -> BlockMap:
     """The inverse of :func:`describe`."""
 
-    def slot(name: str, dtype: str, stride: tuple[int, ...] | None, paths: tuple[Path, ...]) -> Slot:
-        return Slot(name, getattr(torch, dtype.removeprefix("torch.")), stride, paths)
+    def slot(name: str, dtype: str, stride: list[int] | None, paths: list[Any]) -> Slot:
+        layout = tuple(stride) if stride is not None else None
+        return Slot(name, getattr(torch, dtype.removeprefix("torch.")), layout, tuple(map(tuple, paths)))
 
-    parsed = (Group(name, shape, tuple(slot(*s) for s in slots), size) for name, shape, size, slots in groups)
-    return BlockMap(tuple(parsed), block_size)
+    content = json.loads(text)
+    groups = (
+        Group(name, tuple(shape), tuple(slot(*s) for s in slots), size)
+        for name, shape, size, slots in content["groups"]
+    )
+    return BlockMap(tuple(groups), content["block_size"])
 
 
 def load(
@@ -162,7 +169,7 @@ def _restore(store: DeltaStore, consistent: bool, weights_only: bool | None) -> 
         )
     reader = _Reader(store, limit)
     content, at = reader.skeleton(weights_only)
-    block_map = parse(content["groups"], content["block_size"])
+    block_map = parse(content["map"])
     tensors = reader.groups(block_map)
     leaves = {
         path: tensor
@@ -206,26 +213,27 @@ class _Reader:
         raise IncompleteError(f"{self._store.directory} holds no intact skeleton: every version of it is damaged")
 
     def groups(self, block_map: BlockMap) -> list[list[Tensor]]:
-        tensors = [[_empty(group, slot) for slot in group.slots] for group in block_map.groups]
+        """Reads every block of a map; returns the tensors of each group, one a slot."""
+        dense = [[torch.empty(group.shape, dtype=slot.dtype) for slot in group.slots] for group in block_map.groups]
+        memories = [[memory(tensor) for tensor in tensors] for tensors in dense]
         wanted = [(g, i) for g, group in enumerate(block_map.groups) for i in range(len(group))]
         while wanted:
-            readings, scratch, owners = [], [], {}
-            for g, i in wanted:
-                at = self._candidate(block_map.groups[g], i)
-                into = {}
-                for slot, tensor in zip(block_map.groups[g].slots, tensors[g], strict=True):
-                    part = rows(tensor)[slice(*block_map.groups[g].span(i))]
-                    flat = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
-                    scratch += [] if flat is part else [(part, flat)]
-                    into[slot.name] = memory(flat)
-                readings.append(Reading(at, into))
-                owners[at.block.key] = (g, i)
-                self.versions[at.block.key] = at.block.version
-            damage = self._store.read(readings)
-            for part, flat in scratch:
-                part.copy_(flat)
-            wanted = [owners[key] for key in self._note_damage(damage)]
-        return tensors
+            readings = [self._reading(block_map.groups[g], i, memories[g]) for g, i in wanted]
+            owners = {reading.located.block.key: owner for reading, owner in zip(readings, wanted, strict=True)}
+            self.versions |= {at.block.key: at.block.version for at, _ in readings}
+            wanted = [owners[key] for key in self._note_damage(self._store.read(readings))]
+        return [
+            [_laid_out(tensor, slot) for tensor, slot in zip(tensors, group.slots, strict=True)]
+            for tensors, group in zip(dense, block_map.groups, strict=True)
+        ]
+
+    def _reading(self, group: Group, i: int, memories: list[memoryview]) -> Reading:
+        start, stop = group.span(i)
+        into = {}
+        for slot, whole in zip(group.slots, memories, strict=True):
+            row = group.row_numel * slot.dtype.itemsize
+            into[slot.name] = whole[start * row : stop * row]
+        return Reading(self._candidate(group, i), into)
 
     def _candidate(self, group: Group, i: int) -> Located:
         key = group.key(i)
@@ -244,7 +252,8 @@ class _Reader:
         return [reading.located.block.key for reading, _ in found]
 
 
-def _empty(group: Group, slot: Slot) -> Tensor:
-    if slot.stride is not None:
-        return torch.empty_strided(group.shape, slot.stride, dtype=slot.dtype)
-    return torch.empty(group.shape, dtype=slot.dtype)
+def _laid_out(tensor: Tensor, slot: Slot) -> Tensor:
+    """The tensor in the memory layout that it was saved from."""
+    if slot.stride is None:
+        return tensor
+    return torch.empty_strided(tensor.shape, slot.stride, dtype=slot.dtype).copy_(tensor)

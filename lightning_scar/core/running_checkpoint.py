@@ -97,6 +97,7 @@ class RunningCheckpoint:
         self._has_base = False
         self._consistent: Version | None = None
         self._signature: list[Any] = []
+        self._described = ""
         self._save: _Save | None = None
         self._stager = Stager(self.settings, self.store)
         self._buffers = [StagingBuffer() for _ in range(DEPTH)]
@@ -251,10 +252,8 @@ class RunningCheckpoint:
         if signature != self._signature:
             block_map = self._build_map(checkpoint, leaves, optimizers, parameters)
             self._stager.last.fit(block_map, _live(block_map, by_path))
-            self._signature = signature
-        block_map = self._stager.last.map
-        content = {"tree": tree, "groups": describe(block_map), "block_size": block_map.block_size}
-        return _live(block_map, by_path), pack(content)
+            self._signature, self._described = signature, describe(block_map)
+        return _live(self._stager.last.map, by_path), pack({"tree": tree, "map": self._described})
 
     def _build_map(
         self,
@@ -285,23 +284,38 @@ class RunningCheckpoint:
         stats, staging = self.stats, save.staging
         stats.saves += 1
         stats.full_saves += staging.full
+        stats.step = staging.step
         stats.non_finite_blocks = staging.non_finite
         stats.distance = staging.distance
         stats.oldest_age = staging.oldest_age
-        if staging.non_finite:
-            self._warn_once(
-                "non_finite",
-                f"{staging.non_finite} blocks hold NaN or Inf at step {staging.step}; their last good versions stay in "
-                "the running checkpoint (counted as non_finite_blocks)",
-            )
+        self._warn_of_non_finite()
         self._has_base = True
         self._save = None
-        head = self._head(save)
-        self._writer.submit(lambda: self._write(head, save))
+        self._writer.submit(lambda: self._write(save))
         stats.queue_depth = self._writer.depth
 
-    def _head(self, save: _Save) -> Head:
-        complete = save.staging.full and not save.staging.non_finite
+    def _write(self, save: _Save) -> None:
+        """Runs in the writer's thread."""
+        blocks = [block for staged in save.staging.groups for block in staged.blocks()]
+        # Of the parameters it is known; optimizer state is looked at here, where nobody waits.
+        bad = {block.key for block in blocks if not block.is_finite and self.store.index.newest(block.key) is not None}
+        keys = {block.key for block in blocks}
+        self._stager.failed |= bad
+        self.stats.non_finite_blocks += len(bad)
+        head = self._head(save, complete=save.staging.full and not save.staging.non_finite and not bad)
+        try:
+            data = [block.data(save.version) for block in blocks if block.key not in bad]
+            skeleton = torch.frombuffer(save.skeleton, dtype=torch.uint8)
+            data.append(BlockData(SKELETON, save.version, {"bytes": payload(skeleton, torch.uint8, skeleton.shape)}))
+            self.stats.bytes_written += self.store.commit(head, data)
+        except Exception:
+            self.stats.failed_saves += 1
+            self._stager.failed |= keys
+            raise
+        self._stager.failed -= keys - bad
+        self._consistent = head.consistent
+
+    def _head(self, save: _Save, complete: bool) -> Head:
         return Head(
             incarnation=self._incarnation,
             lineage=self._lineage,
@@ -315,26 +329,12 @@ class RunningCheckpoint:
             info={**save.info, "oldest_age": save.staging.oldest_age, "distance": save.staging.distance},
         )
 
-    def _write(self, head: Head, save: _Save) -> None:
-        """Runs in the writer's thread."""
-        keys = {block.key for block in save.staging.blocks}
-        try:
-            skeleton = torch.frombuffer(save.skeleton, dtype=torch.uint8)
-            blocks = [block.data(save.version) for block in save.staging.blocks]
-            blocks.append(BlockData(SKELETON, save.version, {"bytes": payload(skeleton, torch.uint8, skeleton.shape)}))
-            self.stats.bytes_written += self.store.commit(head, blocks)
-        except Exception:
-            self.stats.failed_saves += 1
-            self._stager.failed |= keys
-            raise
-        self._stager.failed -= keys
-        self._consistent = head.consistent
-
     def _settle_failures(self) -> None:
         """Raises or warns about failed writes, and forgets what they did not save."""
         if lost := [key for key in set(self._stager.failed) if self.store.index.newest(key) is None]:
             self._stager.last.forget(lost)
             self._has_base = self.store.index.newest(SKELETON) is not None
+        self._warn_of_non_finite()
         errors = self._writer.take_errors()
         if errors and self.settings.on_write_error == "raise":
             raise errors[0]
@@ -343,6 +343,14 @@ class RunningCheckpoint:
                 "write_error",
                 f"a save to {self.store.directory} failed, training goes on without it: {errors[0]!r}. Further "
                 "failures are counted as failed_saves",
+            )
+
+    def _warn_of_non_finite(self) -> None:
+        if self.stats.non_finite_blocks:
+            self._warn_once(
+                "non_finite",
+                f"{self.stats.non_finite_blocks} blocks hold NaN or Inf at step {self.stats.step}; their last good "
+                "versions stay in the running checkpoint (counted as non_finite_blocks)",
             )
 
     def _warn_once(self, kind: str, message: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_scar.core.last_saved import NEVER, LastSaved
 from lightning_scar.core.scoring import Choice, Scorer
 from lightning_scar.core.settings import Settings
-from lightning_scar.core.staging import StagedBlock, StagingBuffer, stage
+from lightning_scar.core.staging import StagedGroup, StagingBuffer, stage
 from lightning_scar.storage.store import DeltaStore
 
 
@@ -24,7 +24,7 @@ class Staging:
         live: The live tensors of every group, one a slot, as rows.
         buffer: Where the copies go.
         choices: What was chosen.
-        blocks: The copies.
+        groups: The copies.
 
     """
 
@@ -33,13 +33,13 @@ class Staging:
     live: list[list[Tensor]]
     buffer: StagingBuffer
     choices: list[Choice] = field(default_factory=list)
-    blocks: list[StagedBlock] = field(default_factory=list)
+    groups: list[StagedGroup] = field(default_factory=list)
     tensor_versions: dict[int, list[int]] = field(default_factory=dict)
-    lazily: "Future[int] | None" = None
+    lazily: "Future[None] | None" = None
 
     @property
     def non_finite(self) -> int:
-        """Blocks left out because they hold NaN or Inf."""
+        """Blocks left out because their parameter holds NaN or Inf."""
         return sum(choice.non_finite for choice in self.choices)
 
     @property
@@ -72,18 +72,23 @@ class Stager:
         self._scorer = Scorer(settings, store)
         self._caught: set[str] = set()
         self._thread: ThreadPoolExecutor | None = None
+        self._recording: Future[None] | None = None
 
     def start(self, staging: Staging) -> None:
         """Copies what cannot wait; the rest is on its way when this returns."""
+        if self._recording is not None:
+            self._recording.result()
         lazy = self._lazy_groups(staging)
         staging.tensor_versions = {g: _versions(staging.live[g]) for g in lazy}
         eager = [g for g in range(len(staging.live)) if g not in lazy]
         spent = self._copy(staging, eager, self._budget(staging, eager))
+        if self._thread is None:
+            self._thread = _one_thread()
+        # The copies themselves tell what was saved last; nobody need wait for that either.
+        self._recording = self._thread.submit(self._record, staging, list(staging.groups))
         if lazy:
-            if self._thread is None:
-                self._thread = _one_thread()
             rest = int(self._settings.fraction * self.last.map.state_bytes) - spent
-            staging.lazily = self._thread.submit(self._copy, staging, lazy, rest)
+            staging.lazily = self._thread.submit(self._copy_and_record, staging, lazy, rest)
 
     def finish(self, staging: Staging) -> None:
         """Waits for the copies, and drops those of tensors that changed meanwhile."""
@@ -95,8 +100,9 @@ class Stager:
             torn = {self.last.map.groups[g].name for g in changed}
             # What changed outside the optimizer will do so again: from now on it is copied at once.
             self._caught |= torn
-            self.failed |= {block.key for block in staging.blocks if block.group.name in torn}
-            staging.blocks = [block for block in staging.blocks if block.group.name not in torn]
+            dropped = [staged for staged in staging.groups if staged.group.name in torn]
+            self.failed |= {staged.group.key(number) for staged in dropped for number in staged.numbers}
+            staging.groups = [staged for staged in staging.groups if staged.group.name not in torn]
 
     def close(self) -> None:
         """Ends the thread."""
@@ -135,20 +141,22 @@ class Stager:
         """Scores groups, chooses among their blocks and copies those; returns the bytes spent."""
         if not groups:
             return 0
-        last = self.last
-        choice = self._scorer.choose(last, staging.live, groups, staging.step, budget, set(self.failed))
+        block_map = self.last.map
+        choice = self._scorer.choose(self.last, staging.live, groups, staging.step, budget, set(self.failed))
         staging.choices.append(choice)
-        chosen = choice.by_group(last.map)
-        staging.buffer.reserve(choice.nbytes, sum(len(n) * len(last.map.groups[g].slots) for g, n in chosen.items()))
-        for g, numbers in chosen.items():
-            for block in stage(staging.buffer, last.map.groups[g], staging.live[g], numbers):
-                number = last.map.offsets[g] + block.number
-                if not block.state_is_finite and last.steps[number] != NEVER:
-                    choice.non_finite += 1
-                    continue
-                last.record(block.group, block.number, block.copies[0], number, staging.step)
-                staging.blocks.append(block)
+        staging.buffer.reserve(choice.nbytes, sum(len(group.slots) for group in block_map.groups))
+        for g, numbers in choice.by_group(block_map).items():
+            staging.groups.append(stage(staging.buffer, block_map.groups[g], staging.live[g], numbers))
         return choice.nbytes
+
+    def _record(self, staging: Staging, groups: Sequence[StagedGroup]) -> None:
+        for staged in groups:
+            self.last.record(staged, staging.step)
+
+    def _copy_and_record(self, staging: Staging, lazy: Sequence[int], budget: int) -> None:
+        done = len(staging.groups)
+        self._copy(staging, lazy, budget)
+        self._record(staging, staging.groups[done:])
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

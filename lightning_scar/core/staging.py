@@ -1,13 +1,13 @@
 """Copies of chosen blocks, on their way to the writer."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_scar.core.blocks import Group, rows
+from lightning_scar.core.blocks import Group, Slot
 from lightning_scar.core.distance import is_finite
 from lightning_scar.core.memory import memory
 from lightning_scar.storage.delta import BlockData, Payload, Version, checksum
@@ -54,9 +54,13 @@ class StagingBuffer:
     def reserve(self, nbytes: int, pieces: int = 1) -> None:
         """Makes sure that ``nbytes`` in so many pieces can be taken from one stretch of memory."""
         nbytes += pieces * _ALIGNMENT
-        if not self._slabs or self._used + nbytes > self._slabs[-1].numel():
-            self._slabs.append(_slab(nbytes))
-            self._used = 0
+        if self._slabs and self._used + nbytes <= self._slabs[-1].numel():
+            return
+        if self._slabs and not self._used:
+            self._slabs.pop()
+        # A little more than asked for: the next save may choose a few bytes more.
+        self._slabs.append(_slab(nbytes + nbytes // 64))
+        self._used = 0
 
     def take(self, nbytes: int) -> Tensor:
         """A piece of the buffer: uint8, shape ``(nbytes,)``, aligned for any data type."""
@@ -70,41 +74,50 @@ def _slab(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-@dataclass
-class StagedBlock:
-    """A copy of one block.
+class StagedBlock(NamedTuple):
+    """A copy of one block: its key, its shape, and for each slot of its group the bytes."""
+
+    key: str
+    shape: tuple[int, ...]
+    slots: tuple[Slot, ...]
+    copies: list[Tensor]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it holds neither NaN nor Inf."""
+        return all(is_finite(copy.view(slot.dtype)) for slot, copy in zip(self.slots, self.copies, strict=True))
+
+    def data(self, version: Version) -> BlockData:
+        """What goes into the delta."""
+        slots = zip(self.slots, self.copies, strict=True)
+        return BlockData(self.key, version, {slot.name: payload(copy, slot.dtype, self.shape) for slot, copy in slots})
+
+
+@dataclass(frozen=True)
+class StagedGroup:
+    """Copies of some blocks of one group.
 
     Attributes:
-        group: The group it belongs to.
-        number: Its number within the group.
-        copies: For each slot of the group the bytes of its rows; uint8, one dimension.
+        group: The group.
+        numbers: Which of its blocks, ascending.
+        copies: For each slot the bytes of these blocks, one after the other; uint8, one dimension.
 
     """
 
     group: Group
-    number: int
+    numbers: list[int]
     copies: list[Tensor]
 
-    @property
-    def key(self) -> str:
-        """The block's name in a delta."""
-        return self.group.key(self.number)
-
-    @property
-    def state_is_finite(self) -> bool:
-        """Whether the optimizer state holds neither NaN nor Inf (the parameter's own distance tells of itself)."""
-        slots = zip(self.group.slots[1:], self.copies[1:], strict=True)
-        return all(is_finite(copy.view(slot.dtype)) for slot, copy in slots)
-
-    def data(self, version: Version) -> BlockData:
-        """What goes into the delta."""
-        start, stop = self.group.span(self.number)
-        shape = (stop - start, *self.group.row_shape)
-        slots = {
-            slot.name: payload(copy, slot.dtype, shape)
-            for slot, copy in zip(self.group.slots, self.copies, strict=True)
-        }
-        return BlockData(self.key, version, slots)
+    def blocks(self) -> Iterator[StagedBlock]:
+        """The copies block by block."""
+        group, done = self.group, 0
+        sizes = [slot.dtype.itemsize * group.row_numel for slot in group.slots]
+        for number in self.numbers:
+            start, stop = group.span(number)
+            end = done + stop - start
+            pieces = [copy[done * size : end * size] for copy, size in zip(self.copies, sizes, strict=True)]
+            yield StagedBlock(group.key(number), (stop - start, *group.row_shape), group.slots, pieces)
+            done = end
 
 
 def payload(copy: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Payload:
@@ -121,36 +134,64 @@ def payload(copy: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Payload
     return Payload(name or "U8", shape if name else (len(data),), len(data), checksum(data), lambda: data)
 
 
-def stage(buffer: StagingBuffer, group: Group, live: Sequence[Tensor], numbers: Iterable[int]) -> Iterator[StagedBlock]:
-    """Copies blocks of one group, neighbours together.
+def stage(buffer: StagingBuffer, group: Group, live: Sequence[Tensor], numbers: list[int]) -> StagedGroup:
+    """Copies blocks of one group.
 
     Args:
         buffer: Where to.
         group: The group.
-        live: The group's tensors, one a slot.
+        live: The group's tensors, one a slot, as rows.
         numbers: Which of its blocks, ascending.
 
-    Yields:
-        A copy of each block.
+    """
+    n_rows = sum(stop - start for start, stop in map(group.span, numbers))
+    copies = []
+    for slot, tensor in zip(group.slots, live, strict=True):
+        copy = buffer.take(n_rows * group.row_numel * slot.dtype.itemsize)
+        gather(tensor, group, numbers, copy.view(slot.dtype).view(n_rows, *group.row_shape))
+        copies.append(copy)
+    return StagedGroup(group, numbers, copies)
+
+
+def gather(tensor: Tensor, group: Group, numbers: list[int], into: Tensor) -> None:
+    """Copies the rows of some blocks, one block after the other.
+
+    Args:
+        tensor: All rows.
+        group: The group it belongs to.
+        numbers: Which of its blocks, ascending.
+        into: Where to; as many rows as the blocks have.
 
     """
-    for first, last in _runs(numbers):
-        start, stop = group.span(first)[0], group.span(last)[1]
-        copies = [_copied(buffer, rows(tensor)[start:stop]) for tensor in live]
-        for number in range(first, last + 1):
-            low, high = (row - start for row in group.span(number))
-            sizes = [slot.dtype.itemsize * group.row_numel for slot in group.slots]
-            pieces = [copy[low * size : high * size] for copy, size in zip(copies, sizes, strict=True)]
-            yield StagedBlock(group, number, pieces)
+    whole, done = _whole(tensor, group, numbers), 0
+    if len(whole) > 1:
+        # All blocks of equal size in one operation: for thousands of blocks the calls would cost more than the copy.
+        done = len(whole) * group.rows_per_block
+        index = torch.tensor(whole, device=tensor.device)
+        torch.index_select(_by_block(tensor, group), 0, index, out=into[:done].view(len(whole), -1))
+    for start, stop in map(group.span, numbers[len(whole) if done else 0 :]):
+        into[done : done + stop - start].copy_(tensor[start:stop])
+        done += stop - start
 
 
-def _copied(buffer: StagingBuffer, values: Tensor) -> Tensor:
-    copy = buffer.take(values.nbytes)
-    copy.view(values.dtype).view(values.shape).copy_(values)
-    return copy
+def scatter(tensor: Tensor, group: Group, numbers: list[int], values: Tensor) -> None:
+    """The inverse of :func:`gather`: writes ``values`` to the rows of some blocks of ``tensor``."""
+    whole, done = _whole(tensor, group, numbers), 0
+    if len(whole) > 1:
+        done = len(whole) * group.rows_per_block
+        index = torch.tensor(whole, device=tensor.device)
+        _by_block(tensor, group).index_copy_(0, index, values[:done].view(len(whole), -1))
+    for start, stop in map(group.span, numbers[len(whole) if done else 0 :]):
+        tensor[start:stop].copy_(values[done : done + stop - start])
+        done += stop - start
 
 
-def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        members = [number for _, number in run]
-        yield members[0], members[-1]
+def _whole(tensor: Tensor, group: Group, numbers: list[int]) -> list[int]:
+    """The blocks that can be addressed as rows of one matrix: not the last one, which may be shorter."""
+    indexable = tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.dtype.itemsize > 1
+    return [number for number in numbers if number < len(group) - 1] if indexable else []
+
+
+def _by_block(tensor: Tensor, group: Group) -> Tensor:
+    rows_in_whole = (len(group) - 1) * group.rows_per_block
+    return tensor[:rows_in_whole].view(len(group) - 1, -1)

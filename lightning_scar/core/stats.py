@@ -8,6 +8,7 @@ class Stats:
     """What a running checkpoint has cost and how far behind it is.
 
     Attributes:
+        step: The optimizer step of the last save.
         saves: Saves that were handed to the writer.
         full_saves: How many of them were full.
         skipped_saves: Partial saves left out because the writer was behind.
@@ -22,6 +23,7 @@ class Stats:
 
     """
 
+    step: int = 0
     saves: int = 0
     full_saves: int = 0
     skipped_saves: int = 0

@@ -112,6 +112,8 @@ class Directory:
             FileNotFoundError: If there is no such file.
 
         """
+        if self._local:
+            return open(self.file(name), "rb", buffering=0)
         return cast(IO[bytes], self.fs.open(self.file(name), "rb"))
 
     def read(self, name: str) -> bytes:

@@ -49,23 +49,26 @@ class Index:
         self.consistent: Version | None = None
         self._versions: dict[str, list[Located]] = {}
         self._live: dict[str, dict[tuple[str, Version], StoredBlock]] = {}
-        for delta in sorted(deltas, key=lambda delta: (delta.head.incarnation, delta.head.sequence)):
-            self.add(delta)
+        self._take(deltas)
 
     def add(self, delta: Delta) -> None:
         """Takes a delta in; of equal versions the one added last is kept."""
-        if delta.head.incarnation not in self.lineage:
-            return
-        consistent = delta.head.consistent
+        self._take([delta])
+
+    def _take(self, deltas: Iterable[Delta]) -> None:
+        counting = [delta for delta in deltas if delta.head.incarnation in self.lineage]
+        found: dict[str, dict[Version, Located]] = {}
+        for delta in sorted(counting, key=lambda delta: (delta.head.incarnation, delta.head.sequence)):
+            for block in delta.blocks:
+                if block.version.incarnation in self.lineage:
+                    found.setdefault(block.key, {})[block.version] = Located(delta, block)
+        consistent = max((d.head.consistent for d in counting if d.head.consistent), default=self.consistent)
         if consistent is not None and (self.consistent is None or consistent > self.consistent):
             self.consistent = consistent
-            for key in list(self._versions):
-                self._settle(key, self._versions[key])
-        for block in delta.blocks:
-            if block.version.incarnation in self.lineage:
-                others = [at for at in self._versions.get(block.key, []) if at.block.version != block.version]
-                located = sorted([*others, Located(delta, block)], key=lambda at: at.block.version, reverse=True)
-                self._settle(block.key, located)
+            found = {key: {} for key in self._versions} | found
+        for key, by_version in found.items():
+            known = {at.block.version: at for at in self._versions.get(key, ())}
+            self._settle(key, sorted((known | by_version).values(), key=_recency, reverse=True))
 
     def discard(self, located: Located) -> None:
         """Drops a version that turned out to be damaged, lest it take the place of a good one."""
@@ -104,3 +107,8 @@ class Index:
     def live(self, delta: Delta) -> list[StoredBlock]:
         """The blocks for whose sake a delta is still needed."""
         return list(self._live.get(delta.name, {}).values())
+
+
+def _recency(located: Located) -> tuple[int, int]:
+    version = located.block.version
+    return version.incarnation, version.sequence
