@@ -5,7 +5,7 @@ blocks keep their rows when optimizer state appears late or other tensors come a
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -177,10 +177,13 @@ def build_map(
         if leaf.path in moments:
             unpaired.append(leaf)
             continue
-        name = names.setdefault(identity(leaf.tensor), "/".join(map(str, leaf.path)))
-        slots.setdefault(name, {}).setdefault("param", []).append(leaf)
-        if identity(leaf.tensor) in lazy:
-            lazy_names.add(name)
+        who = identity(leaf.tensor)
+        if who not in names:
+            names[who] = _unused("/".join(map(str, leaf.path)), slots)
+            slots[names[who]] = {"param": []}
+        slots[names[who]]["param"].append(leaf)
+        if who in lazy:
+            lazy_names.add(names[who])
     for leaf in unpaired:
         owner, word = moments[leaf.path]
         parameter = names.get(owner)
@@ -190,11 +193,18 @@ def build_map(
             slots[parameter][word] = [leaf]
         else:
             # By the parameter's name: an optimizer's order changes when parameters are added.
-            name = "/".join([*map(str, leaf.path[:-2]), parameter or str(leaf.path[-2]), word])
+            name = _unused("/".join([*map(str, leaf.path[:-2]), parameter or str(leaf.path[-2]), word]), slots)
             slots[name] = {"param": [leaf]}
             lazy_names.add(name)
     size = block_size or _automatic_size(slots.values())
     return BlockMap(tuple(_group(name, by_slot, size, name in lazy_names) for name, by_slot in slots.items()), size)
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    # Places may read alike: 1 and "1", or "a/b" and the "b" in "a".
+    while name in taken:
+        name += "'"
+    return name
 
 
 def _group(name: str, by_slot: Mapping[str, list[Leaf]], block_size: int, lazy: bool) -> Group:

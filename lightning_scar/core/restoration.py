@@ -3,16 +3,18 @@
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_scar.core.blocks import BlockMap, Group, Slot
 from lightning_scar.core.memory import memory
-from lightning_scar.core.skeleton import put_together, unpack
+from lightning_scar.core.skeleton import Path, put_together, take_apart, unpack
+from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.delta import StorageError, Version
 from lightning_scar.storage.index import Located
 from lightning_scar.storage.store import Damage, DeltaStore, Reading, retry_vanished
@@ -86,6 +88,7 @@ def load(
     url: str | os.PathLike[str],
     *,
     consistent: bool = False,
+    into: dict[str, Any] | None = None,
     map_location: Any = None,
     weights_only: bool | None = None,
     storage_options: dict[str, Any] | None = None,
@@ -96,6 +99,8 @@ def load(
         url: The directory, any fsspec URL.
         consistent: Whether to read the newest full save, all blocks of one step, rather than the newest version of
             every block.
+        into: A checkpoint dict of live tensors, e.g. ``{"state_dict": model.state_dict()}``. Tensors of equal place,
+            shape and dtype are filled in place and returned, so that the state is never in memory twice.
         map_location: A device or device name to move the tensors to; ``None`` leaves them on the CPU.
         weights_only: As in ``torch.load``, for the skeleton. Tensors are never unpickled.
         storage_options: Passed to the file system.
@@ -117,7 +122,8 @@ def load(
         {'state_dict': {'weight': tensor([1., 1.])}}
 
     """
-    restored = restore(DeltaStore(url, storage_options), consistent=consistent, weights_only=weights_only)
+    store = DeltaStore(url, storage_options)
+    restored = restore(store, consistent=consistent, into=into, weights_only=weights_only)
     if map_location is None:
         return restored.checkpoint
     return _moved(restored.checkpoint, map_location)
@@ -140,9 +146,17 @@ def is_running_checkpoint(url: str | os.PathLike[str], storage_options: dict[str
     return not DeltaStore(url, storage_options).is_empty()
 
 
-def restore(store: DeltaStore, *, consistent: bool = False, weights_only: bool | None = None) -> Restored:
+def restore(
+    store: DeltaStore,
+    *,
+    consistent: bool = False,
+    into: dict[str, Any] | None = None,
+    weights_only: bool | None = None,
+) -> Restored:
     """Reads the running checkpoint of a store; see :func:`load` for arguments and errors."""
-    restored = retry_vanished(lambda: _restore(store, consistent, weights_only))
+    live = {leaf.path: leaf.tensor for leaf in take_apart(into, {})[1]} if into else {}
+    with no_collection():
+        restored = retry_vanished(lambda: _restore(store, consistent, live, weights_only))
     damages = [*store.damaged, *(damage for _, damage in restored.damaged)]
     if damages:
         # Several thousand blocks may lie in one lost file: name the first, count the rest.
@@ -155,7 +169,7 @@ def restore(store: DeltaStore, *, consistent: bool = False, weights_only: bool |
     return restored
 
 
-def _restore(store: DeltaStore, consistent: bool, weights_only: bool | None) -> Restored:
+def _restore(store: DeltaStore, consistent: bool, live: dict[Path, Tensor], weights_only: bool | None) -> Restored:
     store.refresh()
     index = store.index
     if not list(index.keys()):
@@ -170,7 +184,7 @@ def _restore(store: DeltaStore, consistent: bool, weights_only: bool | None) -> 
     reader = _Reader(store, limit)
     content, at = reader.skeleton(weights_only)
     block_map = parse(content["map"])
-    tensors = reader.groups(block_map)
+    tensors = reader.groups(block_map, live)
     leaves = {
         path: tensor
         for group, slots in zip(block_map.groups, tensors, strict=True)
@@ -212,20 +226,17 @@ class _Reader:
                 return unpack(data, weights_only), at
         raise IncompleteError(f"{self._store.directory} holds no intact skeleton: every version of it is damaged")
 
-    def groups(self, block_map: BlockMap) -> list[list[Tensor]]:
+    def groups(self, block_map: BlockMap, live: Mapping[Path, Tensor]) -> list[list[Tensor]]:
         """Reads every block of a map; returns the tensors of each group, one a slot."""
-        dense = [[torch.empty(group.shape, dtype=slot.dtype) for slot in group.slots] for group in block_map.groups]
-        memories = [[memory(tensor) for tensor in tensors] for tensors in dense]
+        targets = [[_target(group, slot, live) for slot in group.slots] for group in block_map.groups]
+        memories = [[memory(target.dense) for target in by_slot] for by_slot in targets]
         wanted = [(g, i) for g, group in enumerate(block_map.groups) for i in range(len(group))]
         while wanted:
             readings = [self._reading(block_map.groups[g], i, memories[g]) for g, i in wanted]
             owners = {reading.located.block.key: owner for reading, owner in zip(readings, wanted, strict=True)}
             self.versions |= {at.block.key: at.block.version for at, _ in readings}
             wanted = [owners[key] for key in self._note_damage(self._store.read(readings))]
-        return [
-            [_laid_out(tensor, slot) for tensor, slot in zip(tensors, group.slots, strict=True)]
-            for tensors, group in zip(dense, block_map.groups, strict=True)
-        ]
+        return [[target.filled() for target in by_slot] for by_slot in targets]
 
     def _reading(self, group: Group, i: int, memories: list[memoryview]) -> Reading:
         start, stop = group.span(i)
@@ -252,8 +263,20 @@ class _Reader:
         return [reading.located.block.key for reading, _ in found]
 
 
-def _laid_out(tensor: Tensor, slot: Slot) -> Tensor:
-    """The tensor in the memory layout that it was saved from."""
-    if slot.stride is None:
-        return tensor
-    return torch.empty_strided(tensor.shape, slot.stride, dtype=slot.dtype).copy_(tensor)
+class _Target(NamedTuple):
+    """Where a slot is read to, and the tensor that it is for, if that is another one."""
+
+    dense: Tensor
+    tensor: Tensor | None
+
+    def filled(self) -> Tensor:
+        return self.dense if self.tensor is None else self.tensor.copy_(self.dense)
+
+
+def _target(group: Group, slot: Slot, live: Mapping[Path, Tensor]) -> _Target:
+    given = next((live[path] for path in slot.paths if path in live), None)
+    if given is not None and (tuple(given.shape), given.dtype) == (group.shape, slot.dtype):
+        direct = given.is_contiguous() and given.device.type == "cpu"
+        return _Target(given, None) if direct else _Target(torch.empty(group.shape, dtype=slot.dtype), given)
+    laid_out = torch.empty_strided(group.shape, slot.stride, dtype=slot.dtype) if slot.stride else None
+    return _Target(torch.empty(group.shape, dtype=slot.dtype), laid_out)

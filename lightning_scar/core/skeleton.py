@@ -89,7 +89,7 @@ def put_together(tree: Any, leaves: Mapping[Path, Tensor]) -> Any:
 def _is_large(tensor: Tensor, parameters: Mapping[tuple[Any, ...], Any]) -> bool:
     if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or tensor.layout != torch.strided:
         return False
-    if tensor.numel() == 0 or tensor.is_quantized or tensor.is_meta:
+    if tensor.numel() == 0 or tensor.is_quantized or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
         return False
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor.dim() > 0 or identity(tensor) in parameters

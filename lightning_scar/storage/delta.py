@@ -6,15 +6,16 @@ and a checksum (XXH3, 64 bits) for each entry, and a checksum of the header itse
 when they are read; the header's decides whether the file counts at all.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import orjson
 import xxhash
 
 from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.source import Source
 
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
@@ -81,6 +82,12 @@ class StoredBlock:
     def nbytes(self) -> int:
         """Bytes of the block's entries."""
         return sum(entry.stop - entry.start for entry in self.slots.values())
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Offset of the block's first byte in the file, and the offset behind its last."""
+        entries = self.slots.values()
+        return min(entry.start for entry in entries), max(entry.stop for entry in entries)
 
 
 @dataclass(frozen=True)
@@ -192,14 +199,14 @@ def encode(head: Head, blocks: Sequence[BlockData]) -> Iterator[bytes | memoryvi
         [key, version.incarnation, version.sequence, version.step, {slot: p.checksum for slot, p in slots.items()}]
         for key, version, slots in blocks
     ]
-    yield from _header({"head": json.dumps(asdict(head)), "blocks": json.dumps(table, separators=(",", ":"))}, entries)
+    yield from _header({"head": orjson.dumps(asdict(head)).decode(), "blocks": orjson.dumps(table).decode()}, entries)
     for _, _, payload in slots:
         yield payload.data()
 
 
 def _header(metadata: dict[str, str], entries: dict[str, Any]) -> Iterator[bytes]:
     metadata = {"format": str(FORMAT_VERSION), "header_checksum": _NO_CHECKSUM, **metadata}
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+    text = orjson.dumps({"__metadata__": metadata, **entries})
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little")
     yield text.replace(_NO_CHECKSUM.encode(), checksum(text).encode(), 1)
@@ -230,20 +237,20 @@ def read_delta(directory: Directory, name: str) -> Delta:
         size = file.tell()
     try:
         metadata, entries = _checked_header(text)
-        head = _head(json.loads(metadata["head"]))
-        blocks = tuple(_blocks(json.loads(metadata["blocks"]), entries, 8 + len(text)))
+        head = _head(orjson.loads(metadata["head"]))
+        blocks = tuple(_blocks(orjson.loads(metadata["blocks"]), entries, 8 + len(text)))
     except NewerFormatError as error:
         raise NewerFormatError(f"{directory.file(name)} {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{directory.file(name)} is damaged: its header does not hold ({error!r})") from None
-    end = max((entry.stop for block in blocks for entry in block.slots.values()), default=0)
+    end = 8 + len(text) + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end > size:
         raise DamagedError(f"{directory.file(name)} is damaged: {size} bytes long, its data end at {end}")
     return Delta(name, size, head, blocks)
 
 
 def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
-    entries = json.loads(text)
+    entries = orjson.loads(text)
     metadata = entries.pop("__metadata__")
     # Before the checksum: a newer format may well compute it in another way.
     if int(metadata["format"]) > FORMAT_VERSION:
@@ -266,19 +273,34 @@ def _head(fields: dict[str, Any]) -> Head:
 def _blocks(table: list[Any], entries: dict[str, Any], data_start: int) -> Iterator[StoredBlock]:
     for key, incarnation, sequence, step, sums in table:
         version = Version(incarnation, sequence, step)
-        slots = {}
-        for slot, expected in sums.items():
-            entry = entries[_entry_name(key, slot, version)]
-            start, stop = entry["data_offsets"]
-            slots[slot] = Entry(entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + stop, expected)
-        yield StoredBlock(key, version, slots)
+        raw = {slot: (entries[_entry_name(key, slot, version)], expected) for slot, expected in sums.items()}
+        yield StoredBlock(key, version, _Slots(raw, data_start))
 
 
-def read_entry(file: IO[bytes], entry: Entry, into: memoryview) -> None:
+class _Slots(Mapping[str, Entry]):
+    """The entries of a block, made when they are asked for: a directory has tens of thousands, and reads few."""
+
+    def __init__(self, raw: dict[str, tuple[dict[str, Any], str]], data_start: int) -> None:
+        self._raw = raw
+        self._data_start = data_start
+
+    def __getitem__(self, slot: str) -> Entry:
+        entry, expected = self._raw[slot]
+        start, stop = (self._data_start + offset for offset in entry["data_offsets"])
+        return Entry(entry["dtype"], tuple(entry["shape"]), start, stop, expected)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+def read_entry(source: Source, entry: Entry, into: memoryview) -> None:
     """Reads one entry into ready memory and verifies its checksum.
 
     Args:
-        file: The open delta.
+        source: The open delta.
         entry: Which entry.
         into: Writable bytes, exactly as many as the entry has.
 
@@ -286,12 +308,7 @@ def read_entry(file: IO[bytes], entry: Entry, into: memoryview) -> None:
         DamagedError: If the file ends too early or the bytes do not match their checksum.
 
     """
-    file.seek(entry.start)
-    done = 0
-    while done < len(into):
-        count = file.readinto(into[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise DamagedError(f"the file ends {len(into) - done} bytes too early")
-        done += count
+    if not source.read_into(entry.start, into):
+        raise DamagedError("the file ends too early")
     if checksum(into) != entry.checksum:
         raise DamagedError("the bytes do not match their checksum")

@@ -3,11 +3,16 @@
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from copy import copy
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, cast
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from lightning_scar.storage.source import MappedSource, Source, StreamSource
 
 _TEMPORARY = ".tmp"
 
@@ -30,7 +35,6 @@ class Directory:
 
     def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
         self.url = os.fspath(url)
-        self._storage_options = storage_options
         self.fs, path = url_to_fs(self.url, **(storage_options or {}))
         self.path = str(path).rstrip("/")
         self._local = isinstance(self.fs, LocalFileSystem)
@@ -40,7 +44,10 @@ class Directory:
 
     def child(self, name: str) -> "Directory":
         """The folder ``name`` below this one (which need not exist)."""
-        return Directory(f"{self.url.rstrip('/')}/{name}", self._storage_options)
+        # Not by the URL: a relative one would lead elsewhere once the process has changed its working directory.
+        child = copy(self)
+        child.url, child.path = f"{self.url.rstrip('/')}/{name}", self.file(name)
+        return child
 
     def file(self, name: str) -> str:
         """The full path of the file ``name``, for messages and for the file system."""
@@ -114,7 +121,22 @@ class Directory:
         """
         if self._local:
             return open(self.file(name), "rb", buffering=0)
+        if isinstance(self.fs, MemoryFileSystem):
+            # It has one file object a file, whose position all its readers would share.
+            return BytesIO(self.read(name))
         return cast(IO[bytes], self.fs.open(self.file(name), "rb"))
+
+    def source(self, name: str, start: int, stop: int) -> Source:
+        """Opens a stretch of a file for reading entries.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+
+        """
+        if self._local:
+            with suppress(OSError, ValueError, AttributeError):
+                return MappedSource(self.file(name), start, stop)
+        return StreamSource(self.open(name))
 
     def read(self, name: str) -> bytes:
         """All bytes of a small file.

@@ -2,12 +2,13 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.compaction import Usage, worth_merging
 from lightning_scar.storage.delta import (
     SUFFIX,
@@ -23,9 +24,12 @@ from lightning_scar.storage.delta import (
 )
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.index import Index, Located, newest_lineage
+from lightning_scar.storage.source import Source
 
 _RANK_FOLDER = "rank-"
 _READERS = max(2, min(8, os.cpu_count() or 2))
+#: Blocks that are not worth a reader of their own.
+_SMALLEST_BATCH = 64
 #: How often a reader lists again when files vanish under it; each time means that a whole compaction came between.
 _ATTEMPTS = 20
 
@@ -105,8 +109,9 @@ class DeltaStore:
 
         """
         self.damaged = []
-        self._deltas = retry_vanished(self._read_headers)
-        self.index = Index(newest_lineage(self._deltas.values()), self._deltas.values())
+        with no_collection():
+            self._deltas = retry_vanished(self._read_headers)
+            self.index = Index(newest_lineage(self._deltas.values()), self._deltas.values())
 
     def _names(self) -> list[str]:
         folders = [name for name in self.directory.names() if name.startswith(_RANK_FOLDER)]
@@ -145,31 +150,32 @@ class DeltaStore:
             FileNotFoundError: If a compaction has replaced a file; :meth:`refresh` and ask again.
 
         """
-        by_file: dict[str, list[Reading]] = {}
+        by_file: dict[str, list[tuple[int, int, Reading]]] = {}
         for reading in readings:
-            by_file.setdefault(reading.located.delta.name, []).append(reading)
-        # Large files are shared out, so that one full delta does not keep a single reader busy.
-        batches = [
-            (name, sorted(group, key=lambda reading: min(e.start for e in reading.located.block.slots.values()))[i::n])
-            for name, group in by_file.items()
-            for n in [min(len(group), _READERS)]
-            for i in range(n)
-        ]
+            start, stop = reading.located.block.extent
+            by_file.setdefault(reading.located.delta.name, []).append((start, stop, reading))
         with ThreadPoolExecutor(_READERS) as pool:
-            found = pool.map(lambda batch: list(self._read_batch(*batch)), batches)
-            return [damage for batch in found for damage in batch]
+            batches = [
+                pool.submit(self._read_batch, name, batch)
+                for name, found in by_file.items()
+                for batch in _shared_out(sorted(found, key=lambda item: item[0]))
+            ]
+            return [damage for batch in batches for damage in batch.result()]
 
-    def _read_batch(self, name: str, readings: list[Reading]) -> Iterator[tuple[Reading, Damage]]:
-        with self.directory.open(name) as file:
-            for reading in readings:
+    def _read_batch(self, name: str, batch: list[tuple[int, int, Reading]]) -> list[tuple[Reading, Damage]]:
+        damages = []
+        with self.directory.source(name, batch[0][0], max(stop for _, stop, _ in batch)) as source:
+            for _, _, reading in batch:
                 block = reading.located.block
                 try:
                     for slot, into in reading.into.items():
-                        read_entry(file, block.slots[slot], into)
+                        read_entry(source, block.slots[slot], into)
                 except FileNotFoundError:
                     raise
                 except (DamagedError, OSError) as error:
-                    yield reading, Damage(self.directory.file(name), str(error), block.key, block.version.step)
+                    damage = Damage(self.directory.file(name), str(error), block.key, block.version.step)
+                    damages.append((reading, damage))
+        return damages
 
     def verify(self) -> list[Damage]:
         """Reads everything that counts and checks it.
@@ -253,10 +259,10 @@ class DeltaStore:
             with ExitStack() as files:
                 blocks = [
                     BlockData(
-                        block.key, block.version, {s: self._copied(delta, file, e) for s, e in block.slots.items()}
+                        block.key, block.version, {s: self._copied(delta, source, e) for s, e in block.slots.items()}
                     )
                     for delta in sources
-                    for file in [files.enter_context(self.directory.open(delta.name))]
+                    for source in [files.enter_context(self.directory.source(delta.name, 0, delta.nbytes))]
                     for block in self.index.live(delta)
                 ]
                 self._write(name, replace(head, kind="compacted"), blocks)
@@ -268,11 +274,11 @@ class DeltaStore:
         for delta in sources:
             self._delete(delta)
 
-    def _copied(self, delta: Delta, file: IO[bytes], entry: Entry) -> Payload:
+    def _copied(self, delta: Delta, source: Source, entry: Entry) -> Payload:
         def data() -> memoryview:
             into = memoryview(bytearray(entry.stop - entry.start))
             try:
-                read_entry(file, entry, into)
+                read_entry(source, entry, into)
             except DamagedError as error:
                 raise DamagedError(f"{self.directory.file(delta.name)}: {error}") from None
             return into
@@ -282,6 +288,12 @@ class DeltaStore:
     def _delete(self, delta: Delta) -> None:
         self.directory.delete(delta.name)
         self._deltas.pop(delta.name, None)
+
+
+def _shared_out(items: list[T]) -> list[list[T]]:
+    """Cuts a list into stretches, so that one large file does not keep a single reader busy."""
+    size = max(_SMALLEST_BATCH, -(-len(items) // _READERS))
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def retry_vanished(read: Callable[[], T]) -> T:
