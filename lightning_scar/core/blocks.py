@@ -67,12 +67,12 @@ class Group:
         """The shape of one row."""
         return self.shape[1:]
 
-    @property
+    @cached_property
     def row_numel(self) -> int:
         """Elements of a row."""
         return int(torch.Size(self.row_shape).numel())
 
-    @property
+    @cached_property
     def row_nbytes(self) -> int:
         """Bytes of a row over all slots."""
         return self.row_numel * sum(slot.dtype.itemsize for slot in self.slots)

@@ -52,6 +52,8 @@ def is_finite(values: Tensor) -> bool:
     """
     if not (values.is_floating_point() or values.is_complex()):
         return True
+    if values.is_complex():
+        values = torch.view_as_real(values)
     if values.dtype.itemsize == 1:
         return all(bool(chunk.float().isfinite().all()) for chunk in torch.split(values.reshape(-1), _CHUNK))
     return bool(torch.linalg.vector_norm(values, ord=torch.inf).isfinite())

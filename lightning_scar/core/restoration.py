@@ -249,9 +249,9 @@ class _Reader:
     def _candidate(self, group: Group, i: int) -> Located:
         key = group.key(i)
         nbytes = (group.span(i)[1] - group.span(i)[0]) * group.row_nbytes
-        names = {slot.name for slot in group.slots}
+        names = [slot.name for slot in group.slots]
         for at in self._candidates(key):
-            if set(at.block.slots) == names and at.block.nbytes == nbytes:
+            if sorted(at.block.slots) == sorted(names) and at.block.nbytes == nbytes:
                 return at
         raise IncompleteError(
             f"{self._store.directory} holds no intact version of block {key}; it is not filled with initial values. "

@@ -8,7 +8,7 @@ when they are read; the header's decides whether the file counts at all.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import orjson
@@ -34,8 +34,7 @@ class NewerFormatError(StorageError):
     """A delta was written by a newer version of this library."""
 
 
-@dataclass(frozen=True, order=True)
-class Version:
+class Version(NamedTuple):
     """When a block was saved. Ordered by incarnation and sequence; the step is for people.
 
     Attributes:
@@ -47,7 +46,7 @@ class Version:
 
     incarnation: int
     sequence: int
-    step: int = field(compare=False)
+    step: int
 
 
 @dataclass(frozen=True)
@@ -70,24 +69,54 @@ class Entry:
     checksum: str
 
 
-@dataclass(frozen=True)
-class StoredBlock:
+class Slots(Mapping[str, Entry]):
+    """The entries of a block by slot, made when they are asked for: a directory has tens of thousands, and reads few.
+
+    Args:
+        raw: For each slot the entry as the header has it, and its checksum.
+        data_start: Where the data begin in the file.
+
+    """
+
+    def __init__(self, raw: dict[str, tuple[dict[str, Any], str]], data_start: int) -> None:
+        self._raw = raw
+        self._data_start = data_start
+
+    def __getitem__(self, slot: str) -> Entry:
+        entry, expected = self._raw[slot]
+        start, stop = entry["data_offsets"]
+        return Entry(entry["dtype"], tuple(entry["shape"]), self._data_start + start, self._data_start + stop, expected)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """For each slot the offset of its first byte in the file, and the offset behind its last."""
+        offsets = (entry["data_offsets"] for entry, _ in self._raw.values())
+        return [(self._data_start + start, self._data_start + stop) for start, stop in offsets]
+
+
+class StoredBlock(NamedTuple):
     """One version of one block in a delta."""
 
     key: str
     version: Version
-    slots: Mapping[str, Entry]
+    slots: Slots
 
     @property
     def nbytes(self) -> int:
         """Bytes of the block's entries."""
-        return sum(entry.stop - entry.start for entry in self.slots.values())
+        return sum(stop - start for start, stop in self.slots.spans)
 
     @property
     def extent(self) -> tuple[int, int]:
         """Offset of the block's first byte in the file, and the offset behind its last."""
-        entries = self.slots.values()
-        return min(entry.start for entry in entries), max(entry.stop for entry in entries)
+        starts, stops = zip(*self.slots.spans, strict=True)
+        return min(starts), max(stops)
 
 
 @dataclass(frozen=True)
@@ -199,7 +228,7 @@ def encode(head: Head, blocks: Sequence[BlockData]) -> Iterator[bytes | memoryvi
         [key, version.incarnation, version.sequence, version.step, {slot: p.checksum for slot, p in slots.items()}]
         for key, version, slots in blocks
     ]
-    yield from _header({"head": orjson.dumps(asdict(head)).decode(), "blocks": orjson.dumps(table).decode()}, entries)
+    yield from _header({"head": _head_as_json(head), "blocks": orjson.dumps(table).decode()}, entries)
     for _, _, payload in slots:
         yield payload.data()
 
@@ -264,36 +293,22 @@ def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     return metadata, entries
 
 
+def _head_as_json(head: Head) -> str:
+    consistent = list(head.consistent) if head.consistent else None
+    return orjson.dumps({**asdict(head), "consistent": consistent}).decode()
+
+
 def _head(fields: dict[str, Any]) -> Head:
     consistent = fields.pop("consistent")
     lineage = tuple(fields.pop("lineage"))
-    return Head(**fields, lineage=lineage, consistent=Version(**consistent) if consistent else None)
+    return Head(**fields, lineage=lineage, consistent=Version(*consistent) if consistent else None)
 
 
 def _blocks(table: list[Any], entries: dict[str, Any], data_start: int) -> Iterator[StoredBlock]:
     for key, incarnation, sequence, step, sums in table:
         version = Version(incarnation, sequence, step)
         raw = {slot: (entries[_entry_name(key, slot, version)], expected) for slot, expected in sums.items()}
-        yield StoredBlock(key, version, _Slots(raw, data_start))
-
-
-class _Slots(Mapping[str, Entry]):
-    """The entries of a block, made when they are asked for: a directory has tens of thousands, and reads few."""
-
-    def __init__(self, raw: dict[str, tuple[dict[str, Any], str]], data_start: int) -> None:
-        self._raw = raw
-        self._data_start = data_start
-
-    def __getitem__(self, slot: str) -> Entry:
-        entry, expected = self._raw[slot]
-        start, stop = (self._data_start + offset for offset in entry["data_offsets"])
-        return Entry(entry["dtype"], tuple(entry["shape"]), start, stop, expected)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._raw)
-
-    def __len__(self) -> int:
-        return len(self._raw)
+        yield StoredBlock(key, version, Slots(raw, data_start))
 
 
 def read_entry(source: Source, entry: Entry, into: memoryview) -> None:
