@@ -52,8 +52,7 @@ class LastSaved:
                 values[group.name] = torch.empty_like(tensors[0])
             else:
                 steps.append(self.steps[self.map.offsets[old] : self.map.offsets[old + 1]])
-                # Dense tensors keep the layout of the live one, which makes scoring one straight read.
-                values[group.name] = torch.empty_like(tensors[0]).copy_(self._values.pop(group.name))
+                values[group.name] = _laid_out_like(tensors[0], rows(self._values.pop(group.name)))
         self.map, self._values = block_map, values
         self.steps = torch.cat(steps) if steps else torch.zeros(0, dtype=torch.int64)
 
@@ -74,6 +73,13 @@ class LastSaved:
         for key in keys:
             if key in self.map.numbers:
                 self.steps[self.map.numbers[key]] = NEVER
+
+
+def _laid_out_like(live: Tensor, values: Tensor) -> Tensor:
+    """The values in the layout of the live tensor, which makes scoring one straight read."""
+    if values.stride() == live.stride() and values.device == live.device:
+        return values
+    return torch.empty_like(live).copy_(values)
 
 
 def _likeness(group: Group) -> tuple[object, ...]:

@@ -96,7 +96,7 @@ class RunningCheckpoint:
         self.restored_age = 0
         self._has_base = False
         self._consistent: Version | None = None
-        self._signature: list[Any] = []
+        self._signature: list[Any] | None = None
         self._described = ""
         self._save: _Save | None = None
         self._stager = Stager(self.settings, self.store)
