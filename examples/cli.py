@@ -1,0 +1,17 @@
+"""Everything from flags and YAML.
+
+    python examples/cli.py fit --config examples/cli.yaml
+    python examples/cli.py fit --config examples/cli.yaml --trainer.callbacks.fraction=0.25
+"""
+
+from digits import DigitClassifier, Digits
+from lightning.pytorch.cli import LightningCLI
+
+
+def main() -> None:
+    # A run that is started again finds its own config file in the log folder.
+    LightningCLI(DigitClassifier, Digits, save_config_kwargs={"overwrite": True})
+
+
+if __name__ == "__main__":
+    main()
