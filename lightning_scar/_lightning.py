@@ -33,16 +33,31 @@ def intercept_resume(
 
     """
     connector = trainer._checkpoint_connector
-    original = connector.resume_start
 
     def resume_start(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
-        connector.resume_start = original  # type: ignore[method-assign]
+        end_interception(trainer)
         path = choose(checkpoint_path)
-        original(path, *args, **kwargs)
+        connector.resume_start(path, *args, **kwargs)
         if path:
             loaded(path, connector._loaded_checkpoint)
 
     connector.resume_start = resume_start  # type: ignore[method-assign]
+
+
+def end_interception(trainer: pl.Trainer) -> None:
+    """Undoes :func:`intercept_resume`, if a call failed before it came to loading."""
+    vars(trainer._checkpoint_connector).pop("resume_start", None)
+
+
+def begin_next_epochs_data(trainer: pl.Trainer) -> None:
+    """Moves loaders that were restored at the end of their epoch to the next one.
+
+    Lightning takes such an iterator as it is: the next epoch would pass without a single batch.
+    """
+    loop = trainer.fit_loop
+    at_end = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
+    if at_end and loop._combined_loader is not None and loop._combined_loader._state_dicts():
+        iter(loop._data_fetcher)  # type: ignore[call-overload]
 
 
 def logger_step(trainer: pl.Trainer) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -116,6 +117,7 @@ class SCARCheckpoint(Checkpoint):
         self._stepped_outside = False
         self._seen_step = 0
         self._last_step = 0
+        self._last_full_step = 0
         self._last_time = 0.0
         self._logged_saves = 0
         self._finished_here = False
@@ -169,33 +171,38 @@ class SCARCheckpoint(Checkpoint):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning's signal handlers are in place, and loops and loaders restored."""
+        _lightning.begin_next_epochs_data(trainer)
         self._global_step = trainer.global_step
-        self._seen_step = self._last_step = self._step(trainer)
+        self._seen_step = self._last_step = self._last_full_step = self._step(trainer)
         self._last_time = time.monotonic()
         if self._running is not None and threading.current_thread() is threading.main_thread():
             self._sigterm = DeferredSigterm(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves everything, and marks the run as finished unless its time was merely up."""
+        """Saves everything, and marks the run as finished unless it was merely told to stop."""
         if self._running is None:
             return
-        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-        time_is_up = any((timer.time_remaining() or 1) <= 0 for timer in timers)
-        self._finished_here = not time_is_up
-        self._begin(trainer, full=True, finished=not time_is_up)
-        self._running.fence()
+        told_to_stop = self._sigterm is not None and self._sigterm.received
+        self._finished_here = not told_to_stop and not self._time_is_up(trainer)
+        # A run whose time is up was saved in the middle of its epoch. By now Lightning has closed the epoch.
+        if self._finished_here or self._step(trainer) != self._last_full_step:
+            self._begin(trainer, full=True, finished=self._finished_here)
+            self._running.fence()
         self._log(trainer)
+        if self._sigterm is not None and told_to_stop:
+            self._sigterm.proceed()
+            raise SIGTERMException
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Saves what there is."""
         if self._running is None:
-            return
+            return self._close(trainer)
         try:
-            if self._save_on_exception and trainer.training and self._step(trainer) > self._last_step:
+            if self._save_on_exception and trainer.training and self._step(trainer) != self._last_full_step:
                 self._begin(trainer, full=True)
-            self._close()
+            self._close(trainer)
         except Exception as error:
             # The exception under way is the one that the user must see.
             warnings.warn(f"lightning-scar: the last save failed too: {error!r}", stacklevel=2)
@@ -203,15 +210,17 @@ class SCARCheckpoint(Checkpoint):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Waits for the last write, and raises or warns about failed ones."""
-        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Fences)]  # type: ignore[attr-defined]
-        self._close()
+        self._close(trainer)
 
-    def _close(self) -> None:
+    def _close(self, trainer: pl.Trainer) -> None:
+        _lightning.end_interception(trainer)
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Fences)]  # type: ignore[attr-defined]
         running, self._running = self._running, None
         if running is None:
             return
         if self._step_watch is not None:
             self._step_watch.remove()
+            self._step_watch = None
         if self._sigterm is not None:
             self._sigterm.restore()
             self._sigterm = None
@@ -240,8 +249,14 @@ class SCARCheckpoint(Checkpoint):
             self._begin(trainer, full=True)
             self._running.fence()
             self._sigterm.proceed()
+        elif trainer.should_stop and self._time_is_up(trainer):
+            self._begin(trainer, full=True)
         elif self._is_due(step):
             self._begin(trainer, full=self._is_full(step))
+
+    def _time_is_up(self, trainer: pl.Trainer) -> bool:
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        return any((timer.time_remaining() or 1) <= 0 for timer in timers)
 
     def _is_due(self, step: int) -> bool:
         if self._every_n_train_steps is not None:
@@ -260,6 +275,8 @@ class SCARCheckpoint(Checkpoint):
         assert self._io is not None
         step = self._step(trainer)
         self._last_step, self._last_time = step, time.monotonic()
+        if full:
+            self._last_full_step = step
         options = {
             "step": step,
             "optimizers": {("optimizer_states", i): optimizer for i, optimizer in enumerate(trainer.optimizers)},

@@ -251,7 +251,7 @@ class RunningCheckpoint:
         by_path = {leaf.path: leaf.tensor for leaf in leaves}
         if signature != self._signature:
             block_map = self._build_map(checkpoint, leaves, optimizers, parameters)
-            self._stager.last.fit(block_map, _live(block_map, by_path))
+            self._stager.fit(block_map, _live(block_map, by_path))
             self._signature, self._described = signature, describe(block_map)
         return _live(self._stager.last.map, by_path), pack({"tree": tree, "map": self._described})
 
@@ -298,12 +298,14 @@ class RunningCheckpoint:
         """Runs in the writer's thread."""
         blocks = [block for staged in save.staging.groups for block in staged.blocks()]
         # Of the parameters it is known; optimizer state is looked at here, where nobody waits.
-        bad = {block.key for block in blocks if not block.is_finite and self.store.index.newest(block.key) is not None}
+        bad = {block.key for block in blocks if not block.state_is_finite and self._is_stored(block.key)}
         keys = {block.key for block in blocks}
         self._stager.failed |= bad
         self.stats.non_finite_blocks += len(bad)
         head = self._head(save, complete=save.staging.full and not save.staging.non_finite and not bad)
         try:
+            if not all(self._is_stored(key) for key in self._stager.failed - keys):
+                raise StorageError("an earlier save failed, without whose blocks this one would have holes")
             data = [block.data(save.version) for block in blocks if block.key not in bad]
             skeleton = torch.frombuffer(save.skeleton, dtype=torch.uint8)
             data.append(BlockData(SKELETON, save.version, {"bytes": payload(skeleton, torch.uint8, skeleton.shape)}))
@@ -331,8 +333,8 @@ class RunningCheckpoint:
 
     def _settle_failures(self) -> None:
         """Raises or warns about failed writes, and forgets what they did not save."""
-        if lost := [key for key in set(self._stager.failed) if self.store.index.newest(key) is None]:
-            self._stager.last.forget(lost)
+        if lost := [key for key in set(self._stager.failed) if not self._is_stored(key)]:
+            self._stager.forget(lost)
             self._has_base = self.store.index.newest(SKELETON) is not None
         self._warn_of_non_finite()
         errors = self._writer.take_errors()
@@ -344,6 +346,14 @@ class RunningCheckpoint:
                 f"a save to {self.store.directory} failed, training goes on without it: {errors[0]!r}. Further "
                 "failures are counted as failed_saves",
             )
+
+    def _is_stored(self, key: str) -> bool:
+        """Whether some version of a block is on disk, with all the slots that it has now."""
+        block_map, stored = self._stager.last.map, self.store.index.newest(key)
+        if key not in block_map.numbers:
+            return True  # Nobody will ask for it.
+        group = block_map.groups[block_map.locate(block_map.numbers[key])[0]]
+        return stored is not None and set(stored.slots) == {slot.name for slot in group.slots}
 
     def _warn_of_non_finite(self) -> None:
         if self.stats.non_finite_blocks:

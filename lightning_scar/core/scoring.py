@@ -85,7 +85,7 @@ class Scorer:
         distance = torch.cat([self._distances(last, live, g) for g in groups])
         never = last.steps[blocks] == NEVER
         non_finite = distance.isnan() & ~never
-        unchanged = self._unchanged(last, live, blocks, distance, never)
+        unchanged = self._unchanged(last, live, blocks, (distance == 0) & ~never, full=budget is None)
         if failed:
             distance[self._among(block_map, blocks, failed) & ~non_finite] = torch.inf
             unchanged &= distance != torch.inf
@@ -117,19 +117,23 @@ class Scorer:
         return block_distances(live[g][0], last.values(group), group.rows_per_block)
 
     def _unchanged(
-        self, last: LastSaved, live: Sequence[Sequence[Tensor]], blocks: Tensor, distance: Tensor, never: Tensor
+        self, last: LastSaved, live: Sequence[Sequence[Tensor]], blocks: Tensor, resting: Tensor, full: bool
     ) -> Tensor:
-        """Which blocks are on disk as they are now: frozen ones, mostly.
+        """Which of the blocks at distance 0 are on disk as they are now: frozen ones, mostly.
 
         Distance 0 is not enough: state may move while the parameter rests (a warm-up that begins at rate 0), and
-        -0.0 equals 0.0. So what did not move is compared with the checksums on disk.
+        -0.0 equals 0.0. So what did not move is compared with the checksums on disk. Where the last version is still
+        on its way there, a partial save leaves the question to the next one.
         """
-        unchanged = torch.zeros_like(never)
-        for i in ((distance == 0) & ~never).nonzero().flatten().tolist():
+        unchanged = torch.zeros_like(resting)
+        for i in resting.nonzero().flatten().tolist():
             g, number = last.map.locate(int(blocks[i]))
             group = last.map.groups[g]
             stored = self._store.index.newest(group.key(number))
-            unchanged[i] = stored is not None and all(
+            if stored is None or stored.version.step != last.steps[blocks[i]]:
+                unchanged[i] = not full
+                continue
+            unchanged[i] = all(
                 slot.name in stored.slots and stored.slots[slot.name].checksum == _checksum(tensor, *group.span(number))
                 for slot, tensor in zip(group.slots, live[g], strict=True)
             )

@@ -1,12 +1,13 @@
 """Scores, chooses and copies blocks: at once, or beside the next forward and backward."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lightning_scar.core.blocks import BlockMap
 from lightning_scar.core.last_saved import NEVER, LastSaved
 from lightning_scar.core.scoring import Choice, Scorer
 from lightning_scar.core.settings import Settings
@@ -76,8 +77,7 @@ class Stager:
 
     def start(self, staging: Staging) -> None:
         """Copies what cannot wait; the rest is on its way when this returns."""
-        if self._recording is not None:
-            self._recording.result()
+        self._recorded()
         lazy = self._lazy_groups(staging)
         staging.tensor_versions = {g: _versions(staging.live[g]) for g in lazy}
         eager = [g for g in range(len(staging.live)) if g not in lazy]
@@ -103,6 +103,16 @@ class Stager:
             dropped = [staged for staged in staging.groups if staged.group.name in torn]
             self.failed |= {staged.group.key(number) for staged in dropped for number in staged.numbers}
             staging.groups = [staged for staged in staging.groups if staged.group.name not in torn]
+
+    def fit(self, block_map: BlockMap, live: Sequence[Sequence[Tensor]]) -> None:
+        """Follows a change of the state; see :meth:`LastSaved.fit`."""
+        self._recorded()
+        self.last.fit(block_map, live)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Makes blocks count as never saved."""
+        self._recorded()
+        self.last.forget(keys)
 
     def close(self) -> None:
         """Ends the thread."""
@@ -148,6 +158,10 @@ class Stager:
         for g, numbers in choice.by_group(block_map).items():
             staging.groups.append(stage(staging.buffer, block_map.groups[g], staging.live[g], numbers))
         return choice.nbytes
+
+    def _recorded(self) -> None:
+        if self._recording is not None:
+            self._recording.result()
 
     def _record(self, staging: Staging, groups: Sequence[StagedGroup]) -> None:
         for staged in groups:

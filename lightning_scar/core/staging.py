@@ -83,9 +83,10 @@ class StagedBlock(NamedTuple):
     copies: list[Tensor]
 
     @property
-    def is_finite(self) -> bool:
-        """Whether it holds neither NaN nor Inf."""
-        return all(is_finite(copy.view(slot.dtype)) for slot, copy in zip(self.slots, self.copies, strict=True))
+    def state_is_finite(self) -> bool:
+        """Whether the optimizer state holds neither NaN nor Inf; of the parameter itself its distance tells."""
+        state = zip(self.slots[1:], self.copies[1:], strict=True)
+        return all(is_finite(copy.view(slot.dtype)) for slot, copy in state)
 
     def data(self, version: Version) -> BlockData:
         """What goes into the delta."""

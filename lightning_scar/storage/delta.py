@@ -260,17 +260,17 @@ def read_delta(directory: Directory, name: str) -> Delta:
 
     """
     with directory.open(name) as file:
-        prefix = file.read(8)
-        text = file.read(int.from_bytes(prefix, "little")) if len(prefix) == 8 else b""
-        file.seek(0, 2)
-        size = file.tell()
+        size = file.seek(0, 2)
+        file.seek(0)
+        # A damaged length may be any number; what is cut short here fails its checksum below.
+        text = file.read(min(int.from_bytes(file.read(8), "little"), size))
     try:
         metadata, entries = _checked_header(text)
         head = _head(orjson.loads(metadata["head"]))
         blocks = tuple(_blocks(orjson.loads(metadata["blocks"]), entries, 8 + len(text)))
     except NewerFormatError as error:
         raise NewerFormatError(f"{directory.file(name)} {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{directory.file(name)} is damaged: its header does not hold ({error!r})") from None
     end = 8 + len(text) + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end > size:
@@ -281,15 +281,15 @@ def read_delta(directory: Directory, name: str) -> Delta:
 def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     entries = orjson.loads(text)
     metadata = entries.pop("__metadata__")
-    # Before the checksum: a newer format may well compute it in another way.
+    # The same in every format, lest damage be taken for a newer format.
+    expected = metadata["header_checksum"]
+    if checksum(text.replace(expected.encode(), _NO_CHECKSUM.encode(), 1)) != expected:
+        raise ValueError("checksum")
     if int(metadata["format"]) > FORMAT_VERSION:
         raise NewerFormatError(
             f"has format {metadata['format']}, this version of lightning-scar reads up to {FORMAT_VERSION}: "
             "upgrade lightning-scar"
         )
-    expected = metadata["header_checksum"]
-    if checksum(text.replace(expected.encode(), _NO_CHECKSUM.encode(), 1)) != expected:
-        raise ValueError("checksum")
     return metadata, entries
 
 

@@ -241,7 +241,9 @@ class DeltaStore:
             self._merge(head, sources)
 
     def _own(self) -> list[Delta]:
-        return [delta for delta in self.deltas if delta.name.startswith(self.folder)]
+        # Without those of a fresh incarnation that does not count yet: its other ranks have still to save.
+        counting = max(self.index.lineage, default=0)
+        return [d for d in self.deltas if d.name.startswith(f"{self.folder}/") and d.head.incarnation <= counting]
 
     def _mergeable(self, state_bytes: int, save_bytes: int) -> list[Delta]:
         own = [delta for delta in self._own() if delta.name not in self._unmergeable]
@@ -268,7 +270,8 @@ class DeltaStore:
                 self._write(name, replace(head, kind="compacted"), blocks)
         except DamagedError as error:
             # What cannot be read cannot be copied. The files stay as they are, and readers report the damage.
-            self._unmergeable.update(delta.name for delta in sources)
+            if not self._unmergeable.intersection(delta.name for delta in sources):
+                self._unmergeable.update(delta.name for delta in sources)
             warnings.warn(f"lightning-scar leaves damaged deltas out of the compaction: {error}", stacklevel=2)
             return
         for delta in sources:
@@ -280,6 +283,7 @@ class DeltaStore:
             try:
                 read_entry(source, entry, into)
             except DamagedError as error:
+                self._unmergeable.add(delta.name)
                 raise DamagedError(f"{self.directory.file(delta.name)}: {error}") from None
             return into
 
