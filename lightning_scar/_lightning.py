@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import _set_sampler_epoch
 
 
 def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
@@ -49,15 +50,32 @@ def end_interception(trainer: pl.Trainer) -> None:
     vars(trainer._checkpoint_connector).pop("resume_start", None)
 
 
-def begin_next_epochs_data(trainer: pl.Trainer) -> None:
-    """Moves loaders that were restored at the end of their epoch to the next one.
+def loader_states(checkpoint: dict[str, Any]) -> list[Any]:
+    """What loaders with a ``state_dict`` said about their position in the data."""
+    states: list[Any] = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+    return states
 
-    Lightning takes such an iterator as it is: the next epoch would pass without a single batch.
+
+def place_data(trainer: pl.Trainer, states: list[Any]) -> None:
+    """Puts the training data where they were in the middle, or at the end, of an epoch.
+
+    Lightning restores loaders before it tells their samplers the epoch, so the rest of a shuffled epoch would come in
+    the order of epoch 0; and it takes an iterator at its end as it is, so an epoch would pass without a single batch.
+
+    Args:
+        trainer: Its loops are restored.
+        states: From :func:`loader_states`.
+
     """
     loop = trainer.fit_loop
-    at_end = loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch
-    if at_end and loop._combined_loader is not None and loop._combined_loader._state_dicts():
-        iter(loop._data_fetcher)  # type: ignore[call-overload]
+    if not loop.restarting or loop._combined_loader is None or loop._data_fetcher is None:
+        return
+    for loader in loop._combined_loader.flattened:
+        _set_sampler_epoch(loader, loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+    # At an epoch's end, Lightning's own iterator has used the states up: the next one begins the next epoch.
+    if not loop.epoch_loop.batch_progress.is_last_batch:
+        loop._combined_loader._load_state_dicts(states)
+    iter(loop._data_fetcher)
 
 
 def logger_step(trainer: pl.Trainer) -> int:

@@ -120,6 +120,7 @@ class SCARCheckpoint(Checkpoint):
         self._last_full_step = 0
         self._last_time = 0.0
         self._logged_saves = 0
+        self._loader_states: list[Any] = []
         self._finished_here = False
 
     @property
@@ -162,6 +163,7 @@ class SCARCheckpoint(Checkpoint):
         if not self._is_own(path):
             return
         fit_to_model(path, checkpoint, trainer.lightning_module, self._strict)
+        self._loader_states = _lightning.loader_states(checkpoint)
         age = f", age of the oldest block {self._running.restored_age} steps" if self._running is not None else ""
         rank_zero_info(f"Resuming from the running checkpoint {path}: step {checkpoint['global_step']}{age}.")
 
@@ -171,7 +173,9 @@ class SCARCheckpoint(Checkpoint):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning's signal handlers are in place, and loops and loaders restored."""
-        _lightning.begin_next_epochs_data(trainer)
+        if self._loader_states:
+            _lightning.place_data(trainer, self._loader_states)
+            self._loader_states = []
         self._global_step = trainer.global_step
         self._seen_step = self._last_step = self._last_full_step = self._step(trainer)
         self._last_time = time.monotonic()

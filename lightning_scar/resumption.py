@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_scar.core.compatibility import ModelMismatchError, differences, keep_what_fits
+from lightning_scar.core.restoration import NoCheckpointError
 from lightning_scar.storage.store import DeltaStore
 
 
@@ -16,11 +17,18 @@ def unfinished_run(dirpath: str, storage_options: dict[str, Any] | None) -> str 
 
     Raises:
         MisconfigurationException: If the run is finished: going on from it must be asked for.
+        NoCheckpointError: If there is nothing left but damaged files.
 
     """
     store = DeltaStore(dirpath, storage_options)
     store.refresh()
     heads = [delta.head for delta in store.deltas if delta.head.lineage == store.index.lineage]
+    if not heads and store.damaged:
+        damage = "\n  ".join(map(str, store.damaged[:8]))
+        raise NoCheckpointError(
+            f"{dirpath} holds nothing but damaged files:\n  {damage}\n"
+            "To begin anew, choose another dirpath, or set `resume=False`, which replaces them."
+        )
     if not heads:
         return None
     newest = max(heads, key=lambda head: head.sequence)

@@ -20,6 +20,7 @@ from lightning_scar.storage.source import Source
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
 _NO_CHECKSUM = "0" * 16
+_HEADER_READAHEAD = 1 << 16
 
 
 class StorageError(RuntimeError):
@@ -259,7 +260,7 @@ def read_delta(directory: Directory, name: str) -> Delta:
         FileNotFoundError: If the file is gone.
 
     """
-    with directory.open(name) as file:
+    with directory.open(name, readahead=_HEADER_READAHEAD) as file:
         size = file.seek(0, 2)
         file.seek(0)
         # A damaged length may be any number; what is cut short here fails its checksum below.

@@ -1,20 +1,32 @@
 """A folder on any fsspec file system: durable atomic writes, fresh listings, reads into ready memory."""
 
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from copy import copy
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, cast
 
 from fsspec.core import url_to_fs
+from fsspec.dircache import DirCache
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_scar.storage.source import MappedSource, Source, StreamSource
 
 _TEMPORARY = ".tmp"
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Turns the errors that object stores raise in words of their own into ``OSError``."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class Directory:
@@ -36,6 +48,8 @@ class Directory:
     def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
         self.url = os.fspath(url)
         self.fs, path = url_to_fs(self.url, **(storage_options or {}))
+        # A remembered listing hides what other processes, and other threads, have written or deleted since.
+        self.fs.dircache = DirCache(use_listings_cache=False)
         self.path = str(path).rstrip("/")
         self._local = isinstance(self.fs, LocalFileSystem)
 
@@ -53,17 +67,20 @@ class Directory:
         """The full path of the file ``name``, for messages and for the file system."""
         return f"{self.path}/{name}"
 
+    @_as_os_errors()
     def names(self) -> list[str]:
         """What the folder holds now, sorted; empty when there is no such folder."""
-        # Object stores cache listings; a file that another process just wrote must be seen.
-        self.fs.invalidate_cache(self.path)
         try:
             found = self.fs.ls(self.path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except KeyError:
+            # MemoryFileSystem stumbles over a file that is deleted while it lists.
+            return self.names()
         names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in found if str(path).rstrip("/") != self.path)
         return sorted(name for name in names if not name.endswith(_TEMPORARY))
 
+    @_as_os_errors()
     def create(self) -> None:
         """Makes the folder and its parents, where the file system has folders.
 
@@ -89,8 +106,10 @@ class Directory:
         if self._local:
             self._write_local(Path(self.file(name)), pieces)
         else:
+            data = b"".join(pieces)
             # One put: object stores show an object whole or not at all.
-            self.fs.pipe_file(self.file(name), b"".join(pieces))
+            with _as_os_errors():
+                self.fs.pipe_file(self.file(name), data)
 
     def _write_local(self, path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         # Beside the final name: a rename is atomic within one file system only, and $TMPDIR may be another.
@@ -112,8 +131,14 @@ class Directory:
         finally:
             os.close(descriptor)
 
-    def open(self, name: str) -> IO[bytes]:
+    @_as_os_errors()
+    def open(self, name: str, readahead: int | None = None) -> IO[bytes]:
         """Opens a file for reading.
+
+        Args:
+            name: The file's name.
+            readahead: How many bytes a remote file system may fetch beyond those asked for; by default its own choice,
+                often many megabytes.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -124,7 +149,7 @@ class Directory:
         if isinstance(self.fs, MemoryFileSystem):
             # It has one file object a file, whose position all its readers would share.
             return BytesIO(self.read(name))
-        return cast(IO[bytes], self.fs.open(self.file(name), "rb"))
+        return cast(IO[bytes], self.fs.open(self.file(name), "rb", block_size=readahead))
 
     def source(self, name: str, start: int, stop: int) -> Source:
         """Opens a stretch of a file for reading entries.
@@ -138,6 +163,7 @@ class Directory:
                 return MappedSource(self.file(name), start, stop)
         return StreamSource(self.open(name))
 
+    @_as_os_errors()
     def read(self, name: str) -> bytes:
         """All bytes of a small file.
 
@@ -147,6 +173,7 @@ class Directory:
         """
         return bytes(self.fs.cat_file(self.file(name)))
 
+    @_as_os_errors()
     def delete(self, name: str) -> None:
         """Deletes a file; one that is already gone is no error."""
         with suppress(FileNotFoundError):

@@ -1,0 +1,235 @@
+"""The ways to save that are compared, each behind the same three calls."""
+
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from typing_extensions import override
+
+from lightning_scar import SCARCheckpoint
+from lightning_scar._lightning import dump_checkpoint
+
+#: Neither pinned nor shared memory on a CPU; what is left is that the stager keeps its copy from save to save.
+_CACHED = StagingOptions(
+    use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+)
+
+
+class Method(Protocol):
+    """One way to save."""
+
+    name: str
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Saves; called after an optimizer step, as a callback would."""
+
+    def fence(self) -> None:
+        """Called before the next optimizer step."""
+
+    def wait(self) -> None:
+        """Returns when everything is written."""
+
+    def discard(self, counts: bool) -> None:
+        """Removes what was written; ``counts`` tells whether the measurement does."""
+
+    def close(self) -> None:
+        """Releases what was held."""
+
+
+class _ToOnePath:
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.path = path
+
+    def fence(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def discard(self, counts: bool) -> None:
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self.wait()
+
+
+class Torch(_ToOnePath):
+    """Lightning's default: ``torch.save`` in the training thread, no fsync."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("torch", folder / "torch.ckpt")
+        self._io = TorchCheckpointIO()
+
+    def save(self, trainer: pl.Trainer) -> None:
+        self._io.save_checkpoint(dump_checkpoint(trainer), self.path)
+
+
+class Async(_ToOnePath):
+    """Lightning's ``AsyncCheckpointIO``: a clone of everything, then ``torch.save`` in a thread, no fsync."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("async", folder / "async.ckpt")
+        self._io = AsyncCheckpointIO(TorchCheckpointIO())
+
+    def save(self, trainer: pl.Trainer) -> None:
+        self._io.save_checkpoint(dump_checkpoint(trainer), self.path)
+
+    @override
+    def wait(self) -> None:
+        # Ends its thread; the next save makes another, as it does in every fit.
+        self._io.teardown()
+
+
+class DCP(_ToOnePath):
+    """``torch.distributed.checkpoint.async_save`` in a thread, with fsync, at its strongest on a CPU.
+
+    The stager is kept, so it copies into memory that is there already, on all cores; the planner keeps its plan.
+    Two writer threads, shared memory and safetensors were slower, writing without fsync was not faster.
+    ``BlockingAsyncStager(cache_staged_state_dict=True)`` pins memory and so needs a GPU.
+
+    Args:
+        folder: Where to write.
+        overlapped: Whether the stager copies in a thread of its own, to be awaited before the next optimizer step. An
+            option that torch documents as one for CUDA; a user of it on a CPU has to build the fence.
+
+    """
+
+    def __init__(self, folder: Path, overlapped: bool = False) -> None:
+        name = "dcp_overlapped" if overlapped else "dcp"
+        super().__init__(name, folder / name)
+        self._stager = DefaultStager(replace(_CACHED, use_async_staging=overlapped))
+        self._planner = DefaultSavePlanner(enable_plan_caching=True)
+        self._staged: Future[None] | None = None
+        self._written: Future[Any] | None = None
+
+    def save(self, trainer: pl.Trainer) -> None:
+        response = async_save(
+            dump_checkpoint(trainer),
+            storage_writer=FileSystemWriter(self.path),
+            planner=self._planner,
+            async_stager=self._stager,
+            no_dist=True,
+        )
+        if isinstance(response, Future):
+            self._written = response
+        else:
+            self._staged, self._written = response.staging_completion, response.upload_completion
+
+    @override
+    def fence(self) -> None:
+        if self._staged is not None:
+            self._staged.result()
+            self._staged = None
+
+    @override
+    def wait(self) -> None:
+        self.fence()
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+
+    @override
+    def close(self) -> None:
+        self.wait()
+        self._stager.close()
+
+
+class GatedSCARCheckpoint(SCARCheckpoint):
+    """Saves after the batches for which its gate was opened, through its own hooks and no others.
+
+    Attributes:
+        is_open: Whether to save after the present batch.
+        was_eager: Whether the last partial save was copied before the next batch began.
+
+    """
+
+    def __init__(self, dirpath: Path, fraction: float) -> None:
+        super().__init__(dirpath, every_n_train_steps=1, fraction=fraction)
+        self.is_open = False
+        self.was_eager = False
+        self._before = (0, 0)
+
+    @override
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_open:
+            self.is_open = False
+            self._before = self.stats.saves, self.stats.full_saves
+            super().on_train_batch_end(*args, **kwargs)
+
+    @override
+    def on_train_batch_start(self, *args: Any) -> None:
+        saves, full_saves = self._before
+        # Only what is lazily staged is not yet handed over when a batch begins.
+        self.was_eager = self.stats.saves > saves and self.stats.full_saves == full_saves
+        self._before = self.stats.saves, self.stats.full_saves
+
+    def set_staging(self, staging: Literal["lazy", "eager"]) -> None:
+        """Changes what users choose once: both kinds of staging are to be measured on one store, side by side."""
+        assert self._running is not None
+        # In place, although it is frozen, since everything in the engine holds the same object.
+        object.__setattr__(self._running.settings, "staging", staging)
+
+    def wait(self) -> None:
+        """Returns when everything is written and compacted."""
+        assert self._running is not None
+        self._running.fence()
+        while self._running._writer.depth:
+            time.sleep(0.001)
+
+
+class SCAR:
+    """``SCARCheckpoint`` in the Trainer's loop, with fsync.
+
+    Args:
+        name: What to call it.
+        callback: The callback; its hooks do everything.
+        staging: How to stage.
+
+    """
+
+    def __init__(self, name: str, callback: GatedSCARCheckpoint, staging: Literal["lazy", "eager"]) -> None:
+        self.name = name
+        self.callback = callback
+        self._staging = staging
+        self._fenced = False
+        self.stalls: list[float] = []
+
+    def save(self, trainer: pl.Trainer) -> None:
+        self.callback.set_staging(self._staging)
+        self.callback.is_open = True
+        self._fenced = False
+
+    def fence(self) -> None:
+        if not self._fenced and self.callback.stats.saves > 1:
+            assert self.callback.was_eager == (self._staging == "eager"), f"{self.name} was not staged as it says"
+        self._fenced = True
+
+    def wait(self) -> None:
+        self.callback.wait()
+
+    def discard(self, counts: bool) -> None:
+        if counts:
+            self.stalls.append(self.callback.stats.stall_seconds)
+
+    def close(self) -> None:
+        pass
+
+
+def peers(folder: Path) -> list[Method]:
+    """All that SCAR is compared with."""
+    makers: list[Callable[[Path], Method]] = [Torch, Async, DCP, lambda path: DCP(path, overlapped=True)]
+    return [make(folder) for make in makers]

@@ -1,0 +1,112 @@
+"""Results: targets, a JSON file, and a table for people."""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure and what it must not exceed."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        """Whether it does not."""
+        return self.value <= self.limit
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on; no date and no name, so that equal runs give equal files."""
+    packages = ("torch", "lightning", "safetensors")
+    return {
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+        **{package: version(package) for package in packages},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def median(samples: Sequence[float]) -> float:
+    """The median; NaN, which JSON readers of Python understand, when nothing was measured."""
+    return statistics.median(samples) if samples else float("nan")
+
+
+def write(path: str | None, figures: Mapping[str, Any], targets: Sequence[Target]) -> None:
+    """Writes figures, targets and machine as JSON.
+
+    Args:
+        path: Where to; ``None`` for nowhere.
+        figures: Flat: the medians and ratios; nested: samples and settings.
+        targets: What was to be reached.
+
+    """
+    if path is None:
+        return
+    content = {**figures, "targets": [{**asdict(t), "met": t.met} for t in targets], "machine": machine()}
+    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], targets: Sequence[Target]) -> None:
+    """Prints the figures and how they compare with the targets."""
+    console = Console()
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if not targets:
+        return
+    verdict = Table("target", "measured", "at most", "", title="targets")
+    for target in targets:
+        verdict.add_row(
+            target.name, f"{target.value:.4g}", f"{target.limit:.4g}", "[green]met" if target.met else "[red]missed"
+        )
+    console.print(verdict)
+
+
+def arguments(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The flags that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", metavar="OUT", help="write the figures to this file")
+    parser.add_argument("--small", action="store_true", help="a tiny model and few rounds: does it all work?")
+    parser.add_argument("--rounds", type=int, help=f"how often each thing is measured (default {rounds}, small 2)")
+    parser.add_argument("--dir", type=Path, help="where to put a temporary folder (default: the working directory)")
+    return parser
+
+
+@contextmanager
+def scratch(parent: Path | None) -> Iterator[Path]:
+    """A folder on a real disk (``/tmp`` may be memory), removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix=".benchmark-", dir=parent or Path.cwd()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,190 @@
+"""How long a save holds up training, and what it adds to it: ``python -m benchmarks.stall --json OUT``.
+
+One Trainer runs through stretches of a few steps, by turns without a save and with one save of each method, so that
+all methods meet the same model, the same heap and the same neighbours on the machine. A method's ``*_blocked_s`` is
+how much longer the training thread stood still between forward, backward and update (the fence included); its
+``*_added_s`` how much longer the whole stretch took, until everything was written. SCAR and DCP fsync, the two of
+Lightning do not.
+"""
+
+import argparse
+import random
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from benchmarks import report
+from benchmarks.gpt import GPT2_SMALL, TINY, GPTModule, Size, state_bytes, token_loader
+from benchmarks.memory import measure_in_child
+from benchmarks.methods import SCAR, GatedSCARCheckpoint, Method, peers
+from benchmarks.report import Target, median
+from benchmarks.stretches import Stretch, StretchTimer, added, blocked
+
+FRACTION = 0.125
+
+
+def plan(methods: list[Method], rounds: int) -> list[Method | None]:
+    """Every method once a round, in changing order, each between two stretches without a save.
+
+    Args:
+        methods: Who saves; each does so twice more at the beginning, where it does not count: the first save of SCAR is
+            full, and all of them make their buffers.
+        rounds: How often.
+
+    """
+    order = random.Random(0)
+    turns: list[Method | None] = [method for method in methods for _ in range(2)]
+    for _ in range(rounds):
+        turns.append(None)
+        for method in order.sample(methods, len(methods)):
+            turns += [method, None]
+    return turns
+
+
+class Floor:
+    """The least that a partial save has to do to memory, done with all cores and nothing else.
+
+    Args:
+        parameters: The live parameters.
+        state: Bytes of the whole state.
+
+    """
+
+    def __init__(self, parameters: list[torch.Tensor], state: int) -> None:
+        self._live = [parameter.detach().flatten() for parameter in parameters]
+        self._saved = [tensor.clone() for tensor in self._live]
+        share = int(FRACTION * state) // 4
+        self._source, self._buffer = torch.ones(share), torch.zeros(share)
+        self.samples: list[float] = []
+
+    def measure(self) -> None:
+        """One read of the parameters and of their saved copy, and a copy of a fraction of the state."""
+        started = time.perf_counter()
+        for live, saved in zip(self._live, self._saved, strict=True):
+            torch.dot(live, saved)
+        self._buffer.copy_(self._source)
+        self.samples.append(time.perf_counter() - started)
+
+
+def run(
+    size: Size, folder: Path, rounds: int, steps: int, patience: int
+) -> tuple[list[Stretch], list[SCAR], Floor, dict[str, Any]]:
+    """Trains through the plan.
+
+    Args:
+        size: The model.
+        folder: Where to save.
+        rounds: Measurements of each method.
+        steps: Optimizer steps of a stretch.
+        patience: How many disturbed stretches are repeated.
+
+    Returns:
+        The stretches that count, both kinds of SCAR, the floor, and facts about the state.
+
+    """
+    callback = GatedSCARCheckpoint(folder / "scar", FRACTION)
+    scars = [SCAR("scar", callback, "lazy"), SCAR("eager", callback, "eager")]
+    methods: list[Method] = [*scars, *peers(folder)]
+    module = GPTModule(size)
+    floors: list[Floor] = []
+
+    def between() -> None:
+        if not floors:
+            floors.append(Floor(list(module.parameters()), state_bytes(module, trainer.optimizers[0])[1]))
+        floors[0].measure()
+
+    turns = plan(methods, rounds)
+    timer = StretchTimer(turns, steps, between, patience=patience)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[timer, callback],
+    )
+    trainer.fit(module, token_loader(size))
+    for method in methods:
+        method.close()
+    parameters, state = state_bytes(module, trainer.optimizers[0])
+    facts: dict[str, Any] = {
+        "parameter_bytes": parameters,
+        "state_bytes": state,
+        "full_stall_s": callback.stats.full_stall_seconds,
+    }
+    facts |= {"stretches": len(turns), "repeated_stretches": timer.repeated}
+    warm_up = 2 * len(methods)
+    for scar in scars:
+        scar.stalls = scar.stalls[2:]
+    return timer.stretches[warm_up:], scars, floors[0], facts
+
+
+def figures(stretches: list[Stretch], scars: list[SCAR], floor: Floor) -> dict[str, Any]:
+    """Medians, ratios and samples of a run."""
+    names = dict.fromkeys(stretch.method for stretch in stretches if stretch.method is not None)
+    found: dict[str, Any] = {}
+    samples: dict[str, list[float]] = {}
+    of_kind: dict[str, Callable[[list[Stretch], str], list[float]]] = {"blocked": blocked, "added": added}
+    for name in names:
+        for kind, measured in of_kind.items():
+            samples[f"{name}_{kind}_s"] = measured(stretches, name)
+    samples["floor_s"] = floor.samples
+    samples |= {f"{scar.name}_stall_seconds": scar.stalls for scar in scars}
+    found |= {key: median(values) for key, values in samples.items()}
+    found["forward_backward_s"] = median([s.forward_backward for s in stretches if s.method is None])
+    found["stretch_s"] = median([s.wall for s in stretches if s.method is None])
+    found["scar_blocked_over_dcp"] = found["scar_blocked_s"] / found["dcp_blocked_s"]
+    found["scar_added_over_dcp"] = found["scar_added_s"] / found["dcp_added_s"]
+    found["scar_added_over_async"] = found["scar_added_s"] / found["async_added_s"]
+    found["eager_blocked_over_floor"] = found["eager_blocked_s"] / found["floor_s"]
+    return {**found, "samples": samples}
+
+
+def targets(found: dict[str, Any]) -> list[Target]:
+    """What was to be reached."""
+    return [
+        Target("scar_blocked_s", found["scar_blocked_s"], 0.02),
+        Target("scar_blocked_over_dcp", found["scar_blocked_over_dcp"], 0.2),
+        Target("scar_added_over_dcp", found["scar_added_over_dcp"], 0.5),
+        Target("scar_added_over_async", found["scar_added_over_async"], 0.3),
+        Target("eager_blocked_over_floor", found["eager_blocked_over_floor"], 1.5),
+        Target("scar_extra_memory_bytes", found["scar_extra_memory_bytes"], found["scar_extra_memory_bound_bytes"]),
+    ]
+
+
+def _options() -> argparse.Namespace:
+    parser = report.arguments((__doc__ or "").split("\n")[0], rounds=7)
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a stretch (default 5)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, prints and writes JSON."""
+    options = _options()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    rounds = options.rounds or (2 if options.small else 7)
+    with report.scratch(options.dir) as folder:
+        memory = measure_in_child(options.small, folder)
+        size = TINY if options.small else GPT2_SMALL
+        # A tiny stretch is shorter than the ticks in which the kernel counts who used the machine.
+        patience = 0 if options.small else 100
+        stretches, scars, floor, facts = run(size, folder, rounds, options.steps, patience)
+    found = figures(stretches, scars, floor) | facts | memory
+    found["settings"] = {"fraction": FRACTION, "rounds": rounds, "steps": options.steps}
+    names = dict.fromkeys(stretch.method for stretch in stretches if stretch.method is not None)
+    rows = [[name, f"{found[f'{name}_blocked_s']:.4f}", f"{found[f'{name}_added_s']:.3f}"] for name in names]
+    rows.append(["floor", f"{found['floor_s']:.4f}", ""])
+    title = f"one save of {found['state_bytes'] / 1e9:.2f} GB, forward and backward {found['forward_backward_s']:.2f} s"
+    # A tiny model's figures say nothing about the targets.
+    aims = [] if options.small else targets(found)
+    report.show(title, ["method", "blocked s", "added s"], rows, aims)
+    report.write(options.json, found, aims)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""A training loop cut into stretches: some with one save, the others without, so that the difference is its price."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import psutil
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from benchmarks.gpt import GPTModule
+from benchmarks.methods import Method
+from benchmarks.report import median
+
+#: Cores that other processes may use in a stretch that counts. More, and the wait of torch's threads for each other
+#: makes steps several times longer, whoever saves.
+_QUIET = 0.1
+
+
+class _Clocks(NamedTuple):
+    """Seconds, all counted from somewhere."""
+
+    wall: float
+    computing: float
+    forward_backward: float
+    others: float
+
+    @classmethod
+    def now(cls, module: GPTModule) -> "_Clocks":
+        everyone, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        # Without system time: the kernel's threads, which write to the disk for us, would count as others.
+        others = everyone.user + everyone.nice + getattr(everyone, "steal", 0.0) - own.user
+        return cls(time.perf_counter(), module.computing.seconds, module.forward_backward.seconds, others)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What one stretch of the loop took.
+
+    Attributes:
+        method: Who saved at its beginning; ``None`` for nobody.
+        wall: Seconds from its first to its last step, and on until everything is written.
+        idle: Seconds in which the training thread neither went forward, backward nor updated; without that wait.
+        forward_backward: Seconds of forward and backward of one step, on average.
+
+    """
+
+    method: str | None
+    wall: float
+    idle: float
+    forward_backward: float
+
+
+class StretchTimer(Callback):
+    """Runs through a plan of saves, one at the beginning of each stretch, and stops the training at its end.
+
+    It works between stretches, and its own time is no part of any: old files are removed there and the disk comes to
+    rest, so that no method pays for the one before it. A stretch in which other processes used the machine is repeated.
+
+    Args:
+        plan: Who saves at the beginning of each stretch; ``None`` for nobody.
+        steps: Optimizer steps of a stretch.
+        between: Called between stretches.
+        patience: How many stretches are repeated at most; after that they count as they are.
+
+    Attributes:
+        stretches: What was measured.
+        repeated: How many stretches were repeated.
+
+    """
+
+    def __init__(
+        self, plan: Sequence[Method | None], steps: int, between: Callable[[], None], patience: int = 0
+    ) -> None:
+        self.stretches: list[Stretch] = []
+        self.repeated = 0
+        self._plan = plan
+        self._steps = steps
+        self._between = between
+        self._patience = patience
+        self._batches = 0
+        self._started: _Clocks | None = None
+
+    @property
+    def _method(self) -> Method | None:
+        return self._plan[len(self.stretches)]
+
+    @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self._started is not None and self._method is not None:
+            self._method.fence()
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, GPTModule)
+        self._batches += 1
+        if self._batches % self._steps:
+            return
+        if self._started is not None:
+            self._finish(pl_module, self._started)
+        if len(self.stretches) == len(self._plan):
+            self._started = None
+            trainer.should_stop = True
+            return
+        self._between()
+        os.sync()
+        self._started = _Clocks.now(pl_module)
+        if self._method is not None:
+            self._method.save(trainer)
+
+    def _finish(self, module: GPTModule, started: _Clocks) -> None:
+        looped = _Clocks.now(module)
+        if self._method is not None:
+            self._method.wait()
+        written = _Clocks.now(module)
+        stretch = Stretch(
+            method=self._method.name if self._method is not None else None,
+            wall=written.wall - started.wall,
+            idle=(looped.wall - started.wall) - (looped.computing - started.computing),
+            forward_backward=(looped.forward_backward - started.forward_backward) / self._steps,
+        )
+        counts = written.others - started.others <= _QUIET * stretch.wall or self.repeated == self._patience
+        if self._method is not None:
+            self._method.discard(counts)
+        if counts:
+            self.stretches.append(stretch)
+        else:
+            self.repeated += 1
+
+
+def blocked(stretches: Sequence[Stretch], method: str) -> list[float]:
+    """How much longer the training thread stood still in each stretch with a save of the method than in one without."""
+    usual = median([stretch.idle for stretch in stretches if stretch.method is None])
+    return [stretch.idle - usual for stretch in stretches if stretch.method == method]
+
+
+def added(stretches: Sequence[Stretch], method: str) -> list[float]:
+    """How much longer each stretch with a save of the method took than its two neighbours without one."""
+    return [
+        here.wall - (before.wall + after.wall) / 2
+        for before, here, after in zip(stretches, stretches[1:], stretches[2:], strict=False)
+        if here.method == method and before.method is None and after.method is None
+    ]

@@ -1,0 +1,73 @@
+"""The picture of the demo: the held-out loss around the kill, and the steps that had to be done again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from demo_training import Line
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SHOWN_BEFORE = 150
+SHOWN_AFTER = 70
+INK, GREY = "#222222", "#8a8a8a"
+KILL = "#c62828"
+COLORS = ("#00695c", "#d17a00")
+
+
+class Run(Protocol):
+    """What the picture shows of a training."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def every(self) -> int: ...
+
+    @property
+    def before(self) -> list[Line]: ...
+
+    @property
+    def after(self) -> list[Line]: ...
+
+    @property
+    def rework(self) -> int | None: ...
+
+
+def plot(runs: Sequence[Run], path: Path) -> None:
+    """Draws a panel for each run and writes the picture."""
+    figure = Figure(figsize=(8, 5.6), dpi=150, layout="constrained")
+    panels = figure.subplots(len(runs), sharex=True, sharey=True)
+    for axes, run, color in zip(panels, runs, COLORS, strict=True):
+        draw(axes, run, color)
+    panels[-1].set_xlabel("steps computed, those done again included")
+    figure.supylabel("held-out loss", fontsize="medium")
+    figure.suptitle("What a SIGKILL costs at equal bytes written", fontweight="bold", color=INK)
+    figure.savefig(path)
+
+
+def draw(axes: Axes, run: Run, color: str) -> None:
+    kill = run.before[-1].step
+    goal = run.before[-1].held_out_loss
+    before = run.before[-SHOWN_BEFORE:]
+    after = run.after[: SHOWN_AFTER + 1]
+    rework = run.rework if run.rework is not None else SHOWN_AFTER
+    axes.axvspan(kill, kill + rework, color=color, alpha=0.15, linewidth=0)
+    axes.hlines(goal, kill, kill + SHOWN_AFTER, color=GREY, linestyle=":", linewidth=1)
+    axes.plot([line.step for line in before], [line.held_out_loss for line in before], color=color)
+    axes.plot([kill + n for n in range(len(after))], [line.held_out_loss for line in after], color=color)
+    axes.axvline(kill, color=KILL, linestyle="--", linewidth=1)
+    saves = [line for line in before if line.step % run.every == 0]
+    axes.plot([s.step for s in saves], [s.held_out_loss for s in saves], "o", color=color, markersize=5)
+    describe(axes, run, kill, rework)
+
+
+def describe(axes: Axes, run: Run, kill: int, rework: int) -> None:
+    resumed, back = run.after[0], run.before[-1].held_out_loss
+    axes.set_title(f"{run.name}, a save every {run.every} steps (dots)", loc="left", fontsize="medium", color=INK)
+    axes.annotate(f"SIGKILL after step {kill} ", (kill, 0.94), xycoords=axes.get_xaxis_transform(), color=KILL, ha="right", va="top")
+    axes.annotate(f"resumed\nat step {resumed.step}", (kill, resumed.held_out_loss), (6, 4), textcoords="offset points")
+    axes.annotate(f"{rework} steps to\nregain the loss", (kill + rework, back), (5, -4), textcoords="offset points", va="top")
+    axes.grid(axis="y", color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,51 @@
+"""Fixtures for all tests. That this file is here also lets tests say ``from helpers import ...``."""
+
+import uuid
+from collections.abc import Iterator
+
+import fsspec
+import pytest
+import s3fs
+from hypothesis import settings
+
+# Other processes share the machine: how long an example takes says nothing.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
+
+
+@pytest.fixture
+def memory_url() -> Iterator[str]:
+    """A directory of its own on a file system in memory."""
+    name = f"/test-{uuid.uuid4().hex}"
+    yield f"memory:/{name}"
+    files = fsspec.filesystem("memory")
+    if files.exists(name):
+        files.rm(name, recursive=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of a real S3 server on the loopback. The environment leads s3fs to it, in child processes too."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_CONFIG_FILE", "/dev/null")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+        patch.setenv("NO_PROXY", host)
+        yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_server: str) -> str:
+    """The URL of an empty bucket."""
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    s3fs.S3FileSystem().mkdir(bucket)
+    return f"s3://{bucket}"

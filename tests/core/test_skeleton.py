@@ -1,0 +1,161 @@
+import pickle
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from core_helpers import assert_same
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_scar.core.skeleton import Leaf, identity, pack, put_together, take_apart, unpack
+
+TENSORS = st.sampled_from(
+    [
+        torch.ones(2),
+        torch.ones(2, 3, dtype=torch.bfloat16),
+        torch.tensor(1.0),
+        torch.tensor(True),
+        torch.zeros(0),
+        torch.arange(20_000),
+    ]
+)
+LEAVES = st.one_of(st.none(), st.integers(), st.text(max_size=3), TENSORS)
+KEYS = st.one_of(st.text(max_size=3), st.integers(-2, 2))
+NESTS = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(KEYS, inner, max_size=3),
+        st.dictionaries(KEYS, inner, max_size=3).map(OrderedDict),
+    ),
+    max_leaves=12,
+)
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+def nothing_large_is_left(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 or value.numel() == 0
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return all(nothing_large_is_left(item) for item in items)
+
+
+@given(NESTS)
+def test_what_is_taken_apart_is_put_together_again(nest: Any) -> None:
+    tree, leaves = take_apart(nest, {})
+    assert nothing_large_is_left(tree)
+    assert len({leaf.path for leaf in leaves}) == len(leaves)
+    assert_same(put_together(tree, dict(leaves)), nest)
+
+
+@given(NESTS)
+def test_taking_apart_leaves_the_original_alone(nest: Any) -> None:
+    before = pickle.dumps(nest)
+    take_apart(nest, {})
+    assert pickle.dumps(nest) == before
+
+
+def test_leaves_are_the_live_tensors_themselves_but_detached() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    _, [leaf] = take_apart({"w": weight}, {})
+    assert leaf.path == ("w",)
+    assert not leaf.tensor.requires_grad
+    assert identity(leaf.tensor) == identity(weight)
+
+
+def test_version_counters_are_shared_with_the_live_tensor() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    _, [leaf] = take_apart({"w": weight}, {})
+    before = leaf.tensor._version
+    with torch.no_grad():
+        weight.add_(1)
+    assert leaf.tensor._version > before
+
+
+def test_containers_without_tensors_are_not_copied() -> None:
+    callbacks = {"EarlyStopping": {"patience": [3]}}
+    tree, _ = take_apart({"callbacks": callbacks, "w": torch.ones(2)}, {})
+    assert tree["callbacks"] is callbacks
+
+
+def test_named_tuples_and_the_metadata_of_state_dicts_survive() -> None:
+    state = nn.Linear(2, 2).state_dict()
+    tree, leaves = take_apart({"state_dict": state, "pair": Pair(torch.ones(2), 1)}, {})
+    whole = put_together(tree, dict(leaves))
+    assert isinstance(whole["pair"], Pair)
+    assert type(whole["state_dict"]) is OrderedDict
+    assert whole["state_dict"]._metadata == state._metadata
+
+
+@pytest.mark.parametrize(
+    "small",
+    [
+        torch.tensor(3.0),
+        torch.zeros(0, 4),
+        torch.get_rng_state(),
+        torch.zeros(64 * 1024, dtype=torch.bool),
+        torch.sparse_coo_tensor([[0]], [1.0], (5,)),
+        torch.ones(3, device="meta"),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        torch.ones(3, dtype=torch.complex64).conj(),
+    ],
+    ids=["0-d", "empty", "rng", "64 KiB of bools", "sparse", "meta", "quantized", "conjugated view"],
+)
+def test_small_and_unusual_tensors_ride_in_the_skeleton(small: Tensor) -> None:
+    tree, leaves = take_apart({"x": small}, {})
+    assert leaves == []
+    assert tree["x"] is small
+
+
+def test_large_integer_tensors_are_taken_out() -> None:
+    _, leaves = take_apart({"x": torch.zeros(64 * 1024 + 1, dtype=torch.bool)}, {})
+    assert [leaf.path for leaf in leaves] == [("x",)]
+
+
+def test_a_scalar_parameter_is_taken_out_although_other_scalars_are_not() -> None:
+    scale = nn.Parameter(torch.tensor(2.0))
+    tree, leaves = take_apart({"scale": scale, "step": torch.tensor(2.0)}, {identity(scale): True})
+    assert [leaf.path for leaf in leaves] == [("scale",)]
+    assert tree["scale"] is None
+
+
+def test_tensor_subclasses_stay_in_the_skeleton_with_their_class() -> None:
+    class Marked(Tensor):
+        pass
+
+    marked = torch.ones(3).as_subclass(Marked)
+    tree, leaves = take_apart([marked], {})
+    assert leaves == []
+    assert tree[0] is marked
+
+
+def test_tied_weights_and_detached_views_share_their_identity_and_clones_do_not() -> None:
+    weight = torch.ones(2, 3)
+    assert identity(weight) == identity(weight.detach())
+    assert identity(weight) != identity(weight.clone())
+    assert identity(weight) != identity(weight.view(3, 2))
+    assert identity(weight) != identity(weight[:1])
+
+
+def test_packing_keeps_everything_that_torch_save_keeps() -> None:
+    content = {"tree": {"rng": torch.get_rng_state(), "lr": 0.1}, "groups": [("a", (2,), [("param", None)])]}
+    assert_same(unpack(memoryview(bytes(pack(content))), weights_only=True), content)
+
+
+def test_weights_only_refuses_what_it_refuses_in_torch() -> None:
+    packed = pack({"tree": Pair(1, 2)})
+    with pytest.raises(pickle.UnpicklingError):
+        unpack(packed, weights_only=True)
+    assert unpack(packed, weights_only=False)["tree"] == Pair(1, 2)
+
+
+def test_a_leaf_pairs_a_path_with_a_tensor() -> None:
+    tensor = torch.ones(1)
+    assert dict([Leaf(("a", 0), tensor)]) == {("a", 0): tensor}

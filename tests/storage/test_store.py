@@ -1,0 +1,375 @@
+"""What the deltas of a directory add up to."""
+
+import itertools
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toy_blocks import block, check, content, head, newest, read, save
+
+from lightning_scar.storage.compaction import MAX_FILES, MAX_STATES
+from lightning_scar.storage.delta import NewerFormatError, Version
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.store import DeltaStore, Reading
+
+COUNTER = itertools.count()
+
+
+def at(sequence: int, incarnation: int = 1) -> Version:
+    return Version(incarnation, sequence, 10 * sequence)
+
+
+def files(store: DeltaStore) -> dict[str, int]:
+    folder = store.directory.child(store.folder)
+    return {name: int(folder.fs.size(folder.file(name))) for name in folder.names()}
+
+
+def overwrite(store: DeltaStore, name: str, position: int, mask: int = 255) -> None:
+    """Damages a file behind the store's back."""
+    data = bytearray(store.directory.read(name))
+    data[position] ^= mask
+    store.directory.write(name, [bytes(data)])
+
+
+def damage(store: DeltaStore, key: str) -> str:
+    """Flips a byte of the newest version of a block, and returns the path of the file."""
+    located = store.index.versions(key)[0]
+    overwrite(store, located.delta.name, located.block.slots["param"].start)
+    return store.directory.file(located.delta.name)
+
+
+# -- the truth to compare a store with -------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    """What a store should hold, in memory."""
+
+    sizes: dict[str, int]
+    history: dict[str, list[Version]] = field(default_factory=dict)
+    consistent: Version | None = None
+    incarnation: int = 1
+    lineage: tuple[int, ...] = (1,)
+    sequence: int = 0
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def commit(self, store: DeltaStore, keys: set[str], full: bool = False) -> int:
+        version = Version(self.incarnation, self.sequence, 7 * self.sequence)
+        self.sequence += 1
+        consistent = version if full else self.consistent
+        said = head(version, lineage=self.lineage, consistent=consistent, state_bytes=self.state_bytes)
+        nbytes = store.commit(said, [block(key, version, self.sizes[key]) for key in sorted(keys)])
+        self.consistent = consistent
+        for key in keys:
+            self.history.setdefault(key, []).append(version)
+        return nbytes
+
+    def resume(self) -> None:
+        self.incarnation += 1
+        self.lineage = (*self.lineage, self.incarnation)
+        self.sequence = 0
+
+    def start_afresh(self) -> None:
+        self.incarnation += 1
+        self.lineage = (self.incarnation,)
+        self.sequence = 0
+        self.history, self.consistent = {}, None
+
+    def assert_holds(self, store: DeltaStore, url: str, save_bytes: int) -> None:
+        reader = DeltaStore(url)
+        reader.refresh()
+        assert not reader.damaged
+        assert reader.index.lineage == self.lineage
+        assert reader.index.consistent == self.consistent
+        for found in (reader, store):
+            assert set(found.index.keys()) == set(self.history)
+            for key, history in self.history.items():
+                self.assert_kept([at.block.version for at in found.index.versions(key)], history)
+        for key in self.history:
+            for at in reader.index.versions(key):
+                assert read(reader, at) == content(key, at.block.version, self.sizes[key])
+        sizes = files(store)
+        assert len(sizes) <= MAX_FILES
+        assert sum(sizes.values()) <= MAX_STATES * self.state_bytes + save_bytes
+        assert set(sizes) == {delta.name.split("/")[1] for delta in store.deltas}
+
+    def assert_kept(self, kept: list[Version], history: list[Version]) -> None:
+        assert kept[0] == history[-1]
+        assert len(kept) == min(2, len(history)), "no version to fall back to"
+        assert set(kept) <= set(history)
+        if self.consistent is not None and history[0] <= self.consistent:
+            at_the_full_save = max(version for version in history if version <= self.consistent)
+            assert at_the_full_save in kept, "the newest full save cannot be read any more"
+
+
+KEYS = [f"b{i}" for i in range(9)]
+subsets = st.sets(st.sampled_from(KEYS), min_size=1)
+actions = st.lists(
+    st.tuples(st.just("partial"), subsets)
+    | st.tuples(st.just("partial"), st.sampled_from(KEYS).map(lambda key: {key}))
+    | st.tuples(st.just("full"), subsets)
+    | st.tuples(st.just("resume"), subsets)
+    | st.tuples(st.just("start afresh"), subsets),
+    max_size=30,
+)
+
+
+@given(actions=actions, sizes=st.lists(st.integers(6_000, 30_000), min_size=len(KEYS), max_size=len(KEYS)))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_store_holds_what_was_saved_within_its_bounds(
+    memory_url: str, actions: list[tuple[str, set[str]]], sizes: list[int]
+) -> None:
+    url = f"{memory_url}/{next(COUNTER)}"
+    model, store = Model(dict(zip(KEYS, sizes, strict=True))), DeltaStore(url)
+    model.assert_holds(store, url, model.commit(store, set(KEYS), full=True))
+    for action, keys in actions:
+        if action == "resume":
+            model.resume()
+        if action == "start afresh":
+            model.start_afresh()
+            keys = set(KEYS)
+        if action in ("resume", "start afresh"):
+            store = DeltaStore(url)
+            store.refresh()
+        model.assert_holds(store, url, model.commit(store, keys, full=action == "full"))
+
+
+@pytest.mark.parametrize("full_every", [0, 37])
+def test_bounds_hold_when_small_saves_go_on_for_long(memory_url: str, full_every: int) -> None:
+    generator = random.Random(full_every)
+    model, store = Model({f"b{i}": generator.randint(4_000, 12_000) for i in range(60)}), DeltaStore(memory_url)
+    model.commit(store, set(model.sizes), full=True)
+    most = 0
+    for i in range(200):
+        full = full_every > 0 and i % full_every == 0
+        keys = set(model.sizes) if full else {f"b{i % 60}", generator.choice(list(model.sizes))}
+        saved = model.commit(store, keys, full)
+        most = max(most, len(files(store)))
+        if i % 10 == 0 or i > 180:
+            model.assert_holds(store, memory_url, saved)
+    assert 40 < most <= MAX_FILES, "the saves were too few to need a merge"
+
+
+def test_bounds_hold_on_every_file_system(url: str) -> None:
+    generator = random.Random(0)
+    model, store = Model({f"b{i}": 8_000 for i in range(8)}), DeltaStore(url)
+    model.commit(store, set(model.sizes), full=True)
+    for i in range(24):
+        saved = model.commit(store, set(generator.sample(sorted(model.sizes), 3)), full=i == 12)
+    model.assert_holds(store, url, saved)
+
+
+def test_a_state_smaller_than_its_headers_is_kept_too(memory_url: str) -> None:
+    model, store = Model({f"b{i}": 4 for i in range(4)}), DeltaStore(memory_url)
+    for i in range(80):
+        model.commit(store, {f"b{i % 4}"} if i else set(model.sizes), full=i == 0)
+    for key, history in model.history.items():
+        model.assert_kept([located.block.version for located in store.index.versions(key)], history)
+    assert newest(store) == check(DeltaStore(memory_url))
+    assert len(files(store)) <= MAX_FILES
+
+
+def test_a_merge_never_overwrites_what_an_earlier_merge_wrote(memory_url: str) -> None:
+    model, store = Model({f"b{i}": 1_000 for i in range(130)}), DeltaStore(memory_url)
+    for key in model.sizes:
+        model.commit(store, {key})
+    assert sum(name.startswith("merged-") for name in files(store)) > 1
+    assert set(check(DeltaStore(memory_url))) == set(model.sizes)
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_directory_holds_nothing(url: str) -> None:
+    store = DeltaStore(url)
+    store.refresh()
+    assert store.is_empty()
+    assert store.deltas == []
+    assert store.foreign_names() == []
+    assert store.verify() == []
+
+
+def test_a_committed_save_is_read_back_by_another_store(url: str) -> None:
+    nbytes = save(DeltaStore(url), "abc", at(0))
+    save(DeltaStore(url), "b", at(1))
+    reader = DeltaStore(url)
+    assert not reader.is_empty()
+    assert check(reader) == {"a": at(0), "b": at(1), "c": at(0)}
+    assert reader.verify() == []
+    assert reader.deltas[0].nbytes == nbytes
+
+
+def test_a_refresh_sees_what_was_written_since(url: str) -> None:
+    writer, reader = DeltaStore(url), DeltaStore(url)
+    for i in range(5):
+        save(writer, "ab", at(i))
+        assert check(reader) == {"a": at(i), "b": at(i)}
+
+
+def test_blocks_are_read_whatever_rank_wrote_them(url: str) -> None:
+    for rank, keys in enumerate(("ab", "cd")):
+        save(DeltaStore(url, rank=rank), keys, at(0), rank=rank, world_size=2)
+    assert set(check(DeltaStore(url))) == set("abcd")
+
+
+def test_a_rank_deletes_no_file_of_another(url: str) -> None:
+    other = DeltaStore(url, rank=1)
+    save(other, "a", at(0), rank=1)
+    for i in range(1, 4):
+        save(DeltaStore(url, rank=0), "a", at(i))
+    assert len(files(other)) == 1
+
+
+def test_what_is_no_running_checkpoint_is_named(url: str) -> None:
+    folder = Directory(url)
+    folder.create()
+    folder.write("model.ckpt", [b"1"])
+    folder.write(".hidden", [b"1"])
+    assert DeltaStore(url).foreign_names() == [".hidden", "model.ckpt"]
+    save(DeltaStore(url), "a", at(0))
+    assert DeltaStore(url).foreign_names() == []
+
+
+def test_a_directory_that_only_has_an_owner_is_ours(url: str) -> None:
+    Directory(url).create()
+    Directory(url).write("owner.json", [b"{}"])
+    assert DeltaStore(url).foreign_names() == []
+    assert DeltaStore(url).is_empty()
+
+
+def test_other_files_in_a_ranks_folder_do_not_count(file_url: str) -> None:
+    store = DeltaStore(file_url)
+    save(store, "a", at(0))
+    folder = Path(file_url) / store.folder
+    data = (folder / next(iter(files(store)))).read_bytes()
+    (folder / ".delta-00001-00000001.safetensors.77.tmp").write_bytes(data[:100])
+    (folder / "delta-00001-00000002.safetensors.part").write_bytes(data)
+    reader = DeltaStore(file_url)
+    assert check(reader) == {"a": at(0)}
+    assert len(reader.deltas) == 1
+
+
+def test_a_newer_format_is_refused_and_the_file_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(DeltaStore(url), "a", at(0))
+    monkeypatch.setattr("lightning_scar.storage.delta.FORMAT_VERSION", 7)
+    save(DeltaStore(url), "a", at(1))
+    monkeypatch.undo()
+    with pytest.raises(NewerFormatError, match=r"delta-00001-00000001\.safetensors has format 7.*upgrade"):
+        DeltaStore(url).refresh()
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_damage_is_named_by_block_step_and_file_and_the_older_version_remains(url: str) -> None:
+    store = DeltaStore(url)
+    for i in range(3):
+        save(store, "abc", at(i))
+    path = damage(store, "b")
+    reader = DeltaStore(url)
+    (found,) = reader.verify()
+    assert (found.block, found.step, found.file) == ("b", 20, path)
+    assert str(found).startswith(f"block b of step 20 in {path}: ")
+    _, older = reader.index.versions("b")
+    assert read(reader, older) == content("b", at(1))
+
+
+def test_reading_returns_the_damaged_readings_and_fills_the_others(url: str) -> None:
+    store = DeltaStore(url)
+    save(store, "abc", at(0))
+    damage(store, "b")
+    readings = [Reading(store.index.versions(key)[0], {"param": memoryview(bytearray(64))}) for key in "abc"]
+    ((reading, found),) = store.read(readings)
+    assert reading is readings[1]
+    assert found.block == "b"
+    assert [bytes(reading.into["param"]) for reading in (readings[0], readings[2])] == [content(k, at(0)) for k in "ac"]
+
+
+@pytest.mark.parametrize("cut", [1, 30, 10_000])
+def test_a_delta_cut_short_is_reported_and_the_one_before_counts(url: str, cut: int) -> None:
+    store = DeltaStore(url)
+    save(store, "ab", at(0))
+    save(store, "ab", at(1))
+    name = store.index.versions("a")[0].delta.name
+    data = store.directory.read(name)
+    store.directory.write(name, [data[: max(0, len(data) - cut)]])
+    reader = DeltaStore(url)
+    assert [found.file for found in reader.verify()] == [store.directory.file(name)]
+    assert newest(reader) == {"a": at(0), "b": at(0)}
+
+
+def test_a_damaged_header_is_reported_and_the_delta_before_counts(url: str) -> None:
+    store = DeltaStore(url)
+    save(store, "a", at(0))
+    save(store, "a", at(1))
+    overwrite(store, store.index.versions("a")[0].delta.name, 100)
+    reader = DeltaStore(url)
+    reader.refresh()
+    assert len(reader.damaged) == 1
+    assert reader.damaged[0].block is None
+    assert newest(reader) == {"a": at(0)}
+
+
+def test_one_damaged_delta_does_not_keep_the_others_from_being_merged(memory_url: str) -> None:
+    model, store = Model({f"b{i}": 2_000 for i in range(60)}), DeltaStore(memory_url)
+    model.commit(store, set(model.sizes), full=True)
+    model.commit(store, {"b0"})
+    damage(store, "b0")
+    with pytest.warns(UserWarning, match=r"out of the compaction.*rank-0000/delta-00001-00000001\.safetensors"):
+        for i in range(150):
+            model.commit(store, {f"b{1 + i % 59}"})
+    assert len(files(store)) <= MAX_FILES
+    assert any(name.startswith("merged-") for name in files(store))
+    reader = DeltaStore(memory_url)
+    (found,) = reader.verify()
+    assert (found.block, found.step) == ("b0", 7)
+    assert read(reader, reader.index.versions("b0")[1]) == content("b0", at(0), 2_000)
+    for key, history in model.history.items():
+        model.assert_kept([located.block.version for located in reader.index.versions(key)], history)
+
+
+def test_a_discarded_version_is_not_what_a_new_one_falls_back_to(url: str) -> None:
+    writer = DeltaStore(url)
+    save(writer, "ab", at(0))
+    save(writer, "a", at(1))
+    damage(writer, "a")
+    store = DeltaStore(url)
+    store.refresh()
+    store.index.discard(store.index.versions("a")[0])
+    save(store, "a", at(2))
+    assert [found.block.version for found in store.index.versions("a")] == [at(2), at(0)]
+    assert read(store, store.index.versions("a")[1]) == content("a", at(0))
+
+
+# -- incarnations ----------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_training_takes_over_only_when_all_its_ranks_have_saved(url: str) -> None:
+    old = DeltaStore(url)
+    save(old, "ab", at(3))
+    fresh = [DeltaStore(url, rank=rank) for rank in range(2)]
+    for store in fresh:
+        store.refresh()
+    save(fresh[0], "a", at(0, 2), lineage=(2,), rank=0, world_size=2)
+    assert check(DeltaStore(url)) == {"a": at(3), "b": at(3)}
+    save(fresh[1], "b", at(0, 2), lineage=(2,), rank=1, world_size=2)
+    assert check(DeltaStore(url)) == {"a": at(0, 2), "b": at(0, 2)}
+
+
+def test_the_older_training_is_deleted_only_when_the_fresh_one_counts(url: str) -> None:
+    save(DeltaStore(url), "ab", at(3))
+    fresh = DeltaStore(url)
+    fresh.refresh()
+    save(fresh, "a", at(0, 2), lineage=(2,), world_size=2)
+    assert len(files(fresh)) == 2
+    save(DeltaStore(url, rank=1), "b", at(0, 2), lineage=(2,), rank=1, world_size=2)
+    fresh.refresh()
+    save(fresh, "a", at(1, 2), lineage=(2,), world_size=2)
+    assert check(DeltaStore(url)) == {"a": at(1, 2), "b": at(0, 2)}
+    assert all(name.startswith("delta-00002-") for name in files(fresh))

@@ -1,0 +1,88 @@
+"""A toy training state: blocks whose bytes follow from their name and version, so that any process can check them."""
+
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from lightning_scar.storage.delta import BlockData, Head, Payload, Version, checksum
+from lightning_scar.storage.store import DeltaStore, Located, Reading, retry_vanished
+
+Spawn = Callable[..., BaseProcess]
+
+
+def in_environment(environment: Mapping[str, str], function: Callable[..., Any], *arguments: Any) -> None:
+    """What a child process runs: a fork server's children do not know what the environment has become since."""
+    os.environ.update(environment)
+    function(*arguments)
+
+
+def head(version: Version = Version(1, 0, 0), **changes: Any) -> Head:  # noqa: B008
+    fields = {
+        "incarnation": version.incarnation,
+        "lineage": tuple(range(1, version.incarnation + 1)),
+        "sequence": version.sequence,
+        "step": version.step,
+        "rank": 0,
+        "world_size": 1,
+        "kind": "partial",
+        "consistent": None,
+        "state_bytes": 1 << 40,
+        "info": {},
+    }
+    return Head(**{**fields, **changes})
+
+
+def payload(data: bytes) -> Payload:
+    return Payload("U8", (len(data),), len(data), checksum(data), lambda: memoryview(data))
+
+
+def content(key: str, version: Version, size: int = 64) -> bytes:
+    return random.Random(f"{key} {version.incarnation} {version.sequence}").randbytes(size)
+
+
+def block(key: str, version: Version, size: int = 64) -> BlockData:
+    return BlockData(key, version, {"param": payload(content(key, version, size))})
+
+
+def save(store: DeltaStore, keys: Iterable[str], version: Version, size: int = 64, **changes: Any) -> int:
+    return store.commit(head(version, **changes), [block(key, version, size) for key in keys])
+
+
+def read(store: DeltaStore, located: Located) -> bytes:
+    """The bytes of one version of a block; fails on damage."""
+    into = memoryview(bytearray(located.block.nbytes))
+    damage = store.read([Reading(located, {"param": into})])
+    assert not damage, damage
+    return bytes(into)
+
+
+def newest(store: DeltaStore) -> dict[str, Version]:
+    return {key: store.index.versions(key)[0].block.version for key in store.index.keys()}
+
+
+def check(store: DeltaStore) -> dict[str, Version]:
+    """Reads the newest version of every block as a fresh reader does, checks it, and returns the versions."""
+
+    def attempt() -> dict[str, Version]:
+        store.refresh()
+        readings = [
+            Reading(at, {"param": memoryview(bytearray(at.block.nbytes))})
+            for key in store.index.keys()
+            for at in store.index.versions(key)[:1]
+        ]
+        assert not store.damaged, store.damaged
+        damage = store.read(readings)
+        assert not damage, damage
+        for reading in readings:
+            block = reading.located.block
+            assert reading.into["param"] == content(block.key, block.version, block.nbytes), block.key
+        return newest(store)
+
+    return retry_vanished(attempt)
+
+
+def at_least(versions: Mapping[str, Version], acknowledged: Mapping[str, Version]) -> bool:
+    """Whether nothing is older than what was acknowledged before."""
+    return all(versions[key] >= version for key, version in acknowledged.items())
