@@ -1,5 +1,6 @@
 """Fixtures for all tests. That this file is here also lets tests say ``from helpers import ...``."""
 
+import logging
 import uuid
 from collections.abc import Iterator
 
@@ -28,6 +29,7 @@ def s3_server() -> Iterator[str]:
     """The URL of a real S3 server on the loopback. The environment leads s3fs to it, in child processes too."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -282,15 +282,15 @@ def read_delta(directory: Directory, name: str) -> Delta:
 def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     entries = orjson.loads(text)
     metadata = entries.pop("__metadata__")
-    # The same in every format, lest damage be taken for a newer format.
-    expected = metadata["header_checksum"]
-    if checksum(text.replace(expected.encode(), _NO_CHECKSUM.encode(), 1)) != expected:
-        raise ValueError("checksum")
+    # Before the checksum: a newer format may well compute it in another way.
     if int(metadata["format"]) > FORMAT_VERSION:
         raise NewerFormatError(
             f"has format {metadata['format']}, this version of lightning-scar reads up to {FORMAT_VERSION}: "
             "upgrade lightning-scar"
         )
+    expected = metadata["header_checksum"]
+    if checksum(text.replace(expected.encode(), _NO_CHECKSUM.encode(), 1)) != expected:
+        raise ValueError("checksum")
     return metadata, entries
 
 

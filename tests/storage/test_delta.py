@@ -129,7 +129,7 @@ def test_a_delta_says_what_was_put_into_it(url: str) -> None:
         kind="full",
         consistent=Version(0, 9, 20),
         state_bytes=123,
-        info={"finished": True, "note": "\u00e9\u2028\"\\"},
+        info={"finished": True, "note": '\u00e9\u2028"\\'},
     )
     blocks = [
         BlockData("a", VERSION, {"param": payload(b"12"), "exp_avg": payload(b"345")}),
@@ -159,7 +159,8 @@ def test_one_delta_may_hold_two_versions_of_a_block(url: str) -> None:
 def test_every_flipped_bit_of_the_header_is_noticed() -> None:
     for position in range(DATA_STARTS):
         for bit in range(8):
-            with pytest.raises(DamagedError):
+            # One of the bits makes a newer format of the present one: refused all the same.
+            with pytest.raises((DamagedError, NewerFormatError)):
                 parse(flipped(A_DELTA, position, 1 << bit))
 
 
@@ -174,7 +175,9 @@ def test_a_damaged_length_of_the_header_costs_no_memory(url: str, byte: int) -> 
 
 @given(position=st.integers(0, DATA_STARTS - 1), mask=st.integers(1, 255))
 def test_every_changed_byte_of_the_header_is_noticed(position: int, mask: int) -> None:
-    with pytest.raises(DamagedError, match=r"delta-parse/delta\.safetensors is damaged"):
+    with pytest.raises(
+        (DamagedError, NewerFormatError), match=r"delta-parse/delta\.safetensors (is damaged|has format)"
+    ):
         parse(flipped(A_DELTA, position, mask))
 
 

@@ -81,7 +81,7 @@ def test_readers_beside_a_writer_always_see_a_complete_checkpoint(url: str) -> N
     for thread in threads:
         thread.start()
     merged = False
-    for i in range(1, 40 if url.startswith("s3") else 150):
+    for i in range(1, 25 if url.startswith("s3") else 120):
         save_some(writer, Version(1, i, i), generator)
         acknowledged = newest(writer)
         merged |= merges(writer)
@@ -102,7 +102,7 @@ def test_a_reader_in_another_process_always_sees_a_complete_checkpoint(
     save_some(writer, Version(1, 0, 0), generator)
     stop = tmp_path / "stop"
     reader = spawn(keep_checking, shared_url, str(stop))
-    for i in range(1, 40 if shared_url.startswith("s3") else 150):
+    for i in range(1, 25 if shared_url.startswith("s3") else 120):
         save_some(writer, Version(1, i, i), generator)
         assert reader.exitcode is None
     stop.touch()
@@ -126,12 +126,12 @@ def keep_saving(url: str, seed: int, pipe: Connection) -> None:
 
 def test_sigkill_at_a_random_moment_loses_nothing_that_was_saved(file_url: str, spawn: Spawn) -> None:
     generator = random.Random(time.time_ns())
-    for seed in range(15):
+    for seed in range(12):
         ours, theirs = Pipe(duplex=False)
         process = spawn(keep_saving, file_url, seed, theirs)
         theirs.close()
         acknowledged = ours.recv()
-        time.sleep(generator.uniform(0, 0.12))
+        time.sleep(generator.uniform(0, 0.1))
         process.kill()
         process.join()
         with suppress(EOFError):

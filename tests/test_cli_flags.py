@@ -1,0 +1,143 @@
+"""Everything is settable from LightningCLI's flags and YAML."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import yaml
+from helpers import TinyModel, loader
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_scar import SCARCheckpoint, load
+from lightning_scar.core.selection import round_robin
+
+OPTIONS: dict[str, Any] = {
+    "dirpath": "runs/a",
+    "every_n_train_steps": 7,
+    "fraction": 0.25,
+    "policy": "round_robin",
+    "block_size": 4096,
+    "max_age": 50,
+    "full_every_n_saves": 10,
+    "staging": "eager",
+    "resume": False,
+    "strict": False,
+    "save_on_exception": False,
+    "on_write_error": "raise",
+    "storage_options": {"anon": True},
+}
+OTHER_INTERVAL = {key: value for key, value in OPTIONS.items() if key != "every_n_train_steps"} | {
+    "every_n_seconds": 2.5
+}
+
+
+class Model(TinyModel):
+    """With a constructor that a parser understands."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader()
+
+
+def cli(*arguments: str, run: bool = False) -> LightningCLI:
+    return LightningCLI(Model, Data, args=list(arguments), run=run, save_config_callback=None)
+
+
+def ours(parsed: LightningCLI) -> SCARCheckpoint:
+    (callback,) = [c for c in parsed.trainer.callbacks if isinstance(c, SCARCheckpoint)]  # type: ignore[attr-defined]
+    return callback
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    values = (
+        f"--trainer.callbacks.{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in options.items()
+    )
+    return [
+        "--trainer.callbacks+=lightning_scar.SCARCheckpoint",
+        *(v.removesuffix("\n").removesuffix("...").strip() for v in values),
+    ]
+
+
+def config(path: Path, options: dict[str, Any]) -> str:
+    callback = {"class_path": "lightning_scar.SCARCheckpoint", "init_args": options}
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    return f"--config={path}"
+
+
+def test_every_option_of_the_constructor_is_tried_here() -> None:
+    assert set(inspect.signature(SCARCheckpoint).parameters) == OPTIONS.keys() | OTHER_INTERVAL.keys()
+    defaults = vars(SCARCheckpoint("other", every_n_train_steps=1, every_n_seconds=None))
+    tried = vars(SCARCheckpoint(**OPTIONS))
+    same = {name for name in defaults if defaults[name] == tried[name] and name != "stats"}
+    assert not same & {f"_{name}" for name in OPTIONS}, "a value that is the default proves nothing"
+
+
+@pytest.mark.parametrize("options", [OPTIONS, OTHER_INTERVAL])
+def test_every_option_is_set_from_flags(options: dict[str, Any]) -> None:
+    assert vars(ours(cli(*flags(options)))) == vars(SCARCheckpoint(**options))
+
+
+@pytest.mark.parametrize("options", [OPTIONS, OTHER_INTERVAL])
+def test_every_option_is_set_from_yaml(options: dict[str, Any], tmp_path: Path) -> None:
+    assert vars(ours(cli(config(tmp_path / "c.yaml", options)))) == vars(SCARCheckpoint(**options))
+
+
+def test_flags_override_yaml(tmp_path: Path) -> None:
+    parsed = cli(config(tmp_path / "c.yaml", OPTIONS), "--trainer.callbacks.fraction=0.5")
+    assert vars(ours(parsed)) == vars(SCARCheckpoint(**{**OPTIONS, "fraction": 0.5}))
+
+
+@pytest.mark.parametrize("options", [OPTIONS, OTHER_INTERVAL, {"dirpath": "a", "every_n_train_steps": 1}])
+def test_print_config_prints_what_can_be_read_back(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli(*flags(options), "--print_config")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert vars(ours(cli(f"--config={printed}"))) == vars(SCARCheckpoint(**options))
+
+
+def test_a_policy_of_ones_own_is_named_by_its_path() -> None:
+    parsed = cli(
+        *flags({"dirpath": "a", "every_n_train_steps": 1}),
+        "--trainer.callbacks.policy=lightning_scar.core.selection.round_robin",
+    )
+    assert ours(parsed)._settings.policy is round_robin
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("staging", "later"), ("fraction", "much"), ("every_n_train_steps", "1.5")]
+)
+def test_a_wrong_flag_is_an_error_that_names_it(name: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {"dirpath": "a", "every_n_train_steps": 1, name: value}
+    with pytest.raises(SystemExit) as end:
+        cli(*flags(wrong))
+    assert end.value.code == 2
+    assert value in capsys.readouterr().err
+
+
+def test_a_value_out_of_range_is_an_error_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, Exception), match=r"fraction=7\.0 must be|2"):
+        cli(*flags({"dirpath": "a", "every_n_train_steps": 1, "fraction": 7.0}))
+
+
+def test_a_run_from_flags_resumes_and_continues(tmp_path: Path) -> None:
+    arguments = [
+        "fit",
+        *flags({"dirpath": str(tmp_path / "scar"), "every_n_train_steps": 2}),
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+    ]
+    cli(*arguments, "--trainer.max_epochs=1", run=True)
+    assert load(tmp_path / "scar")["global_step"] == 8
+    cli(*arguments, "--trainer.max_epochs=2", f"--ckpt_path={tmp_path / 'scar'}", run=True)
+    assert load(tmp_path / "scar")["global_step"] == 16

@@ -1,0 +1,143 @@
+"""One loud test for each private part of Lightning that the package leans on.
+
+When one of these fails after an upgrade, the function of the same name in ``_lightning.py`` is what to look at.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import BATCH_SIZE, TinyModel, loader, make_trainer, samples
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_scar import _lightning
+
+
+def in_training(hook: Any, **options: Any) -> TinyModel:
+    """Calls ``hook(trainer)`` after every batch."""
+
+    class Calls(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            hook(trainer)
+
+    model = TinyModel()
+    data = options.pop("data", loader())
+    make_trainer(Calls(), max_epochs=1, enable_checkpointing=False, **options).fit(model, data)
+    return model
+
+
+def test_every_private_part_has_a_test() -> None:
+    functions = {
+        name for name, f in inspect.getmembers(_lightning, inspect.isfunction) if f.__module__ == _lightning.__name__
+    }
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert functions <= tested, "write a test for the new private part"
+
+
+def test_dump_checkpoint() -> None:
+    def check(trainer: pl.Trainer) -> None:
+        checkpoint = _lightning.dump_checkpoint(trainer)
+        expected = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "epoch", "global_step"}
+        assert expected <= checkpoint.keys(), "Lightning's checkpoint dict has lost a part"
+        live = dict(trainer.lightning_module.named_parameters())
+        for name, tensor in checkpoint["state_dict"].items():
+            assert tensor.data_ptr() == live[name].data_ptr(), "the dict holds copies: saves would cost a whole copy"
+        moments = trainer.optimizers[0].state[live["net.0.weight"]]
+        saved = checkpoint["optimizer_states"][0]["state"][0]
+        assert saved["exp_avg"].data_ptr() == moments["exp_avg"].data_ptr()
+        checked.append(True)
+
+    checked: list[bool] = []
+    in_training(check)
+    assert checked
+
+
+def test_intercept_resume(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Intercepts(Callback):
+        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            _lightning.intercept_resume(trainer, self.choose, self.loaded)
+
+        def choose(self, asked_for: str | None) -> str | None:
+            seen.append(asked_for)
+            return str(tmp_path / "a.ckpt") if asked_for is None else asked_for
+
+        def loaded(self, path: str, checkpoint: dict[str, Any]) -> None:
+            seen.append(path)
+            checkpoint["state_dict"]["net.2.bias"] = torch.full((1,), 7.0)
+
+    source = make_trainer(enable_checkpointing=False, max_steps=1)
+    source.fit(TinyModel(), loader())
+    source.save_checkpoint(tmp_path / "a.ckpt")
+    model = TinyModel()
+    loop = make_trainer(Intercepts(), enable_checkpointing=False, max_steps=1)
+    loop.fit(model, loader())
+    assert seen == [None, str(tmp_path / "a.ckpt")], "Lightning reads its checkpoint in another way"
+    assert loop.global_step == 1
+    assert float(model.net[2].bias) == 7.0, "what `loaded` changes must be what is restored"
+    assert "resume_start" not in vars(loop._checkpoint_connector), "an interception is for one call"
+
+
+def test_end_interception() -> None:
+    loop = make_trainer(enable_checkpointing=False)
+    _lightning.end_interception(loop)  # without one, nothing
+    _lightning.intercept_resume(loop, lambda asked_for: pytest.fail("still intercepted"), lambda path, checkpoint: None)
+    _lightning.end_interception(loop)
+    loop.validate(TinyModel(), loader())
+
+
+def test_loader_states() -> None:
+    states: list[Any] = []
+    data = StatefulDataLoader(samples(), batch_size=BATCH_SIZE)
+    in_training(lambda trainer: states.append(_lightning.loader_states(_lightning.dump_checkpoint(trainer))), data=data)
+    assert all(len(of_all_loaders) == 1 for of_all_loaders in states), "loaders' states lie elsewhere in the dict"
+    plain: list[Any] = []
+    in_training(lambda trainer: plain.append(_lightning.loader_states(_lightning.dump_checkpoint(trainer))))
+    assert plain == [[]] * len(plain)
+
+
+def test_place_data() -> None:
+    """See ``test_callback_resume`` for what it is good for."""
+    data = StatefulDataLoader(samples(), batch_size=BATCH_SIZE)
+    states: list[Any] = []
+    whole = in_training(
+        lambda trainer: states.append(_lightning.loader_states(_lightning.dump_checkpoint(trainer))), data=data
+    )
+
+    class Places(Callback):
+        def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            trainer.fit_loop._restarting = True
+            _lightning.place_data(trainer, states[4])
+            trainer.fit_loop._restarting = False
+
+    model = TinyModel()
+    make_trainer(Places(), max_epochs=1, enable_checkpointing=False).fit(model, data)
+    assert model.seen == whole.seen[5:], "the data do not continue behind the fifth batch"
+
+
+def test_logger_step() -> None:
+    class Steps(DummyLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            theirs.append(step)
+
+    theirs: list[int | None] = []
+    ours: list[int] = []
+    in_training(
+        lambda trainer: ours.append(_lightning.logger_step(trainer)),
+        logger=Steps(),
+        log_every_n_steps=1,
+        accumulate_grad_batches=2,
+    )
+    assert sorted(set(ours)) == sorted(set(theirs)), "Lightning gives its loggers other steps now"
+
+
+def test_mark_sigterm() -> None:
+    with pytest.raises(SIGTERMException):
+        in_training(_lightning.mark_sigterm)
