@@ -9,7 +9,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_scar.core.compatibility import ModelMismatchError, differences, keep_what_fits
 from lightning_scar.core.restoration import NoCheckpointError
-from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.store import DeltaStore
 
 
@@ -18,8 +17,7 @@ def unfinished_run(dirpath: str, storage_options: dict[str, Any] | None) -> str 
 
     Raises:
         MisconfigurationException: If the run is finished: going on from it must be asked for.
-        StorageError: If all that is left of it is damaged: beginning anew must be asked for.
-        NoCheckpointError: If there is nothing left but damaged files.
+        NoCheckpointError: If there is nothing left but damaged files: beginning anew must be asked for.
 
     """
     store = DeltaStore(dirpath, storage_options)
@@ -30,12 +28,6 @@ def unfinished_run(dirpath: str, storage_options: dict[str, Any] | None) -> str 
         raise NoCheckpointError(
             f"{dirpath} holds nothing but damaged files:\n  {damage}\n"
             "To begin anew, choose another dirpath, or set `resume=False`, which replaces them."
-        )
-    if not heads and store.damaged:
-        listed = "\n  ".join(map(str, store.damaged))
-        raise StorageError(
-            f"{dirpath} holds a running checkpoint of which no file is intact:\n  {listed}\n"
-            "To begin anew, choose another dirpath, or set `resume=False`, which replaces it."
         )
     if not heads:
         return None

@@ -29,7 +29,6 @@ from zoo import ZOO, Way, WithValidation
 from lightning_scar import SCARCheckpoint, SCARCheckpointIO, load
 from lightning_scar.core.compatibility import ModelMismatchError
 from lightning_scar.core.restoration import NoCheckpointError
-from lightning_scar.storage.delta import StorageError
 
 EXACT = {"fraction": 1.0, "full_every_n_saves": 1}  # no save is skipped, however slow the disk
 
@@ -313,12 +312,3 @@ def test_a_hook_of_the_users_may_make_it_fit(tmp_path: Path) -> None:
     cut_short(saver(tmp_path, **EXACT), after=4)
     model = fit(saver(tmp_path, **EXACT), model=Renamed())
     assert min(model.live) == 5
-
-
-def test_a_directory_with_nothing_but_damage_is_not_begun_anew(tmp_path: Path) -> None:
-    cut_short(saver(tmp_path), after=8)
-    for path in tmp_path.glob("rank-*/*"):
-        path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(StorageError, match="no file is intact"):
-        fit(saver(tmp_path))
-    assert list(tmp_path.glob("rank-*/*"))
