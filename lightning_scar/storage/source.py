@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import IO, Protocol
 
@@ -11,10 +12,15 @@ from typing_extensions import Self
 # Reads the pages in now, and fails with an error where touching them later would kill the process. Linux >= 5.14; the
 # mmap module does not name it.
 _POPULATE_READ = 22
+#: Spans no further apart than this are fetched as one.
+_GAP = 64 * 1024
 
 
 class Source(Protocol):
     """Bytes of one delta."""
+
+    def expect(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Says what will be read, in order of its place, so that it may be fetched ahead."""
 
     def read_into(self, start: int, into: memoryview) -> bool:
         """Fills ``into`` with the bytes from ``start`` on; ``False`` where the file ends too early."""
@@ -44,21 +50,45 @@ class MappedSource(AbstractContextManager["MappedSource"]):
             if stop == self._offset:
                 raise OSError(f"{path} holds nothing to map")
             mapped = mmap.mmap(file.fileno(), stop - self._offset, access=mmap.ACCESS_READ, offset=self._offset)
-        mapped.madvise(_POPULATE_READ)
+        mapped.madvise(_POPULATE_READ, 0, 1)  # Fails where the system does not know it.
+        self._map = mapped
         self._bytes = np.frombuffer(mapped, dtype=np.uint8)
+
+    def expect(self, spans: Iterable[tuple[int, int]]) -> None:
+        """See :class:`Source`. Only these: most of an old delta may be dead."""
+        for start, stop in _joined(spans):
+            self._advise(mmap.MADV_WILLNEED, start, stop)
 
     def read_into(self, start: int, into: memoryview) -> bool:
         """See :class:`Source`."""
         found = self._bytes[start - self._offset : start - self._offset + len(into)]
         if len(found) < len(into):
             return False
+        self._advise(_POPULATE_READ, start, start + len(into))
         # numpy lets other threads run while it copies; a memoryview would not.
         np.copyto(np.frombuffer(into, dtype=np.uint8), found)
         return True
 
     def __exit__(self, *exception: object) -> None:
         """Lets go of the mapping."""
-        del self._bytes
+        del self._bytes, self._map
+
+    def _advise(self, option: int, start: int, stop: int) -> None:
+        first = (start - self._offset) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop - self._offset > first:
+            self._map.madvise(option, first, stop - self._offset - first)
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Neighbouring spans as one."""
+    spans = iter(spans)
+    start, stop = next(spans, (0, 0))
+    for next_start, next_stop in spans:
+        if next_start - stop > _GAP:
+            yield start, stop
+            start, stop = next_start, next_stop
+        stop = max(stop, next_stop)
+    yield start, stop
 
 
 class StreamSource(AbstractContextManager["StreamSource"]):
@@ -71,6 +101,9 @@ class StreamSource(AbstractContextManager["StreamSource"]):
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+
+    def expect(self, spans: Iterable[tuple[int, int]]) -> None:
+        """See :class:`Source`. The file system reads ahead as it sees fit."""
 
     def read_into(self, start: int, into: memoryview) -> bool:
         """See :class:`Source`."""

@@ -165,6 +165,7 @@ class DeltaStore:
     def _read_batch(self, name: str, batch: list[tuple[int, int, Reading]]) -> list[tuple[Reading, Damage]]:
         damages = []
         with self.directory.source(name, batch[0][0], max(stop for _, stop, _ in batch)) as source:
+            source.expect((start, stop) for start, stop, _ in batch)
             for _, _, reading in batch:
                 block = reading.located.block
                 try:
