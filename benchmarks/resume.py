@@ -3,6 +3,7 @@
 A running checkpoint of one full and forty partial saves is read and copied into a live model and optimizer, and so is
 the same state from one file of ``torch.save`` and one of safetensors, by turns; with the files in the page cache
 (``*_s``) and after they were dropped from it (``*_cold_s``). SCAR verifies every checksum, the two others have none.
+``scar`` reads straight into the live tensors, ``scar_dict`` makes a checkpoint dict first, as all the others do.
 """
 
 import os
@@ -60,9 +61,10 @@ class Live:
 
     @torch.no_grad()
     def copy(self, source: Mapping[str, Tensor]) -> None:
-        """Copies a state by name into the live tensors."""
+        """Copies a state by name into the live tensors, where it is not there already."""
         for name, tensor in self.flat().items():
-            tensor.copy_(source[name])
+            if source[name].data_ptr() != tensor.data_ptr():
+                tensor.copy_(source[name])
 
     @torch.no_grad()
     def perturb(self) -> None:
@@ -139,7 +141,8 @@ def write_sources(live: Live, folder: Path) -> tuple[list[Source], int]:
     save_file(live.flat(), folder / "state.safetensors")
     os.sync()
     sources = [
-        Source("scar", folder / "scar", lambda path: flattened(load(path))),
+        Source("scar", folder / "scar", lambda path: flattened(load(path, into=live.checkpoint(0)))),
+        Source("scar_dict", folder / "scar", lambda path: flattened(load(path))),
         Source("torch", folder / "torch.ckpt", lambda path: flattened(torch.load(path))),
         Source("torch_mmap", folder / "torch.ckpt", lambda path: flattened(torch.load(path, mmap=True))),
         Source("safetensors", folder / "state.safetensors", load_file),

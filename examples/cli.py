@@ -1,11 +1,12 @@
 """Everything from flags and YAML.
 
-    python examples/cli.py fit --config examples/cli.yaml
-    python examples/cli.py fit --config examples/cli.yaml --trainer.callbacks.fraction=0.25
+python examples/cli.py fit --config examples/cli.yaml
+python examples/cli.py fit --config examples/cli.yaml --trainer.callbacks.fraction=0.25
 """
 
-from digits import DigitClassifier, Digits
 from lightning.pytorch.cli import LightningCLI
+
+from digits import DigitClassifier, Digits
 
 
 def main() -> None:

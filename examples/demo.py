@@ -1,16 +1,20 @@
 """What a SIGKILL costs: SCARCheckpoint against Lightning's ModelCheckpoint, at equal bytes written.
 
     make demo
+    python examples/demo.py --kill-after 448
 
 Two trainings with the same seed and the same batches run side by side. Both are killed after the same step, and both
 are started again.
 
-Until the kill ModelCheckpoint writes the whole state three times, after steps 100, 200 and 300. SCARCheckpoint writes it
-once, in its first save, and an eighth of it in each later one. As a delta also carries the skeleton and a header, 5 % of
-such a small one, the bytes are equal when it saves every 21 steps. The kill comes 50 steps after the last save of the
-one, half of its interval, and 14 after that of the other, two thirds of its interval: for neither a lucky moment.
+ModelCheckpoint writes the whole state every 100 steps. SCARCheckpoint writes it once, in its first save, and then an
+eighth of it a save. As a delta also carries the skeleton and a header, 5 % of such a small one, the bytes in a stretch
+of steps are equal when it saves every 13 steps, not every 12.5. The first save comes on top, once in a run.
+
+By default the kill comes half way between two saves of either, an average moment. Still, one kill is one sample: other
+moments cost either of them more or less, and ``--kill-after`` tries them.
 """
 
+import argparse
 import csv
 import shutil
 import signal
@@ -20,16 +24,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_plot import plot
-from demo_training import Line
 from rich.console import Console
 from rich.table import Table
 
+from demo_plot import plot
+from demo_training import Line
 from lightning_scar.core.restoration import restore
 from lightning_scar.storage.store import DeltaStore
 
-KILL_AFTER = 350
-STEPS = 420
+STEPS_AFTER_KILL = 60
 FOLDER = Path("runs/demo")
 PICTURE = Path("demo.png")
 
@@ -53,6 +56,17 @@ class Run:
     oldest_step: int
 
     @property
+    def first_save(self) -> int:
+        """Bytes of the first save."""
+        return min(line.bytes_written for line in self.before if line.bytes_written)
+
+    @property
+    def bytes_per_step(self) -> float:
+        """Bytes that the later saves wrote, spread over the steps."""
+        written = {line.bytes_written for line in self.before if line.bytes_written}
+        return (max(written) - min(written)) / max(1, len(written) - 1) / self.every
+
+    @property
     def rework(self) -> int | None:
         """Steps after the restart until the held-out loss is back where it was, if it ever is."""
         goal = self.before[-1].held_out_loss
@@ -60,10 +74,20 @@ class Run:
 
 
 def main() -> None:
+    arguments = argparse.ArgumentParser(description="Kill two trainings and start them again.")
+    arguments.add_argument("--kill-after", type=int, default=253, metavar="STEP", help="by default %(default)s")
+    kill_after: int = arguments.parse_args().kill_after
+    if kill_after <= 100:
+        arguments.error("--kill-after must be above 100: before that ModelCheckpoint has saved nothing")
+
     console = Console()
     shutil.rmtree(FOLDER, ignore_errors=True)
     with ThreadPoolExecutor() as pool, console.status("Two trainings are killed and started again ..."):
-        runs = list(pool.map(kill_and_resume, ["SCARCheckpoint", "ModelCheckpoint"], [21, 100]))
+        running = [
+            pool.submit(kill_and_resume, name, every, kill_after)
+            for name, every in (("SCARCheckpoint", 13), ("ModelCheckpoint", 100))
+        ]
+        runs = [run.result() for run in running]
     if len({tuple(line.held_out_loss for line in run.before) for run in runs}) > 1:
         sys.exit("The two trainings differ before the kill, so they cannot be compared.")
     console.print(table(runs))
@@ -71,11 +95,11 @@ def main() -> None:
     console.print(f"Loss against steps: {PICTURE.resolve()}", soft_wrap=True)
 
 
-def kill_and_resume(name: str, every: int) -> Run:
+def kill_and_resume(name: str, every: int, kill_after: int) -> Run:
     folder = FOLDER / name
     folder.mkdir(parents=True)
-    options = [name, str(folder), "--every", str(every), "--steps", str(STEPS)]
-    train([*options, "--kill-after", str(KILL_AFTER)], folder / "first.log", -signal.SIGKILL)
+    options = [name, str(folder), "--every", str(every), "--steps", str(kill_after + STEPS_AFTER_KILL)]
+    train([*options, "--kill-after", str(kill_after)], folder / "first.log", -signal.SIGKILL)
     before = read_journal(folder)
     blocks = restore(DeltaStore(folder / "saved")).versions.values() if name == "SCARCheckpoint" else []
     train(options, folder / "second.log", 0)
@@ -97,9 +121,10 @@ def read_journal(folder: Path) -> list[Line]:
 
 
 def table(runs: list[Run]) -> Table:
-    rows = {
+    rows: dict[str, list[object]] = {
         "saves every": [f"{run.every} steps" for run in runs],
-        "bytes written until the kill": [f"{run.before[-1].bytes_written / 1e6:.2f} MB" for run in runs],
+        "first save": [f"{run.first_save / 1e6:.2f} MB" for run in runs],
+        "then, in 100 steps": [f"{run.bytes_per_step * 100 / 1e6:.2f} MB" for run in runs],
         "step of the kill": [run.before[-1].step for run in runs],
         "step resumed": [run.after[0].step for run in runs],
         "oldest block": [f"{run.after[0].step - run.oldest_step} steps older" for run in runs],

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from digits import DigitClassifier, Digits
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
+from digits import DigitClassifier, Digits
 from lightning_scar import SCARCheckpoint
 
 
@@ -85,7 +85,9 @@ def main() -> None:
         checkpoint = SCARCheckpoint(folder / "saved", every_n_train_steps=options.every, fraction=1 / 8)
     else:
         # All files are kept, so that their bytes can be counted; "last" costs none, it is a link.
-        checkpoint = ModelCheckpoint(folder / "saved", every_n_train_steps=options.every, save_top_k=-1, save_last="link")
+        checkpoint = ModelCheckpoint(
+            folder / "saved", every_n_train_steps=options.every, save_top_k=-1, save_last="link"
+        )
 
     torch.set_num_threads(1)  # so that two runs side by side take the same steps on any machine
     seed_everything(1, verbose=False)

@@ -42,7 +42,7 @@ class Digits(LightningDataModule):
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self.held_out, batch_size=len(self.held_out))
+        return DataLoader(self.held_out, batch_size=len(self.held_out))  # type: ignore[arg-type]
 
 
 class DigitClassifier(LightningModule):

@@ -1,11 +1,11 @@
 """Train a CNN on MNIST digits. Kill it whenever you like and run it again: it goes on where it was.
 
-    python examples/mnist.py
+python examples/mnist.py
 """
 
-from digits import DigitClassifier, Digits
 from lightning import Trainer, seed_everything
 
+from digits import DigitClassifier, Digits
 from lightning_scar import SCARCheckpoint
 
 

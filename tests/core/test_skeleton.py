@@ -142,6 +142,8 @@ def test_tied_weights_and_detached_views_share_their_identity_and_clones_do_not(
     assert identity(weight) != identity(weight.clone())
     assert identity(weight) != identity(weight.view(3, 2))
     assert identity(weight) != identity(weight[:1])
+    square = torch.ones(3, 3)
+    assert identity(square) != identity(square.t())
 
 
 def test_packing_keeps_everything_that_torch_save_keeps() -> None:

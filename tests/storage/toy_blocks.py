@@ -59,7 +59,7 @@ def read(store: DeltaStore, located: Located) -> bytes:
 
 
 def newest(store: DeltaStore) -> dict[str, Version]:
-    return {key: store.index.versions(key)[0].block.version for key in store.index.keys()}
+    return {key: store.index.versions(key)[0].block.version for key in sorted(store.index.keys())}
 
 
 def check(store: DeltaStore) -> dict[str, Version]:
@@ -69,7 +69,7 @@ def check(store: DeltaStore) -> dict[str, Version]:
         store.refresh()
         readings = [
             Reading(at, {"param": memoryview(bytearray(at.block.nbytes))})
-            for key in store.index.keys()
+            for key in sorted(store.index.keys())
             for at in store.index.versions(key)[:1]
         ]
         assert not store.damaged, store.damaged

@@ -1,0 +1,183 @@
+"""Real processes, killed by real signals.
+
+A server that has imported everything forks them, so that each starts in a moment.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import fault_runs
+import pytest
+import torch
+from helpers import assert_same, cut_short, fit, saved_blocks, saver
+from torch import Tensor
+
+from lightning_scar import load
+from lightning_scar.core.restoration import NoCheckpointError, restore
+from lightning_scar.storage.owner import DirectoryInUseError
+from lightning_scar.storage.store import DeltaStore
+
+Start = Callable[..., BaseProcess]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    context = multiprocessing.get_context("forkserver")
+    # Torch imports its compiler when the first optimizer is made.
+    preload = ["lightning_scar.callback", "lightning.pytorch", "torch._dynamo", "torchdata.stateful_dataloader"]
+    context.set_forkserver_preload(preload)
+    started: list[BaseProcess] = []
+
+    def start(target: Callable[..., None], *args: Any, **kwargs: Any) -> BaseProcess:
+        process = context.Process(target=target, args=args, kwargs=kwargs)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join(10)
+
+
+def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.is_alive(), f"the process ended by itself, with {process.exitcode}"
+        assert time.monotonic() < deadline, "the process is too slow"
+        time.sleep(0.001)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def kill(process: BaseProcess, signum: int = signal.SIGKILL, seconds: float = 60) -> int | None:
+    assert process.pid is not None
+    os.kill(process.pid, signum)
+    process.join(seconds)
+    return process.exitcode
+
+
+def finished(process: BaseProcess, seconds: float = 60) -> int | None:
+    process.join(seconds)
+    return process.exitcode
+
+
+# -- SIGKILL -------------------------------------------------------------------------------------------------------
+
+
+def step_on_disk(dirpath: Path) -> int:
+    try:
+        return load(dirpath)["global_step"]
+    except NoCheckpointError:
+        return 0
+
+
+def assert_blocks_as_written_down(dirpath: Path, days: dict[int, dict[str, Tensor]]) -> None:
+    slots = {"state_dict": "param"}
+    for key, step, path, span, values in saved_blocks(restore(DeltaStore(dirpath))):
+        name = key.removeprefix("state_dict/").split("[")[0]
+        slot = slots.get(str(path[0]), str(path[-1]))
+        assert bool(values.isfinite().all()), key
+        assert torch.equal(values, days[step][f"{name}/{slot}"][span]), f"{key} is not what it was at step {step}"
+
+
+def test_twenty_kills_in_a_row_lose_next_to_nothing(start: Start, tmp_path: Path) -> None:
+    dirpath, chance = tmp_path / "scar", random.Random(7)
+    days: dict[int, dict[str, Tensor]] = {}
+    resumed_from = reached = 0
+    for i in range(20):
+        diary = tmp_path / f"diary-{i}"
+        process = start(fault_runs.write_diary, dirpath, diary)
+        days_to_live = chance.randrange(20)
+        enough = 4 * fault_runs.DIARY_FLOATS * days_to_live
+        wait_until(lambda diary=diary, enough=enough: size(diary) >= enough, process)
+        time.sleep(chance.random() * (0.01 if days_to_live else 0.5))
+        assert kill(process) == -signal.SIGKILL
+        written = fault_runs.read_diary(diary)
+        if written:
+            assert min(written) == resumed_from + 1, "the run did not go on from what was on disk"
+        # Where a run repeats a step, the older blocks of that step were of saves that never came to be.
+        days.update(written)
+        if step_on_disk(dirpath):
+            assert_blocks_as_written_down(dirpath, days)
+        assert step_on_disk(dirpath) >= resumed_from, "the running checkpoint went backwards"
+        resumed_from, reached = step_on_disk(dirpath), max(days, default=0)
+    assert resumed_from > 60
+    assert reached >= resumed_from
+    process = start(fault_runs.write_diary, dirpath, tmp_path / "last", max_steps=resumed_from + 10)
+    assert finished(process) == 0
+    assert step_on_disk(dirpath) == resumed_from + 10
+    assert not list(dirpath.rglob("*.tmp"))
+
+
+def test_a_fresh_run_killed_in_its_first_save_leaves_the_older_run_as_it_was(start: Start, tmp_path: Path) -> None:
+    older = cut_short(saver(tmp_path / "scar", full_every_n_saves=1), after=6)
+    process = start(fault_runs.hang_in_the_first_save, tmp_path / "scar", tmp_path / "marker")
+    wait_until((tmp_path / "marker").exists, process)
+    kill(process)
+    assert list((tmp_path / "scar").rglob("*.tmp")), "the kill came too early or too late"
+    assert_same(load(tmp_path / "scar")["state_dict"], older.live[6]["state_dict"])
+    resumed = fit(saver(tmp_path / "scar"))
+    assert min(resumed.live) == 7
+    assert not list((tmp_path / "scar").rglob("*.tmp"))
+
+
+def test_a_live_run_keeps_its_directory_and_a_killed_one_does_not(start: Start, tmp_path: Path) -> None:
+    process = start(fault_runs.write_diary, tmp_path / "scar", tmp_path / "diary")
+    wait_until(lambda: step_on_disk(tmp_path / "scar") > 0, process)
+    with pytest.raises(DirectoryInUseError, match=f"in use by process {process.pid} "):
+        fit(saver(tmp_path / "scar"))
+    kill(process)
+    assert (tmp_path / "scar" / "owner.json").exists()
+    model = fault_runs.Diary(tmp_path / "second")
+    fault_runs.make_trainer(saver(tmp_path / "scar"), max_steps=step_on_disk(tmp_path / "scar") + 2).fit(
+        model, fault_runs.stateful()
+    )
+    assert not (tmp_path / "scar" / "owner.json").exists()
+
+
+# -- SIGTERM and Ctrl-C --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_lost_when_a_process_is_told_to_stop(
+    start: Start, tmp_path: Path, options: dict[str, Any], signum: signal.Signals
+) -> None:
+    process = start(fault_runs.train_counted, tmp_path / "scar", tmp_path / "count", tmp_path / "seen", **options)
+    wait_until(lambda: size(tmp_path / "count") >= 5, process)
+    kill(process, signum)
+    assert process.exitcode is not None
+    resumed = fit(saver(tmp_path / "scar"), data=fault_runs.stateful(), max_epochs=4, **options)
+    if signum == signal.SIGINT:
+        return  # It ends in the middle of a batch, whose data are gone.
+    whole = fit(saver(tmp_path / "whole"), data=fault_runs.stateful(), max_epochs=4, **options)
+    first = torch.load(tmp_path / "seen")
+    assert 5 <= len(first) < 32
+    assert first + resumed.seen == whole.seen
+    for part in ("state_dict", "optimizer_states", "global_step"):
+        assert_same(resumed.final[part], whole.final[part])
+
+
+def test_the_exit_code_is_lightnings(start: Start, tmp_path: Path) -> None:
+    plain = start(fault_runs.train_plainly, tmp_path / "plain")
+    ours = start(fault_runs.train_counted, tmp_path / "scar", tmp_path / "count", tmp_path / "seen")
+    for process, path in ((plain, "plain"), (ours, "count")):
+        wait_until(lambda path=path: size(tmp_path / path) >= 3, process)
+        kill(process, signal.SIGTERM)
+    assert ours.exitcode == plain.exitcode
+
+
+@pytest.mark.parametrize("hook", ["validation", "epoch end"])
+def test_a_sigterm_behind_the_last_batch_is_not_swallowed(start: Start, tmp_path: Path, hook: str) -> None:
+    process = start(fault_runs.train_terminated, tmp_path, hook)
+    print(finished(process))
