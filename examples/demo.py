@@ -7,8 +7,8 @@ Two trainings with the same seed and the same batches run side by side. Both are
 are started again.
 
 ModelCheckpoint writes the whole state every 100 steps. SCARCheckpoint writes it once, in its first save, and then an
-eighth of it a save. As a delta also carries the skeleton and a header, 5 % of such a small one, the bytes in a stretch
-of steps are equal when it saves every 13 steps, not every 12.5. The first save comes on top, once in a run.
+eighth of it a save. A delta also carries the skeleton and a header, 5 % of such a small one: that is why it saves every
+13 steps here, not every 12.5, to come to the same bytes in 100 steps. The first save comes on top, once in a run.
 
 By default the kill comes half way between two saves of either, an average moment. Still, one kill is one sample: other
 moments cost either of them more or less, and ``--kill-after`` tries them.

@@ -128,6 +128,10 @@ class SCARCheckpoint(Checkpoint):
         """What ``ckpt_path="best"`` loads when this is the Trainer's only checkpoint callback."""
         return "" if DeltaStore(self.dirpath, self._storage_options).is_empty() else self.dirpath
 
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        """Launchers hand it over from the processes they started; here the directory itself tells."""
+
     # -- beginning and end of a fit ------------------------------------------------------------------------------
 
     @override

@@ -3,13 +3,12 @@
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from helpers import BATCH_SIZE, TinyModel, make_trainer, samples, saver
+from helpers import BATCH_SIZE, StopAfter, TinyModel, make_trainer, samples, saver
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -129,8 +128,9 @@ class TerminatedIn(TinyModel):
         self._terminate("epoch end")
 
 
-def train_terminated(dirpath: Path, hook: str) -> None:
+def train_terminated(dirpath: Path, end: Path, hook: str) -> None:
     make_trainer(saver(dirpath), max_epochs=2).fit(TerminatedIn(hook), stateful(), stateful())
+    end.touch()
 
 
 class Rank(TinyModel):
@@ -150,7 +150,6 @@ class Rank(TinyModel):
         torch.save(state, self.folder / f"{when}-{self.global_rank}.pt")
 
     def on_train_start(self) -> None:
-        # Were it not for the restored state, ranks would differ.
         self._leave("start")
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -158,7 +157,9 @@ class Rank(TinyModel):
         time.sleep(0.01)
 
 
-def train_ranks(dirpath: Path, folder: Path, max_epochs: int, callbacks: Callable[[], list[Any]] = list) -> None:
-    """Two ranks over gloo."""
-    options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": max_epochs}
-    make_trainer(saver(dirpath, full_every_n_saves=1), *callbacks(), **options).fit(Rank(folder), stateful())
+def train_ranks(dirpath: Path, folder: Path, after: int | None = None) -> None:
+    """Two ranks over gloo, of which both fail after some batches."""
+    callbacks = [StopAfter(after)] if after else []
+    scar = saver(dirpath, full_every_n_saves=1)
+    loop = make_trainer(scar, *callbacks, strategy="ddp_fork", devices=2, max_epochs=2)
+    loop.fit(Rank(folder), stateful())

@@ -104,7 +104,7 @@ class StopAfter(Callback):
 
 def make_trainer(*callbacks: Callback, **options: Any) -> pl.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    return pl.Trainer(accelerator="cpu", devices=1, callbacks=list(callbacks), **{**quiet, **options})
+    return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **{"devices": 1, **quiet, **options})
 
 
 def fit(

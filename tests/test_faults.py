@@ -16,7 +16,8 @@ from typing import Any
 import fault_runs
 import pytest
 import torch
-from helpers import assert_same, cut_short, fit, saved_blocks, saver
+from helpers import TinyModel, assert_same, cut_short, fit, saved_blocks, saver
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_scar import load
@@ -174,10 +175,58 @@ def test_the_exit_code_is_lightnings(start: Start, tmp_path: Path) -> None:
     for process, path in ((plain, "plain"), (ours, "count")):
         wait_until(lambda path=path: size(tmp_path / path) >= 3, process)
         kill(process, signal.SIGTERM)
-    assert ours.exitcode == plain.exitcode
+    assert ours.exitcode == plain.exitcode, "batch systems look at it"
 
 
 @pytest.mark.parametrize("hook", ["validation", "epoch end"])
 def test_a_sigterm_behind_the_last_batch_is_not_swallowed(start: Start, tmp_path: Path, hook: str) -> None:
-    process = start(fault_runs.train_terminated, tmp_path, hook)
-    print(finished(process))
+    process = start(fault_runs.train_terminated, tmp_path / "scar", tmp_path / "end", hook)
+    finished(process)
+    assert not (tmp_path / "end").exists(), "the script went on although it was told to stop"
+    assert step_on_disk(tmp_path / "scar") == 16
+    # Its fit was done, yet the script was not: started again it comes past its fit without a word or a step.
+    model = fit(saver(tmp_path / "scar"))
+    assert model.live == {}
+
+
+def test_the_users_own_handler_of_sigterm_is_called_at_the_boundary(tmp_path: Path) -> None:
+    called = []
+
+    class Terminated(TinyModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+                assert called == []
+            return super().training_step(batch, batch_idx)
+
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: called.append(signum))
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SIGTERMException):
+            fit(saver(tmp_path, every_n_train_steps=100), model=Terminated())
+        assert called == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert step_on_disk(tmp_path) == 4
+
+
+# -- two ranks -----------------------------------------------------------------------------------------------------
+
+
+def ranks(folder: Path, when: str) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{when}-{rank}.pt") for rank in range(2)]
+
+
+def test_two_ranks_resume_as_one(start: Start, tmp_path: Path) -> None:
+    scar, first, second, whole = (tmp_path / name for name in ("scar", "first", "second", "whole"))
+    assert finished(start(fault_runs.train_ranks, scar, first, after=6)) == 1
+    assert finished(start(fault_runs.train_ranks, scar, second)) == 0
+    assert finished(start(fault_runs.train_ranks, tmp_path / "other", whole)) == 0
+    assert_same(ranks(second, "start")[0], ranks(first, "last")[0])
+    for folder in (second, whole):
+        assert_same(*ranks(folder, "start"))
+        assert_same(*ranks(folder, "last"))
+    assert_same(ranks(second, "last")[0], ranks(whole, "last")[0])
+    assert ranks(whole, "last")[0]["step"] == 8
+    assert [path.name for path in scar.glob("rank-*")] == ["rank-0000"]
