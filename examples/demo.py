@@ -1,4 +1,4 @@
-"""What a SIGKILL costs: SCARCheckpoint against Lightning's ModelCheckpoint, at equal bytes written.
+"""What a SIGKILL costs: SCARCheckpoint against Lightning's ModelCheckpoint, at equal bytes per step.
 
     make demo
     python examples/demo.py --kill-after 448
@@ -132,7 +132,7 @@ def table(runs: list[Run]) -> Table:
         "held-out loss after": [f"{run.after[0].held_out_loss:.4f}" for run in runs],
         "steps to regain the loss": [run.rework if run.rework is not None else "never regained" for run in runs],
     }
-    result = Table("", *(run.name for run in runs), title="A SIGKILL at equal bytes written")
+    result = Table("", *(run.name for run in runs), title="One SIGKILL, at equal bytes per step after the first save")
     for name, cells in rows.items():
         result.add_row(name, *map(str, cells))
     for column in result.columns[1:]:

@@ -300,11 +300,11 @@ class RunningCheckpoint:
         # Of the parameters it is known; optimizer state is looked at here, where nobody waits.
         bad = {block.key for block in blocks if not block.state_is_finite and self._is_stored(block.key)}
         keys = {block.key for block in blocks}
-        self._stager.failed |= bad
+        self._stager.fail(bad, save.version.step)
         self.stats.non_finite_blocks += len(bad)
         head = self._head(save, complete=save.staging.full and not save.staging.non_finite and not bad)
         try:
-            if not all(self._is_stored(key) for key in self._stager.failed - keys):
+            if not all(self._is_stored(key) for key in set(self._stager.failed) - keys):
                 raise StorageError("an earlier save failed, without whose blocks this one would have holes")
             data = [block.data(save.version) for block in blocks if block.key not in bad]
             skeleton = torch.frombuffer(save.skeleton, dtype=torch.uint8)
@@ -312,9 +312,9 @@ class RunningCheckpoint:
             self.stats.bytes_written += self.store.commit(head, data)
         except Exception:
             self.stats.failed_saves += 1
-            self._stager.failed |= keys
+            self._stager.fail(keys, save.version.step)
             raise
-        self._stager.failed -= keys - bad
+        self._stager.succeed(keys - bad, save.version.step)
         self._consistent = head.consistent
 
     def _head(self, save: _Save, complete: bool) -> Head:

@@ -68,7 +68,8 @@ class Stager:
 
     def __init__(self, settings: Settings, store: DeltaStore) -> None:
         self.last = LastSaved()
-        self.failed: set[str] = set()
+        #: Blocks whose last copy did not reach the disk, and the step of that copy.
+        self.failed: dict[str, int] = {}
         self._settings = settings
         self._scorer = Scorer(settings, store)
         self._caught: set[str] = set()
@@ -101,7 +102,7 @@ class Stager:
             # What changed outside the optimizer will do so again: from now on it is copied at once.
             self._caught |= torn
             dropped = [staged for staged in staging.groups if staged.group.name in torn]
-            self.failed |= {staged.group.key(number) for staged in dropped for number in staged.numbers}
+            self.fail((staged.group.key(number) for staged in dropped for number in staged.numbers), staging.step)
             staging.groups = [staged for staged in staging.groups if staged.group.name not in torn]
 
     def fit(self, block_map: BlockMap, live: Sequence[Sequence[Tensor]]) -> None:
@@ -113,6 +114,16 @@ class Stager:
         """Makes blocks count as never saved."""
         self._recorded()
         self.last.forget(keys)
+
+    def fail(self, keys: Iterable[str], step: int) -> None:
+        """Notes that the copies of one step did not reach the disk."""
+        self.failed |= dict.fromkeys(keys, step)
+
+    def succeed(self, keys: Iterable[str], step: int) -> None:
+        """Notes that the copies of one step are on disk; a later copy may have failed meanwhile."""
+        for key in keys:
+            if self.failed.get(key, step) <= step:
+                self.failed.pop(key, None)
 
     def close(self) -> None:
         """Ends the thread."""

@@ -46,6 +46,18 @@ def test_the_copy_has_the_layout_of_the_live_tensor() -> None:
     assert torch.equal(copy, live)
 
 
+def test_adopted_values_take_the_layout_of_the_live_tensor() -> None:
+    values = torch.randn(4, 3, 2, 2)
+    live = values.to(memory_format=torch.channels_last)
+    block_map = BlockMap((group_of("a", values),), 8)
+    last = LastSaved()
+    last.adopt(block_map, {"a": values}, {"a[0:2]": 4, "a[2:4]": 6})
+    last.fit(block_map, [[live]])
+    copy = last.values(block_map.groups[0])
+    assert copy.stride() == live.stride()
+    assert torch.equal(copy, values)
+
+
 def test_what_is_known_of_unchanged_groups_survives_new_ones_in_front() -> None:
     a = torch.arange(4.0).view(4, 1)
     last = fitted(a=a)

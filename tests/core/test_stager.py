@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from core_helpers import Training, assert_same, drain, saved_steps, steps_of, written_blocks
+from core_helpers import Training, assert_same, drain, saved_steps, steps_of, writes_held, written_blocks
 from torch import Tensor, nn, optim
 
 from lightning_scar.core import stager
@@ -172,14 +172,37 @@ def test_a_tensor_caught_changing_is_copied_at_once_from_then_on(memory_url: str
     assert torch.equal(load(memory_url)["state_dict"]["0.weight"], expected)
 
 
-def test_what_was_caught_is_saved_next_time_even_if_it_has_changed_back(memory_url: str) -> None:
+def test_what_was_caught_is_saved_next_time_even_if_it_rests_from_then_on(memory_url: str) -> None:
     running, training = open_at_step_two(memory_url)
     with running:
-        training.begin(running)
-        running.stage()
-        with torch.no_grad():
-            training.model[0].weight.zero_()
-        running.fence()
+        with staging_held() as go:
+            training.begin(running)
+            running.stage()
+            with torch.no_grad():
+                training.model[0].weight.zero_()
+            go.set()
+            running.fence()
+        training.save(running)
+        assert_same(load(memory_url), training.checkpoint())
+
+
+def test_what_was_caught_is_not_taken_for_the_older_copy_that_the_writer_finishes_meanwhile(memory_url: str) -> None:
+    running, training = open_at_step_two(memory_url)
+    with running:
+        with writes_held(running), staging_held() as go:
+            go.set()
+            training.begin(running)
+            running.fence()
+            go.clear()
+            training.step()
+            training.begin(running)
+            running.stage()
+            with torch.no_grad():
+                training.model[0].weight.zero_()
+            go.set()
+            running.fence()
+        drain(running)
+        training.steps += 1
         training.save(running)
         assert_same(load(memory_url), training.checkpoint())
 
