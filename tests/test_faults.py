@@ -91,6 +91,7 @@ def assert_blocks_as_written_down(dirpath: Path, days: dict[int, dict[str, Tenso
         assert torch.equal(values, days[step][f"{name}/{slot}"][span]), f"{key} is not what it was at step {step}"
 
 
+@pytest.mark.timeout(400)
 def test_twenty_kills_in_a_row_lose_next_to_nothing(start: Start, tmp_path: Path) -> None:
     dirpath, chance = tmp_path / "scar", random.Random(7)
     days: dict[int, dict[str, Tensor]] = {}
