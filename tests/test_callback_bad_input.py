@@ -198,7 +198,7 @@ def test_a_full_disk_keeps_the_last_good_state(tmp_path: Path) -> None:
     model = TinyModel()
     with pytest.warns(UserWarning, match="failed, training goes on"):
         cut_short(saver(tmp_path, full_every_n_saves=1), _FullFrom(5), after=14, model=model)
-    assert assert_blocks_as_lived(tmp_path, model.live) <= {4, 5}
+    assert assert_blocks_as_lived(tmp_path, model.live) <= {3, 4, 5}
 
 
 def test_a_full_disk_stops_the_training_if_asked_and_the_rest_stays_intact(tmp_path: Path) -> None:
@@ -206,14 +206,16 @@ def test_a_full_disk_stops_the_training_if_asked_and_the_rest_stays_intact(tmp_p
     with pytest.raises(OSError, match="File too large"):
         fit(saver(tmp_path, full_every_n_saves=1, on_write_error="raise"), _FullFrom(5), model=model)
     assert 5 <= max(model.live) < 16
-    assert assert_blocks_as_lived(tmp_path, model.live) <= {4, 5}
+    assert assert_blocks_as_lived(tmp_path, model.live) <= {3, 4, 5}
 
 
 def test_a_run_that_a_full_disk_stopped_goes_on_when_there_is_space(tmp_path: Path) -> None:
+    stopped = TinyModel()
     with pytest.raises(OSError, match="File too large"):
-        fit(saver(tmp_path, full_every_n_saves=1, on_write_error="raise"), _FullFrom(5))
-    model = fit(saver(tmp_path), _FullFrom(1000))
-    assert min(model.live) in (5, 6)
+        fit(saver(tmp_path, full_every_n_saves=1, on_write_error="raise"), _FullFrom(5), model=stopped)
+    newest = max(assert_blocks_as_lived(tmp_path, stopped.live))
+    resumed = fit(saver(tmp_path), _FullFrom(1000))
+    assert min(resumed.live) in (newest, newest + 1)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import copy
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -285,7 +286,7 @@ def test_the_state_may_change_while_the_last_save_is_still_being_noted(memory_ur
     assert_same(load(memory_url), training.checkpoint())
 
 
-def test_the_number_of_threads_of_torch_is_left_alone(memory_url: str) -> None:
+def test_the_number_of_threads_of_torch_is_left_alone_here_and_in_later_threads(memory_url: str) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -293,6 +294,8 @@ def test_the_number_of_threads_of_torch_is_left_alone(memory_url: str) -> None:
         with running:
             training.save(running)
         assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 2
     finally:
         torch.set_num_threads(before)
 

@@ -46,6 +46,10 @@ def test_when_files_run_out_the_smallest_become_one() -> None:
     assert set(worth_merging(usage, STATE, 10)) > {47, 48}
 
 
+def test_when_too_many_files_are_all_large_two_become_one() -> None:
+    assert len(worth_merging([Usage(STATE // 4, STATE // 4)] * (MAX_FILES - 1), STATE, 10)) == 2
+
+
 @given(usage=usages, save_bytes=st.integers(0, STATE))
 def test_merging_ends_and_leaves_room_for_the_next_save(usage: list[Usage], save_bytes: int) -> None:
     live = sum(each.live for each in usage)

@@ -177,6 +177,11 @@ def test_two_trainings_never_mix(lineage: tuple[int, ...]) -> None:
     assert (index.consistent is None) == (lineage == (2,))
 
 
+def test_a_block_of_another_training_does_not_count_wherever_it_lies() -> None:
+    stray = delta(version(1, 2), "a", lineage=(2,), versions=[version(0, 1), version(0, 2)])
+    assert [at.block.version for at in Index((2,), [stray]).versions("a")] == [version(0, 2)]
+
+
 def test_a_run_that_resumed_past_an_unfinished_fresh_one_leaves_it_out() -> None:
     old = delta(version(0), "a")
     unfinished = delta(version(0, 2), "b", lineage=(2,), rank=0, world_size=2)
