@@ -192,7 +192,7 @@ def _restore(store: DeltaStore, consistent: bool, live: dict[Path, Tensor], weig
         for path in slot.paths
     }
     return Restored(
-        checkpoint=put_together(content["tree"], leaves),
+        checkpoint=put_together(content["skeleton"], leaves),
         step=at.block.version.step,
         map=block_map,
         versions=reader.versions,

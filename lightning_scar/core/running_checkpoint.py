@@ -246,14 +246,14 @@ class RunningCheckpoint:
         self, checkpoint: dict[str, Any], optimizers: Mapping[Path, Optimizer], parameters: Sequence[Tensor]
     ) -> tuple[list[list[Tensor]], memoryview]:
         scalars = {identity(parameter): True for parameter in parameters if parameter.dim() == 0}
-        tree, leaves = take_apart(checkpoint, scalars)
+        skeleton, leaves = take_apart(checkpoint, scalars)
         signature = [(leaf.path, identity(leaf.tensor)) for leaf in leaves]
         by_path = {leaf.path: leaf.tensor for leaf in leaves}
         if signature != self._signature:
             block_map = self._build_map(checkpoint, leaves, optimizers, parameters)
             self._stager.fit(block_map, _live(block_map, by_path))
             self._signature, self._described = signature, describe(block_map)
-        return _live(self._stager.last.map, by_path), pack({"tree": tree, "map": self._described})
+        return _live(self._stager.last.map, by_path), pack({"skeleton": skeleton, "map": self._described})
 
     def _build_map(
         self,

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from lightning_scar.core.blocks import BlockMap
-from lightning_scar.core.distance import block_distances
+from lightning_scar.core.distance import Compared, block_distances
 from lightning_scar.core.last_saved import NEVER, LastSaved
 from lightning_scar.core.memory import memory
 from lightning_scar.core.selection import Candidates, select
 from lightning_scar.core.settings import Settings
+from lightning_scar.core.threads import Run, in_turn
 from lightning_scar.storage.delta import checksum
 from lightning_scar.storage.store import DeltaStore
 
@@ -65,6 +66,7 @@ class Scorer:
         step: int,
         budget: int | None,
         failed: Collection[str],
+        run: Run = in_turn,
     ) -> Choice:
         """Chooses among the blocks of some groups, within a byte budget.
 
@@ -75,6 +77,7 @@ class Scorer:
             step: The present optimizer step.
             budget: Bytes to spend, but never less than one block; ``None`` takes every block that has changed.
             failed: Keys of blocks whose last write failed: they have moved infinitely far.
+            run: Shares the work out.
 
         Returns:
             The choice. Blocks that were never saved are always in it, whatever the budget.
@@ -82,8 +85,8 @@ class Scorer:
         """
         block_map = last.map
         blocks = torch.cat([torch.arange(*block_map.offsets[g : g + 2]) for g in groups])
-        distance = torch.cat([self._distances(last, live, g) for g in groups])
         never = last.steps[blocks] == NEVER
+        distance = self._distances(last, live, groups, never, run)
         non_finite = distance.isnan() & ~never
         unchanged = self._unchanged(last, live, blocks, (distance == 0) & ~never, full=budget is None)
         if failed:
@@ -110,11 +113,19 @@ class Scorer:
         budget = max(budget, int(nbytes.max()))
         return select(candidates, self._settings.policy_function, budget, self._settings.max_age)
 
-    def _distances(self, last: LastSaved, live: Sequence[Sequence[Tensor]], g: int) -> Tensor:
-        group = last.map.groups[g]
-        if bool((last.steps[last.map.offsets[g] : last.map.offsets[g + 1]] == NEVER).all()):
-            return torch.full((len(group),), torch.inf, dtype=torch.float64)
-        return block_distances(live[g][0], last.values(group), group.rows_per_block)
+    def _distances(
+        self, last: LastSaved, live: Sequence[Sequence[Tensor]], groups: Sequence[int], never: Tensor, run: Run
+    ) -> Tensor:
+        """The distance of every block of some groups; infinite in a group of which nothing was saved."""
+        sizes = torch.tensor([len(last.map.groups[g]) for g in groups])
+        saved = ~torch.stack([blocks.all() for blocks in torch.split(never, sizes.tolist())])
+        known = [last.map.groups[g] for g, is_saved in zip(groups, saved.tolist(), strict=True) if is_saved]
+        values = {last.map.groups[g].name: live[g][0] for g in groups}
+        distance = torch.full((len(never),), torch.inf, dtype=torch.float64)
+        distance[saved.repeat_interleave(sizes)] = block_distances(
+            [Compared(values[group.name], last.values(group), group.rows_per_block) for group in known], run
+        )
+        return distance
 
     def _unchanged(
         self, last: LastSaved, live: Sequence[Sequence[Tensor]], blocks: Tensor, resting: Tensor, full: bool

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ Path = tuple[str | int, ...]
 #: Integer and boolean tensors up to here are states of random generators, counters and the like: they belong to the
 #: step that the skeleton stands for, and cannot turn NaN.
 _SMALL_BYTES = 64 * 1024
+#: What optimizers count their steps in.
+_COUNTERS = (torch.float32, torch.float64, torch.int64)
 
 
 class Leaf(NamedTuple):
@@ -36,54 +38,80 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
 
 
-def take_apart(value: Any, parameters: Mapping[tuple[Any, ...], Any]) -> tuple[Any, list[Leaf]]:
-    """Splits a checkpoint into its skeleton's tree and its large tensors.
+class Skeleton(TypedDict):
+    """Everything but the large tensors.
+
+    Attributes:
+        tree: The nest, with ``None`` where a tensor was taken out.
+        counters: Its 0-d tensors, those of one dtype in one tensor, with their places. An optimizer has one for each
+            parameter; pickled one by one, they would take longer than all the rest.
+
+    """
+
+    tree: Any
+    counters: list[tuple[list[Path], Tensor]]
+
+
+def take_apart(value: Any, parameters: Mapping[tuple[Any, ...], Any]) -> tuple[Skeleton, list[Leaf]]:
+    """Splits a checkpoint into its skeleton and its large tensors.
 
     Args:
         value: Nested dicts, lists and tuples; anything else is a leaf.
         parameters: The identities of parameters: these are never small.
 
     Returns:
-        A copy of the nest with ``None`` where a tensor was taken out (containers without one are not copied), and the
-        tensors, detached, in order.
+        The skeleton, whose tree shares the containers without a tensor; and the large tensors, detached, in order.
 
     Example::
 
-        >>> tree, leaves = take_apart({"state_dict": {"w": torch.ones(3)}, "step": torch.tensor(1.0)}, {})
-        >>> tree, leaves[0].path
-        ({'state_dict': {'w': None}, 'step': tensor(1.)}, ('state_dict', 'w'))
+        >>> skeleton, leaves = take_apart({"state_dict": {"w": torch.ones(3)}, "lr": 0.1}, {})
+        >>> skeleton["tree"], leaves[0].path
+        ({'state_dict': {'w': None}, 'lr': 0.1}, ('state_dict', 'w'))
 
     """
     leaves: list[Leaf] = []
+    counters: dict[torch.dtype, list[Leaf]] = {}
 
     def visit(value: Any, path: Path) -> Any:
         if isinstance(value, Tensor):
-            if not _is_large(value, parameters):
+            if _is_large(value, parameters):
+                leaves.append(Leaf(path, value.detach()))
+            elif _is_counter(value):
+                counters.setdefault(value.dtype, []).append(Leaf(path, value))
+            else:
                 return value
-            leaves.append(Leaf(path, value.detach()))
             return None
         changed = {key: new for key, old in _items(value) if (new := visit(old, (*path, key))) is not old}
         return _replaced(value, changed) if changed else value
 
-    return visit(value, ()), leaves
+    tree = visit(value, ())
+    return Skeleton(tree=tree, counters=[_stacked(found) for found in counters.values()]), leaves
 
 
-def put_together(tree: Any, leaves: Mapping[Path, Tensor]) -> Any:
+def _stacked(counters: list[Leaf]) -> tuple[list[Path], Tensor]:
+    return [leaf.path for leaf in counters], torch.stack([leaf.tensor for leaf in counters])
+
+
+def put_together(skeleton: Skeleton, leaves: Mapping[Path, Tensor]) -> Any:
     """The inverse of :func:`take_apart`.
 
     Args:
-        tree: What :func:`take_apart` left.
+        skeleton: What :func:`take_apart` left.
         leaves: The tensor for each path.
 
     """
+    counters = {
+        path: value.clone() for paths, stack in skeleton["counters"] for path, value in zip(paths, stack, strict=True)
+    }
+    tensors = {**leaves, **counters}
 
     def visit(value: Any, path: Path) -> Any:
-        if path in leaves:
-            return leaves[path]
+        if path in tensors:
+            return tensors[path]
         changed = {key: new for key, old in _items(value) if (new := visit(old, (*path, key))) is not old}
         return _replaced(value, changed) if changed else value
 
-    return visit(tree, ())
+    return visit(skeleton["tree"], ())
 
 
 def _is_large(tensor: Tensor, parameters: Mapping[tuple[Any, ...], Any]) -> bool:
@@ -94,6 +122,11 @@ def _is_large(tensor: Tensor, parameters: Mapping[tuple[Any, ...], Any]) -> bool
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor.dim() > 0 or identity(tensor) in parameters
     return tensor.nbytes > _SMALL_BYTES
+
+
+def _is_counter(tensor: Tensor) -> bool:
+    plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and tensor.dim() == 0 and tensor.dtype in _COUNTERS and not tensor.requires_grad
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

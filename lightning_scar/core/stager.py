@@ -12,6 +12,7 @@ from lightning_scar.core.last_saved import NEVER, LastSaved
 from lightning_scar.core.scoring import Choice, Scorer
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.staging import StagedGroup, StagingBuffer, stage
+from lightning_scar.core.threads import Run, in_turn, team
 from lightning_scar.storage.store import DeltaStore
 
 
@@ -82,7 +83,8 @@ class Stager:
         lazy = self._lazy_groups(staging)
         staging.tensor_versions = {g: _versions(staging.live[g]) for g in lazy}
         eager = [g for g in range(len(staging.live)) if g not in lazy]
-        spent = self._copy(staging, eager, self._budget(staging, eager))
+        with team(torch.get_num_threads()) as run:
+            spent = self._copy(staging, eager, self._budget(staging, eager), run)
         if self._thread is None:
             self._thread = _one_thread()
         # The copies themselves tell what was saved last; nobody need wait for that either.
@@ -134,15 +136,15 @@ class Stager:
     def _lazy_groups(self, staging: Staging) -> list[int]:
         if staging.full or self._settings.staging == "eager":
             return []
-        block_map, steps = self.last.map, self.last.steps
+        # A block without a version on disk must not be dropped, so it must not be torn.
+        unsaved = {self.last.map.locate(block)[0] for block in (self.last.steps == NEVER).nonzero().flatten().tolist()}
         return [
             g
-            for g, group in enumerate(block_map.groups)
+            for g, group in enumerate(self.last.map.groups)
             if group.lazy
             and group.name not in self._caught
+            and g not in unsaved
             and all(tensor.device.type == "cpu" for tensor in staging.live[g])
-            # A block without a version on disk must not be dropped, so it must not be torn.
-            and bool((steps[block_map.offsets[g] : block_map.offsets[g + 1]] != NEVER).all())
         ]
 
     def _budget(self, staging: Staging, eager: Sequence[int]) -> int | None:
@@ -158,16 +160,16 @@ class Stager:
         # fit in a quarter of the budget they are always fresh.
         return max(int(own * self._settings.fraction), min(own, total // 4))
 
-    def _copy(self, staging: Staging, groups: Sequence[int], budget: int | None) -> int:
+    def _copy(self, staging: Staging, groups: Sequence[int], budget: int | None, run: Run = in_turn) -> int:
         """Scores groups, chooses among their blocks and copies those; returns the bytes spent."""
         if not groups:
             return 0
         block_map = self.last.map
-        choice = self._scorer.choose(self.last, staging.live, groups, staging.step, budget, set(self.failed))
+        choice = self._scorer.choose(self.last, staging.live, groups, staging.step, budget, set(self.failed), run)
         staging.choices.append(choice)
         staging.buffer.reserve(choice.nbytes, sum(len(group.slots) for group in block_map.groups))
-        for g, numbers in choice.by_group(block_map).items():
-            staging.groups.append(stage(staging.buffer, block_map.groups[g], staging.live[g], numbers))
+        chosen = [(block_map.groups[g], staging.live[g], numbers) for g, numbers in choice.by_group(block_map).items()]
+        staging.groups += stage(staging.buffer, chosen, run)
         return choice.nbytes
 
     def _recorded(self) -> None:

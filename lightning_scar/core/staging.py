@@ -1,18 +1,22 @@
 """Copies of chosen blocks, on their way to the writer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_scar.core.blocks import Group, Slot
 from lightning_scar.core.distance import is_finite
 from lightning_scar.core.memory import memory
+from lightning_scar.core.threads import Run, batches, in_turn
 from lightning_scar.storage.delta import BlockData, Payload, Version, checksum
 
-_ALIGNMENT = 16
+_ALIGNMENT = 64
+#: Bytes that one thread copies before it takes the next piece.
+_PIECE = 1 << 22
 
 #: What safetensors calls a data type. The others are written as bytes; the skeleton knows their true type.
 _NAMES = {
@@ -135,23 +139,51 @@ def payload(copy: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Payload
     return Payload(name or "U8", shape if name else (len(data),), len(data), checksum(data), lambda: data)
 
 
-def stage(buffer: StagingBuffer, group: Group, live: Sequence[Tensor], numbers: list[int]) -> StagedGroup:
-    """Copies blocks of one group.
+def stage(
+    buffer: StagingBuffer, chosen: Iterable[tuple[Group, Sequence[Tensor], list[int]]], run: Run = in_turn
+) -> list[StagedGroup]:
+    """Copies blocks of several groups.
 
     Args:
         buffer: Where to.
-        group: The group.
-        live: The group's tensors, one a slot, as rows.
-        numbers: Which of its blocks, ascending.
+        chosen: The groups, their tensors as rows, one a slot, and which of their blocks, ascending.
+        run: Shares the work out.
 
     """
-    n_rows = sum(stop - start for start, stop in map(group.span, numbers))
-    copies = []
-    for slot, tensor in zip(group.slots, live, strict=True):
-        copy = buffer.take(n_rows * group.row_numel * slot.dtype.itemsize)
-        gather(tensor, group, numbers, copy.view(slot.dtype).view(n_rows, *group.row_shape))
-        copies.append(copy)
-    return StagedGroup(group, numbers, copies)
+    staged, pieces = [], []
+    for group, live, numbers in chosen:
+        n_rows = sum(stop - start for start, stop in map(group.span, numbers))
+        copies = []
+        for slot, tensor in zip(group.slots, live, strict=True):
+            copy = buffer.take(n_rows * group.row_numel * slot.dtype.itemsize)
+            into = copy.view(slot.dtype).view(n_rows, *group.row_shape)
+            pieces += [_Piece(tensor, group, *part) for part in _parts(group, numbers, into)]
+            copies.append(copy)
+        staged.append(StagedGroup(group, numbers, copies))
+    run(_gather_all, batches(pieces, lambda piece: piece.into.nbytes, _PIECE))
+    return staged
+
+
+class _Piece(NamedTuple):
+    """The arguments of :func:`gather`."""
+
+    tensor: Tensor
+    group: Group
+    numbers: list[int]
+    into: Tensor
+
+
+def _gather_all(pieces: list[_Piece]) -> None:
+    for piece in pieces:
+        gather(*piece)
+
+
+def _parts(group: Group, numbers: list[int], into: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    """Cuts a large copy, so that one thread does not get all of it."""
+    rows = group.rows_per_block
+    step = max(1, _PIECE * len(numbers) // into.nbytes)
+    for i in range(0, len(numbers), step):
+        yield numbers[i : i + step], into[i * rows : (i + step) * rows]
 
 
 def gather(tensor: Tensor, group: Group, numbers: list[int], into: Tensor) -> None:
@@ -161,15 +193,16 @@ def gather(tensor: Tensor, group: Group, numbers: list[int], into: Tensor) -> No
         tensor: All rows.
         group: The group it belongs to.
         numbers: Which of its blocks, ascending.
-        into: Where to; as many rows as the blocks have.
+        into: Where to, contiguous; as many rows as the blocks have.
 
     """
     whole, done = _whole(tensor, group, numbers), 0
     if len(whole) > 1:
         # All blocks of equal size in one operation: for thousands of blocks the calls would cost more than the copy.
         done = len(whole) * group.rows_per_block
-        index = torch.tensor(whole, device=tensor.device)
-        torch.index_select(_by_block(tensor, group), 0, index, out=into[:done].view(len(whole), -1))
+        source, copy = _by_block(tensor, group), into[:done].view(len(whole), -1)
+        # numpy's, since torch would wake its threads each time. "clip" has it write into `out` directly.
+        np.take(_bytes(source), whole, axis=0, out=_bytes(copy), mode="clip")
     for start, stop in map(group.span, numbers[len(whole) if done else 0 :]):
         into[done : done + stop - start].copy_(tensor[start:stop])
         done += stop - start
@@ -180,8 +213,7 @@ def scatter(tensor: Tensor, group: Group, numbers: list[int], values: Tensor) ->
     whole, done = _whole(tensor, group, numbers), 0
     if len(whole) > 1:
         done = len(whole) * group.rows_per_block
-        index = torch.tensor(whole, device=tensor.device)
-        _by_block(tensor, group).index_copy_(0, index, values[:done].view(len(whole), -1))
+        _bytes(_by_block(tensor, group))[whole] = _bytes(values[:done].view(len(whole), -1))
     for start, stop in map(group.span, numbers[len(whole) if done else 0 :]):
         tensor[start:stop].copy_(values[done : done + stop - start])
         done += stop - start
@@ -189,10 +221,14 @@ def scatter(tensor: Tensor, group: Group, numbers: list[int], values: Tensor) ->
 
 def _whole(tensor: Tensor, group: Group, numbers: list[int]) -> list[int]:
     """The blocks that can be addressed as rows of one matrix: not the last one, which may be shorter."""
-    indexable = tensor.is_contiguous() and tensor.device.type == "cpu" and tensor.dtype.itemsize > 1
+    indexable = tensor.is_contiguous() and tensor.device.type == "cpu"
     return [number for number in numbers if number < len(group) - 1] if indexable else []
 
 
 def _by_block(tensor: Tensor, group: Group) -> Tensor:
     rows_in_whole = (len(group) - 1) * group.rows_per_block
     return tensor[:rows_in_whole].view(len(group) - 1, -1)
+
+
+def _bytes(matrix: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    return np.frombuffer(memory(matrix), dtype=np.uint8).reshape(len(matrix), -1)

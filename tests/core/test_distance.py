@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_scar.core.distance import block_distances, is_finite
+from lightning_scar.core import distance
+from lightning_scar.core.distance import Compared, is_finite
+from lightning_scar.core.threads import team
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FLOAT8S = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
@@ -31,6 +33,10 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     if dtype == torch.bool:
         return wide.real > 0
     return wide.real.abs().floor().to(dtype) if dtype in INTEGERS else wide.real.to(dtype)
+
+
+def block_distances(live: Tensor, saved: Tensor, rows_per_block: int) -> Tensor:
+    return distance.block_distances([Compared(live, saved, rows_per_block)])
 
 
 def reference(live: Tensor, saved: Tensor, rows_per_block: int) -> Tensor:
@@ -67,6 +73,24 @@ def test_long_rows_lose_no_precision(dtype: torch.dtype, rows_per_block: int) ->
     live, saved = values((5, 30_000), dtype, seed=1), values((5, 30_000), dtype, seed=2)
     found = block_distances(live, saved, rows_per_block)
     torch.testing.assert_close(found, reference(live, saved, rows_per_block), rtol=1e-5, atol=0)
+
+
+@given(st.integers(1, 9), st.sampled_from([1, 300]), st.integers(1, 5), st.sampled_from([torch.float32, torch.float64]))
+def test_the_way_for_other_devices_finds_the_same(rows: int, width: int, per_block: int, dtype: torch.dtype) -> None:
+    live, saved = values((rows, width), dtype, seed=1), values((rows, width), dtype, seed=2)
+    found = distance._squares_on_device(Compared(live, saved, per_block)).sqrt()
+    torch.testing.assert_close(found, reference(live, saved, per_block), rtol=1e-5, atol=0)
+
+
+def test_distances_come_tensor_after_tensor_and_in_any_number_of_threads() -> None:
+    shapes = [(700, 2000), (5, 3), (40,), (2000, 700)]
+    tensors = [Compared(values(s, torch.float32, 1), values(s, torch.float32, 2), 3) for s in shapes]
+    tensors[1].live[4] = math.nan
+    expected = torch.cat([reference(t.live, t.saved, 3) for t in tensors])
+    for size in (1, 3):
+        with team(size) as run:
+            found = distance.block_distances(tensors, run)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_channels_last_weights_are_measured_like_others() -> None:

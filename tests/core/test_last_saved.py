@@ -19,7 +19,8 @@ def fitted(**tensors: Tensor) -> LastSaved:
 
 def record(last: LastSaved, name: str, live: Tensor, numbers: list[int], step: int) -> None:
     [group] = [group for group in last.map.groups if group.name == name]
-    last.record(stage(StagingBuffer(), group, [live], numbers), step)
+    [staged] = stage(StagingBuffer(), [(group, [live], numbers)])
+    last.record(staged, step)
 
 
 def test_at_first_no_block_was_ever_saved() -> None:

@@ -49,10 +49,10 @@ def nothing_large_is_left(value: Any) -> bool:
 
 @given(NESTS)
 def test_what_is_taken_apart_is_put_together_again(nest: Any) -> None:
-    tree, leaves = take_apart(nest, {})
-    assert nothing_large_is_left(tree)
+    skeleton, leaves = take_apart(nest, {})
+    assert nothing_large_is_left(skeleton["tree"])
     assert len({leaf.path for leaf in leaves}) == len(leaves)
-    assert_same(put_together(tree, dict(leaves)), nest)
+    assert_same(put_together(skeleton, dict(leaves)), nest)
 
 
 @given(NESTS)
@@ -81,14 +81,14 @@ def test_version_counters_are_shared_with_the_live_tensor() -> None:
 
 def test_containers_without_tensors_are_not_copied() -> None:
     callbacks = {"EarlyStopping": {"patience": [3]}}
-    tree, _ = take_apart({"callbacks": callbacks, "w": torch.ones(2)}, {})
-    assert tree["callbacks"] is callbacks
+    skeleton, _ = take_apart({"callbacks": callbacks, "w": torch.ones(2)}, {})
+    assert skeleton["tree"]["callbacks"] is callbacks
 
 
 def test_named_tuples_and_the_metadata_of_state_dicts_survive() -> None:
     state = nn.Linear(2, 2).state_dict()
-    tree, leaves = take_apart({"state_dict": state, "pair": Pair(torch.ones(2), 1)}, {})
-    whole = put_together(tree, dict(leaves))
+    skeleton, leaves = take_apart({"state_dict": state, "pair": Pair(torch.ones(2), 1)}, {})
+    whole = put_together(skeleton, dict(leaves))
     assert isinstance(whole["pair"], Pair)
     assert type(whole["state_dict"]) is OrderedDict
     assert whole["state_dict"]._metadata == state._metadata
@@ -97,7 +97,8 @@ def test_named_tuples_and_the_metadata_of_state_dicts_survive() -> None:
 @pytest.mark.parametrize(
     "small",
     [
-        torch.tensor(3.0),
+        torch.tensor(3.0, requires_grad=True),
+        torch.tensor(3, dtype=torch.int8),
         torch.zeros(0, 4),
         torch.get_rng_state(),
         torch.zeros(64 * 1024, dtype=torch.bool),
@@ -106,12 +107,23 @@ def test_named_tuples_and_the_metadata_of_state_dicts_survive() -> None:
         torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
         torch.ones(3, dtype=torch.complex64).conj(),
     ],
-    ids=["0-d", "empty", "rng", "64 KiB of bools", "sparse", "meta", "quantized", "conjugated view"],
+    ids=["0-d with gradient", "0-d int8", "empty", "rng", "64 KiB bool", "sparse", "meta", "quantized", "conjugated"],
 )
 def test_small_and_unusual_tensors_ride_in_the_skeleton(small: Tensor) -> None:
-    tree, leaves = take_apart({"x": small}, {})
+    skeleton, leaves = take_apart({"x": small}, {})
     assert leaves == []
-    assert tree["x"] is small
+    assert skeleton["tree"]["x"] is small
+
+
+def test_the_step_counters_of_an_optimizer_ride_together() -> None:
+    state = {i: {"step": torch.tensor(float(i)), "count": torch.tensor(i)} for i in range(3)}
+    skeleton, leaves = take_apart(state, {})
+    assert leaves == []
+    assert [stack.tolist() for _, stack in skeleton["counters"]] == [[0.0, 1.0, 2.0], [0, 1, 2]]
+    whole = put_together(skeleton, {})
+    assert_same(whole, state)
+    whole[0]["step"] += 7
+    assert whole[1]["step"] == 1
 
 
 def test_large_integer_tensors_are_taken_out() -> None:
@@ -121,9 +133,9 @@ def test_large_integer_tensors_are_taken_out() -> None:
 
 def test_a_scalar_parameter_is_taken_out_although_other_scalars_are_not() -> None:
     scale = nn.Parameter(torch.tensor(2.0))
-    tree, leaves = take_apart({"scale": scale, "step": torch.tensor(2.0)}, {identity(scale): True})
+    skeleton, leaves = take_apart({"scale": scale, "step": torch.tensor(2.0)}, {identity(scale): True})
     assert [leaf.path for leaf in leaves] == [("scale",)]
-    assert tree["scale"] is None
+    assert skeleton["tree"] == {"scale": None, "step": None}
 
 
 def test_tensor_subclasses_stay_in_the_skeleton_with_their_class() -> None:
@@ -131,9 +143,9 @@ def test_tensor_subclasses_stay_in_the_skeleton_with_their_class() -> None:
         pass
 
     marked = torch.ones(3).as_subclass(Marked)
-    tree, leaves = take_apart([marked], {})
+    skeleton, leaves = take_apart([marked], {})
     assert leaves == []
-    assert tree[0] is marked
+    assert skeleton["tree"][0] is marked
 
 
 def test_tied_weights_and_detached_views_share_their_identity_and_clones_do_not() -> None:

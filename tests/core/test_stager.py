@@ -45,10 +45,10 @@ def staging_held() -> Iterator[threading.Event]:
     """Lazy staging that does not begin before the event is set: the next forward and backward run meanwhile."""
     event, stage_now = threading.Event(), stager.Stager._copy
 
-    def late(self: stager.Stager, staging: Any, groups: Any, budget: int | None) -> int:
+    def late(self: stager.Stager, *args: Any) -> int:
         if threading.current_thread() is not threading.main_thread():
             event.wait()
-        return stage_now(self, staging, groups, budget)
+        return stage_now(self, *args)
 
     with patch.object(stager.Stager, "_copy", late):
         yield event
