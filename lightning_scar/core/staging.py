@@ -150,17 +150,19 @@ def stage(
         run: Shares the work out.
 
     """
-    staged, pieces = [], []
-    for group, live, numbers in chosen:
-        n_rows = sum(stop - start for start, stop in map(group.span, numbers))
-        copies = []
-        for slot, tensor in zip(group.slots, live, strict=True):
-            copy = buffer.take(n_rows * group.row_numel * slot.dtype.itemsize)
-            into = copy.view(slot.dtype).view(n_rows, *group.row_shape)
-            pieces += [_Piece(tensor, group, *part) for part in _parts(group, numbers, into)]
-            copies.append(copy)
-        staged.append(StagedGroup(group, numbers, copies))
-    run(_gather_all, batches(pieces, lambda piece: piece.into.nbytes, _PIECE))
+    staged: list[StagedGroup] = []
+
+    def pieces() -> Iterator[_Piece]:
+        # One by one, so that the first are being copied while the others are still being cut.
+        for group, live, numbers in chosen:
+            n_rows = sum(stop - start for start, stop in map(group.span, numbers))
+            copies = [buffer.take(n_rows * group.row_numel * slot.dtype.itemsize) for slot in group.slots]
+            staged.append(StagedGroup(group, numbers, copies))
+            for slot, tensor, copy in zip(group.slots, live, copies, strict=True):
+                into = copy.view(slot.dtype).view(n_rows, *group.row_shape)
+                yield from _cut(_Piece(tensor, group, numbers, into))
+
+    run(_gather_all, batches(pieces(), lambda piece: piece.into.nbytes, _PIECE))
     return staged
 
 
@@ -178,12 +180,15 @@ def _gather_all(pieces: list[_Piece]) -> None:
         gather(*piece)
 
 
-def _parts(group: Group, numbers: list[int], into: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+def _cut(piece: _Piece) -> Iterator[_Piece]:
     """Cuts a large copy, so that one thread does not get all of it."""
-    rows = group.rows_per_block
-    step = max(1, _PIECE * len(numbers) // into.nbytes)
+    tensor, group, numbers, into = piece
+    if into.nbytes <= _PIECE:
+        yield piece
+        return
+    step, rows = max(1, _PIECE * len(numbers) // into.nbytes), group.rows_per_block
     for i in range(0, len(numbers), step):
-        yield numbers[i : i + step], into[i * rows : (i + step) * rows]
+        yield _Piece(tensor, group, numbers[i : i + step], into[i * rows : (i + step) * rows])
 
 
 def gather(tensor: Tensor, group: Group, numbers: list[int], into: Tensor) -> None:
