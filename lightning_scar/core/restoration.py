@@ -244,14 +244,12 @@ class _Reader:
         for slot, whole in zip(group.slots, memories, strict=True):
             row = group.row_numel * slot.dtype.itemsize
             into[slot.name] = whole[start * row : stop * row]
-        return Reading(self._candidate(group, i), into)
+        return Reading(self._candidate(group.key(i), into), into)
 
-    def _candidate(self, group: Group, i: int) -> Located:
-        key = group.key(i)
-        nbytes = (group.span(i)[1] - group.span(i)[0]) * group.row_nbytes
-        names = [slot.name for slot in group.slots]
+    def _candidate(self, key: str, into: Mapping[str, memoryview]) -> Located:
+        nbytes = {slot: data.nbytes for slot, data in into.items()}
         for at in self._candidates(key):
-            if sorted(at.block.slots) == sorted(names) and at.block.nbytes == nbytes:
+            if {slot: entry.stop - entry.start for slot, entry in at.block.slots.items()} == nbytes:
                 return at
         raise IncompleteError(
             f"{self._store.directory} holds no intact version of block {key}; it is not filled with initial values. "

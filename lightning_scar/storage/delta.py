@@ -9,6 +9,7 @@ when they are read; the header's decides whether the file counts at all.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import orjson
@@ -50,8 +51,7 @@ class Version(NamedTuple):
     step: int
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where one slot of a block lies in its file.
 
     Attributes:
@@ -70,54 +70,48 @@ class Entry:
     checksum: str
 
 
-class Slots(Mapping[str, Entry]):
-    """The entries of a block by slot, made when they are asked for: a directory has tens of thousands, and reads few.
+class StoredBlock:
+    """One version of one block in a delta.
 
     Args:
-        raw: For each slot the entry as the header has it, and its checksum.
+        key: The block's name.
+        version: Which version.
+        checksums: The checksum of each of its slots.
+        header: The entries of the delta's header.
         data_start: Where the data begin in the file.
 
     """
 
-    def __init__(self, raw: dict[str, tuple[dict[str, Any], str]], data_start: int) -> None:
-        self._raw = raw
+    def __init__(
+        self, key: str, version: Version, checksums: dict[str, str], header: dict[str, Any], data_start: int
+    ) -> None:
+        self.key = key
+        self.version = version
+        self._checksums = checksums
+        self._header = header
         self._data_start = data_start
 
-    def __getitem__(self, slot: str) -> Entry:
-        entry, expected = self._raw[slot]
-        start, stop = entry["data_offsets"]
-        return Entry(entry["dtype"], tuple(entry["shape"]), self._data_start + start, self._data_start + stop, expected)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._raw)
-
-    def __len__(self) -> int:
-        return len(self._raw)
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """For each slot the offset of its first byte in the file, and the offset behind its last."""
-        offsets = (entry["data_offsets"] for entry, _ in self._raw.values())
-        return [(self._data_start + start, self._data_start + stop) for start, stop in offsets]
-
-
-class StoredBlock(NamedTuple):
-    """One version of one block in a delta."""
-
-    key: str
-    version: Version
-    slots: Slots
+    @cached_property
+    def slots(self) -> dict[str, Entry]:
+        """The entries by slot, looked up when they are asked for: of tens of thousands in a directory few are read."""
+        found = {}
+        for slot, expected in self._checksums.items():
+            entry = self._header[_entry_name(self.key, slot, self.version)]
+            start, stop = entry["data_offsets"]
+            found[slot] = Entry(
+                entry["dtype"], tuple(entry["shape"]), self._data_start + start, self._data_start + stop, expected
+            )
+        return found
 
     @property
     def nbytes(self) -> int:
         """Bytes of the block's entries."""
-        return sum(stop - start for start, stop in self.slots.spans)
+        return sum(entry.stop - entry.start for entry in self.slots.values())
 
     @property
     def extent(self) -> tuple[int, int]:
         """Offset of the block's first byte in the file, and the offset behind its last."""
-        starts, stops = zip(*self.slots.spans, strict=True)
-        return min(starts), max(stops)
+        return min(entry.start for entry in self.slots.values()), max(entry.stop for entry in self.slots.values())
 
 
 @dataclass(frozen=True)
@@ -305,11 +299,9 @@ def _head(fields: dict[str, Any]) -> Head:
     return Head(**fields, lineage=lineage, consistent=Version(*consistent) if consistent else None)
 
 
-def _blocks(table: list[Any], entries: dict[str, Any], data_start: int) -> Iterator[StoredBlock]:
-    for key, incarnation, sequence, step, sums in table:
-        version = Version(incarnation, sequence, step)
-        raw = {slot: (entries[_entry_name(key, slot, version)], expected) for slot, expected in sums.items()}
-        yield StoredBlock(key, version, Slots(raw, data_start))
+def _blocks(table: list[Any], header: dict[str, Any], data_start: int) -> Iterator[StoredBlock]:
+    for key, incarnation, sequence, step, checksums in table:
+        yield StoredBlock(key, Version(incarnation, sequence, step), checksums, header, data_start)
 
 
 def read_entry(source: Source, entry: Entry, into: memoryview) -> None:

@@ -13,7 +13,7 @@ from fsspec.dircache import DirCache
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from lightning_scar.storage.source import MappedSource, Source, StreamSource
+from lightning_scar.storage.source import Source
 
 _TEMPORARY = ".tmp"
 
@@ -151,17 +151,14 @@ class Directory:
             return BytesIO(self.read(name))
         return cast(IO[bytes], self.fs.open(self.file(name), "rb", block_size=readahead))
 
-    def source(self, name: str, start: int, stop: int) -> Source:
-        """Opens a stretch of a file for reading entries.
+    def source(self, name: str) -> Source:
+        """Opens a file for reading entries.
 
         Raises:
             FileNotFoundError: If there is no such file.
 
         """
-        if self._local:
-            with suppress(OSError, ValueError, AttributeError):
-                return MappedSource(self.file(name), start, stop)
-        return StreamSource(self.open(name))
+        return Source(self.open(name))
 
     @_as_os_errors()
     def read(self, name: str) -> bytes:

@@ -164,7 +164,7 @@ class DeltaStore:
 
     def _read_batch(self, name: str, batch: list[tuple[int, int, Reading]]) -> list[tuple[Reading, Damage]]:
         damages = []
-        with self.directory.source(name, batch[0][0], max(stop for _, stop, _ in batch)) as source:
+        with self.directory.source(name) as source:
             source.expect((start, stop) for start, stop, _ in batch)
             for _, _, reading in batch:
                 block = reading.located.block
@@ -265,7 +265,7 @@ class DeltaStore:
                         block.key, block.version, {s: self._copied(delta, source, e) for s, e in block.slots.items()}
                     )
                     for delta in sources
-                    for source in [files.enter_context(self.directory.source(delta.name, 0, delta.nbytes))]
+                    for source in [files.enter_context(self.directory.source(delta.name))]
                     for block in self.index.live(delta)
                 ]
                 self._write(name, replace(head, kind="compacted"), blocks)

@@ -108,7 +108,7 @@ def test_every_entry_is_aligned_and_reads_back(
     values = [tensor(dtype, tuple(shape)) for dtype, shape in kinds]
     folder = Directory(tmp_path_factory.mktemp("delta"))
     delta = write(folder, [BlockData(f"b{i}", VERSION, {"param": stored(v)}) for i, v in enumerate(values)])
-    with folder.source(NAME, 0, delta.nbytes) as source:
+    with folder.source(NAME) as source:
         for found, value in zip(delta.blocks, values, strict=True):
             entry = found.slots["param"]
             into = bytearray(entry.stop - entry.start)
@@ -151,7 +151,7 @@ def test_one_delta_may_hold_two_versions_of_a_block(url: str) -> None:
     delta = write(folder, [block("a", VERSION), block("a", older)])
     for found, version in zip(delta.blocks, (VERSION, older), strict=True):
         into = memoryview(bytearray(found.nbytes))
-        with folder.source(NAME, 0, delta.nbytes) as source:
+        with folder.source(NAME) as source:
             read_entry(source, found.slots["param"], into)
         assert into == block("a", version).slots["param"].data()
 
@@ -206,7 +206,7 @@ def test_every_changed_byte_of_the_data_is_noticed_when_it_is_read(position: int
     delta = parse(flipped(A_DELTA, position, mask))
     (entry,) = (e for b in delta.blocks for e in b.slots.values() if e.start <= position < e.stop)
     with (
-        Directory("memory://delta-parse").source(NAME, 0, delta.nbytes) as source,
+        Directory("memory://delta-parse").source(NAME) as source,
         pytest.raises(DamagedError, match="checksum"),
     ):
         read_entry(source, entry, memoryview(bytearray(entry.stop - entry.start)))
@@ -217,7 +217,7 @@ def test_a_file_that_shrinks_after_its_header_was_read_is_noticed(url: str) -> N
     delta = write(folder, [block("a", VERSION)])
     folder.write(NAME, [folder.read(NAME)[:-1]])
     entry = delta.blocks[0].slots["param"]
-    with folder.source(NAME, 0, delta.nbytes) as source, pytest.raises(DamagedError, match="too early"):
+    with folder.source(NAME) as source, pytest.raises(DamagedError, match="too early"):
         read_entry(source, entry, memoryview(bytearray(entry.stop - entry.start)))
 
 
