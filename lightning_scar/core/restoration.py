@@ -3,8 +3,9 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -221,36 +222,26 @@ class _Reader:
     def skeleton(self, weights_only: bool | None) -> tuple[dict[str, Any], Located]:
         while candidates := self._candidates(SKELETON):
             at = candidates[0]
-            data = memoryview(bytearray(at.block.nbytes))
-            if not self._note_damage(self._store.read([Reading(at, {"bytes": data})])):
-                return unpack(data, weights_only), at
+            memory = at.block.new_memory()
+            if not self._note_damage(self._store.read([Reading(at, memory.copy)])):
+                return unpack(memory["bytes"], weights_only), at
         raise IncompleteError(f"{self._store.directory} holds no intact skeleton: every version of it is damaged")
 
     def groups(self, block_map: BlockMap, live: Mapping[Path, Tensor]) -> list[list[Tensor]]:
         """Reads every block of a map; returns the tensors of each group, one a slot."""
         targets = [[_target(group, slot, live) for slot in group.slots] for group in block_map.groups]
-        memories = [[memory(target.dense) for target in by_slot] for by_slot in targets]
+        memories = [_Memory(group, by_slot) for group, by_slot in zip(block_map.groups, targets, strict=True)]
         wanted = [(g, i) for g, group in enumerate(block_map.groups) for i in range(len(group))]
         while wanted:
-            readings = [self._reading(block_map.groups[g], i, memories[g]) for g, i in wanted]
-            owners = {reading.located.block.key: owner for reading, owner in zip(readings, wanted, strict=True)}
+            found = {block_map.groups[g].key(i): (g, i) for g, i in wanted}
+            readings = [Reading(self._newest(key), partial(memories[g].block, i)) for key, (g, i) in found.items()]
             self.versions |= {at.block.key: at.block.version for at, _ in readings}
-            wanted = [owners[key] for key in self._note_damage(self._store.read(readings))]
+            wanted = [found[key] for key in self._note_damage(self._store.read(readings))]
         return [[target.filled() for target in by_slot] for by_slot in targets]
 
-    def _reading(self, group: Group, i: int, memories: list[memoryview]) -> Reading:
-        start, stop = group.span(i)
-        into = {}
-        for slot, whole in zip(group.slots, memories, strict=True):
-            row = group.row_numel * slot.dtype.itemsize
-            into[slot.name] = whole[start * row : stop * row]
-        return Reading(self._candidate(group.key(i), into), into)
-
-    def _candidate(self, key: str, into: Mapping[str, memoryview]) -> Located:
-        nbytes = {slot: data.nbytes for slot, data in into.items()}
+    def _newest(self, key: str) -> Located:
         for at in self._candidates(key):
-            if {slot: entry.stop - entry.start for slot, entry in at.block.slots.items()} == nbytes:
-                return at
+            return at
         raise IncompleteError(
             f"{self._store.directory} holds no intact version of block {key}; it is not filled with initial values. "
             "`lightning-scar verify` lists all damage; an older copy of the directory may hold what is missing."
@@ -269,6 +260,22 @@ class _Target(NamedTuple):
 
     def filled(self) -> Tensor:
         return self.dense if self.tensor is None else self.tensor.copy_(self.dense)
+
+
+class _Memory:
+    """The memory that a group is read to, block by block."""
+
+    def __init__(self, group: Group, targets: Sequence[_Target]) -> None:
+        self._span = group.span
+        self._slots = [
+            (slot.name, memory(target.dense), group.row_numel * slot.dtype.itemsize)
+            for slot, target in zip(group.slots, targets, strict=True)
+        ]
+
+    def block(self, i: int) -> dict[str, memoryview]:
+        """The bytes of block ``i``, slot by slot."""
+        start, stop = self._span(i)
+        return {name: whole[start * size : stop * size] for name, whole, size in self._slots}
 
 
 def _target(group: Group, slot: Slot, live: Mapping[Path, Tensor]) -> _Target:

@@ -64,7 +64,7 @@ class Entry(NamedTuple):
     """
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: Sequence[int]
     start: int
     stop: int
     checksum: str
@@ -76,6 +76,7 @@ class StoredBlock:
     Args:
         key: The block's name.
         version: Which version.
+        place: How many blocks lie before it in the delta.
         checksums: The checksum of each of its slots.
         header: The entries of the delta's header.
         data_start: Where the data begin in the file.
@@ -83,10 +84,11 @@ class StoredBlock:
     """
 
     def __init__(
-        self, key: str, version: Version, checksums: dict[str, str], header: dict[str, Any], data_start: int
+        self, key: str, version: Version, place: int, checksums: dict[str, str], header: dict[str, Any], data_start: int
     ) -> None:
         self.key = key
         self.version = version
+        self.place = place
         self._checksums = checksums
         self._header = header
         self._data_start = data_start
@@ -94,14 +96,16 @@ class StoredBlock:
     @cached_property
     def slots(self) -> dict[str, Entry]:
         """The entries by slot, looked up when they are asked for: of tens of thousands in a directory few are read."""
-        found = {}
+        found, base = {}, self._data_start
         for slot, expected in self._checksums.items():
-            entry = self._header[_entry_name(self.key, slot, self.version)]
-            start, stop = entry["data_offsets"]
-            found[slot] = Entry(
-                entry["dtype"], tuple(entry["shape"]), self._data_start + start, self._data_start + stop, expected
-            )
+            raw = self._header[_entry_name(self.key, slot, self.version)]
+            start, stop = raw["data_offsets"]
+            found[slot] = Entry(raw["dtype"], raw["shape"], base + start, base + stop, expected)
         return found
+
+    def new_memory(self) -> dict[str, memoryview]:
+        """Memory to read the block into."""
+        return {slot: memoryview(bytearray(entry.stop - entry.start)) for slot, entry in self.slots.items()}
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +172,7 @@ class Payload:
     """
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: Sequence[int]
     nbytes: int
     checksum: str
     data: Callable[[], memoryview]
@@ -300,23 +304,41 @@ def _head(fields: dict[str, Any]) -> Head:
 
 
 def _blocks(table: list[Any], header: dict[str, Any], data_start: int) -> Iterator[StoredBlock]:
-    for key, incarnation, sequence, step, checksums in table:
-        yield StoredBlock(key, Version(incarnation, sequence, step), checksums, header, data_start)
+    for place, (key, incarnation, sequence, step, checksums) in enumerate(table):
+        yield StoredBlock(key, Version(incarnation, sequence, step), place, checksums, header, data_start)
 
 
-def read_entry(source: Source, entry: Entry, into: memoryview) -> None:
-    """Reads one entry into ready memory and verifies its checksum.
+def read_block(source: Source, block: StoredBlock, into: Mapping[str, memoryview]) -> None:
+    """Reads one block into ready memory and verifies its checksums.
 
     Args:
         source: The open delta.
-        entry: Which entry.
-        into: Writable bytes, exactly as many as the entry has.
+        block: Which block.
+        into: Writable bytes for each of its slots.
 
     Raises:
-        DamagedError: If the file ends too early or the bytes do not match their checksum.
+        DamagedError: If an entry cannot be read, or the block has other slots.
 
     """
-    if not source.read_into(entry.start, into):
+    if block.slots.keys() != into.keys():
+        raise DamagedError("its slots are not those of the block map")
+    read_entries(source, [(entry, into[slot]) for slot, entry in block.slots.items()])
+
+
+def read_entries(source: Source, entries: Sequence[tuple[Entry, memoryview]]) -> None:
+    """Reads entries into ready memory and verifies their checksums.
+
+    Args:
+        source: The open delta.
+        entries: Which entries, and writable bytes for each.
+
+    Raises:
+        DamagedError: If the file ends too early, the bytes do not match their checksum, or there are not as many.
+
+    """
+    if any(len(into) != entry.stop - entry.start for entry, into in entries):
+        raise DamagedError("its size is not that of the block map")
+    if not source.fill([(entry.start, into) for entry, into in entries]):
         raise DamagedError("the file ends too early")
-    if checksum(into) != entry.checksum:
+    if any(checksum(into) != entry.checksum for entry, into in entries):
         raise DamagedError("the bytes do not match their checksum")

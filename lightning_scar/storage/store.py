@@ -19,8 +19,9 @@ from lightning_scar.storage.delta import (
     Head,
     Payload,
     encode,
+    read_block,
     read_delta,
-    read_entry,
+    read_entries,
 )
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.index import Index, Located, newest_lineage
@@ -37,10 +38,10 @@ T = TypeVar("T")
 
 
 class Reading(NamedTuple):
-    """One version of a block to read, and the memory for each of its slots."""
+    """One version of a block to read, and what gives the memory for each of its slots when its turn has come."""
 
     located: Located
-    into: Mapping[str, memoryview]
+    into: Callable[[], Mapping[str, memoryview]]
 
 
 @dataclass(frozen=True)
@@ -150,27 +151,25 @@ class DeltaStore:
             FileNotFoundError: If a compaction has replaced a file; :meth:`refresh` and ask again.
 
         """
-        by_file: dict[str, list[tuple[int, int, Reading]]] = {}
+        by_file: dict[str, list[Reading]] = {}
         for reading in readings:
-            start, stop = reading.located.block.extent
-            by_file.setdefault(reading.located.delta.name, []).append((start, stop, reading))
+            by_file.setdefault(reading.located.delta.name, []).append(reading)
         with ThreadPoolExecutor(_READERS) as pool:
             batches = [
                 pool.submit(self._read_batch, name, batch)
                 for name, found in by_file.items()
-                for batch in _shared_out(sorted(found, key=lambda item: item[0]))
+                for batch in _shared_out(sorted(found, key=lambda reading: reading.located.block.place))
             ]
             return [damage for batch in batches for damage in batch.result()]
 
-    def _read_batch(self, name: str, batch: list[tuple[int, int, Reading]]) -> list[tuple[Reading, Damage]]:
+    def _read_batch(self, name: str, batch: list[Reading]) -> list[tuple[Reading, Damage]]:
         damages = []
         with self.directory.source(name) as source:
-            source.expect((start, stop) for start, stop, _ in batch)
-            for _, _, reading in batch:
+            source.expect(reading.located.block.extent for reading in batch)
+            for reading in batch:
                 block = reading.located.block
                 try:
-                    for slot, into in reading.into.items():
-                        read_entry(source, block.slots[slot], into)
+                    read_block(source, block, reading.into())
                 except FileNotFoundError:
                     raise
                 except (DamagedError, OSError) as error:
@@ -190,11 +189,7 @@ class DeltaStore:
             self.refresh()
             found = []
             for delta in self.deltas:
-                readings = [
-                    Reading(Located(delta, block), {s: memoryview(bytearray(e.stop - e.start)) for s, e in slots})
-                    for block in self.index.live(delta)
-                    for slots in [list(block.slots.items())]
-                ]
+                readings = [Reading(Located(delta, block), block.new_memory) for block in self.index.live(delta)]
                 found += [damage for _, damage in self.read(readings)]
             return self.damaged + found
 
@@ -282,7 +277,7 @@ class DeltaStore:
         def data() -> memoryview:
             into = memoryview(bytearray(entry.stop - entry.start))
             try:
-                read_entry(source, entry, into)
+                read_entries(source, [(entry, into)])
             except DamagedError as error:
                 self._unmergeable.add(delta.name)
                 raise DamagedError(f"{self.directory.file(delta.name)}: {error}") from None

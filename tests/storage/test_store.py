@@ -284,11 +284,22 @@ def test_reading_returns_the_damaged_readings_and_fills_the_others(url: str) -> 
     store = DeltaStore(url)
     save(store, "abc", at(0))
     damage(store, "b")
-    readings = [Reading(store.index.versions(key)[0], {"param": memoryview(bytearray(64))}) for key in "abc"]
+    memory = {key: memoryview(bytearray(64)) for key in "abc"}
+    readings = [Reading(store.index.versions(k)[0], lambda m=m: {"param": m}) for k, m in memory.items()]
     ((reading, found),) = store.read(readings)
     assert reading is readings[1]
     assert found.block == "b"
-    assert [bytes(reading.into["param"]) for reading in (readings[0], readings[2])] == [content(k, at(0)) for k in "ac"]
+    assert [bytes(memory[key]) for key in "ac"] == [content(key, at(0)) for key in "ac"]
+
+
+@pytest.mark.parametrize("memory", [{"param": memoryview(bytearray(63))}, {"other": memoryview(bytearray(64))}, {}])
+def test_a_block_that_the_block_map_describes_otherwise_counts_as_damaged(
+    url: str, memory: dict[str, memoryview]
+) -> None:
+    store = DeltaStore(url)
+    save(store, "a", at(0))
+    [(_, found)] = store.read([Reading(store.index.versions("a")[0], lambda: memory)])
+    assert "of the block map" in found.reason
 
 
 @pytest.mark.parametrize("cut", [1, 30, 10_000])

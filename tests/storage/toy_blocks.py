@@ -53,7 +53,7 @@ def save(store: DeltaStore, keys: Iterable[str], version: Version, size: int = 6
 def read(store: DeltaStore, located: Located) -> bytes:
     """The bytes of one version of a block; fails on damage."""
     into = memoryview(bytearray(located.block.nbytes))
-    damage = store.read([Reading(located, {"param": into})])
+    damage = store.read([Reading(located, lambda: {"param": into})])
     assert not damage, damage
     return bytes(into)
 
@@ -67,17 +67,13 @@ def check(store: DeltaStore) -> dict[str, Version]:
 
     def attempt() -> dict[str, Version]:
         store.refresh()
-        readings = [
-            Reading(at, {"param": memoryview(bytearray(at.block.nbytes))})
-            for key in sorted(store.index.keys())
-            for at in store.index.versions(key)[:1]
-        ]
+        located = [store.index.versions(key)[0] for key in sorted(store.index.keys())]
+        memories = [at.block.new_memory() for at in located]
         assert not store.damaged, store.damaged
-        damage = store.read(readings)
+        damage = store.read([Reading(at, lambda m=m: m) for at, m in zip(located, memories, strict=True)])
         assert not damage, damage
-        for reading in readings:
-            block = reading.located.block
-            assert reading.into["param"] == content(block.key, block.version, block.nbytes), block.key
+        for (_, block), memory in zip(located, memories, strict=True):
+            assert memory["param"] == content(block.key, block.version, block.nbytes), block.key
         return newest(store)
 
     return retry_vanished(attempt)
