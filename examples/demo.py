@@ -1,17 +1,17 @@
-"""What a SIGKILL costs: SCARCheckpoint against Lightning's ModelCheckpoint, at equal bytes per step.
+"""What a SIGKILL costs: SCARCheckpoint against Lightning's ModelCheckpoint, at equal bytes written.
 
     make demo
-    python examples/demo.py --kill-after 448
+    python examples/demo.py --kill-after 250 350 450 550 650 750
 
 Two trainings with the same seed and the same batches run side by side. Both are killed after the same step, and both
 are started again.
 
-ModelCheckpoint writes the whole state every 100 steps. SCARCheckpoint writes it once, in its first save, and then an
-eighth of it a save. A delta also carries the skeleton and a header, 5 % of such a small one: that is why it saves every
-13 steps here, not every 12.5, to come to the same bytes in 100 steps. The first save comes on top, once in a run.
+Of a run of 1,000 steps ModelCheckpoint writes the whole state ten times, every 100 steps. SCARCheckpoint writes it
+once, in its first save, and then an eighth of it a save; every 15 steps come to the same bytes, first save, skeletons
+and headers included.
 
-By default the kill comes half way between two saves of either, an average moment. Still, one kill is one sample: other
-moments cost either of them more or less, and ``--kill-after`` tries them.
+The kill comes half way between two saves of ModelCheckpoint, an average moment. Still, one kill is one sample: other
+moments cost either of them more or less. Give several to see.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +33,9 @@ from demo_training import Line
 from lightning_scar.core.restoration import restore
 from lightning_scar.storage.store import DeltaStore
 
-STEPS_AFTER_KILL = 60
+RUN = 1000
+EVERY = {"SCARCheckpoint": 15, "ModelCheckpoint": 100}
+STEPS_AFTER_KILL = 120
 FOLDER = Path("runs/demo")
 PICTURE = Path("demo.png")
 
@@ -56,15 +59,16 @@ class Run:
     oldest_step: int
 
     @property
-    def first_save(self) -> int:
-        """Bytes of the first save."""
-        return min(line.bytes_written for line in self.before if line.bytes_written)
+    def saves(self) -> list[int]:
+        """Bytes of each save."""
+        written = sorted({line.bytes_written for line in self.before})
+        return [after - before for before, after in pairwise(written)]
 
     @property
-    def bytes_per_step(self) -> float:
-        """Bytes that the later saves wrote, spread over the steps."""
-        written = {line.bytes_written for line in self.before if line.bytes_written}
-        return (max(written) - min(written)) / max(1, len(written) - 1) / self.every
+    def bytes_of_run(self) -> float:
+        """Bytes that a run of :data:`RUN` steps comes to."""
+        first, *later = self.saves
+        return first + (RUN / self.every - 1) * sum(later) / len(later)
 
     @property
     def rework(self) -> int | None:
@@ -75,24 +79,33 @@ class Run:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description="Kill two trainings and start them again.")
-    arguments.add_argument("--kill-after", type=int, default=253, metavar="STEP", help="by default %(default)s")
-    kill_after: int = arguments.parse_args().kill_after
-    if kill_after <= 100:
-        arguments.error("--kill-after must be above 100: before that ModelCheckpoint has saved nothing")
+    arguments.add_argument(
+        "--kill-after", type=int, nargs="+", default=[450], metavar="STEP", help="by default %(default)s"
+    )
+    moments: list[int] = arguments.parse_args().kill_after
+    if min(moments) <= 200:
+        arguments.error("--kill-after must be above 200: before that ModelCheckpoint has not saved twice")
 
     console = Console()
+    found = []
+    for kill_after in moments:
+        with console.status(f"Two trainings are killed after step {kill_after} and started again ..."):
+            runs = killed_and_resumed(kill_after)
+        console.print(table(runs))
+        plot(runs, PICTURE)
+        console.print(f"Loss against steps: {PICTURE.resolve()}\n", soft_wrap=True)
+        found.append(runs)
+    if len(found) > 1:
+        console.print(summary(found))
+
+
+def killed_and_resumed(kill_after: int) -> list[Run]:
     shutil.rmtree(FOLDER, ignore_errors=True)
-    with ThreadPoolExecutor() as pool, console.status("Two trainings are killed and started again ..."):
-        running = [
-            pool.submit(kill_and_resume, name, every, kill_after)
-            for name, every in (("SCARCheckpoint", 13), ("ModelCheckpoint", 100))
-        ]
-        runs = [run.result() for run in running]
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda name: kill_and_resume(name, EVERY[name], kill_after), EVERY))
     if len({tuple(line.held_out_loss for line in run.before) for run in runs}) > 1:
         sys.exit("The two trainings differ before the kill, so they cannot be compared.")
-    console.print(table(runs))
-    plot(runs, PICTURE)
-    console.print(f"Loss against steps: {PICTURE.resolve()}", soft_wrap=True)
+    return runs
 
 
 def kill_and_resume(name: str, every: int, kill_after: int) -> Run:
@@ -123,8 +136,8 @@ def read_journal(folder: Path) -> list[Line]:
 def table(runs: list[Run]) -> Table:
     rows: dict[str, list[object]] = {
         "saves every": [f"{run.every} steps" for run in runs],
-        "first save": [f"{run.first_save / 1e6:.2f} MB" for run in runs],
-        "then, in 100 steps": [f"{run.bytes_per_step * 100 / 1e6:.2f} MB" for run in runs],
+        "first save": [f"{run.saves[0] / 1e6:.2f} MB" for run in runs],
+        f"bytes in a run of {RUN} steps": [f"{run.bytes_of_run / 1e6:.1f} MB" for run in runs],
         "step of the kill": [run.before[-1].step for run in runs],
         "step resumed": [run.after[0].step for run in runs],
         "oldest block": [f"{run.after[0].step - run.oldest_step} steps older" for run in runs],
@@ -132,7 +145,20 @@ def table(runs: list[Run]) -> Table:
         "held-out loss after": [f"{run.after[0].held_out_loss:.4f}" for run in runs],
         "steps to regain the loss": [run.rework if run.rework is not None else "never regained" for run in runs],
     }
-    result = Table("", *(run.name for run in runs), title="One SIGKILL, at equal bytes per step after the first save")
+    return rendered("One SIGKILL, at equal bytes written", "", runs, rows)
+
+
+def summary(found: list[list[Run]]) -> Table:
+    rework = [[run.rework if run.rework is not None else float("nan") for run in runs] for runs in found]
+    rows: dict[str, list[object]] = {
+        str(runs[0].before[-1].step): [*steps] for runs, steps in zip(found, rework, strict=True)
+    }
+    rows["mean"] = [f"{sum(steps) / len(steps):.1f}" for steps in zip(*rework, strict=True)]
+    return rendered("Steps to regain the loss", "killed after", found[0], rows)
+
+
+def rendered(title: str, corner: str, runs: list[Run], rows: dict[str, list[object]]) -> Table:
+    result = Table(corner, *(run.name for run in runs), title=title)
     for name, cells in rows.items():
         result.add_row(name, *map(str, cells))
     for column in result.columns[1:]:

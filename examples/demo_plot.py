@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from demo_training import Line
 
 SHOWN_BEFORE = 150
-SHOWN_AFTER = 60
+SHOWN_AFTER = 80
 INK, GREY = "#222222", "#8a8a8a"
 KILL = "#c62828"
 COLORS = ("#00695c", "#d17a00")
@@ -43,9 +43,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         draw(axes, run, color)
     panels[-1].set_xlabel("steps computed, those done again included")
     figure.supylabel("held-out loss", fontsize="medium")
-    figure.suptitle(
-        "What one SIGKILL costs, at equal bytes per step after the first save", fontweight="bold", color=INK
-    )
+    figure.suptitle("What one SIGKILL costs, at equal bytes written", fontweight="bold", color=INK)
     panels[0].set_xlim(right=runs[0].before[-1].step + SHOWN_AFTER + 5)
     figure.savefig(path)
 

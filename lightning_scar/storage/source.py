@@ -36,7 +36,7 @@ class Source(AbstractContextManager["Source"]):
 
     def fill(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
         """Fills memories, each with the bytes from its offset on; ``False`` where the file ends too early."""
-        if self._is_local and len(pieces) <= _MANY and _are_neighbours(pieces):
+        if self._is_local and 0 < len(pieces) <= _MANY and _are_neighbours(pieces):
             # In one call, since each one gives the interpreter to another thread and has to win it back.
             count = os.preadv(self._file.fileno(), [into for _, into in pieces], pieces[0][0])
             if count == sum(len(into) for _, into in pieces):
