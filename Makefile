@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test check clean
 
-demo: $(READY)  ## train, kill, resume, compare: about a minute and a half
+demo: $(READY)  ## train, kill, resume and compare, three times: about two minutes
 	$(BIN)/python examples/demo.py
 
 # Two workers on two cores: more than one thread in each only makes them wait for each other.

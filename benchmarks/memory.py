@@ -141,8 +141,8 @@ def measure_in_child(small: bool, folder: Path) -> dict[str, int]:
     """
     out = folder / "memory.json"
     command = [sys.executable, "-m", "benchmarks.memory", "--json", str(out), "--dir", str(folder)]
-    # Otherwise what the allocator keeps for later, the training's memory included, blurs what is held: the same run came
-    # to anything from 926 to 990 MB.
+    # Otherwise what the allocator keeps for later, of the training's memory too, blurs what is held: equal runs came to
+    # anything from 926 to 990 MB.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command += ["--small"] if small else []
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)

@@ -10,8 +10,8 @@ Of a run of 1,000 steps ModelCheckpoint writes the whole state ten times, every 
 once, in its first save, and then an eighth of it a save; every 15 steps come to the same bytes, first save, skeletons
 and headers included.
 
-The kill comes half way between two saves of ModelCheckpoint, an average moment. Still, one kill is one sample: other
-moments cost either of them more or less. Give several to see.
+The kills come half way between two saves of ModelCheckpoint, an average moment; the first one is drawn. Each is one
+sample: it may cost either of them more.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Run:
 def main() -> None:
     arguments = argparse.ArgumentParser(description="Kill two trainings and start them again.")
     arguments.add_argument(
-        "--kill-after", type=int, nargs="+", default=[450], metavar="STEP", help="by default %(default)s"
+        "--kill-after", type=int, nargs="+", default=[250, 350, 450], metavar="STEP", help="by default %(default)s"
     )
     moments: list[int] = arguments.parse_args().kill_after
     if min(moments) <= 200:
@@ -91,12 +91,12 @@ def main() -> None:
     for kill_after in moments:
         with console.status(f"Two trainings are killed after step {kill_after} and started again ..."):
             runs = killed_and_resumed(kill_after)
-        console.print(table(runs))
-        plot(runs, PICTURE)
-        console.print(f"Loss against steps: {PICTURE.resolve()}\n", soft_wrap=True)
+        console.print(table(runs), "")
         found.append(runs)
+    plot(found[0], PICTURE)
     if len(found) > 1:
-        console.print(summary(found))
+        console.print(summary(found), "")
+    console.print(f"Loss against steps: {PICTURE.resolve()}", soft_wrap=True)
 
 
 def killed_and_resumed(kill_after: int) -> list[Run]:

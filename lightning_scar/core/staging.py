@@ -236,4 +236,4 @@ def _by_block(tensor: Tensor, group: Group) -> Tensor:
 
 
 def _bytes(matrix: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    return np.frombuffer(memory(matrix), dtype=np.uint8).reshape(len(matrix), -1)
+    return matrix.view(torch.uint8).numpy()
