@@ -14,7 +14,7 @@ class Stats:
         skipped_saves: Partial saves left out because the writer was behind.
         failed_saves: Saves that could not be written.
         non_finite_blocks: Blocks of the last save that hold NaN or Inf and were not written over a good version.
-        bytes_written: Bytes of all deltas that saves have written; merges of old ones are not counted.
+        bytes_written: Bytes of all files written, those included that hold what is left of older ones.
         stall_seconds: How long the training thread stood still for the last partial save, fence included.
         full_stall_seconds: The same for the last full save.
         distance: L2 distance between the live state and the running checkpoint after the last save.

@@ -207,7 +207,7 @@ class DeltaStore:
             blocks: The blocks, in the order in which they are to lie in the file.
 
         Returns:
-            Bytes of the file.
+            Bytes of all files written, merged ones included.
 
         Raises:
             OSError: If the file cannot be written; nothing has changed then.
@@ -215,8 +215,7 @@ class DeltaStore:
         """
         name = f"{self.folder}/delta-{head.incarnation:05d}-{head.sequence:08d}{SUFFIX}"
         delta = self._write(name, head, blocks)
-        self._tidy(head, delta.nbytes)
-        return delta.nbytes
+        return delta.nbytes + self._tidy(head, delta.nbytes)
 
     def _write(self, name: str, head: Head, blocks: Sequence[BlockData]) -> Delta:
         self.directory.child(self.folder).create()
@@ -229,12 +228,14 @@ class DeltaStore:
             self.index.add(delta)
         return delta
 
-    def _tidy(self, head: Head, save_bytes: int) -> None:
+    def _tidy(self, head: Head, save_bytes: int) -> int:
+        merged_bytes = 0
         for delta in self._own():
             if not self.index.live(delta):
                 self._delete(delta)
         while sources := self._mergeable(head.state_bytes, save_bytes):
-            self._merge(head, sources)
+            merged_bytes += self._merge(head, sources)
+        return merged_bytes
 
     def _own(self) -> list[Delta]:
         # Without those of a fresh incarnation that does not count yet: its other ranks have still to save.
@@ -250,7 +251,7 @@ class DeltaStore:
         live = sum(block.nbytes for block in self.index.live(delta))
         return sum(block.nbytes for block in delta.blocks) - live
 
-    def _merge(self, head: Head, sources: list[Delta]) -> None:
+    def _merge(self, head: Head, sources: list[Delta]) -> int:
         name = f"{self.folder}/merged-{head.incarnation:05d}-{head.sequence:08d}-{self._merges:04d}{SUFFIX}"
         self._merges += 1
         try:
@@ -263,15 +264,16 @@ class DeltaStore:
                     for source in [files.enter_context(self.directory.source(delta.name))]
                     for block in self.index.live(delta)
                 ]
-                self._write(name, replace(head, kind="compacted"), blocks)
+                merged = self._write(name, replace(head, kind="compacted"), blocks)
         except DamagedError as error:
             # What cannot be read cannot be copied. The files stay as they are, and readers report the damage.
             if not self._unmergeable.intersection(delta.name for delta in sources):
                 self._unmergeable.update(delta.name for delta in sources)
             warnings.warn(f"lightning-scar leaves damaged deltas out of the compaction: {error}", stacklevel=2)
-            return
+            return 0
         for delta in sources:
             self._delete(delta)
+        return merged.nbytes
 
     def _copied(self, delta: Delta, source: Source, entry: Entry) -> Payload:
         def data() -> memoryview:

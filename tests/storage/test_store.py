@@ -2,8 +2,10 @@
 
 import itertools
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from toy_blocks import block, check, content, head, newest, read, save
 
 from lightning_scar.storage.compaction import MAX_FILES, MAX_STATES
-from lightning_scar.storage.delta import NewerFormatError, Version
+from lightning_scar.storage.delta import NewerFormatError, Version, encode
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.store import DeltaStore, Reading
 
@@ -64,7 +66,9 @@ class Model:
         self.sequence += 1
         consistent = version if full else self.consistent
         said = head(version, lineage=self.lineage, consistent=consistent, state_bytes=self.state_bytes)
-        nbytes = store.commit(said, [block(key, version, self.sizes[key]) for key in sorted(keys)])
+        blocks = [block(key, version, self.sizes[key]) for key in sorted(keys)]
+        nbytes = sum(map(len, encode(said, blocks)))
+        assert store.commit(said, blocks) >= nbytes
         self.consistent = consistent
         for key in keys:
             self.history.setdefault(key, []).append(version)
@@ -173,6 +177,20 @@ def test_a_state_smaller_than_its_headers_is_kept_too(memory_url: str) -> None:
         model.assert_kept([located.block.version for located in store.index.versions(key)], history)
     assert newest(store) == check(DeltaStore(memory_url))
     assert len(files(store)) <= MAX_FILES
+
+
+def test_merged_files_count_as_written(memory_url: str) -> None:
+    store, sizes, write = DeltaStore(memory_url), [], Directory.write
+
+    def watched(self: Directory, name: str, pieces: Iterable[bytes | memoryview]) -> None:
+        data = b"".join(pieces)
+        sizes.append(len(data))
+        write(self, name, [data])
+
+    with patch.object(Directory, "write", watched):
+        counted = sum(save(store, [f"b{i}"], at(i), 1_000) for i in range(130))
+    assert any(name.startswith("merged-") for name in files(store))
+    assert counted == sum(sizes)
 
 
 def test_a_merge_never_overwrites_what_an_earlier_merge_wrote(memory_url: str) -> None:
