@@ -1,0 +1,44 @@
+"""The benchmarks run, measure everything that is promised, and restore what was saved (small, so no figure counts)."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROMISED = {
+    "stall": [
+        *(
+            f"{method}_{what}_s"
+            for method in ("scar", "torch", "async", "dcp", "eager")
+            for what in ("blocked", "added")
+        ),
+        "floor_s",
+        "scar_extra_memory_bytes",
+        "scar_full_extra_memory_bytes",
+    ],
+    "resume": [f"{source}_{what}" for source in ("scar", "torch", "safetensors") for what in ("s", "cold_s")],
+}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", PROMISED)
+def test_a_benchmark_measures_what_is_promised(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    options = ["--small", "--rounds", "1", "--json", str(out), "--dir", str(tmp_path)]
+    run = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *options],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=380,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    figures: dict[str, Any] = json.loads(out.read_text())
+    for key in PROMISED[name]:
+        assert math.isfinite(figures[key]), key
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
