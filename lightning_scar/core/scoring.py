@@ -134,7 +134,7 @@ class Scorer:
 
         Distance 0 is not enough: state may move while the parameter rests (a warm-up that begins at rate 0), and
         -0.0 equals 0.0. So what did not move is compared with the checksums on disk. Where the last version is still
-        on its way there, a partial save leaves the question to the next one.
+        on its way there, a partial save compares the bits of the parameter, and leaves the rest to the next save.
         """
         unchanged = torch.zeros_like(resting)
         for i in resting.nonzero().flatten().tolist():
@@ -142,7 +142,8 @@ class Scorer:
             group = last.map.groups[g]
             stored = self._store.index.newest(group.key(number))
             if stored is None or stored.version.step != last.steps[blocks[i]]:
-                unchanged[i] = not full
+                start, stop = group.span(number)
+                unchanged[i] = not full and _same_bits(live[g][0][start:stop], last.values(group)[start:stop])
                 continue
             unchanged[i] = all(
                 slot.name in stored.slots and stored.slots[slot.name].checksum == _checksum(tensor, *group.span(number))
@@ -153,6 +154,10 @@ class Scorer:
     def _among(self, block_map: BlockMap, blocks: Tensor, keys: Collection[str]) -> Tensor:
         located = (block_map.locate(block) for block in blocks.tolist())
         return torch.tensor([block_map.groups[g].key(number) in keys for g, number in located])
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (a, b.to(a.device))))
 
 
 def _checksum(tensor: Tensor, start: int, stop: int) -> str:

@@ -3,8 +3,11 @@
 import copy
 import inspect
 import math
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_scar.core.restoration import load
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
+from lightning_scar.storage.store import DeltaStore
 
 DTYPES = [
     torch.float64,
@@ -68,12 +72,23 @@ def test_signs_of_zero_and_payloads_of_nan_come_back(memory_url: str) -> None:
     assert torch.equal(bits(round_trip(memory_url, {"x": x})["x"]), bits(x))
 
 
-def test_a_zero_that_changes_its_sign_is_saved_although_its_distance_is_zero(memory_url: str) -> None:
-    x = torch.zeros(8)
-    with RunningCheckpoint(memory_url, Settings(fraction=1.0)) as running:
+@pytest.mark.parametrize("is_written", [True, False], ids=["the first save is written", "it is on its way"])
+def test_a_zero_that_changes_its_sign_is_saved_although_its_distance_is_zero(memory_url: str, is_written: bool) -> None:
+    x, go_on, commit = torch.zeros(8), threading.Event(), DeltaStore.commit
+
+    def held(self: DeltaStore, *args: Any) -> int:
+        assert go_on.wait(30)
+        return commit(self, *args)
+
+    with patch.object(DeltaStore, "commit", held), RunningCheckpoint(memory_url, Settings(fraction=1.0)) as running:
         running.save_now({"x": x}, step=1)
+        if is_written:
+            go_on.set()
+            while running._writer.depth:
+                time.sleep(0.001)
         x.neg_()
         running.save_now({"x": x}, step=2)
+        go_on.set()
     assert torch.equal(bits(load(memory_url)["x"]), bits(x))
 
 
