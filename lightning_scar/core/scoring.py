@@ -142,8 +142,8 @@ class Scorer:
             group = last.map.groups[g]
             stored = self._store.index.newest(group.key(number))
             if stored is None or stored.version.step != last.steps[blocks[i]]:
-                start, stop = group.span(number)
-                unchanged[i] = not full and _same_bits(live[g][0][start:stop], last.values(group)[start:stop])
+                span, values = group.span(number), last.values(group)
+                unchanged[i] = not full and _checksum(live[g][0], *span) == _checksum(values, *span)
                 continue
             unchanged[i] = all(
                 slot.name in stored.slots and stored.slots[slot.name].checksum == _checksum(tensor, *group.span(number))
@@ -154,10 +154,6 @@ class Scorer:
     def _among(self, block_map: BlockMap, blocks: Tensor, keys: Collection[str]) -> Tensor:
         located = (block_map.locate(block) for block in blocks.tolist())
         return torch.tensor([block_map.groups[g].key(number) in keys for g, number in located])
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (a, b.to(a.device))))
 
 
 def _checksum(tensor: Tensor, start: int, stop: int) -> str:
