@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
@@ -177,6 +178,18 @@ class _Tokens(IterableDataset[Tensor]):
 def token_loader(size: Size) -> "DataLoader[Tensor]":
     """Random tokens without end, made beforehand."""
     return DataLoader(_Tokens(size), batch_size=1)
+
+
+def new_trainer(callbacks: list[Callback]) -> pl.Trainer:
+    """A Trainer on the CPU that does nothing beside the training but what the callbacks do."""
+    return pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
 
 
 def state_bytes(module: nn.Module, optimizer: Optimizer) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from benchmarks import report
-from benchmarks.gpt import GPT2_SMALL, TINY, GPTModule, Size, state_bytes, token_loader
+from benchmarks.gpt import GPT2_SMALL, TINY, GPTModule, Size, new_trainer, state_bytes, token_loader
 from benchmarks.methods import GatedSCARCheckpoint
 
 #: Steps in which nothing is saved, before the peak counts and while it does.
@@ -108,14 +108,7 @@ def measure(size: Size, folder: Path, fraction: float) -> dict[str, int]:
     sampler = _Sampler()
     phases = _PeakOfPhases(callback, sampler)
     module = GPTModule(size)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[phases, callback],
-    )
+    trainer = new_trainer([phases, callback])
     sampler.start()
     trainer.fit(module, token_loader(size))
     sampler.stop()

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 
 from benchmarks import report
-from benchmarks.gpt import GPT2_SMALL, TINY, GPTModule, Size, state_bytes, token_loader
+from benchmarks.gpt import GPT2_SMALL, TINY, GPTModule, Size, new_trainer, state_bytes, token_loader
 from benchmarks.memory import measure_in_child
 from benchmarks.methods import SCAR, GatedSCARCheckpoint, Method, peers
 from benchmarks.report import Target, median
@@ -100,14 +99,7 @@ def run(
 
     turns = plan(methods, rounds)
     timer = StretchTimer(turns, steps, between, patience=patience)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[timer, callback],
-    )
+    trainer = new_trainer([timer, callback])
     trainer.fit(module, token_loader(size))
     for method in methods:
         method.close()
