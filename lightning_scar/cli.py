@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_scar.core.restoration import SKELETON, NoCheckpointError, load
+from lightning_scar.core.memory import readable
+from lightning_scar.core.recovery import known_distance, known_rework
+from lightning_scar.core.restoration import NoCheckpointError, load
+from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.delta import StorageError, StoredBlock
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.store import DeltaStore, retry_vanished
-
-_UNITS = ("B", "kB", "MB", "GB", "TB")
+from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of, retry_vanished
 
 
 def inspect(dir: str, storage_options: dict[str, Any] | None = None) -> int:
@@ -33,6 +34,7 @@ def inspect(dir: str, storage_options: dict[str, Any] | None = None) -> int:
     store = _opened(dir, storage_options)
     console = Console()
     console.print(_summary(store))
+    console.print(_ranks(store))
     console.print(_tensors(store))
     for damage in store.damaged:
         console.print(f"[red]damaged[/]: {damage}")
@@ -133,23 +135,44 @@ def _weights_file(checkpoint: dict[str, Any]) -> bytes:
 
 
 def _summary(store: DeltaStore) -> Table:
-    counting = [delta for delta in store.deltas if delta.head.lineage == store.index.lineage]
-    head = max((delta.head for delta in counting), key=lambda head: head.sequence)
+    heads, consistent = store.index.heads, store.index.consistent
+    head = max(heads.values(), key=lambda head: head.step)
     newest = _newest(store)
+    oldest_age = max(head.info["oldest_age"] for head in heads.values())
+    distance, rework = known_distance(heads), known_rework(heads)
     table = Table(title=f"Running checkpoint {store.directory}", show_header=False, title_justify="left")
     kinds = [delta.head.kind for delta in store.deltas]
     rows = {
         "step": f"{head.step}{' (finished)' if head.info.get('finished') else ''}",
-        "age of the oldest block that has changed": f"{head.info.get('oldest_age', '?')} steps",
-        "distance of the live state when it was saved": f"{head.info.get('distance', float('nan')):.4g}",
-        "newest consistent state": f"step {head.consistent.step}" if head.consistent else "none",
-        "blocks": f"{len(newest)}, {_size(sum(block.nbytes for block in newest))}",
+        "age of the oldest block that has changed": f"{oldest_age} steps",
+        "distance of the live state when it was saved": f"{distance:.4g}" if distance is not None else "not known",
+        "cost of a crash then": f"about {rework:.3g} steps" if rework is not None else "not known",
+        "newest consistent state": f"step {consistent.step}" if consistent else "none",
+        "blocks": f"{len(newest)}, {readable(sum(block.nbytes for block in newest))}",
         "files": f"{len(kinds)} ({', '.join(f'{kinds.count(k)} {k}' for k in sorted(set(kinds)))}), "
-        f"{_size(sum(delta.nbytes for delta in store.deltas))}",
+        f"{readable(sum(delta.nbytes for delta in store.deltas))}",
         "starts": str(len(store.index.lineage)),
     }
     for name, value in rows.items():
         table.add_row(name, value)
+    return table
+
+
+def _ranks(store: DeltaStore) -> Table:
+    heads = store.index.heads
+    world_size = max(head.world_size for head in heads.values())
+    table = Table(title="What every rank saved last", title_justify="left")
+    for column in ("rank", "step", "owns", "age of its oldest block", "distance", "files", "on disk"):
+        table.add_column(column, justify="right")
+    for folder in sorted({*store.folders(), *map(rank_folder, range(world_size))}):
+        rank, files = rank_of(folder), [delta for delta in store.deltas if rank_of(delta.name) == rank_of(folder)]
+        disk = [str(len(files)), readable(sum(delta.nbytes for delta in files))]
+        if head := heads.get(rank):
+            age, distance = f"{head.info['oldest_age']} steps", f"{head.info['distance']:.4g}"
+            table.add_row(str(rank), str(head.step), readable(head.state_bytes), age, distance, *disk)
+        else:
+            what = "nothing since the start" if rank < world_size else "of an earlier start"
+            table.add_row(str(rank), what, "", "", "", *disk)
     return table
 
 
@@ -164,19 +187,11 @@ def _tensors(store: DeltaStore) -> Table:
         table.add_column(column, justify="right")
     for name, blocks in by_tensor.items():
         steps = [block.version.step for block in blocks]
-        size = _size(sum(block.nbytes for block in blocks))
+        size = readable(sum(block.nbytes for block in blocks))
         table.add_row(name, ", ".join(blocks[0].slots), str(len(blocks)), size, str(max(steps)), str(min(steps)))
     return table
 
 
 def _newest(store: DeltaStore) -> list[StoredBlock]:
     keys = sorted(store.index.keys())
-    return [block for key in keys if (block := store.index.newest(key)) is not None and key != SKELETON]
-
-
-def _size(nbytes: float) -> str:
-    for unit in _UNITS[:-1]:
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} {_UNITS[-1]}"
+    return [block for key in keys if (block := store.index.newest(key)) is not None and not is_skeleton(key)]

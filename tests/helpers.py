@@ -155,7 +155,7 @@ def saved_blocks(restored: Restored) -> Iterator[tuple[str, int, tuple[str | int
             span = slice(*group.span(i))
             for slot in group.slots:
                 values = rows(at(restored.checkpoint, slot.paths[0]))[span]
-                yield group.key(i), restored.versions[group.key(i)].step, slot.paths[0], span, values
+                yield group.key(i), restored.plan.steps[group.key(i)], slot.paths[0], span, values
 
 
 def assert_blocks_as_lived(dirpath: Any, live: dict[int, dict[str, Any]]) -> set[int]:

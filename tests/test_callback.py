@@ -33,9 +33,9 @@ from torch import Tensor
 from zoo import Alternating, Raw, WithValidation
 
 from lightning_scar import SCARCheckpoint, load
-from lightning_scar.core.restoration import SKELETON
 from lightning_scar.core.selection import Candidates, distance
 from lightning_scar.core.settings import Settings
+from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.store import DeltaStore
 
 
@@ -116,7 +116,7 @@ def test_a_partial_save_keeps_to_its_fraction(memory_url: str) -> None:
     cut_short(saver(memory_url, fraction=0.1, block_size=512), after=8, model=TinyModel(width=1024))
     store = DeltaStore(memory_url)
     store.refresh()
-    sizes = [sum(b.nbytes for b in delta.blocks if b.key != SKELETON) for delta in store.deltas]
+    sizes = [sum(b.nbytes for b in delta.blocks if not is_skeleton(b.key)) for delta in store.deltas]
     full, partial = sizes[0], sizes[1:]
     assert partial
     assert 0.05 * full < max(partial) <= 0.1 * full

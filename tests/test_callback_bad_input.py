@@ -32,7 +32,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning_scar import SCARCheckpoint, load
 from lightning_scar.core.restoration import IncompleteError, NoCheckpointError
 from lightning_scar.storage.delta import NewerFormatError, StorageError
-from lightning_scar.storage.owner import DirectoryInUseError
+from lightning_scar.storage.lease import DirectoryInUseError
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5, float("nan")])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_scar import load
 from lightning_scar.core.restoration import NoCheckpointError, restore
-from lightning_scar.storage.owner import DirectoryInUseError
+from lightning_scar.storage.lease import DirectoryInUseError
 from lightning_scar.storage.store import DeltaStore
 
 Start = Callable[..., BaseProcess]
@@ -139,12 +139,12 @@ def test_a_live_run_keeps_its_directory_and_a_killed_one_does_not(start: Start, 
     with pytest.raises(DirectoryInUseError, match=f"in use by process {process.pid} "):
         fit(saver(tmp_path / "scar"))
     kill(process)
-    assert (tmp_path / "scar" / "owner.json").exists()
+    assert (tmp_path / "scar" / "lease.json").exists()
     model = fault_runs.Diary(tmp_path / "second")
     fault_runs.make_trainer(saver(tmp_path / "scar"), max_steps=step_on_disk(tmp_path / "scar") + 2).fit(
         model, fault_runs.stateful()
     )
-    assert not (tmp_path / "scar" / "owner.json").exists()
+    assert not (tmp_path / "scar" / "lease.json").exists()
 
 
 # -- SIGTERM and Ctrl-C --------------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ def test_a_lazy_save_is_still_being_copied_when_the_next_forward_begins(memory_u
 def test_a_tensor_that_the_forward_renormalises_is_not_starved(memory_url: str) -> None:
     model = WithRenormalisedEmbedding()
     cut_short(saver(memory_url, fraction=0.5, policy=slow_distance), after=12, model=model)
-    versions = restore(DeltaStore(memory_url)).versions
-    newest = max(version.step for key, version in versions.items() if "embedding" in key)
+    steps = restore(DeltaStore(memory_url)).plan.steps
+    newest = max(step for key, step in steps.items() if "embedding" in key)
     assert newest > 6
 
 

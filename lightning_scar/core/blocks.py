@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_scar.core.skeleton import Leaf, Path, identity
+from lightning_scar.core.zero import is_sharded, shard_owner
 
 _BLOCKS_AIMED_AT = 4096
 _SMALLEST, _LARGEST = 4 * 1024, 4 * 1024 * 1024
@@ -48,6 +49,8 @@ class Group:
         slots: The tensors; the first is the one whose distance counts.
         rows_per_block: Rows of the first dimension in every block but the last.
         lazy: Whether it changes between optimizer steps only, as far as is known: parameters and optimizer state.
+        first_row: Where its rows begin in the parameter; not 0 in one rank's share of it.
+        owner: The rank that alone has it as it should be; ``None`` where all have the same.
 
     """
 
@@ -56,6 +59,8 @@ class Group:
     slots: tuple[Slot, ...]
     rows_per_block: int
     lazy: bool = False
+    first_row: int = 0
+    owner: int | None = None
 
     @property
     def rows(self) -> int:
@@ -82,14 +87,18 @@ class Group:
         return -(-self.rows // self.rows_per_block)
 
     def span(self, i: int) -> tuple[int, int]:
-        """First row of block ``i``, and the row behind its last."""
+        """First row of block ``i`` among the group's, and the row behind its last."""
         start = i * self.rows_per_block
         return start, min(start + self.rows_per_block, self.rows)
 
     def key(self, i: int) -> str:
         """The block's name in a delta."""
         start, stop = self.span(i)
-        return f"{self.name}[{start}:{stop}]"
+        return f"{self.name}[{self.first_row + start}:{self.first_row + stop}]"
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The group's rows of a parameter, or of optimizer state of its shape."""
+        return rows(tensor)[self.first_row : self.first_row + self.rows]
 
 
 @dataclass(frozen=True)
@@ -168,10 +177,10 @@ def build_map(
 
     """
     moments = {path: pair for prefix, (opt, state) in optimizers.items() for path, pair in _moments(prefix, opt, state)}
-    lazy = {identity(tensor) for tensor in parameters} | {owner for owner, _ in moments.values()}
+    owners = _owners(optimizer for optimizer, _ in optimizers.values())
+    lazy = {identity(tensor) for tensor in parameters} | {parameter for parameter, _ in moments.values()} | set(owners)
     names: dict[tuple[Any, ...], str] = {}
-    slots: dict[str, dict[str, list[Leaf]]] = {}
-    lazy_names: set[str] = set()
+    drafts: dict[str, _Draft] = {}
     unpaired: list[Leaf] = []
     for leaf in leaves:
         if leaf.path in moments:
@@ -179,25 +188,50 @@ def build_map(
             continue
         who = identity(leaf.tensor)
         if who not in names:
-            names[who] = _unused("/".join(map(str, leaf.path)), slots)
-            slots[names[who]] = {"param": []}
-        slots[names[who]]["param"].append(leaf)
-        if who in lazy:
-            lazy_names.add(names[who])
+            names[who] = _unused("/".join(map(str, leaf.path)), drafts)
+            # Who else than the optimizers changes a tensor may do so differently on every rank; the first one's counts.
+            drafts[names[who]] = _Draft({"param": []}, who in lazy, owners.get(who, None if who in lazy else 0))
+        drafts[names[who]].slots["param"].append(leaf)
+    size = block_size or _automatic_size(drafts.values())
     for leaf in unpaired:
-        owner, word = moments[leaf.path]
-        parameter = names.get(owner)
-        if parameter is not None and slots[parameter]["param"][0].tensor.shape == leaf.tensor.shape:
+        who, word = moments[leaf.path]
+        parameter = names.get(who)
+        if parameter is not None and drafts[parameter].shape == leaf.tensor.shape:
             # A parameter of two optimizers: the second one's words get a number.
-            word = word if word not in slots[parameter] else f"{word}#{len(slots[parameter])}"
-            slots[parameter][word] = [leaf]
+            taken = drafts[parameter].slots
+            taken[word if word not in taken else f"{word}#{len(taken)}"] = [leaf]
         else:
             # By the parameter's name: an optimizer's order changes when parameters are added.
-            name = _unused("/".join([*map(str, leaf.path[:-2]), parameter or str(leaf.path[-2]), word]), slots)
-            slots[name] = {"param": [leaf]}
-            lazy_names.add(name)
-    size = block_size or _automatic_size(slots.values())
-    return BlockMap(tuple(_group(name, by_slot, size, name in lazy_names) for name, by_slot in slots.items()), size)
+            name = _unused("/".join([*map(str, leaf.path[:-2]), parameter or str(leaf.path[-2]), word]), drafts)
+            drafts[name] = _Draft({"param": [leaf]}, True, owners.get(who))
+    return BlockMap(tuple(draft.group(name, size) for name, draft in drafts.items()), size)
+
+
+@dataclass
+class _Draft:
+    """A group whose slots are still being collected."""
+
+    slots: dict[str, list[Leaf]]
+    lazy: bool
+    owner: int | None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.slots["param"][0].tensor.shape
+
+    def group(self, name: str, block_size: int) -> Group:
+        slots = tuple(
+            Slot(slot, leaves[0].tensor.dtype, _dense_stride(leaves[0].tensor), tuple(leaf.path for leaf in leaves))
+            for slot, leaves in self.slots.items()
+        )
+        row_bytes = torch.Size(self.shape[1:]).numel() * slots[0].dtype.itemsize
+        return Group(name, tuple(self.shape), slots, max(1, block_size // row_bytes), self.lazy, owner=self.owner)
+
+
+def _owners(optimizers: Iterable[Optimizer]) -> dict[tuple[Any, ...], int]:
+    """The rank of each parameter whose optimizer state only one rank has."""
+    sharded = (optimizer for optimizer in optimizers if is_sharded(optimizer))
+    return {identity(tensor): rank for optimizer in sharded for tensor, rank in shard_owner(optimizer).items()}
 
 
 def _unused(name: str, taken: Container[str]) -> str:
@@ -207,24 +241,14 @@ def _unused(name: str, taken: Container[str]) -> str:
     return name
 
 
-def _group(name: str, by_slot: Mapping[str, list[Leaf]], block_size: int, lazy: bool) -> Group:
-    shape = tuple(by_slot["param"][0].tensor.shape)
-    slots = tuple(
-        Slot(slot, leaves[0].tensor.dtype, _dense_stride(leaves[0].tensor), tuple(leaf.path for leaf in leaves))
-        for slot, leaves in by_slot.items()
-    )
-    row_bytes = torch.Size(shape[1:]).numel() * slots[0].dtype.itemsize
-    return Group(name, shape, slots, max(1, block_size // row_bytes), lazy)
-
-
 def _dense_stride(tensor: Tensor) -> tuple[int, ...] | None:
     if tensor.is_contiguous() or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return None
     return tuple(tensor.stride())
 
 
-def _automatic_size(groups: Iterable[Mapping[str, list[Leaf]]]) -> int:
-    total = sum(by_slot["param"][0].tensor.nbytes for by_slot in groups)
+def _automatic_size(drafts: Iterable[_Draft]) -> int:
+    total = sum(draft.slots["param"][0].tensor.nbytes for draft in drafts)
     return min(max(total // _BLOCKS_AIMED_AT, _SMALLEST), _LARGEST)
 
 

@@ -1,4 +1,4 @@
-"""A tensor's bytes, without a copy."""
+"""A tensor's bytes, without a copy, and bytes in words."""
 
 import torch
 from torch import Tensor
@@ -14,3 +14,19 @@ def memory(tensor: Tensor) -> memoryview:
 
     """
     return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def readable(nbytes: float) -> str:
+    """A number of bytes for people.
+
+    Example::
+
+        >>> readable(1_490_000_000)
+        '1.49 GB'
+
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"

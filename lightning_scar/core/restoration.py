@@ -1,34 +1,29 @@
 """A running checkpoint read back: every block from its newest intact version, put together with the skeleton."""
 
-import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_scar.core.blocks import BlockMap, Group, Slot
-from lightning_scar.core.memory import memory
-from lightning_scar.core.skeleton import Path, put_together, take_apart, unpack
+from lightning_scar.core.blocks import BlockMap
+from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.reader import Reader, initial_value
+from lightning_scar.core.recovery import IncompleteError, RecoveryPlan
+from lightning_scar.core.shares import shares
+from lightning_scar.core.skeleton import Path, put_together, take_apart
+from lightning_scar.core.skeletons import Skeletons, Stored, describe, put_shards_together, union
 from lightning_scar.storage.collection import no_collection
-from lightning_scar.storage.delta import StorageError, Version
+from lightning_scar.storage.delta import StorageError
+from lightning_scar.storage.head import Mark
 from lightning_scar.storage.index import Located
-from lightning_scar.storage.store import Damage, DeltaStore, Reading, retry_vanished
-
-SKELETON = "skeleton"
+from lightning_scar.storage.store import Damage, DeltaStore, retry_vanished
 
 
 class NoCheckpointError(StorageError):
     """The directory holds no running checkpoint."""
-
-
-class IncompleteError(StorageError):
-    """No intact version of some block is left."""
 
 
 @dataclass
@@ -37,52 +32,27 @@ class Restored:
 
     Attributes:
         checkpoint: The checkpoint dict; its tensors are on the CPU.
+        own: The checkpoint as this rank saved it, without large tensors, if that was at the same step.
         step: The optimizer step of its newest save.
         map: The block map it was saved with.
-        versions: The version that each block was read from.
+        plan: Where each block was read from.
         primary: For each group the tensor whose distance counts (the one in ``checkpoint``, not a copy).
-        damaged: What had to be passed over.
-        info: What the newest save said about itself.
+        damages: What had to be passed over.
 
     """
 
     checkpoint: dict[str, Any]
+    own: Any
     step: int
     map: BlockMap
-    versions: dict[str, Version]
+    plan: RecoveryPlan
     primary: dict[str, Tensor]
-    damaged: list[tuple[Located, Damage]]
-    info: dict[str, Any] = field(default_factory=dict)
+    damages: list[tuple[Located, Damage]]
 
     @property
     def oldest_age(self) -> int:
         """Steps between the newest save and the oldest block that had changed since it was saved."""
-        age: int = self.info.get("oldest_age", 0)
-        return age
-
-
-def describe(block_map: BlockMap) -> str:
-    """A block map as JSON, for the skeleton."""
-    groups = [
-        (g.name, g.shape, g.rows_per_block, [(s.name, str(s.dtype), s.stride, s.paths) for s in g.slots])
-        for g in block_map.groups
-    ]
-    return json.dumps({"block_size": block_map.block_size, "groups": groups})
-
-
-def parse(text: str) -> BlockMap:
-    """The inverse of :func:`describe`."""
-
-    def slot(name: str, dtype: str, stride: list[int] | None, paths: list[Any]) -> Slot:
-        layout = tuple(stride) if stride is not None else None
-        return Slot(name, getattr(torch, dtype.removeprefix("torch.")), layout, tuple(map(tuple, paths)))
-
-    content = json.loads(text)
-    groups = (
-        Group(name, tuple(shape), tuple(slot(*s) for s in slots), size)
-        for name, shape, size, slots in content["groups"]
-    )
-    return BlockMap(tuple(groups), content["block_size"])
+        return max((head.info.get("oldest_age", 0) for head in self.plan.heads.values()), default=0)
 
 
 def load(
@@ -116,6 +86,7 @@ def load(
 
     Example::
 
+        >>> import torch
         >>> from lightning_scar.core.running_checkpoint import RunningCheckpoint
         >>> with RunningCheckpoint("memory://load-example") as running:
         ...     running.save_now({"state_dict": {"weight": torch.ones(2)}}, step=1)
@@ -152,136 +123,140 @@ def restore(
     *,
     consistent: bool = False,
     into: dict[str, Any] | None = None,
+    initial: dict[str, Any] | None = None,
     weights_only: bool | None = None,
+    ranks: Ranks | None = None,
 ) -> Restored:
-    """Reads the running checkpoint of a store; see :func:`load` for arguments and errors."""
-    live = {leaf.path: leaf.tensor for leaf in take_apart(into, {})[1]} if into else {}
+    """Reads the running checkpoint of a store; see :func:`load` for arguments and errors.
+
+    With several ranks it is a collective: each reads its share, and gets the rest from the others.
+
+    Args:
+        store: The store.
+        consistent: As in :func:`load`.
+        into: As in :func:`load`.
+        initial: A checkpoint dict of initial values for blocks of which nothing is left; their optimizer state begins
+            at zero.
+        weights_only: As in :func:`load`.
+        ranks: Who restores.
+
+    """
+    ranks = ranks or Ranks()
     with no_collection():
-        restored = retry_vanished(lambda: _restore(store, consistent, live, weights_only))
-    damages = [*store.damaged, *(damage for _, damage in restored.damaged)]
-    if damages:
-        # Several thousand blocks may lie in one lost file: name the first, count the rest.
-        shown = "\n  ".join(map(str, damages[:8])) + (f"\n  and {len(damages) - 8} more" * (len(damages) > 8))
-        warnings.warn(
-            f"{store.directory} is damaged; older versions are used instead of\n  {shown}\n"
-            "`lightning-scar verify` lists all damage.",
-            stacklevel=3,
+        found = ranks.together(
+            lambda: retry_vanished(lambda: _read_share(store, consistent, into, initial, weights_only, ranks))
         )
+        _check_agreement(store, found, ranks)
+        found.reader.exchange(ranks)
+        restored = found.put_together(ranks.rank)
+    if ranks.rank == 0:
+        _report(store, restored)
     return restored
 
 
-def _restore(store: DeltaStore, consistent: bool, live: dict[Path, Tensor], weights_only: bool | None) -> Restored:
+@dataclass
+class _Found:
+    """What one rank makes out on disk."""
+
+    newest: Stored
+    all_ranks: list[Stored]
+    own: Stored | None
+    map: BlockMap
+    plan: RecoveryPlan
+    reader: Reader
+    damages: list[tuple[Located, Damage]]
+
+    def put_together(self, rank: int) -> Restored:
+        tensors = self.reader.tensors()
+        leaves = {
+            path: tensor
+            for group, slots in zip(self.map.groups, tensors, strict=True)
+            for slot, tensor in zip(group.slots, slots, strict=True)
+            for path in slot.paths
+        }
+        parts = [put_together(stored.skeleton, leaves) for stored in [*self.all_ranks, self.newest]]
+        version = self.newest.at.block.version
+        is_as_new = self.own is not None and self.own.at.block.version.mark == version.mark
+        return Restored(
+            checkpoint=put_shards_together(parts, self.newest.sharded),
+            own=self.own.skeleton["tree"] if self.own is not None and is_as_new else None,
+            step=version.step,
+            map=self.map,
+            plan=self.plan,
+            primary={group.name: slots[0] for group, slots in zip(self.map.groups, tensors, strict=True)},
+            damages=[*self.damages, *self.plan.damages],
+        )
+
+
+def _read_share(
+    store: DeltaStore,
+    consistent: bool,
+    into: dict[str, Any] | None,
+    initial: dict[str, Any] | None,
+    weights_only: bool | None,
+    ranks: Ranks,
+) -> _Found:
     store.refresh()
-    index = store.index
-    if not list(index.keys()):
+    limit = _limit(store, consistent)
+    skeletons = Skeletons(store, limit, weights_only)
+    newest = skeletons.newest()
+    all_ranks = _shards(skeletons, newest, ranks) if newest.sharded else []
+    block_map = union([newest.map, *(stored.map for stored in all_ranks)])
+    start = _tensors(initial)
+    known = {group.name for group in block_map.groups if initial_value(group, start) is not None}
+    plan = RecoveryPlan(block_map, store.index, initial=known, limit=limit)
+    reader = Reader(store, block_map, plan, _tensors(into), start)
+    reader.read(shares(block_map, ranks.world_size)[ranks.rank])
+    own = skeletons.of_rank(ranks.rank) if ranks.world_size > 1 else newest
+    return _Found(newest, all_ranks, own, block_map, plan, reader, skeletons.damages)
+
+
+def _tensors(checkpoint: dict[str, Any] | None) -> dict[Path, Tensor]:
+    return {leaf.path: leaf.tensor for leaf in take_apart(checkpoint, {})[1]} if checkpoint else {}
+
+
+def _limit(store: DeltaStore, consistent: bool) -> Mark | None:
+    if not list(store.index.keys()):
         reasons = "".join(f"\n  {damage}" for damage in store.damaged)
         raise NoCheckpointError(f"{store.directory} holds no running checkpoint{reasons}")
-    limit = index.consistent if consistent else None
-    if consistent and limit is None:
+    if consistent and store.index.consistent is None:
         raise NoCheckpointError(
             f"{store.directory} holds no complete full save to read a consistent state from; "
             "set full_every_n_saves, or read without `consistent`"
         )
-    reader = _Reader(store, limit)
-    content, at = reader.skeleton(weights_only)
-    block_map = parse(content["map"])
-    tensors = reader.groups(block_map, live)
-    leaves = {
-        path: tensor
-        for group, slots in zip(block_map.groups, tensors, strict=True)
-        for slot, tensor in zip(group.slots, slots, strict=True)
-        for path in slot.paths
-    }
-    return Restored(
-        checkpoint=put_together(content["skeleton"], leaves),
-        step=at.block.version.step,
-        map=block_map,
-        versions=reader.versions,
-        primary={group.name: slots[0] for group, slots in zip(block_map.groups, tensors, strict=True)},
-        damaged=reader.damaged,
-        info=dict(at.delta.head.info),
-    )
+    return store.index.consistent if consistent else None
 
 
-class _Reader:
-    """Reads blocks from their newest intact version."""
-
-    def __init__(self, store: DeltaStore, limit: Version | None) -> None:
-        self._store = store
-        self._limit = limit
-        self.versions: dict[str, Version] = {}
-        self.damaged: list[tuple[Located, Damage]] = []
-
-    def _candidates(self, key: str) -> list[Located]:
-        bad = [located for located, _ in self.damaged]
-        found = (
-            [at for at in self._store.index.versions(key) if at not in bad] if bad else self._store.index.versions(key)
-        )
-        return found if self._limit is None else [at for at in found if at.block.version <= self._limit]
-
-    def skeleton(self, weights_only: bool | None) -> tuple[dict[str, Any], Located]:
-        while candidates := self._candidates(SKELETON):
-            at = candidates[0]
-            memory = at.block.new_memory()
-            if not self._note_damage(self._store.read([Reading(at, memory.copy)])):
-                return unpack(memory["bytes"], weights_only), at
-        raise IncompleteError(f"{self._store.directory} holds no intact skeleton: every version of it is damaged")
-
-    def groups(self, block_map: BlockMap, live: Mapping[Path, Tensor]) -> list[list[Tensor]]:
-        """Reads every block of a map; returns the tensors of each group, one a slot."""
-        targets = [[_target(group, slot, live) for slot in group.slots] for group in block_map.groups]
-        memories = [_Memory(group, by_slot) for group, by_slot in zip(block_map.groups, targets, strict=True)]
-        wanted = [(g, i) for g, group in enumerate(block_map.groups) for i in range(len(group))]
-        while wanted:
-            found = {block_map.groups[g].key(i): (g, i) for g, i in wanted}
-            readings = [Reading(self._newest(key), partial(memories[g].block, i)) for key, (g, i) in found.items()]
-            self.versions |= {at.block.key: at.block.version for at, _ in readings}
-            wanted = [found[key] for key in self._note_damage(self._store.read(readings))]
-        return [[target.filled() for target in by_slot] for by_slot in targets]
-
-    def _newest(self, key: str) -> Located:
-        for at in self._candidates(key):
-            return at
+def _shards(skeletons: Skeletons, newest: Stored, ranks: Ranks) -> list[Stored]:
+    found = list(skeletons.of_all_ranks())
+    world_size = newest.at.delta.head.world_size
+    missing = set(range(world_size)) - {stored.at.delta.head.rank for stored in found}
+    if missing and ranks.world_size != world_size:
         raise IncompleteError(
-            f"{self._store.directory} holds no intact version of block {key}; it is not filled with initial values. "
-            "`lightning-scar verify` lists all damage; an older copy of the directory may hold what is missing."
+            f"the optimizer state was sharded over {world_size} ranks, of which {len(missing)} left nothing intact "
+            f"(rank {', '.join(map(str, sorted(missing)))}), and cannot be shared out anew among {ranks.world_size}. "
+            f"Resume on {world_size} ranks: the lost shard begins anew, and the next save is of the whole state again."
         )
-
-    def _note_damage(self, found: list[tuple[Reading, Damage]]) -> list[str]:
-        self.damaged += [(reading.located, damage) for reading, damage in found]
-        return [reading.located.block.key for reading, _ in found]
+    return found
 
 
-class _Target(NamedTuple):
-    """Where a slot is read to, and the tensor that it is for, if that is another one."""
-
-    dense: Tensor
-    tensor: Tensor | None
-
-    def filled(self) -> Tensor:
-        return self.dense if self.tensor is None else self.tensor.copy_(self.dense)
-
-
-class _Memory:
-    """The memory that a group is read to, block by block."""
-
-    def __init__(self, group: Group, targets: Sequence[_Target]) -> None:
-        self._span = group.span
-        self._slots = [
-            (slot.name, memory(target.dense), group.row_numel * slot.dtype.itemsize)
-            for slot, target in zip(group.slots, targets, strict=True)
-        ]
-
-    def block(self, i: int) -> dict[str, memoryview]:
-        """The bytes of block ``i``, slot by slot."""
-        start, stop = self._span(i)
-        return {name: whole[start * size : stop * size] for name, whole, size in self._slots}
+def _check_agreement(store: DeltaStore, found: _Found, ranks: Ranks) -> None:
+    seen = (found.newest.at.delta.name, len(store.deltas), describe(found.map))
+    for rank, other in enumerate(ranks.gather(seen)):
+        if other != seen:
+            raise StorageError(
+                f"rank {ranks.rank} sees {seen[1]} deltas in {store.directory}, the newest {seen[0]}; rank {rank} sees "
+                f"{other[1]}, the newest {other[0]}. All ranks need the same directory, on a shared file system."
+            )
 
 
-def _target(group: Group, slot: Slot, live: Mapping[Path, Tensor]) -> _Target:
-    given = next((live[path] for path in slot.paths if path in live), None)
-    if given is not None and (tuple(given.shape), given.dtype) == (group.shape, slot.dtype):
-        direct = given.is_contiguous() and given.device.type == "cpu"
-        return _Target(given, None) if direct else _Target(torch.empty(group.shape, dtype=slot.dtype), given)
-    laid_out = torch.empty_strided(group.shape, slot.stride, dtype=slot.dtype) if slot.stride else None
-    return _Target(torch.empty(group.shape, dtype=slot.dtype), laid_out)
+def _report(store: DeltaStore, restored: Restored) -> None:
+    damages = [*store.damaged, *(damage for _, damage in restored.damages)]
+    # Several thousand blocks may lie in one lost file: name the first, count the rest.
+    shown = "\n  ".join(map(str, damages[:8])) + (f"\n  and {len(damages) - 8} more" * (len(damages) > 8))
+    if damages or not restored.plan.is_whole:
+        what = f"is damaged; older versions are used instead of\n  {shown}" if damages else "is not complete."
+        warnings.warn(
+            f"{store.directory} {what}\nRecovery: {restored.plan}\n`lightning-scar verify` lists all damage.",
+            stacklevel=4,
+        )

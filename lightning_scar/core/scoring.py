@@ -10,6 +10,7 @@ from lightning_scar.core.blocks import BlockMap
 from lightning_scar.core.distance import Compared, block_distances
 from lightning_scar.core.last_saved import NEVER, LastSaved
 from lightning_scar.core.memory import memory
+from lightning_scar.core.rework import Motion, motion
 from lightning_scar.core.selection import Candidates, select
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.threads import Run, in_turn
@@ -27,6 +28,7 @@ class Choice:
         non_finite: Blocks left out because they hold NaN or Inf and have a good version.
         squared_rest: Squared distance between the blocks left out and their last saved values.
         oldest_age: Steps since the oldest block left out, of those that have changed, was saved.
+        motion: How fast the blocks move, and what of that the save leaves out.
 
     """
 
@@ -35,6 +37,7 @@ class Choice:
     non_finite: int
     squared_rest: float
     oldest_age: int
+    motion: Motion
 
     def by_group(self, block_map: BlockMap) -> dict[int, list[int]]:
         """The chosen blocks' numbers within each group, ascending."""
@@ -104,6 +107,7 @@ class Scorer:
             non_finite=int(non_finite.sum()),
             squared_rest=float(distance[rest & distance.isfinite()].square().sum()),
             oldest_age=int(age[rest].max()) if bool(rest.any()) else 0,
+            motion=motion(distance, age.masked_fill(never, 0), rest),
         )
 
     def _selected(self, candidates: Candidates, nbytes: Tensor, budget: int | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_scar.core.blocks import BlockMap
 from lightning_scar.core.last_saved import NEVER, LastSaved
+from lightning_scar.core.rework import Motion
 from lightning_scar.core.scoring import Choice, Scorer
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.staging import StagedGroup, StagingBuffer, stage
@@ -48,6 +49,11 @@ class Staging:
     def distance(self) -> float:
         """L2 distance between the live state and the running checkpoint, once this save is in it."""
         return float(sum(choice.squared_rest for choice in self.choices) ** 0.5)
+
+    @property
+    def motion(self) -> Motion:
+        """How fast the blocks move, and what of that the running checkpoint lags behind."""
+        return sum((choice.motion for choice in self.choices), Motion())
 
     @property
     def oldest_age(self) -> int:
@@ -109,8 +115,9 @@ class Stager:
 
     def fit(self, block_map: BlockMap, live: Sequence[Sequence[Tensor]]) -> None:
         """Follows a change of the state; see :meth:`LastSaved.fit`."""
-        self._recorded()
-        self.last.fit(block_map, live)
+        if block_map is not self.last.map:
+            self._recorded()
+            self.last.fit(block_map, live)
 
     def forget(self, keys: Iterable[str]) -> None:
         """Makes blocks count as never saved."""

@@ -12,7 +12,8 @@ from lightning_scar.core.blocks import Group, Slot
 from lightning_scar.core.distance import is_finite
 from lightning_scar.core.memory import memory
 from lightning_scar.core.threads import Run, batches, in_turn
-from lightning_scar.storage.delta import BlockData, Payload, Version, checksum
+from lightning_scar.storage.delta import BlockData, Payload, checksum
+from lightning_scar.storage.head import Version
 
 _ALIGNMENT = 64
 #: Bytes that one thread copies before it takes the next piece.

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 class Stats:
     """What a running checkpoint has cost and how far behind it is.
 
+    With several ranks, what this rank saves; ``distance``, ``rework_cost`` and ``oldest_age`` are those of the whole
+    state, as far as the other ranks' saves tell.
+
     Attributes:
         step: The optimizer step of the last save.
         saves: Saves that were handed to the writer.
@@ -18,6 +21,8 @@ class Stats:
         stall_seconds: How long the training thread stood still for the last partial save, fence included.
         full_stall_seconds: The same for the last full save.
         distance: L2 distance between the live state and the running checkpoint after the last save.
+        rework_cost: About how many steps a crash right after the last save would cost; see
+            :class:`~lightning_scar.core.rework.Motion`.
         oldest_age: Steps since the oldest block that has changed was saved.
         queue_depth: Deltas waiting to be written when the last save was handed over.
 
@@ -33,5 +38,6 @@ class Stats:
     stall_seconds: float = 0.0
     full_stall_seconds: float = 0.0
     distance: float = 0.0
+    rework_cost: float = 0.0
     oldest_age: int = 0
     queue_depth: int = 0

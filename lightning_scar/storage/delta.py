@@ -8,7 +8,7 @@ when they are read; the header's decides whether the file counts at all.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import orjson
 import xxhash
 
 from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.head import Head, Version
 from lightning_scar.storage.source import Source
 
 FORMAT_VERSION = 1
@@ -34,21 +35,6 @@ class DamagedError(StorageError):
 
 class NewerFormatError(StorageError):
     """A delta was written by a newer version of this library."""
-
-
-class Version(NamedTuple):
-    """When a block was saved. Ordered by incarnation and sequence; the step is for people.
-
-    Attributes:
-        incarnation: Which start of the training wrote it; grows by one at every start.
-        sequence: Which save of that incarnation.
-        step: The optimizer step of that save.
-
-    """
-
-    incarnation: int
-    sequence: int
-    step: int
 
 
 class Entry(NamedTuple):
@@ -116,36 +102,6 @@ class StoredBlock:
     def extent(self) -> tuple[int, int]:
         """Offset of the block's first byte in the file, and the offset behind its last."""
         return min(entry.start for entry in self.slots.values()), max(entry.stop for entry in self.slots.values())
-
-
-@dataclass(frozen=True)
-class Head:
-    """What a delta says about itself.
-
-    Attributes:
-        incarnation: The incarnation that wrote the file.
-        lineage: That incarnation and those it resumed from, oldest first.
-        sequence: The save that wrote the file.
-        step: The optimizer step of that save.
-        rank: The rank that wrote the file.
-        world_size: The number of ranks that write.
-        kind: ``"full"``, ``"partial"`` or ``"compacted"``.
-        consistent: The version of the newest full save, ``None`` before there is one.
-        state_bytes: Bytes of the whole training state, of which the delta holds a part.
-        info: Small facts of the writer's, e.g. ``{"finished": True}``.
-
-    """
-
-    incarnation: int
-    lineage: tuple[int, ...]
-    sequence: int
-    step: int
-    rank: int
-    world_size: int
-    kind: str
-    consistent: Version | None
-    state_bytes: int
-    info: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -227,7 +183,7 @@ def encode(head: Head, blocks: Sequence[BlockData]) -> Iterator[bytes | memoryvi
         [key, version.incarnation, version.sequence, version.step, {slot: p.checksum for slot, p in slots.items()}]
         for key, version, slots in blocks
     ]
-    yield from _header({"head": _head_as_json(head), "blocks": orjson.dumps(table).decode()}, entries)
+    yield from _header({"head": head.to_json(), "blocks": orjson.dumps(table).decode()}, entries)
     for _, _, payload in slots:
         yield payload.data()
 
@@ -265,7 +221,7 @@ def read_delta(directory: Directory, name: str) -> Delta:
         text = file.read(min(int.from_bytes(file.read(8), "little"), size))
     try:
         metadata, entries = _checked_header(text)
-        head = _head(orjson.loads(metadata["head"]))
+        head = Head.from_json(metadata["head"])
         blocks = tuple(_blocks(orjson.loads(metadata["blocks"]), entries, 8 + len(text)))
     except NewerFormatError as error:
         raise NewerFormatError(f"{directory.file(name)} {error}") from None
@@ -290,17 +246,6 @@ def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     if checksum(text.replace(expected.encode(), _NO_CHECKSUM.encode(), 1)) != expected:
         raise ValueError("checksum")
     return metadata, entries
-
-
-def _head_as_json(head: Head) -> str:
-    consistent = list(head.consistent) if head.consistent else None
-    return orjson.dumps({**asdict(head), "consistent": consistent}).decode()
-
-
-def _head(fields: dict[str, Any]) -> Head:
-    consistent = fields.pop("consistent")
-    lineage = tuple(fields.pop("lineage"))
-    return Head(**fields, lineage=lineage, consistent=Version(*consistent) if consistent else None)
 
 
 def _blocks(table: list[Any], header: dict[str, Any], data_start: int) -> Iterator[StoredBlock]:

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from lightning_scar.storage.delta import Delta, StoredBlock, Version
+from lightning_scar.storage.delta import Delta, StoredBlock
+from lightning_scar.storage.head import Head, Mark, Version, newest_consistent, newest_heads
 
 
 class Located(NamedTuple):
@@ -16,27 +17,32 @@ class Located(NamedTuple):
 def newest_lineage(deltas: Iterable[Delta]) -> tuple[int, ...]:
     """The incarnations whose blocks make up the running checkpoint; empty where there is none.
 
-    A fresh incarnation counts once every rank has finished its first save, so that two trainings never mix; one that
-    resumed counts at once, since it continues the blocks it restored.
+    A fresh incarnation counts once every rank has finished its first save, so that two trainings never mix, and goes on
+    to count when a rank's deltas are lost later; one that resumed counts at once, since it continues the blocks it
+    restored.
 
     Args:
         deltas: All intact deltas of the directory.
 
     """
-    ranks: dict[tuple[int, ...], set[int]] = {}
-    world_size: dict[tuple[int, ...], int] = {}
+    heads: dict[tuple[int, ...], list[Head]] = {}
     for delta in deltas:
-        ranks.setdefault(delta.head.lineage, set()).add(delta.head.rank)
-        world_size[delta.head.lineage] = delta.head.world_size
-    counting = [lineage for lineage, seen in ranks.items() if len(lineage) > 1 or len(seen) == world_size[lineage]]
-    return max(counting, key=lambda lineage: lineage[-1], default=())
+        heads.setdefault(delta.head.lineage, []).append(delta.head)
+    return max(filter(lambda lineage: _counts(heads[lineage]), heads), key=lambda lineage: lineage[-1], default=())
+
+
+def _counts(heads: Sequence[Head]) -> bool:
+    is_resumed = len(heads[0].lineage) > 1
+    seen = {head.rank for head in heads}
+    return is_resumed or len(seen) == heads[0].world_size or any(head.whole for head in heads)
 
 
 class Index:
     """The versions of every block that are kept: the newest, and an older one to fall back to.
 
     The older one is the version of the newest full save where there is one, so that a state of one single step can be
-    read at any time; else the version before the newest.
+    read at any time; else the version before the newest. While some rank has still to finish the newest full save,
+    the versions of the full save before are kept too.
 
     Args:
         lineage: The incarnations that count.
@@ -46,10 +52,16 @@ class Index:
 
     def __init__(self, lineage: Sequence[int], deltas: Iterable[Delta] = ()) -> None:
         self.lineage = tuple(lineage)
-        self.consistent: Version | None = None
+        self.heads: dict[int, Head] = {}
+        self._marks: list[Mark] = []
         self._versions: dict[str, list[Located]] = {}
         self._live: dict[str, dict[tuple[str, Version], StoredBlock]] = {}
         self._take(deltas)
+
+    @property
+    def consistent(self) -> Mark | None:
+        """The newest full save that every rank has finished."""
+        return newest_consistent(self.heads)
 
     def add(self, delta: Delta) -> None:
         """Takes a delta in; of equal versions the one added last is kept."""
@@ -62,13 +74,19 @@ class Index:
             for block in delta.blocks:
                 if block.version.incarnation in self.lineage:
                     found.setdefault(block.key, {})[block.version] = Located(delta, block)
-        consistent = max((d.head.consistent for d in counting if d.head.consistent), default=self.consistent)
-        if consistent is not None and (self.consistent is None or consistent > self.consistent):
-            self.consistent = consistent
+        self.heads = newest_heads([*self.heads.values(), *(delta.head for delta in counting)])
+        marks = sorted({mark for head in self.heads.values() for mark in head.consistent}, reverse=True)
+        if marks != self._marks:
+            self._marks = marks
             found = {key: {} for key in self._versions} | found
         for key, by_version in found.items():
             known = {at.block.version: at for at in self._versions.get(key, ())}
             self._settle(key, sorted((known | by_version).values(), key=_recency, reverse=True))
+
+    def remove(self, delta: Delta) -> None:
+        """Forgets a file that another rank has deleted."""
+        for block in self.live(delta):
+            self._settle(block.key, [at for at in self._versions[block.key] if at.delta.name != delta.name])
 
     def discard(self, located: Located) -> None:
         """Drops a version that turned out to be damaged, lest it take the place of a good one."""
@@ -78,18 +96,20 @@ class Index:
             self._settle(key, remaining)
 
     def _settle(self, key: str, located: list[Located]) -> None:
-        for delta, block in self._versions.get(key, []):
+        for delta, block in self._versions.pop(key, []):
             del self._live[delta.name][key, block.version]
+        if not located:
+            return
         self._versions[key] = kept = self._kept(located)
         for delta, block in kept:
             self._live.setdefault(delta.name, {})[key, block.version] = block
 
     def _kept(self, located: list[Located]) -> list[Located]:
         newest, *older = located
-        consistent = self.consistent
-        if consistent is not None and newest.block.version > consistent:
-            older = [at for at in older if at.block.version <= consistent] or older
-        return [newest, *older[:1]]
+        marks = [mark for mark in self._marks if mark < newest.block.version.mark]
+        served = [next((at for at in older if at.block.version.mark <= mark), newest) for mark in marks]
+        kept = [newest, *(at for at in older if at in served)]
+        return kept if len(kept) > 1 else [newest, *older[:1]]
 
     def keys(self) -> Iterator[str]:
         """The blocks that have a version."""

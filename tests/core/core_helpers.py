@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_scar.core.restoration import SKELETON, load
+from lightning_scar.core.restoration import load
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
+from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.store import DeltaStore
 
 
@@ -123,7 +124,7 @@ def saved_steps(url: str | Path) -> dict[str, int]:
     """The step of the newest version on disk of every block, by key."""
     store = DeltaStore(url)
     store.refresh()
-    keys = [key for key in list(store.index.keys()) if key != SKELETON]
+    keys = [key for key in list(store.index.keys()) if not is_skeleton(key)]
     return {key: store.index.versions(key)[0].block.version.step for key in keys}
 
 
@@ -139,7 +140,8 @@ def written_blocks(url: str | Path, step: int) -> set[str]:
     """The keys of the blocks that the save of one step wrote, as far as their file is still there."""
     store = DeltaStore(url)
     store.refresh()
-    return {b.key for delta in store.deltas for b in delta.blocks if b.version.step == step} - {SKELETON}
+    found = {b.key for delta in store.deltas for b in delta.blocks if b.version.step == step}
+    return {key for key in found if not is_skeleton(key)}
 
 
 def rows_of(key: str) -> slice:

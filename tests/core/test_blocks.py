@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 
-from lightning_scar.core import running_checkpoint
+from lightning_scar.core import live_state
 from lightning_scar.core.blocks import BlockMap, build_map, rows
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
@@ -234,7 +234,7 @@ def test_the_map_is_built_once_for_many_saves_and_again_when_state_appears(memor
     training = Training(model, optim.Adam(model.parameters()))
     with (
         RunningCheckpoint(memory_url, Settings(fraction=1.0)) as running,
-        patch.object(running_checkpoint, "build_map", wraps=build_map) as counted,
+        patch.object(live_state, "build_map", wraps=build_map) as counted,
     ):
         training.save(running)
         assert counted.call_count == 1

@@ -15,14 +15,13 @@ from torch import Tensor, nn, optim
 from lightning_scar.core.blocks import BlockMap, Group, Slot
 from lightning_scar.core.restoration import (
     NoCheckpointError,
-    describe,
     is_running_checkpoint,
     load,
-    parse,
     restore,
 )
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
+from lightning_scar.core.skeletons import describe, parse
 from lightning_scar.storage.store import DeltaStore
 
 
@@ -97,9 +96,9 @@ def test_paths_and_urls_hold_the_same(where: str, tmp_path: Path, memory_url: st
 def test_loading_does_not_need_or_touch_the_lock_of_a_live_run(tmp_path: Path) -> None:
     with opened(tmp_path) as running:
         save_tensors(running, 1, x=torch.ones(3))
-        before = (tmp_path / "owner.json").read_bytes()
+        before = (tmp_path / "lease.json").read_bytes()
         load(tmp_path)
-        assert (tmp_path / "owner.json").read_bytes() == before
+        assert (tmp_path / "lease.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -172,8 +171,8 @@ def test_a_restore_tells_its_step_the_versions_and_the_age_of_the_oldest_block(m
     trained(memory_url)
     restored = restore(DeltaStore(memory_url))
     assert restored.step == 6
-    assert {key: version.step for key, version in restored.versions.items()} == saved_steps(memory_url)
-    assert restored.oldest_age == restored.info["oldest_age"] > 0
+    assert restored.plan.steps == saved_steps(memory_url)
+    assert restored.oldest_age > 0
     assert restored.primary["state_dict/0.weight"] is restored.checkpoint["state_dict"]["0.weight"]
 
 

@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from lightning_scar.core.restoration import load
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.core.skeletons import is_skeleton
+from lightning_scar.storage.rank_store import RankStore
 
 DTYPES = [
     torch.float64,
@@ -74,13 +75,13 @@ def test_signs_of_zero_and_payloads_of_nan_come_back(memory_url: str) -> None:
 
 @pytest.mark.parametrize("is_written", [True, False], ids=["the first save is written", "it is on its way"])
 def test_a_zero_that_changes_its_sign_is_saved_although_its_distance_is_zero(memory_url: str, is_written: bool) -> None:
-    x, go_on, commit = torch.zeros(8), threading.Event(), DeltaStore.commit
+    x, go_on, commit = torch.zeros(8), threading.Event(), RankStore.commit
 
-    def held(self: DeltaStore, *args: Any) -> int:
+    def held(self: RankStore, *args: Any) -> int:
         assert go_on.wait(30)
         return commit(self, *args)
 
-    with patch.object(DeltaStore, "commit", held), RunningCheckpoint(memory_url, Settings(fraction=1.0)) as running:
+    with patch.object(RankStore, "commit", held), RunningCheckpoint(memory_url, Settings(fraction=1.0)) as running:
         running.save_now({"x": x}, step=1)
         if is_written:
             go_on.set()
@@ -151,7 +152,7 @@ def test_tied_weights_are_stored_once_and_are_one_tensor_again(memory_url: str) 
     model["decoder"].weight = model["encoder"].weight
     with RunningCheckpoint(memory_url) as running:
         running.save_now({"state_dict": model.state_dict()}, step=1)
-    stored = sum(block.nbytes for delta in running.store.deltas for block in delta.blocks if block.key != "skeleton")
+    stored = sum(block.nbytes for delta in running.store.deltas for block in delta.blocks if not is_skeleton(block.key))
     assert stored == 64 * 64 * 4
     loaded = load(memory_url)["state_dict"]
     assert loaded["encoder.weight"] is loaded["decoder.weight"]

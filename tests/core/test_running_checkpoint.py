@@ -28,7 +28,7 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import Settings
 from lightning_scar.storage.delta import StorageError
-from lightning_scar.storage.owner import DirectoryInUseError
+from lightning_scar.storage.lease import DirectoryInUseError
 
 
 def opened(url: str | Path, **settings: Any) -> RunningCheckpoint:
@@ -501,7 +501,7 @@ def test_a_second_run_on_the_same_directory_is_refused(tmp_path: Path) -> None:
 def test_a_run_that_lost_its_directory_saves_nothing_any_more(tmp_path: Path) -> None:
     with opened(tmp_path) as running:
         save_tensors(running, 1, x=torch.zeros(4))
-        running._ownership.lost = True
+        running._claim._lease.lost = True
         with pytest.raises(StorageError, match="another run has taken"):
             running.save({"state_dict": {"x": torch.ones(4)}}, 2)
     assert load(tmp_path)["state_dict"]["x"].tolist() == [0, 0, 0, 0]
@@ -524,7 +524,7 @@ def test_a_resumed_run_continues_the_saved_copy_and_the_ages(memory_url: str) ->
     before = saved_steps(memory_url)
     with opened(memory_url, fraction=0.3, policy=watched) as running:
         restored = running.restore()
-        assert {key: version.step for key, version in restored.versions.items()} == before
+        assert restored.plan.steps == before
         training.load(restored.checkpoint)
         training.step()
         training.save(running)

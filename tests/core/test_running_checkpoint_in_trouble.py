@@ -194,7 +194,7 @@ def test_a_fresh_run_killed_in_its_first_save_leaves_the_older_run_to_be_read(tm
     assert killed.returncode == -signal.SIGKILL
     [torn] = tmp_path.glob("rank-0000/.*.tmp")
     assert torn.stat().st_size > 0
-    assert (tmp_path / "owner.json").exists()
+    assert (tmp_path / "lease.json").exists()
     assert values(tmp_path) == [5.0]
 
     with opened(tmp_path) as running:
@@ -252,7 +252,7 @@ def test_a_run_resumed_from_a_damaged_checkpoint_goes_on_and_heals_it(tmp_path: 
         with pytest.warns(UserWarning, match=r"x\[2:3\] of step 3"):
             restored = running.restore()
         x = restored.checkpoint["state_dict"]["x"]
-        assert restored.versions["state_dict/x[2:3]"].step < 3
+        assert restored.plan.steps["state_dict/x[2:3]"] < 3
         save_tensors(running, 4, x=x)
         x += 1
         save_tensors(running, 5, x=x)
@@ -299,7 +299,7 @@ def test_a_damaged_skeleton_falls_back_to_the_older_one(tmp_path: Path) -> None:
             running.save_now({"state_dict": {"x": x}, "note": f"written at step {step}"}, step)
     newest = max(tmp_path.glob("rank-0000/delta-*"))
     damage(newest, b"written at step 2")
-    with pytest.warns(UserWarning, match=r"block skeleton of step 2"):
+    with pytest.warns(UserWarning, match=r"block skeleton-0000 of step 2"):
         assert load(tmp_path)["note"] == "written at step 1"
 
 

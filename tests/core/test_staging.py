@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lightning_scar.core.blocks import Group, Slot
 from lightning_scar.core.staging import StagingBuffer, gather, payload, scatter, stage
-from lightning_scar.storage.delta import Version, checksum
+from lightning_scar.storage.delta import checksum
+from lightning_scar.storage.head import Version
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.complex128]
 

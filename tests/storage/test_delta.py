@@ -19,15 +19,14 @@ from lightning_scar.storage.delta import (
     BlockData,
     DamagedError,
     Delta,
-    Head,
     NewerFormatError,
     Payload,
-    Version,
     encode,
     read_delta,
     read_entries,
 )
 from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.head import Head, Mark, Version
 
 NAMED = [
     torch.float64,
@@ -127,7 +126,8 @@ def test_a_delta_says_what_was_put_into_it(url: str) -> None:
         rank=3,
         world_size=4,
         kind="full",
-        consistent=Version(0, 9, 20),
+        whole=True,
+        consistent=(Mark(0, 20), Mark(1, 30)),
         state_bytes=123,
         info={"finished": True, "note": '\u00e9\u2028"\\'},
     )

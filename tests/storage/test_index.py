@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_blocks import block, head
 
-from lightning_scar.storage.delta import Delta, Version, encode, read_delta
+from lightning_scar.storage.delta import Delta, encode, read_delta
 from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.head import Version
 from lightning_scar.storage.index import Index, newest_lineage
 
 FOLDER = Directory("memory://index")
@@ -60,7 +61,7 @@ def test_the_consistent_version_is_kept_below_the_newest() -> None:
     index = Index((1,), [delta(version(0), "ab"), delta(full, "a", consistent=full)])
     for i in range(2, 6):
         index.add(delta(version(i), "ab", consistent=full))
-    assert index.consistent == full
+    assert index.consistent == full.mark
     assert kept(index, "a") == [5, 1]
     assert kept(index, "b") == [5, 0], "b did not change between its save and the full save"
 

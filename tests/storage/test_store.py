@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from toy_blocks import block, check, content, head, newest, read, save
 
 from lightning_scar.storage.compaction import MAX_FILES, MAX_STATES
-from lightning_scar.storage.delta import NewerFormatError, Version, encode
+from lightning_scar.storage.delta import NewerFormatError, encode
 from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.head import Version
+from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.store import DeltaStore, Reading
 
 COUNTER = itertools.count()
@@ -24,19 +26,19 @@ def at(sequence: int, incarnation: int = 1) -> Version:
     return Version(incarnation, sequence, 10 * sequence)
 
 
-def files(store: DeltaStore) -> dict[str, int]:
+def files(store: RankStore) -> dict[str, int]:
     folder = store.directory.child(store.folder)
     return {name: int(folder.fs.size(folder.file(name))) for name in folder.names()}
 
 
-def overwrite(store: DeltaStore, name: str, position: int, mask: int = 255) -> None:
+def overwrite(store: RankStore, name: str, position: int, mask: int = 255) -> None:
     """Damages a file behind the store's back."""
     data = bytearray(store.directory.read(name))
     data[position] ^= mask
     store.directory.write(name, [bytes(data)])
 
 
-def damage(store: DeltaStore, key: str) -> str:
+def damage(store: RankStore, key: str) -> str:
     """Flips a byte of the newest version of a block, and returns the path of the file."""
     located = store.index.versions(key)[0]
     overwrite(store, located.delta.name, located.block.slots["param"].start)
@@ -61,7 +63,7 @@ class Model:
     def state_bytes(self) -> int:
         return sum(self.sizes.values())
 
-    def commit(self, store: DeltaStore, keys: set[str], full: bool = False) -> int:
+    def commit(self, store: RankStore, keys: set[str], full: bool = False) -> int:
         version = Version(self.incarnation, self.sequence, 7 * self.sequence)
         self.sequence += 1
         consistent = version if full else self.consistent
@@ -85,12 +87,12 @@ class Model:
         self.sequence = 0
         self.history, self.consistent = {}, None
 
-    def assert_holds(self, store: DeltaStore, url: str, save_bytes: int) -> None:
+    def assert_holds(self, store: RankStore, url: str, save_bytes: int) -> None:
         reader = DeltaStore(url)
         reader.refresh()
         assert not reader.damaged
         assert reader.index.lineage == self.lineage
-        assert reader.index.consistent == self.consistent
+        assert reader.index.consistent == (self.consistent.mark if self.consistent else None)
         for found in (reader, store):
             assert set(found.index.keys()) == set(self.history)
             for key, history in self.history.items():
@@ -108,7 +110,7 @@ class Model:
         assert len(kept) == min(2, len(history)), "no version to fall back to"
         assert set(kept) <= set(history)
         if self.consistent is not None and history[0] <= self.consistent:
-            at_the_full_save = max(version for version in history if version <= self.consistent)
+            at_the_full_save = max(version for version in history if version.mark <= self.consistent.mark)
             assert at_the_full_save in kept, "the newest full save cannot be read any more"
 
 
@@ -130,7 +132,7 @@ def test_a_store_holds_what_was_saved_within_its_bounds(
     memory_url: str, actions: list[tuple[str, set[str]]], sizes: list[int]
 ) -> None:
     url = f"{memory_url}/{next(COUNTER)}"
-    model, store = Model(dict(zip(KEYS, sizes, strict=True))), DeltaStore(url)
+    model, store = Model(dict(zip(KEYS, sizes, strict=True))), RankStore(url)
     model.assert_holds(store, url, model.commit(store, set(KEYS), full=True))
     for action, keys in actions:
         if action == "resume":
@@ -139,7 +141,7 @@ def test_a_store_holds_what_was_saved_within_its_bounds(
             model.start_afresh()
             keys = set(KEYS)
         if action in ("resume", "start afresh"):
-            store = DeltaStore(url)
+            store = RankStore(url)
             store.refresh()
         model.assert_holds(store, url, model.commit(store, keys, full=action == "full"))
 
@@ -147,7 +149,7 @@ def test_a_store_holds_what_was_saved_within_its_bounds(
 @pytest.mark.parametrize("full_every", [0, 37])
 def test_bounds_hold_when_small_saves_go_on_for_long(memory_url: str, full_every: int) -> None:
     generator = random.Random(full_every)
-    model, store = Model({f"b{i}": generator.randint(4_000, 12_000) for i in range(60)}), DeltaStore(memory_url)
+    model, store = Model({f"b{i}": generator.randint(4_000, 12_000) for i in range(60)}), RankStore(memory_url)
     model.commit(store, set(model.sizes), full=True)
     most = 0
     for i in range(160):
@@ -162,7 +164,7 @@ def test_bounds_hold_when_small_saves_go_on_for_long(memory_url: str, full_every
 
 def test_bounds_hold_on_every_file_system(url: str) -> None:
     generator = random.Random(0)
-    model, store = Model({f"b{i}": 8_000 for i in range(8)}), DeltaStore(url)
+    model, store = Model({f"b{i}": 8_000 for i in range(8)}), RankStore(url)
     model.commit(store, set(model.sizes), full=True)
     for i in range(24):
         saved = model.commit(store, set(generator.sample(sorted(model.sizes), 3)), full=i == 12)
@@ -170,7 +172,7 @@ def test_bounds_hold_on_every_file_system(url: str) -> None:
 
 
 def test_a_state_smaller_than_its_headers_is_kept_too(memory_url: str) -> None:
-    model, store = Model({f"b{i}": 4 for i in range(4)}), DeltaStore(memory_url)
+    model, store = Model({f"b{i}": 4 for i in range(4)}), RankStore(memory_url)
     for i in range(80):
         model.commit(store, {f"b{i % 4}"} if i else set(model.sizes), full=i == 0)
     for key, history in model.history.items():
@@ -180,7 +182,7 @@ def test_a_state_smaller_than_its_headers_is_kept_too(memory_url: str) -> None:
 
 
 def test_merged_files_count_as_written(memory_url: str) -> None:
-    store, sizes, write = DeltaStore(memory_url), [], Directory.write
+    store, sizes, write = RankStore(memory_url), [], Directory.write
 
     def watched(self: Directory, name: str, pieces: Iterable[bytes | memoryview]) -> None:
         data = b"".join(pieces)
@@ -194,7 +196,7 @@ def test_merged_files_count_as_written(memory_url: str) -> None:
 
 
 def test_a_merge_never_overwrites_what_an_earlier_merge_wrote(memory_url: str) -> None:
-    model, store = Model({f"b{i}": 1_000 for i in range(130)}), DeltaStore(memory_url)
+    model, store = Model({f"b{i}": 1_000 for i in range(130)}), RankStore(memory_url)
     for key in model.sizes:
         model.commit(store, {key})
     assert sum(name.startswith("merged-") for name in files(store)) > 1
@@ -205,7 +207,7 @@ def test_a_merge_never_overwrites_what_an_earlier_merge_wrote(memory_url: str) -
 
 
 def test_an_empty_directory_holds_nothing(url: str) -> None:
-    store = DeltaStore(url)
+    store = RankStore(url)
     store.refresh()
     assert store.is_empty()
     assert store.deltas == []
@@ -214,8 +216,8 @@ def test_an_empty_directory_holds_nothing(url: str) -> None:
 
 
 def test_a_committed_save_is_read_back_by_another_store(url: str) -> None:
-    nbytes = save(DeltaStore(url), "abc", at(0))
-    save(DeltaStore(url), "b", at(1))
+    nbytes = save(RankStore(url), "abc", at(0))
+    save(RankStore(url), "b", at(1))
     reader = DeltaStore(url)
     assert not reader.is_empty()
     assert check(reader) == {"a": at(0), "b": at(1), "c": at(0)}
@@ -224,7 +226,7 @@ def test_a_committed_save_is_read_back_by_another_store(url: str) -> None:
 
 
 def test_a_refresh_sees_what_was_written_since(url: str) -> None:
-    writer, reader = DeltaStore(url), DeltaStore(url)
+    writer, reader = RankStore(url), DeltaStore(url)
     for i in range(5):
         save(writer, "ab", at(i))
         assert check(reader) == {"a": at(i), "b": at(i)}
@@ -232,15 +234,15 @@ def test_a_refresh_sees_what_was_written_since(url: str) -> None:
 
 def test_blocks_are_read_whatever_rank_wrote_them(url: str) -> None:
     for rank, keys in enumerate(("ab", "cd")):
-        save(DeltaStore(url, rank=rank), keys, at(0), rank=rank, world_size=2)
+        save(RankStore(url, rank=rank, world_size=2), keys, at(0), rank=rank, world_size=2)
     assert set(check(DeltaStore(url))) == set("abcd")
 
 
 def test_a_rank_deletes_no_file_of_another(url: str) -> None:
-    other = DeltaStore(url, rank=1)
+    other = RankStore(url, rank=1, world_size=2)
     save(other, "a", at(0), rank=1)
     for i in range(1, 4):
-        save(DeltaStore(url, rank=0), "a", at(i))
+        save(RankStore(url, rank=0, world_size=2), "a", at(i))
     assert len(files(other)) == 1
 
 
@@ -250,7 +252,7 @@ def test_what_is_no_running_checkpoint_is_named(url: str) -> None:
     folder.write("model.ckpt", [b"1"])
     folder.write(".hidden", [b"1"])
     assert DeltaStore(url).foreign_names() == [".hidden", "model.ckpt"]
-    save(DeltaStore(url), "a", at(0))
+    save(RankStore(url), "a", at(0))
     assert DeltaStore(url).foreign_names() == []
 
 
@@ -262,7 +264,7 @@ def test_a_directory_that_only_has_an_owner_is_ours(url: str) -> None:
 
 
 def test_other_files_in_a_ranks_folder_do_not_count(file_url: str) -> None:
-    store = DeltaStore(file_url)
+    store = RankStore(file_url)
     save(store, "a", at(0))
     folder = Path(file_url) / store.folder
     data = (folder / next(iter(files(store)))).read_bytes()
@@ -274,9 +276,9 @@ def test_other_files_in_a_ranks_folder_do_not_count(file_url: str) -> None:
 
 
 def test_a_newer_format_is_refused_and_the_file_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(DeltaStore(url), "a", at(0))
+    save(RankStore(url), "a", at(0))
     monkeypatch.setattr("lightning_scar.storage.delta.FORMAT_VERSION", 7)
-    save(DeltaStore(url), "a", at(1))
+    save(RankStore(url), "a", at(1))
     monkeypatch.undo()
     with pytest.raises(NewerFormatError, match=r"delta-00001-00000001\.safetensors has format 7.*upgrade"):
         DeltaStore(url).refresh()
@@ -286,7 +288,7 @@ def test_a_newer_format_is_refused_and_the_file_named(url: str, monkeypatch: pyt
 
 
 def test_damage_is_named_by_block_step_and_file_and_the_older_version_remains(url: str) -> None:
-    store = DeltaStore(url)
+    store = RankStore(url)
     for i in range(3):
         save(store, "abc", at(i))
     path = damage(store, "b")
@@ -299,7 +301,7 @@ def test_damage_is_named_by_block_step_and_file_and_the_older_version_remains(ur
 
 
 def test_reading_returns_the_damaged_readings_and_fills_the_others(url: str) -> None:
-    store = DeltaStore(url)
+    store = RankStore(url)
     save(store, "abc", at(0))
     damage(store, "b")
     memory = {key: memoryview(bytearray(64)) for key in "abc"}
@@ -314,7 +316,7 @@ def test_reading_returns_the_damaged_readings_and_fills_the_others(url: str) -> 
 def test_a_block_that_the_block_map_describes_otherwise_counts_as_damaged(
     url: str, memory: dict[str, memoryview]
 ) -> None:
-    store = DeltaStore(url)
+    store = RankStore(url)
     save(store, "a", at(0))
     [(_, found)] = store.read([Reading(store.index.versions("a")[0], lambda: memory)])
     assert "of the block map" in found.reason
@@ -322,7 +324,7 @@ def test_a_block_that_the_block_map_describes_otherwise_counts_as_damaged(
 
 @pytest.mark.parametrize("cut", [1, 30, 10_000])
 def test_a_delta_cut_short_is_reported_and_the_one_before_counts(url: str, cut: int) -> None:
-    store = DeltaStore(url)
+    store = RankStore(url)
     save(store, "ab", at(0))
     save(store, "ab", at(1))
     name = store.index.versions("a")[0].delta.name
@@ -334,7 +336,7 @@ def test_a_delta_cut_short_is_reported_and_the_one_before_counts(url: str, cut: 
 
 
 def test_a_damaged_header_is_reported_and_the_delta_before_counts(url: str) -> None:
-    store = DeltaStore(url)
+    store = RankStore(url)
     save(store, "a", at(0))
     save(store, "a", at(1))
     overwrite(store, store.index.versions("a")[0].delta.name, 100)
@@ -348,7 +350,7 @@ def test_a_damaged_header_is_reported_and_the_delta_before_counts(url: str) -> N
 def test_one_damaged_delta_does_not_keep_the_others_from_being_merged(
     memory_url: str, recwarn: pytest.WarningsRecorder
 ) -> None:
-    model, store = Model({f"b{i}": 2_000 for i in range(60)}), DeltaStore(memory_url)
+    model, store = Model({f"b{i}": 2_000 for i in range(60)}), RankStore(memory_url)
     model.commit(store, set(model.sizes), full=True)
     model.commit(store, {"b0"})
     damage(store, "b0")
@@ -367,11 +369,11 @@ def test_one_damaged_delta_does_not_keep_the_others_from_being_merged(
 
 
 def test_a_discarded_version_is_not_what_a_new_one_falls_back_to(url: str) -> None:
-    writer = DeltaStore(url)
+    writer = RankStore(url)
     save(writer, "ab", at(0))
     save(writer, "a", at(1))
     damage(writer, "a")
-    store = DeltaStore(url)
+    store = RankStore(url)
     store.refresh()
     store.index.discard(store.index.versions("a")[0])
     save(store, "a", at(2))
@@ -383,9 +385,9 @@ def test_a_discarded_version_is_not_what_a_new_one_falls_back_to(url: str) -> No
 
 
 def test_a_fresh_training_takes_over_only_when_all_its_ranks_have_saved(url: str) -> None:
-    old = DeltaStore(url)
+    old = RankStore(url)
     save(old, "ab", at(3))
-    fresh = [DeltaStore(url, rank=rank) for rank in range(2)]
+    fresh = [RankStore(url, rank=rank, world_size=2) for rank in range(2)]
     for store in fresh:
         store.refresh()
     save(fresh[0], "a", at(0, 2), lineage=(2,), rank=0, world_size=2)
@@ -395,12 +397,12 @@ def test_a_fresh_training_takes_over_only_when_all_its_ranks_have_saved(url: str
 
 
 def test_the_older_training_is_deleted_only_when_the_fresh_one_counts(url: str) -> None:
-    save(DeltaStore(url), "ab", at(3))
-    fresh = DeltaStore(url)
+    save(RankStore(url), "ab", at(3))
+    fresh = RankStore(url, world_size=2)
     fresh.refresh()
     save(fresh, "a", at(0, 2), lineage=(2,), world_size=2)
     assert len(files(fresh)) == 2
-    save(DeltaStore(url, rank=1), "b", at(0, 2), lineage=(2,), rank=1, world_size=2)
+    save(RankStore(url, rank=1, world_size=2), "b", at(0, 2), lineage=(2,), rank=1, world_size=2)
     fresh.refresh()
     save(fresh, "a", at(1, 2), lineage=(2,), world_size=2)
     assert check(DeltaStore(url)) == {"a": at(1, 2), "b": at(0, 2)}

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 from toy_blocks import Spawn, at_least, check, newest, save
 
-from lightning_scar.storage.delta import Version
+from lightning_scar.storage.head import Version
+from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.store import DeltaStore
 
 KEYS = [f"b{i}" for i in range(12)]
@@ -24,21 +25,21 @@ SIZE = 5_000
 STATE = {"size": SIZE, "state_bytes": len(KEYS) * SIZE}
 
 
-def save_some(store: DeltaStore, version: Version, generator: random.Random) -> None:
+def save_some(store: RankStore, version: Version, generator: random.Random) -> None:
     """Saves everything first and a random part later, so that merges are due every few saves."""
     first = not list(store.index.keys())
     save(store, KEYS if first else generator.sample(KEYS, generator.randint(1, 5)), version, **STATE)
 
 
-def resumed(url: str) -> tuple[DeltaStore, int]:
+def resumed(url: str) -> tuple[RankStore, int]:
     """A store that goes on from what is there, and its incarnation."""
-    store = DeltaStore(url)
+    store = RankStore(url)
     store.refresh()
     store.directory.child(store.folder).sweep()
     return store, 1 + max((delta.head.incarnation for delta in store.deltas), default=0)
 
 
-def merges(store: DeltaStore) -> bool:
+def merges(store: RankStore) -> bool:
     return any("merged" in delta.name for delta in store.deltas)
 
 
@@ -58,7 +59,7 @@ def keep_checking(url: str, stop: str) -> None:
 
 def test_readers_beside_a_writer_always_see_a_complete_checkpoint(url: str) -> None:
     generator = random.Random(0)
-    writer = DeltaStore(url)
+    writer = RankStore(url)
     save_some(writer, Version(1, 0, 0), generator)
     acknowledged = newest(writer)
     failures: list[BaseException] = []
@@ -98,7 +99,7 @@ def test_a_reader_in_another_process_always_sees_a_complete_checkpoint(
     shared_url: str, tmp_path: Path, spawn: Spawn
 ) -> None:
     generator = random.Random(0)
-    writer = DeltaStore(shared_url)
+    writer = RankStore(shared_url)
     save_some(writer, Version(1, 0, 0), generator)
     stop = tmp_path / "stop"
     reader = spawn(keep_checking, shared_url, str(stop))
@@ -137,7 +138,7 @@ def test_sigkill_at_a_random_moment_loses_nothing_that_was_saved(file_url: str, 
         with suppress(EOFError):
             while True:
                 acknowledged = ours.recv()
-        reader = DeltaStore(file_url)
+        reader = RankStore(file_url)
         found = check(reader)
         assert set(found) == set(KEYS)
         assert at_least(found, acknowledged)
@@ -165,7 +166,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_save_that_finds_the_disk_full_changes_nothing(small_disk: Path) -> None:
-    store = DeltaStore(small_disk)
+    store = RankStore(small_disk)
     save(store, KEYS, Version(1, 0, 0), **STATE)
     before = os.listdir(small_disk / store.folder)
     filler = small_disk / "filler"
@@ -182,7 +183,7 @@ def test_a_save_that_finds_the_disk_full_changes_nothing(small_disk: Path) -> No
 
 def test_saves_and_merges_on_a_disk_that_fills_up_now_and_then_lose_nothing(small_disk: Path) -> None:
     generator = random.Random(0)
-    store = DeltaStore(small_disk)
+    store = RankStore(small_disk)
     save_some(store, Version(1, 0, 0), generator)
     acknowledged, failures = newest(store), 0
     for i in range(1, 150):
@@ -212,7 +213,7 @@ def save_too_much(url: str) -> None:
 
 
 def test_a_write_that_fails_half_way_leaves_no_trace(file_url: str, spawn: Spawn) -> None:
-    store = DeltaStore(file_url)
+    store = RankStore(file_url)
     save(store, KEYS, Version(1, 0, 0), **STATE)
     process = spawn(save_too_much, file_url)
     process.join(30)

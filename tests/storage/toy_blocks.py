@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from lightning_scar.storage.delta import BlockData, Head, Payload, Version, checksum
+from lightning_scar.storage.delta import BlockData, Payload, checksum
+from lightning_scar.storage.head import Head, Mark, Version
+from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.store import DeltaStore, Located, Reading, retry_vanished
 
 Spawn = Callable[..., BaseProcess]
@@ -18,7 +20,10 @@ def in_environment(environment: Mapping[str, str], function: Callable[..., Any],
     function(*arguments)
 
 
-def head(version: Version = Version(1, 0, 0), **changes: Any) -> Head:  # noqa: B008
+FIRST = Version(1, 0, 0)
+
+
+def head(version: Version = FIRST, consistent: Version | tuple[Mark, ...] | None = None, **changes: Any) -> Head:
     fields = {
         "incarnation": version.incarnation,
         "lineage": tuple(range(1, version.incarnation + 1)),
@@ -27,7 +32,8 @@ def head(version: Version = Version(1, 0, 0), **changes: Any) -> Head:  # noqa: 
         "rank": 0,
         "world_size": 1,
         "kind": "partial",
-        "consistent": None,
+        "whole": False,
+        "consistent": (consistent.mark,) if isinstance(consistent, Version) else consistent or (),
         "state_bytes": 1 << 40,
         "info": {},
     }
@@ -46,7 +52,7 @@ def block(key: str, version: Version, size: int = 64) -> BlockData:
     return BlockData(key, version, {"param": payload(content(key, version, size))})
 
 
-def save(store: DeltaStore, keys: Iterable[str], version: Version, size: int = 64, **changes: Any) -> int:
+def save(store: RankStore, keys: Iterable[str], version: Version, size: int = 64, **changes: Any) -> int:
     return store.commit(head(version, **changes), [block(key, version, size) for key in keys])
 
 

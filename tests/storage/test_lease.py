@@ -18,34 +18,34 @@ import psutil
 import pytest
 from toy_blocks import Spawn
 
-from lightning_scar.storage import owner as owner_module
+from lightning_scar.storage import lease as lease_module
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.owner import FILE, DirectoryInUseError, Ownership
+from lightning_scar.storage.lease import FILE, DirectoryInUseError, Lease
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owner_module, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(owner_module, "WATCH_SECONDS", 1.0)
+    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lease_module, "WATCH_SECONDS", 1.0)
 
 
 @pytest.fixture
-def acquire() -> Iterator[Callable[[str], Ownership]]:
+def acquire() -> Iterator[Callable[[str], Lease]]:
     """Takes a directory, and gives it back at the end."""
-    taken: list[Ownership] = []
+    taken: list[Lease] = []
 
-    def take(url: str) -> Ownership:
-        ownership = Ownership(Directory(url))
-        ownership.acquire()
-        taken.append(ownership)
-        return ownership
+    def take(url: str) -> Lease:
+        lease = Lease(Directory(url))
+        lease.acquire()
+        taken.append(lease)
+        return lease
 
     yield take
-    for ownership in taken:
-        ownership.release()
+    for lease in taken:
+        lease.release()
 
 
-Acquire = Callable[[str], Ownership]
+Acquire = Callable[[str], Lease]
 
 
 def contents(url: str) -> dict[str, Any]:
@@ -62,17 +62,17 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def own(url: str, host: str, pipe: Connection) -> None:
     """Owns a directory from a host of that name, and reports whether it has lost it."""
-    owner_module.BEAT_SECONDS = 0.05
+    lease_module.BEAT_SECONDS = 0.05
     socket.gethostname = lambda: host
-    ownership = Ownership(Directory(url))
-    ownership.acquire()
+    lease = Lease(Directory(url))
+    lease.acquire()
     pipe.send("acquired")
-    wait_for(lambda: ownership.lost)
-    ownership.release()
+    wait_for(lambda: lease.lost)
+    lease.release()
     pipe.send("lost")
 
 
-def start_owner(spawn: Spawn, url: str, host: str) -> tuple[BaseProcess, Connection]:
+def start_holder(spawn: Spawn, url: str, host: str) -> tuple[BaseProcess, Connection]:
     ours, theirs = Pipe(duplex=False)
     process = spawn(own, url, host, theirs)
     theirs.close()
@@ -81,13 +81,13 @@ def start_owner(spawn: Spawn, url: str, host: str) -> tuple[BaseProcess, Connect
 
 
 def test_a_free_directory_is_taken_and_given_back(url: str, acquire: Acquire) -> None:
-    ownership = acquire(url)
+    lease = acquire(url)
     assert Directory(url).names() == [FILE]
     assert contents(url)["pid"] == os.getpid()
     assert contents(url)["host"] == socket.gethostname()
-    ownership.release()
+    lease.release()
     assert Directory(url).names() == []
-    ownership.release()
+    lease.release()
 
 
 def test_a_second_run_in_the_same_process_is_refused_until_the_first_gives_back(url: str, acquire: Acquire) -> None:
@@ -103,14 +103,14 @@ def test_two_directories_may_be_owned_at_once(url: str, acquire: Acquire) -> Non
     acquire(f"{url}/b")
 
 
-def test_the_beat_goes_on_while_the_owner_lives(url: str, acquire: Acquire) -> None:
+def test_the_beat_goes_on_while_the_holder_lives(url: str, acquire: Acquire) -> None:
     acquire(url)
     beat = contents(url)["beat"]
     wait_for(lambda: contents(url)["beat"] > beat + 1)
 
 
 def test_a_second_live_process_is_refused_with_a_remedy(shared_url: str, spawn: Spawn, acquire: Acquire) -> None:
-    process, _ = start_owner(spawn, shared_url, socket.gethostname())
+    process, _ = start_holder(spawn, shared_url, socket.gethostname())
     with pytest.raises(
         DirectoryInUseError, match=rf"in use by process {process.pid} on .*Give this run another dirpath"
     ):
@@ -118,27 +118,27 @@ def test_a_second_live_process_is_refused_with_a_remedy(shared_url: str, spawn: 
     assert contents(shared_url)["pid"] == process.pid
 
 
-def test_a_killed_owner_is_taken_over_at_once(
+def test_a_killed_holder_is_taken_over_at_once(
     shared_url: str, spawn: Spawn, acquire: Acquire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(owner_module, "WATCH_SECONDS", 60.0)
-    process, _ = start_owner(spawn, shared_url, socket.gethostname())
+    monkeypatch.setattr(lease_module, "WATCH_SECONDS", 60.0)
+    process, _ = start_holder(spawn, shared_url, socket.gethostname())
     process.kill()
     process.join()
     assert contents(shared_url)["pid"] == process.pid
     started = time.monotonic()
-    ownership = acquire(shared_url)
+    lease = acquire(shared_url)
     assert time.monotonic() - started < 20
     assert contents(shared_url)["pid"] == os.getpid()
-    assert not ownership.lost
+    assert not lease.lost
 
 
-def test_a_killed_owner_that_nobody_waited_for_is_taken_over_at_once(file_url: str, acquire: Acquire) -> None:
+def test_a_killed_holder_that_nobody_waited_for_is_taken_over_at_once(file_url: str, acquire: Acquire) -> None:
     program = f"""
 import time
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.owner import Ownership
-Ownership(Directory({file_url!r})).acquire()
+from lightning_scar.storage.lease import Lease
+Lease(Directory({file_url!r})).acquire()
 print("acquired", flush=True)
 time.sleep(60)
 """
@@ -152,53 +152,53 @@ time.sleep(60)
         acquire(file_url)
 
 
-def test_a_process_that_got_a_dead_owners_number_does_not_pass_for_it(
+def test_a_process_that_got_a_dead_holders_number_does_not_pass_for_it(
     file_url: str, spawn: Spawn, acquire: Acquire
 ) -> None:
-    process, _ = start_owner(spawn, file_url, socket.gethostname())
-    owner = contents(file_url)
+    process, _ = start_holder(spawn, file_url, socket.gethostname())
+    holder = contents(file_url)
     process.kill()
     process.join()
-    Directory(file_url).write(FILE, [json.dumps({**owner, "pid": os.getppid()}).encode()])
+    Directory(file_url).write(FILE, [json.dumps({**holder, "pid": os.getppid()}).encode()])
     acquire(file_url)
 
 
 def test_this_process_under_a_dead_runs_number_is_not_that_run(file_url: str, acquire: Acquire) -> None:
     acquire(file_url).release()
-    owner = {"token": "0", "host": socket.gethostname(), "pid": os.getpid(), "started": 0.0, "beat": 3}
-    Directory(file_url).write(FILE, [json.dumps(owner).encode()])
+    holder = {"token": "0", "host": socket.gethostname(), "pid": os.getpid(), "started": 0.0, "beat": 3}
+    Directory(file_url).write(FILE, [json.dumps(holder).encode()])
     acquire(file_url)
 
 
-def test_an_owner_on_another_host_whose_beat_goes_on_is_not_disturbed(
+def test_a_holder_on_another_host_whose_beat_goes_on_is_not_disturbed(
     shared_url: str, spawn: Spawn, acquire: Acquire
 ) -> None:
-    process, pipe = start_owner(spawn, shared_url, "another-host")
+    process, pipe = start_holder(spawn, shared_url, "another-host")
     with pytest.raises(DirectoryInUseError, match=f"in use by process {process.pid} on another-host"):
         acquire(shared_url)
     assert not pipe.poll()
 
 
-def test_an_owner_on_another_host_whose_beat_stands_still_is_taken_over_and_notices(
+def test_a_holder_on_another_host_whose_beat_stands_still_is_taken_over_and_notices(
     shared_url: str, spawn: Spawn, acquire: Acquire
 ) -> None:
-    process, pipe = start_owner(spawn, shared_url, "another-host")
+    process, pipe = start_holder(spawn, shared_url, "another-host")
     os.kill(process.pid or 0, signal.SIGSTOP)
-    ownership = acquire(shared_url)
+    lease = acquire(shared_url)
     os.kill(process.pid or 0, signal.SIGCONT)
     assert pipe.recv() == "lost"
-    assert contents(shared_url)["pid"] == os.getpid(), "who lost the directory must not delete the new owner's file"
-    assert not ownership.lost
+    assert contents(shared_url)["pid"] == os.getpid(), "who lost the directory must not delete the new holder's file"
+    assert not lease.lost
 
 
-def test_an_owner_on_another_host_that_gives_back_is_followed_at_once(
+def test_a_holder_on_another_host_that_gives_back_is_followed_at_once(
     file_url: str, acquire: Acquire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(owner_module, "WATCH_SECONDS", 60.0)
-    owner = {"token": "0", "host": "another-host", "pid": 1, "started": 0.0, "beat": 3}
+    monkeypatch.setattr(lease_module, "WATCH_SECONDS", 60.0)
+    holder = {"token": "0", "host": "another-host", "pid": 1, "started": 0.0, "beat": 3}
     folder = Directory(file_url)
     folder.create()
-    folder.write(FILE, [json.dumps(owner).encode()])
+    folder.write(FILE, [json.dumps(holder).encode()])
     remover = subprocess.Popen(["sh", "-c", f"sleep 0.3; rm {folder.file(FILE)}"])
     started = time.monotonic()
     acquire(file_url)
@@ -206,7 +206,7 @@ def test_an_owner_on_another_host_that_gives_back_is_followed_at_once(
     remover.wait()
 
 
-def test_an_owner_file_that_holds_nonsense_is_nobodys(url: str, acquire: Acquire) -> None:
+def test_a_holder_file_that_holds_nonsense_is_nobodys(url: str, acquire: Acquire) -> None:
     Directory(url).create()
     Directory(url).write(FILE, [b"nonsense"])
     acquire(url)
@@ -215,21 +215,21 @@ def test_an_owner_file_that_holds_nonsense_is_nobodys(url: str, acquire: Acquire
 def test_a_directory_that_cannot_be_made_raises(file_url: str) -> None:
     Path(file_url).write_bytes(b"a file")
     with pytest.raises(OSError, match="store"):
-        Ownership(Directory(file_url)).acquire()
+        Lease(Directory(file_url)).acquire()
 
 
 def test_the_beat_returns_when_the_owners_file_was_lost(file_url: str, acquire: Acquire) -> None:
-    ownership = acquire(file_url)
+    lease = acquire(file_url)
     Path(file_url, FILE).unlink()
     wait_for(Path(file_url, FILE).exists)
-    assert not ownership.lost
+    assert not lease.lost
 
 
 def test_the_beat_goes_on_when_a_disk_that_was_away_is_back(file_url: str, acquire: Acquire) -> None:
-    ownership = acquire(file_url)
+    lease = acquire(file_url)
     os.rename(file_url, f"{file_url}-away")
     time.sleep(0.3)
     os.rename(f"{file_url}-away", file_url)
     beat = contents(file_url)["beat"]
     wait_for(lambda: contents(file_url)["beat"] > beat)
-    assert not ownership.lost
+    assert not lease.lost

@@ -1,0 +1,81 @@
+"""The directory of a running checkpoint, taken by all ranks of one run."""
+
+import socket
+
+from lightning_scar.core.ranks import Ranks
+from lightning_scar.storage.delta import StorageError
+from lightning_scar.storage.lease import Lease
+from lightning_scar.storage.rank_store import RankStore
+
+
+class Claim:
+    """The right of a run to write to a directory. The first rank holds its lease, the others follow it.
+
+    Making one is a collective: on an error of any rank all raise.
+
+    Args:
+        store: The directory, as this rank writes to it.
+        ranks: All ranks of the run.
+
+    Attributes:
+        incarnation: The number of this start of the training.
+        trouble: Why the directory cannot be written to, if so.
+
+    Raises:
+        StorageError: If the directory holds something else, or some rank sees another one under its name.
+        DirectoryInUseError: If another live run holds it.
+
+    """
+
+    def __init__(self, store: RankStore, ranks: Ranks) -> None:
+        self._store = store
+        self._ranks = ranks
+        self._lease = Lease(store.directory)
+        self.trouble: OSError | None = None
+        try:
+            token, host = ranks.gather(ranks.together(self._take))[0]
+            ranks.together(lambda: self._follow(token, host))
+            self.incarnation = 1 + max(ranks.gather(ranks.together(self._clean_up)))
+        except BaseException:
+            self.release()
+            raise
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another run has taken the directory over."""
+        return self._lease.lost
+
+    def release(self) -> None:
+        """Gives the directory back."""
+        self._lease.release()
+
+    def _take(self) -> tuple[str | None, str]:
+        if foreign := self._store.foreign_names():
+            raise StorageError(
+                f"{self._store.directory} holds something else than a running checkpoint ({', '.join(foreign[:3])}"
+                f"{', ...' if len(foreign) > 3 else ''}). Choose an empty or new directory."
+            )
+        self._store.refresh()
+        if self._ranks.rank == 0:
+            try:
+                self._lease.acquire()
+            except OSError as error:
+                self.trouble = error
+        return None if self.trouble else self._lease.token, socket.gethostname()
+
+    def _follow(self, token: str | None, host: str) -> None:
+        if self._ranks.rank == 0 or token is None:
+            return
+        if not self._lease.is_visible(token):
+            raise StorageError(
+                f"{self._store.directory} is not the same directory on all ranks: rank {self._ranks.rank} on "
+                f"{socket.gethostname()} does not see what rank 0 on {host} wrote there. Put dirpath on a file system "
+                "that all ranks share, and give all the same."
+            )
+        self._lease.watch(token)
+
+    def _clean_up(self) -> int:
+        if self.trouble is None:
+            self._store.sweep()
+        self._store.refresh()
+        return max((delta.head.incarnation for delta in self._store.deltas), default=0)

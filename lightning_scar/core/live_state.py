@@ -1,0 +1,85 @@
+"""The live training state, as a save and a recovery see it: its blocks, its tensors, and the rest."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_scar.core.blocks import BlockMap, build_map
+from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.shares import shares
+from lightning_scar.core.skeleton import Path, Skeleton, identity, take_apart
+from lightning_scar.core.skeletons import describe, pack_skeleton
+from lightning_scar.core.zero import is_sharded
+
+
+@dataclass
+class LiveState:
+    """A checkpoint dict taken apart.
+
+    Attributes:
+        map: The blocks of the whole state.
+        own: Those that this rank owns.
+        tensors: The live tensors, by their place in the checkpoint.
+        skeleton: What is left without them.
+        sharded: The places of dicts of which each rank has some items only.
+        description: The map as text.
+
+    """
+
+    map: BlockMap
+    own: BlockMap
+    tensors: dict[Path, Tensor]
+    skeleton: Skeleton
+    sharded: list[Path]
+    description: str
+
+    def of(self, block_map: BlockMap) -> list[list[Tensor]]:
+        """The live tensors of every group of a map as rows, one a slot."""
+        return [[group.of(self.tensors[slot.paths[0]]) for slot in group.slots] for group in block_map.groups]
+
+    def pack(self) -> memoryview:
+        """The skeleton as it lies in a delta."""
+        return pack_skeleton(self.skeleton, self.description, self.sharded)
+
+
+class Dissection:
+    """Takes checkpoint dicts of one training apart, and remembers its block map as long as the state stays the same.
+
+    Args:
+        ranks: Among whom the blocks are divided.
+
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._signature: list[Any] | None = None
+        self._map, self._own, self._description = BlockMap((), 0), BlockMap((), 0), ""
+
+    def take_apart(
+        self,
+        checkpoint: dict[str, Any],
+        optimizers: Mapping[Path, Optimizer],
+        parameters: Iterable[Tensor],
+        block_size: int | None,
+    ) -> LiveState:
+        """Takes a checkpoint dict apart; arguments as in :func:`~lightning_scar.core.blocks.build_map`."""
+        parameters = list(parameters)
+        skeleton, leaves = take_apart(checkpoint, {identity(p): True for p in parameters if p.dim() == 0})
+        signature = [(leaf.path, identity(leaf.tensor)) for leaf in leaves]
+        if signature != self._signature:
+            states = {path: (optimizer, _at(checkpoint, path)) for path, optimizer in optimizers.items()}
+            self._map = build_map(leaves, states, parameters, block_size)
+            self._own = shares(self._map, self._ranks.world_size)[self._ranks.rank]
+            self._signature, self._description = signature, describe(self._map)
+        sharded: list[Path] = [(*path, "state") for path, optimizer in optimizers.items() if is_sharded(optimizer)]
+        tensors = {leaf.path: leaf.tensor for leaf in leaves}
+        return LiveState(self._map, self._own, tensors, skeleton, sharded, self._description)
+
+
+def _at(value: Any, path: Path) -> Any:
+    for key in path:
+        value = value[key]
+    return value

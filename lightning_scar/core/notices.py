@@ -1,0 +1,28 @@
+"""Warnings that are given once."""
+
+import warnings
+
+
+class Notices:
+    """Warns of each kind of trouble once.
+
+    Example::
+
+        >>> import warnings
+        >>> notices = Notices()
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     notices.warn("disk", "the disk is full")
+        ...     notices.warn("disk", "the disk is still full")
+        >>> [str(warning.message) for warning in caught]
+        ['lightning-scar: the disk is full']
+
+    """
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warns, unless it did so of that kind before."""
+        if kind not in self._given:
+            self._given.add(kind)
+            warnings.warn(f"lightning-scar: {message}", stacklevel=5)

@@ -1,0 +1,117 @@
+"""The processes that save and recover together. They talk at the start and in a recovery, never in a save."""
+
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_scar.core.threads import batches
+
+#: Bytes that are sent at once.
+_MESSAGE = 1 << 26
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among those that train together.
+
+    Args:
+        rank: Its number in the group.
+        world_size: How many there are.
+        group: A process group that carries CPU tensors; ``None`` for a process that trains alone.
+
+    Example::
+
+        >>> alone = Ranks()
+        >>> alone.rank, alone.gather("here")
+        (0, ['here'])
+
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, group: "dist.ProcessGroup | None" = None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._group = group
+
+    @classmethod
+    def of_default_group(cls) -> "Ranks":
+        """The default process group of ``torch.distributed``, if there is one. A collective.
+
+        Where the group's backend carries no CPU tensors a second one is formed, over gloo.
+        """
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return cls()
+        is_gloo = dist.get_backend() == dist.Backend.GLOO
+        group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; values are pickled. A collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Calls a function that may fail on some ranks. A collective: an error of one is raised on all.
+
+        Args:
+            function: Runs no collective.
+
+        Returns:
+            What it returned here.
+
+        Raises:
+            Exception: The rank's own error, else that of the first rank that has one.
+
+        """
+        try:
+            result = function()
+        except Exception as own:
+            self.gather(_portable(own))
+            raise
+        for error in self.gather(None):
+            if error is not None:
+                raise error
+        return result
+
+    def share_out(self, pieces: Sequence[Sequence[Tensor]]) -> None:
+        """Gives every rank what each has. A collective.
+
+        Args:
+            pieces: For every rank the memory that it has filled and the others have not: uint8, one dimension,
+                contiguous, on the CPU, of the same sizes on all ranks.
+
+        """
+        if self.world_size == 1:
+            return
+        for source, tensors in enumerate(pieces):
+            cut = (part for tensor in tensors for part in torch.split(tensor, _MESSAGE))
+            for batch in batches(cut, lambda part: part.nbytes, _MESSAGE):
+                self._broadcast(batch, source)
+
+    def _broadcast(self, batch: list[Tensor], source: int) -> None:
+        assert self._group is not None
+        message = batch[0] if len(batch) == 1 else torch.cat(batch)
+        dist.broadcast(message, dist.get_global_rank(self._group, source), group=self._group)
+        if len(batch) > 1 and source != self.rank:
+            for part, received in zip(batch, _split_like(message, batch), strict=True):
+                part.copy_(received)
+
+
+def _split_like(message: Tensor, batch: Sequence[Tensor]) -> Iterator[Tensor]:
+    yield from torch.split(message, [len(part) for part in batch])
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or what it says if it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(repr(error))
+    return error

@@ -1,0 +1,209 @@
+"""The recovery coordinator: for every block the freshest source there is."""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from lightning_scar.core.blocks import BlockMap
+from lightning_scar.core.memory import readable
+from lightning_scar.core.rework import Motion
+from lightning_scar.storage.delta import StorageError
+from lightning_scar.storage.head import Head, Mark
+from lightning_scar.storage.index import Index, Located
+from lightning_scar.storage.store import Damage
+
+
+class IncompleteError(StorageError):
+    """No intact version of some block is left."""
+
+
+class Source(Enum):
+    """Where a block comes from, the freshest first."""
+
+    SURVIVOR = "survivors"
+    NEWEST = "newest versions"
+    OLDER = "older versions"
+    INITIAL = "initial values"
+
+
+@dataclass
+class Planned:
+    """The source of one block.
+
+    Attributes:
+        source: Of which kind.
+        nbytes: Bytes of the block.
+        rank: The survivor, if it is one.
+        versions: The versions that are left, the one to read first.
+
+    """
+
+    source: Source
+    nbytes: int
+    rank: int | None = None
+    versions: list[Located] = field(default_factory=list)
+
+
+class RecoveryPlan:
+    """Where every block of a training state comes from, from what is alive, what is on disk and what is damaged.
+
+    A block that some rank still holds comes from there, every other one from its newest version on disk. When that
+    turns out to be damaged, :meth:`fall_back` goes on to an older version, and in the end to the initial value. A fresh
+    process is the case in which nothing is alive.
+
+    Partial recovery is SCAR's (section 3.2): the less is lost, the smaller the perturbation.
+
+    Args:
+        block_map: The training state.
+        index: What is on disk.
+        alive: The rank that still holds it, for blocks that are not lost, by key.
+        initial: The groups for which an initial value is at hand, by name.
+        limit: Versions after this full save are left aside.
+
+    Raises:
+        IncompleteError: If a block has no source at all.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_scar.core.blocks import Group, Slot
+        >>> weight = Group("w", (4,), (Slot("param", torch.float32, None, (("w",),)),), rows_per_block=2)
+        >>> print(RecoveryPlan(BlockMap((weight,), 8), Index(()), alive={"w[0:2]": 1}, initial={"w"}))
+        1 block (8 B) from survivors, 1 block (8 B) from initial values.
+
+    """
+
+    def __init__(
+        self,
+        block_map: BlockMap,
+        index: Index,
+        *,
+        alive: Mapping[str, int] | None = None,
+        initial: Collection[str] = (),
+        limit: Mark | None = None,
+    ) -> None:
+        self.damages: list[tuple[Located, Damage]] = []
+        self.heads = index.heads
+        self._initial = {group.key(i) for group in block_map.groups if group.name in initial for i in range(len(group))}
+        self._planned: dict[str, Planned] = {}
+        for key, nbytes in zip(block_map.numbers, block_map.nbytes.tolist(), strict=True):
+            rank = (alive or {}).get(key)
+            if rank is not None:
+                self._planned[key] = Planned(Source.SURVIVOR, nbytes, rank)
+                continue
+            versions = [at for at in index.versions(key) if limit is None or at.block.version.mark <= limit]
+            self._planned[key] = Planned(Source.NEWEST, nbytes, versions=versions)
+            self._settle(key)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys of all blocks."""
+        return iter(self._planned)
+
+    def __getitem__(self, key: str) -> Planned:
+        """The source of a block."""
+        return self._planned[key]
+
+    def fall_back(self, key: str, damage: Damage) -> None:
+        """Goes on to the next source of a block.
+
+        Args:
+            key: The block, to be read from disk.
+            damage: What was found there.
+
+        Raises:
+            IncompleteError: If there is none.
+
+        """
+        planned = self._planned[key]
+        self.damages.append((planned.versions[0], damage))
+        del planned.versions[0]
+        planned.source = Source.OLDER
+        self._settle(key)
+
+    def _settle(self, key: str) -> None:
+        planned = self._planned[key]
+        if planned.versions:
+            return
+        if key not in self._initial:
+            raise IncompleteError(
+                f"there is no intact version of block {key} left; it is not filled with initial values. "
+                "`lightning-scar verify` lists all damage; an older copy of the directory may hold what is missing."
+            )
+        planned.source = Source.INITIAL
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """The step of the version of every block that comes from disk."""
+        planned = self._planned.items()
+        return {key: source.versions[0].block.version.step for key, source in planned if source.versions}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every block comes from a survivor or from its newest version."""
+        return all(planned.source in (Source.SURVIVOR, Source.NEWEST) for planned in self._planned.values())
+
+    @property
+    def distance(self) -> float | None:
+        """How far this recovery moves the state: the paper's ``||d||``, at the step of the newest save.
+
+        What is known is how far the live state was from its newest versions on disk when each rank last saved. ``None``
+        where that is not enough: where a block comes from an older version or its initial value, or a rank's deltas
+        are lost. A state of which some blocks survive is moved by no more than this (section 3.2).
+        """
+        return known_distance(self.heads) if self.is_whole else None
+
+    @property
+    def rework(self) -> float | None:
+        """About how many steps it takes to make up for that; see :mod:`~lightning_scar.core.rework`."""
+        return known_rework(self.heads) if self.is_whole else None
+
+    def __str__(self) -> str:
+        blocks: Counter[Source] = Counter()
+        nbytes: Counter[Source] = Counter()
+        for planned in self._planned.values():
+            blocks[planned.source] += 1
+            nbytes[planned.source] += planned.nbytes
+        parts = [
+            f"{blocks[source]} block{'s' * (blocks[source] != 1)} ({readable(nbytes[source])}) from {source.value}"
+            for source in Source
+            if blocks[source]
+        ]
+        return ", ".join(parts) + f".{self._outlook()}"
+
+    def _outlook(self) -> str:
+        if not self.heads or all(planned.source is Source.SURVIVOR for planned in self._planned.values()):
+            return ""
+        if self.distance is None:
+            return " How far this is from the state that was lost is not known."
+        step = max(head.step for head in self.heads.values())
+        rework = f", about {self.rework:.3g} steps of training" if self.rework is not None else ""
+        return f" At step {step} the state that was lost was {self.distance:.3g} away from this one{rework}."
+
+
+def known_distance(heads: Mapping[int, Head]) -> float | None:
+    """How far the live state was from the running checkpoint when each rank last saved.
+
+    Args:
+        heads: The newest head of every rank.
+
+    Returns:
+        The L2 distance over what all ranks own; ``None`` if one of them has not saved or its deltas are lost.
+
+    """
+    parts = _told(heads, "distance")
+    return math.hypot(*parts) if parts is not None else None
+
+
+def known_rework(heads: Mapping[int, Head]) -> float | None:
+    """The steps that a crash would have cost when each rank last saved; ``None`` as in :func:`known_distance`."""
+    parts = _told(heads, "motion")
+    return sum((Motion(*part) for part in parts), Motion()).rework_cost if parts is not None else None
+
+
+def _told(heads: Mapping[int, Head], name: str) -> list[Any] | None:
+    parts = [head.info[name] for head in heads.values() if name in head.info]
+    is_complete = bool(heads) and len(parts) == next(iter(heads.values())).world_size
+    return parts if is_complete else None

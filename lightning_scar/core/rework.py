@@ -1,0 +1,172 @@
+r"""The rework cost, the extra steps that a run needs because of a failure: bounds, and what a crash would cost now.
+
+The bounds are those of SCAR (section 3). An optimizer step is taken for a map :math:`f` that contracts by a rate
+:math:`c`, :math:`\lVert f(x) - x^* \rVert \le c \lVert x - x^* \rVert`, and a recovery from older values for a
+perturbation: step :math:`l` goes on from :math:`y_l + \delta_l` instead of :math:`y_l`.
+
+A live training knows neither :math:`c` nor :math:`x^*`. What it knows is how far each block has moved since it was last
+saved, and in how many steps; :class:`Motion` makes an estimate of that.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+def rework_bound(distance: float, remaining: float, rate: float) -> float:
+    r"""The most that one perturbation costs, :math:`\log(1 + \lVert\delta\rVert / r) / \log(1 / c)` (SCAR, section 3).
+
+    It compares worst cases: a run that converges faster than its rate promises may lose more steps than this, though
+    it still converges within :func:`iterations_bound`.
+
+    Args:
+        distance: L2 norm of the perturbation, at least 0.
+        remaining: L2 distance to the optimum where it strikes, above 0.
+        rate: The contraction rate, in (0, 1).
+
+    Returns:
+        Steps. For a rate close to 1 and steps of the length ``(1 - rate) * remaining``: distance over step length.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example::
+
+        >>> round(rework_bound(distance=3.0, remaining=1.0, rate=0.5), 6)
+        2.0
+
+    """
+    _require_rate(rate)
+    if not (distance >= 0 and remaining > 0):
+        raise ValueError(f"distance={distance!r} must be at least 0 and remaining={remaining!r} above 0")
+    return -math.log1p(distance / remaining) / math.log(rate)
+
+
+def iterations_bound(start: float, tolerance: float, perturbations: Mapping[int, float], rate: float) -> float:
+    r"""Steps after which a perturbed run stays close to the optimum (SCAR, section 3).
+
+    :math:`\log((\lVert x_0 - x^* \rVert + D_T) / \varepsilon) / \log(1 / c)` with
+    :math:`D_T = \sum_l c^{-l} \lVert \delta_l \rVert`.
+
+    Args:
+        start: L2 distance to the optimum at step 0, above 0.
+        tolerance: What counts as close, an L2 distance above 0.
+        perturbations: The L2 norm of the perturbation of each step that has one.
+        rate: The contraction rate, in (0, 1).
+
+    Returns:
+        Steps, at least 0; from there on the distance is at most ``tolerance``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example::
+
+        >>> round(iterations_bound(start=1.0, tolerance=0.25, perturbations={1: 1.5}, rate=0.5), 6)
+        4.0
+
+    """
+    _require_rate(rate)
+    if not (start > 0 and tolerance > 0 and all(size >= 0 for size in perturbations.values())):
+        raise ValueError(
+            f"start={start!r} and tolerance={tolerance!r} must be above 0, and no perturbation below: {perturbations!r}"
+        )
+    # As logarithms: c^-l is beyond any float after some hundred steps.
+    terms = [math.log(size) - step * math.log(rate) for step, size in perturbations.items() if size]
+    largest = max(terms := [math.log(start), *terms])
+    total = largest + math.log(math.fsum(math.exp(term - largest) for term in terms))
+    return max(0.0, (math.log(tolerance) - total) / math.log(rate))
+
+
+def error_floor(distance: float, rate: float) -> float:
+    """How close to the optimum a run comes that is perturbed at every step, ``c D / (1 - c)`` (SCAR, section 3).
+
+    Args:
+        distance: What the L2 norm of a perturbation never exceeds, at least 0.
+        rate: The contraction rate, in (0, 1).
+
+    Returns:
+        An L2 distance.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example::
+
+        >>> error_floor(distance=1.0, rate=0.5)
+        1.0
+
+    """
+    _require_rate(rate)
+    if not distance >= 0:
+        raise ValueError(f"distance={distance!r} must be at least 0")
+    return distance * rate / (1 - rate)
+
+
+def _require_rate(rate: float) -> None:
+    if not 0 < rate < 1:
+        raise ValueError(f"rate={rate!r} must be in (0, 1): each step leaves that share of the distance to the optimum")
+
+
+@dataclass(frozen=True)
+class Motion:
+    r"""How fast blocks move and what of that a crash would undo; the sum of two is that of the blocks of both.
+
+    A block that moved by :math:`\delta` in :math:`a` steps has the speed :math:`v = \delta / a`, and a crash sets it
+    back by its age :math:`a`. The rework cost is estimated as the mean age over all blocks, weighted by :math:`v^2`,
+    where blocks that were just saved have age 0. So it is to first order where steps follow the gradient: by
+    :math:`a` older values of a block raise the loss by :math:`a v^2`, and a step of all blocks lowers it by
+    :math:`\sum v^2`, up to the learning rate. No contraction rate is needed.
+
+    It is never above distance over speed, the limit of :func:`rework_bound` for slow convergence, and never above the
+    age of the oldest block. Where steps are scaled gradients (Adam) it errs on the high side. Where steps are mostly
+    noise it means little: there old values may be as good as new ones, and nothing is lost.
+
+    Attributes:
+        squared_speed: Sum of :math:`v^2`, in squared L2 distance per squared step.
+        squared_speed_steps: Sum of :math:`a v^2` over the blocks that a crash would set back.
+
+    Example::
+
+        >>> import torch
+        >>> moved, age = torch.tensor([8.0, 4.0, 1.0]), torch.tensor([4, 2, 9])
+        >>> round(motion(moved, age, rest=torch.tensor([False, True, True])).rework_cost, 2)
+        1.01
+
+    """
+
+    squared_speed: float = 0.0
+    squared_speed_steps: float = 0.0
+
+    def __add__(self, other: "Motion") -> "Motion":
+        return Motion(self.squared_speed + other.squared_speed, self.squared_speed_steps + other.squared_speed_steps)
+
+    @property
+    def rework_cost(self) -> float:
+        """Steps that a crash would cost now, and one more for each step from now on; 0 where nothing moves."""
+        if not 0 < self.squared_speed < math.inf:
+            return 0.0
+        return self.squared_speed_steps / self.squared_speed
+
+
+def motion(distance: Tensor, age: Tensor, rest: Tensor) -> Motion:
+    """What the scores of a save tell of the blocks' motion.
+
+    Args:
+        distance: L2 distance of every block to its last saved values before this save, shape ``(blocks,)``, float64.
+            Blocks at no finite distance (NaN or Inf in them, a failed write) are left out.
+        age: Steps since then, shape ``(blocks,)``. Blocks of age 0 are left out: they show no speed.
+        rest: Which blocks this save leaves out, shape ``(blocks,)``, bool.
+
+    Example::
+
+        >>> import torch
+        >>> motion(torch.tensor([2.0, 3.0]), torch.tensor([2, 1]), rest=torch.tensor([True, False]))
+        Motion(squared_speed=10.0, squared_speed_steps=2.0)
+
+    """
+    known = distance.isfinite() & (age > 0)
+    squares = (distance[known].double() / age[known]).square()
+    return Motion(float(squares.sum()), float((squares * age[known])[rest[known]].sum()))

@@ -1,0 +1,172 @@
+"""The skeletons of all ranks as they lie on disk, and the state that their shards add up to."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_scar.core.blocks import BlockMap, Group, Slot
+from lightning_scar.core.recovery import IncompleteError
+from lightning_scar.core.skeleton import Path, Skeleton, pack, unpack
+from lightning_scar.storage.head import Mark
+from lightning_scar.storage.index import Located
+from lightning_scar.storage.store import Damage, DeltaStore, Reading
+
+_PREFIX = "skeleton-"
+
+
+def skeleton_key(rank: int) -> str:
+    """The name under which a rank's skeleton lies in its deltas.
+
+    Example::
+
+        >>> skeleton_key(3)
+        'skeleton-0003'
+
+    """
+    return f"{_PREFIX}{rank:04d}"
+
+
+def is_skeleton(key: str) -> bool:
+    """Whether a block is a skeleton; all others end with their rows."""
+    return key.startswith(_PREFIX) and not key.endswith("]")
+
+
+def describe(block_map: BlockMap) -> str:
+    """A block map as JSON."""
+    groups = [
+        (g.name, g.shape, g.rows_per_block, [(s.name, str(s.dtype), s.stride, s.paths) for s in g.slots])
+        for g in block_map.groups
+    ]
+    return json.dumps({"block_size": block_map.block_size, "groups": groups})
+
+
+def parse(text: str) -> BlockMap:
+    """The inverse of :func:`describe`; of owners and laziness, which concern a live training only, it knows nothing."""
+
+    def slot(name: str, dtype: str, stride: list[int] | None, paths: list[Any]) -> Slot:
+        layout = tuple(stride) if stride is not None else None
+        return Slot(name, getattr(torch, dtype.removeprefix("torch.")), layout, tuple(map(tuple, paths)))
+
+    content = json.loads(text)
+    groups = (
+        Group(name, tuple(shape), tuple(slot(*s) for s in slots), size)
+        for name, shape, size, slots in content["groups"]
+    )
+    return BlockMap(tuple(groups), content["block_size"])
+
+
+def pack_skeleton(skeleton: Skeleton, description: str, sharded: Sequence[Path]) -> memoryview:
+    """The bytes of a skeleton.
+
+    Args:
+        skeleton: What is left of the checkpoint dict without its large tensors.
+        description: The map of the blocks that these make, from :func:`describe`.
+        sharded: The places of dicts of which each rank has some items only.
+
+    """
+    return pack({"skeleton": skeleton, "map": description, "sharded": [list(path) for path in sharded]})
+
+
+class Stored(NamedTuple):
+    """A skeleton read back: the fields of :func:`pack_skeleton`, and where it was."""
+
+    skeleton: Skeleton
+    map: BlockMap
+    sharded: list[Path]
+    at: Located
+
+
+class Skeletons:
+    """The skeletons in a store.
+
+    Args:
+        store: The store.
+        limit: Versions after this full save are left aside.
+        weights_only: As in ``torch.load``.
+
+    """
+
+    def __init__(self, store: DeltaStore, limit: Mark | None, weights_only: bool | None) -> None:
+        self._store = store
+        self._limit = limit
+        self._weights_only = weights_only
+        self.damages: list[tuple[Located, Damage]] = []
+
+    def newest(self) -> Stored:
+        """The newest one of all ranks, the first rank's of equally new ones.
+
+        Raises:
+            IncompleteError: If no intact one is left.
+
+        """
+        found = [at for key in sorted(filter(is_skeleton, self._store.index.keys())) for at in self._versions(key)]
+        # Versions of several ranks: what is as new is told apart by the step, for sequences are each rank's own.
+        for at in sorted(found, key=lambda at: at.block.version.mark, reverse=True):
+            if stored := self._read(at):
+                return stored
+        raise IncompleteError(f"{self._store.directory} holds no intact skeleton: every version of it is damaged")
+
+    def of_rank(self, rank: int) -> Stored | None:
+        """The newest intact one of a rank."""
+        return next(filter(None, map(self._read, self._versions(skeleton_key(rank)))), None)
+
+    def of_all_ranks(self) -> Iterator[Stored]:
+        """The newest intact one of every rank, the newest last."""
+        ranks = (int(key.removeprefix(_PREFIX)) for key in filter(is_skeleton, self._store.index.keys()))
+        found = filter(None, map(self.of_rank, sorted(ranks)))
+        return iter(sorted(found, key=lambda stored: stored.at.block.version.mark))
+
+    def _versions(self, key: str) -> list[Located]:
+        return [
+            at for at in self._store.index.versions(key) if self._limit is None or at.block.version.mark <= self._limit
+        ]
+
+    def _read(self, at: Located) -> Stored | None:
+        memory = at.block.new_memory()
+        if found := self._store.read([Reading(at, memory.copy)]):
+            if found[0][0].located not in [located for located, _ in self.damages]:
+                self.damages += [(reading.located, damage) for reading, damage in found]
+            return None
+        content = unpack(memory["bytes"], self._weights_only)
+        sharded = [tuple(path) for path in content["sharded"]]
+        return Stored(content["skeleton"], parse(content["map"]), sharded, at)
+
+
+def union(maps: Sequence[BlockMap]) -> BlockMap:
+    """The map of a state of which each rank knows all groups, but of some only the first slot."""
+    groups: dict[str, Group] = {}
+    for group in (group for block_map in maps for group in block_map.groups):
+        known = groups.setdefault(group.name, group)
+        if len(group.slots) > len(known.slots):
+            groups[group.name] = group
+    return BlockMap(tuple(groups.values()), maps[0].block_size)
+
+
+def put_shards_together(parts: Sequence[dict[str, Any]], sharded: Sequence[Path]) -> dict[str, Any]:
+    """A checkpoint with the items that other ranks have.
+
+    Args:
+        parts: The checkpoints of all ranks; the last is completed, in place, and of what two have its items count.
+        sharded: The places of dicts of which each has some items only.
+
+    Example::
+
+        >>> put_shards_together([{"state": {1: "b"}}, {"state": {0: "a"}, "step": 2}], [("state",)])
+        {'state': {0: 'a', 1: 'b'}, 'step': 2}
+
+    """
+    whole = parts[-1]
+    for path in sharded:
+        items: dict[Any, Any] = {}
+        for part in parts:
+            items |= _at(part, path)
+        _at(whole, path[:-1])[path[-1]] = dict(sorted(items.items()))
+    return whole
+
+
+def _at(value: Any, path: Path) -> Any:
+    for key in path:
+        value = value[key]
+    return value

@@ -1,0 +1,159 @@
+"""One live run a directory: who holds it, and how the next one tells that the holder is dead.
+
+The lease file holds host, process and a beat that grows while the holder lives. On the same host the process is looked
+up, so a killed run's directory is free at once; from another host the beat is watched, never compared with a clock.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from lightning_scar.storage.delta import StorageError
+from lightning_scar.storage.directory import Directory
+
+FILE = "lease.json"
+#: Seconds between two beats, and how long a beat of another host may stand still before its holder counts as dead.
+BEAT_SECONDS = 5.0
+WATCH_SECONDS = 20.0
+
+_held_here: set[str] = set()
+
+
+class DirectoryInUseError(StorageError):
+    """Another live run holds the directory."""
+
+
+class Lease:
+    """The right to write to a directory.
+
+    Args:
+        directory: The running checkpoint's directory.
+
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self.token = uuid.uuid4().hex
+        self._beat = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.lost = False
+
+    def acquire(self) -> None:
+        """Takes the directory, from a dead holder if need be.
+
+        Raises:
+            DirectoryInUseError: If the holder lives.
+            OSError: If the directory cannot be written to.
+
+        """
+        holder = self._read()
+        if holder is not None and self._lives(holder):
+            raise DirectoryInUseError(
+                f"{self._directory} is in use by process {holder['pid']} on {holder['host']}. Give this run another "
+                f"dirpath, or end that process; if it is gone for certain, delete {self._directory.file(FILE)}."
+            )
+        self._directory.create()
+        self._write()
+        _held_here.add(self.token)
+        self._start(self._keep_beating)
+
+    def watch(self, token: str) -> None:
+        """Follows the lease that another rank of this run holds.
+
+        Args:
+            token: Its token.
+
+        """
+        self.token = token
+        self._start(self._keep_watching)
+
+    def is_visible(self, token: str) -> bool:
+        """Whether this process sees the lease file that another one wrote."""
+        holder = self._read()
+        return holder is not None and holder["token"] == token
+
+    def _start(self, loop: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=loop, name="scar-lease", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Gives the directory back. Never raises: a file that stays behind names a process that is gone."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        self._thread = None
+        if self.token in _held_here and not self.lost:
+            with suppress(OSError):
+                self._directory.delete(FILE)
+        _held_here.discard(self.token)
+
+    def _keep_beating(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            # A full or vanished disk is the writer's to report; the beat goes on when it is back.
+            with suppress(OSError):
+                if self._is_lost():
+                    return
+                self._beat += 1
+                self._write()
+
+    def _keep_watching(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            with suppress(OSError):
+                if self._is_lost():
+                    return
+
+    def _is_lost(self) -> bool:
+        holder = self._read()
+        self.lost = holder is not None and holder["token"] != self.token
+        return self.lost
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            holder: dict[str, Any] = json.loads(self._directory.read(FILE))
+        except (FileNotFoundError, ValueError):
+            return None
+        return holder
+
+    def _write(self) -> None:
+        process = psutil.Process()
+        holder = {
+            "token": self.token,
+            "host": socket.gethostname(),
+            "pid": process.pid,
+            "started": process.create_time(),
+            "beat": self._beat,
+        }
+        self._directory.write(FILE, [json.dumps(holder).encode()])
+
+    def _lives(self, holder: dict[str, Any]) -> bool:
+        if holder["host"] != socket.gethostname():
+            return self._still_beats(holder)
+        if holder["pid"] == os.getpid():
+            return holder["token"] in _held_here
+        try:
+            process = psutil.Process(holder["pid"])
+            # A process that was killed but not yet waited for writes nothing any more.
+            return bool(abs(process.create_time() - holder["started"]) < 2 and process.status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+
+    def _still_beats(self, holder: dict[str, Any]) -> bool:
+        deadline = time.monotonic() + WATCH_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, WATCH_SECONDS / 10))
+            now = self._read()
+            if now is None:
+                return False
+            if now["beat"] != holder["beat"] or now["token"] != holder["token"]:
+                return True
+        return False

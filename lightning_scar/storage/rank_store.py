@@ -1,0 +1,180 @@
+"""The delta store as one rank writes to it: commit a delta, delete and merge what nobody needs any more."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import Any
+
+from lightning_scar.storage.compaction import Usage, worth_merging
+from lightning_scar.storage.delta import (
+    SUFFIX,
+    BlockData,
+    DamagedError,
+    Delta,
+    Entry,
+    Payload,
+    encode,
+    read_delta,
+    read_entries,
+)
+from lightning_scar.storage.head import Head
+from lightning_scar.storage.index import Index, newest_lineage
+from lightning_scar.storage.source import Source
+from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of
+
+
+class RankStore(DeltaStore):
+    """The deltas of a directory, for one rank of the one live run.
+
+    A rank writes to its own folder only. It deletes and merges there, and in the folders of ranks that are no more.
+
+    Args:
+        url: The directory, any fsspec URL.
+        storage_options: Passed to the file system.
+        rank: Which rank.
+        world_size: The number of ranks.
+
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        storage_options: dict[str, Any] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(url, storage_options)
+        self.rank = rank
+        self.world_size = world_size
+        self._unmergeable: set[str] = set()
+        self._merges = 0
+
+    @property
+    def folder(self) -> str:
+        """The folder that the rank writes to, relative to the directory."""
+        return rank_folder(self.rank)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all ranks have finished their first save, as far as this one knows."""
+        return newest_lineage(self._deltas.values()) == self.index.lineage
+
+    def sweep(self) -> None:
+        """Deletes what writes of the rank, and of ranks that are no more, left behind when a crash cut them short."""
+        for folder in self.folders():
+            if self._is_own(folder):
+                self.directory.child(folder).sweep()
+
+    def look_around(self) -> None:
+        """Takes in what the other ranks have written and deleted since; what cannot be read now is left for later."""
+        if self.world_size == 1:
+            return
+        with suppress(OSError):
+            names = {name for name in self._names() if not self._is_own(name)}
+            for name in sorted(names - self._deltas.keys()):
+                with suppress(OSError, DamagedError):
+                    delta = self._deltas[name] = read_delta(self.directory, name)
+                    self.index.add(delta)
+            for name in [name for name in self._deltas if not self._is_own(name) and name not in names]:
+                self.index.remove(self._deltas.pop(name))
+
+    def commit(self, head: Head, blocks: Sequence[BlockData]) -> int:
+        """Writes one delta; when this returns, it is durable and part of the running checkpoint.
+
+        Afterwards deltas that nobody needs any more are deleted, and mostly dead ones are merged.
+
+        Args:
+            head: What the delta says about itself.
+            blocks: The blocks, in the order in which they are to lie in the file.
+
+        Returns:
+            Bytes of all files written, merged ones included.
+
+        Raises:
+            OSError: If the file cannot be written; nothing has changed then.
+
+        """
+        name = f"{self.folder}/delta-{head.incarnation:05d}-{head.sequence:08d}{SUFFIX}"
+        delta = self._write(name, head, blocks)
+        self.look_around()
+        return delta.nbytes + self._tidy(head, delta.nbytes)
+
+    def _write(self, name: str, head: Head, blocks: Sequence[BlockData]) -> Delta:
+        self.directory.child(self.folder).create()
+        self.directory.write(name, encode(head, blocks))
+        delta = self._deltas[name] = read_delta(self.directory, name)
+        if head.lineage != self.index.lineage:
+            self.index = Index(head.lineage, self._deltas.values())
+        else:
+            self.index.add(delta)
+        return delta
+
+    def _tidy(self, head: Head, save_bytes: int) -> int:
+        merged_bytes = 0
+        for delta in self._own():
+            if not self.index.live(delta):
+                self._delete(delta)
+        while sources := self._mergeable(head.state_bytes, save_bytes):
+            merged_bytes += self._merge(head, sources)
+        return merged_bytes
+
+    def _own(self) -> list[Delta]:
+        # What an older training left is still needed as long as not all ranks have finished their first save.
+        is_whole = self.is_whole
+        own = [delta for delta in self.deltas if self._is_own(delta.name)]
+        return [delta for delta in own if is_whole or delta.head.incarnation in self.index.lineage]
+
+    def _is_own(self, name: str) -> bool:
+        # The folders of ranks that are no more are shared out among those that are.
+        return rank_of(name) % self.world_size == self.rank
+
+    def _mergeable(self, state_bytes: int, save_bytes: int) -> list[Delta]:
+        own = [delta for delta in self._own() if delta.name not in self._unmergeable]
+        usage = [Usage(delta.nbytes, delta.nbytes - self._dead_bytes(delta)) for delta in own]
+        return [own[i] for i in worth_merging(usage, state_bytes, save_bytes)]
+
+    def _dead_bytes(self, delta: Delta) -> int:
+        live = sum(block.nbytes for block in self.index.live(delta))
+        return sum(block.nbytes for block in delta.blocks) - live
+
+    def _merge(self, head: Head, sources: list[Delta]) -> int:
+        name = f"{self.folder}/merged-{head.incarnation:05d}-{head.sequence:08d}-{self._merges:04d}{SUFFIX}"
+        self._merges += 1
+        try:
+            with ExitStack() as files:
+                blocks = [
+                    BlockData(
+                        block.key, block.version, {s: self._copied(delta, source, e) for s, e in block.slots.items()}
+                    )
+                    for delta in sources
+                    for source in [files.enter_context(self.directory.source(delta.name))]
+                    for block in self.index.live(delta)
+                ]
+                merged = self._write(name, replace(head, kind="compacted"), blocks)
+        except DamagedError as error:
+            # What cannot be read cannot be copied. The files stay as they are, and readers report the damage.
+            if not self._unmergeable.intersection(delta.name for delta in sources):
+                self._unmergeable.update(delta.name for delta in sources)
+            warnings.warn(f"lightning-scar leaves damaged deltas out of the compaction: {error}", stacklevel=2)
+            return 0
+        for delta in sources:
+            self._delete(delta)
+        return merged.nbytes
+
+    def _copied(self, delta: Delta, source: Source, entry: Entry) -> Payload:
+        def data() -> memoryview:
+            into = memoryview(bytearray(entry.stop - entry.start))
+            try:
+                read_entries(source, [(entry, into)])
+            except DamagedError as error:
+                self._unmergeable.add(delta.name)
+                raise DamagedError(f"{self.directory.file(delta.name)}: {error}") from None
+            return into
+
+        return Payload(entry.dtype, entry.shape, entry.stop - entry.start, entry.checksum, data)
+
+    def _delete(self, delta: Delta) -> None:
+        self.directory.delete(delta.name)
+        self._deltas.pop(delta.name, None)
