@@ -9,13 +9,27 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
 
+from lightning_scar.core.zero import is_sharded, shard_state
+
 
 def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
-    """Lightning's own checkpoint dict, with references to live tensors.
+    """Lightning's own checkpoint dict, with references to live tensors, and of a sharded optimizer this rank's shard.
 
-    The public ``Trainer.save_checkpoint`` would write it, and end in a barrier.
+    The public ``Trainer.save_checkpoint`` would write it, and end in a barrier. The strategy would gather the shards of
+    a ``ZeroRedundancyOptimizer`` on one rank, a collective, and give the others nothing.
     """
-    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    strategy = trainer.strategy
+    optimizer_state = strategy.optimizer_state
+    own = vars(strategy).get("optimizer_state")
+    strategy.optimizer_state = (  # type: ignore[method-assign]
+        lambda optimizer: shard_state(optimizer) if is_sharded(optimizer) else optimizer_state(optimizer)
+    )
+    try:
+        return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    finally:
+        vars(strategy).pop("optimizer_state")
+        if own is not None:
+            strategy.optimizer_state = own  # type: ignore[method-assign]
 
 
 def intercept_resume(
@@ -54,6 +68,20 @@ def loader_states(checkpoint: dict[str, Any]) -> list[Any]:
     """What loaders with a ``state_dict`` said about their position in the data."""
     states: list[Any] = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
     return states
+
+
+def take_loader_states(checkpoint: dict[str, Any], own: Any) -> None:
+    """Puts the position in the data that a rank saved itself in the place of another rank's.
+
+    Args:
+        checkpoint: The checkpoint dict, changed in place.
+        own: The dict as this rank saved it; ``None`` if it did not at that step.
+
+    """
+    for of_own, of_all in ((own, checkpoint),) if own is not None and "loops" in own else ():
+        state = of_own["loops"]["fit_loop"]["state_dict"]
+        if "combined_loader" in state:
+            of_all["loops"]["fit_loop"]["state_dict"]["combined_loader"] = state["combined_loader"]
 
 
 def place_data(trainer: pl.Trainer, states: list[Any]) -> None:

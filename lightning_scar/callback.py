@@ -2,14 +2,13 @@
 
 import os
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, Timer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,13 +17,21 @@ from typing_extensions import override
 
 from lightning_scar import _lightning
 from lightning_scar.checkpoint_io import SCARCheckpointIO, installed_io
+from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName
 from lightning_scar.core.stats import Stats
 from lightning_scar.fences import Fences, before_optimizer_steps
-from lightning_scar.refusals import check_intervals, check_strategy, checked_settings
-from lightning_scar.resumption import fit_to_model, unfinished_run
+from lightning_scar.refusals import (
+    check_healing,
+    check_intervals,
+    check_max_heals,
+    check_strategy,
+    checked_settings,
+)
+from lightning_scar.resumption import check_ranks_agree, fit_to_model, unfinished_run
+from lightning_scar.schedule import Schedule
 from lightning_scar.sigterm import DeferredSigterm
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.store import DeltaStore
@@ -53,12 +60,16 @@ class SCARCheckpoint(Checkpoint):
         strict: Whether a running checkpoint of another model is an error; ``False`` loads what fits.
         save_on_exception: Whether to save when training ends with an exception or Ctrl-C.
         on_write_error: ``"warn"`` goes on training when a save cannot be written, ``"raise"`` stops it.
+        heal_non_finite: Whether to look for NaN and Inf before every save, and to restore the blocks that hold any, on
+            all ranks at the same step; see :meth:`heal`.
+        max_heals: How often that may happen in one ``fit``; after that it is an error.
         storage_options: Passed to the file system of ``dirpath``.
 
     Raises:
         MisconfigurationException: If a value is out of range, if there is not exactly one interval, or for a sharded
             strategy.
-        StorageError: When ``fit`` begins, if ``dirpath`` holds something else, or a newer format.
+        StorageError: When ``fit`` begins, if ``dirpath`` holds something else, a newer format, or is not the same
+            directory on all ranks.
         DirectoryInUseError: When ``fit`` begins, if another live run uses ``dirpath``.
         ModelMismatchError: When ``fit`` begins, if another model wrote the running checkpoint.
 
@@ -88,6 +99,8 @@ class SCARCheckpoint(Checkpoint):
         strict: bool = True,
         save_on_exception: bool = True,
         on_write_error: Literal["warn", "raise"] = "warn",
+        heal_non_finite: bool = False,
+        max_heals: int = 3,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         self._settings = checked_settings(
@@ -99,10 +112,11 @@ class SCARCheckpoint(Checkpoint):
             on_write_error=on_write_error,
         )
         check_intervals(every_n_train_steps, every_n_seconds, full_every_n_saves)
+        check_max_heals(max_heals)
         self.dirpath = os.fspath(dirpath)
-        self._every_n_train_steps = every_n_train_steps
-        self._every_n_seconds = every_n_seconds
-        self._full_every_n_saves = full_every_n_saves
+        self._schedule = Schedule(every_n_train_steps, every_n_seconds, full_every_n_saves)
+        self._heal_non_finite = heal_non_finite
+        self._max_heals = max_heals
         self._resume = resume
         self._strict = strict
         self._save_on_exception = save_on_exception
@@ -115,10 +129,6 @@ class SCARCheckpoint(Checkpoint):
         self._global_step = 0
         self._outside_steps = 0
         self._stepped_outside = False
-        self._seen_step = 0
-        self._last_step = 0
-        self._last_full_step = 0
-        self._last_time = 0.0
         self._logged_saves = 0
         self._loader_states: list[Any] = []
         self._finished_here = False
@@ -143,22 +153,29 @@ class SCARCheckpoint(Checkpoint):
         self._io = installed_io(trainer, self._storage_options)
         if stage != "fit":
             return
-        if trainer.is_global_zero:
-            self._open(trainer)
-        _lightning.intercept_resume(trainer, self._path_to_resume, lambda path, ckpt: self._loaded(trainer, path, ckpt))
+        self._open(trainer)
+        _lightning.intercept_resume(
+            trainer,
+            lambda asked_for: self._path_to_resume(trainer, asked_for),
+            lambda path, checkpoint: self._loaded(trainer, path, checkpoint),
+        )
 
     def _open(self, trainer: pl.Trainer) -> None:
         assert self._io is not None
-        running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options)
+        ranks = Ranks.of_default_group() if trainer.world_size > 1 else Ranks()
+        check_healing(self._heal_non_finite, self._schedule.every_n_train_steps, ranks.world_size)
+        running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks)
         self._running, self.stats = running, running.stats
-        self._io.attach(self.dirpath, running)
+        self._io.attach(self.dirpath, running, lambda: {"state_dict": trainer.lightning_module.state_dict()})
         self._logged_saves = 0
         others = [c for c in trainer.callbacks if c is not self and not isinstance(c, Fences)]  # type: ignore[attr-defined]
         # A new list: Lightning is walking over the present one.
         trainer.callbacks = [Fences(running), *others, self]  # type: ignore[attr-defined]
         self._step_watch = before_optimizer_steps(trainer, self._before_outside_step)
 
-    def _path_to_resume(self, asked_for: str | None) -> str | None:
+    def _path_to_resume(self, trainer: pl.Trainer, asked_for: str | None) -> str | None:
+        assert self._running is not None
+        check_ranks_agree(self._running.ranks, trainer.lightning_module)
         if asked_for or not self._resume or self._finished_here:
             return asked_for
         return unfinished_run(self.dirpath, self._storage_options)
@@ -181,8 +198,7 @@ class SCARCheckpoint(Checkpoint):
             _lightning.place_data(trainer, self._loader_states)
             self._loader_states = []
         self._global_step = trainer.global_step
-        self._seen_step = self._last_step = self._last_full_step = self._step(trainer)
-        self._last_time = time.monotonic()
+        self._schedule.begin(self._step(trainer))
         if self._running is not None and threading.current_thread() is threading.main_thread():
             self._sigterm = DeferredSigterm(trainer)
 
@@ -194,7 +210,7 @@ class SCARCheckpoint(Checkpoint):
         told_to_stop = self._sigterm is not None and self._sigterm.received
         self._finished_here = not told_to_stop and not self._time_is_up(trainer)
         # A run whose time is up was saved in the middle of its epoch. By now Lightning has closed the epoch.
-        if self._finished_here or self._step(trainer) != self._last_full_step:
+        if self._finished_here or self._step(trainer) != self._schedule.last_full_step:
             self._begin(trainer, full=True, finished=self._finished_here)
             self._running.fence()
         self._log(trainer)
@@ -208,7 +224,7 @@ class SCARCheckpoint(Checkpoint):
         if self._running is None:
             return self._close(trainer)
         try:
-            if self._save_on_exception and trainer.training and self._step(trainer) != self._last_full_step:
+            if self._save_on_exception and trainer.training and self._step(trainer) != self._schedule.last_full_step:
                 self._begin(trainer, full=True)
             self._close(trainer)
         except Exception as error:
@@ -250,49 +266,63 @@ class SCARCheckpoint(Checkpoint):
             self._outside_steps += 1
         self._stepped_outside, self._global_step = False, trainer.global_step
         step = self._step(trainer)
-        if step == self._seen_step:
-            return  # In the middle of an accumulation.
-        self._seen_step = step
+        if not self._schedule.is_new(step):
+            return
         if self._sigterm is not None and self._sigterm.received:
             self._begin(trainer, full=True)
             self._running.fence()
             self._sigterm.proceed()
         elif trainer.should_stop and self._time_is_up(trainer):
             self._begin(trainer, full=True)
-        elif self._is_due(step):
-            self._begin(trainer, full=self._is_full(step))
+        elif self._schedule.is_due(step):
+            if self._heal_non_finite:
+                self.heal(trainer)
+            self._begin(trainer, full=self._schedule.is_full(step))
 
     def _time_is_up(self, trainer: pl.Trainer) -> bool:
         timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
         return any((timer.time_remaining() or 1) <= 0 for timer in timers)
 
-    def _is_due(self, step: int) -> bool:
-        if self._every_n_train_steps is not None:
-            # Not `%`: with several optimizers a batch may take several steps.
-            return step // self._every_n_train_steps > self._last_step // self._every_n_train_steps
-        assert self._every_n_seconds is not None
-        return time.monotonic() - self._last_time >= self._every_n_seconds
-
-    def _is_full(self, step: int) -> bool:
-        if self._full_every_n_saves is None:
-            return False
-        saves = step // self._every_n_train_steps if self._every_n_train_steps is not None else self.stats.saves
-        return saves % self._full_every_n_saves == 0
-
     def _begin(self, trainer: pl.Trainer, full: bool, finished: bool = False) -> None:
         assert self._io is not None
         step = self._step(trainer)
-        self._last_step, self._last_time = step, time.monotonic()
-        if full:
-            self._last_full_step = step
+        self._schedule.note(step, full)
         options = {
             "step": step,
-            "optimizers": {("optimizer_states", i): optimizer for i, optimizer in enumerate(trainer.optimizers)},
-            "parameters": trainer.lightning_module.parameters(),
+            **_live_parts(trainer),
             "full": full,
             "info": {"finished": finished, "global_step": trainer.global_step, "epoch": trainer.current_epoch},
         }
         self._io.save_checkpoint(_lightning.dump_checkpoint(trainer), self.dirpath, storage_options=options)
+
+    def heal(self, trainer: pl.Trainer) -> bool:
+        """Restores the blocks of the live run that turned NaN or Inf, with their optimizer rows, and warns of it.
+
+        With several ranks a collective, to be called by all between the same two optimizer steps.
+
+        Args:
+            trainer: The trainer, whose ``fit`` is under way.
+
+        Returns:
+            Whether anything had to be restored, on any rank.
+
+        Raises:
+            IncompleteError: If there is no finite version of a block.
+            RuntimeError: If it happened more than ``max_heals`` times.
+
+        """
+        assert self._running is not None, "heal() needs a fit under way"
+        plan = self._running.heal(_lightning.dump_checkpoint(trainer), **_live_parts(trainer))
+        if plan is None:
+            return False
+        self.stats.heals += 1
+        if self.stats.heals > self._max_heals:
+            raise RuntimeError(
+                f"training turned NaN or Inf again after {self._max_heals} heals (max_heals); find the cause first, "
+                f"e.g. too high a learning rate. The last good state is in {self.dirpath}."
+            )
+        rank_zero_warn(f"lightning-scar: NaN or Inf at step {self._step(trainer)}, healed: {plan}")
+        return True
 
     def _step(self, trainer: pl.Trainer) -> int:
         return trainer.global_step + self._outside_steps
@@ -319,3 +349,11 @@ class SCARCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._outside_steps = state_dict["outside_steps"]
+
+
+def _live_parts(trainer: pl.Trainer) -> dict[str, Any]:
+    """What pairs optimizer state with parameters, and tells what optimizers change from what may change at any time."""
+    return {
+        "optimizers": {("optimizer_states", i): optimizer for i, optimizer in enumerate(trainer.optimizers)},
+        "parameters": trainer.lightning_module.parameters(),
+    }

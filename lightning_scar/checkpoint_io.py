@@ -1,5 +1,6 @@
 """``SCARCheckpointIO``: how a checkpoint is saved and loaded; the callback says when."""
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -8,6 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
+from lightning_scar import _lightning
 from lightning_scar.core.restoration import is_running_checkpoint, load
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
@@ -49,15 +51,24 @@ class SCARCheckpointIO(CheckpointIO):
         self._settings = settings
         self._storage_options = storage_options
         self._attached: dict[str, RunningCheckpoint] = {}
+        self._initial: dict[str, Callable[[], dict[str, Any]]] = {}
         self._opened: dict[str, RunningCheckpoint] = {}
 
-    def attach(self, path: _PATH, running: RunningCheckpoint) -> None:
-        """Routes a directory to a running checkpoint that the caller opened, and will close."""
-        self._attached[self._key(path)] = running
+    def attach(self, path: _PATH, running: RunningCheckpoint, initial: Callable[[], dict[str, Any]]) -> None:
+        """Routes a directory to a running checkpoint that the caller opened, and will close.
+
+        Args:
+            path: The directory.
+            running: The running checkpoint; loading it is a collective if it has several ranks.
+            initial: Gives a checkpoint dict of initial values, for blocks of which nothing is left on disk.
+
+        """
+        self._attached[self._key(path)], self._initial[self._key(path)] = running, initial
 
     def detach(self, path: _PATH) -> None:
         """Ends :meth:`attach`."""
         self._attached.pop(self._key(path), None)
+        self._initial.pop(self._key(path), None)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
@@ -87,7 +98,9 @@ class SCARCheckpointIO(CheckpointIO):
         """Loads a checkpoint dict; arguments and errors as in :func:`lightning_scar.load` and the wrapped IO."""
         attached = self._attached.get(self._key(path))
         if attached is not None:
-            return attached.restore(weights_only).checkpoint
+            restored = attached.restore(weights_only, initial=self._initial[self._key(path)]())
+            _lightning.take_loader_states(restored.checkpoint, restored.own)
+            return restored.checkpoint
         if is_running_checkpoint(path, self._storage_options):
             return load(
                 path, map_location=map_location, weights_only=weights_only, storage_options=self._storage_options

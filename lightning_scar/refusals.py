@@ -33,6 +33,33 @@ def check_intervals(
             raise MisconfigurationException(f"SCARCheckpoint: {name}={value} must be positive")
 
 
+def check_max_heals(max_heals: int) -> None:
+    """Refuses a limit below one.
+
+    Raises:
+        MisconfigurationException: Naming the value and what is allowed.
+
+    """
+    if max_heals < 1:
+        raise MisconfigurationException(
+            f"SCARCheckpoint: max_heals={max_heals} must be at least 1; `heal_non_finite=False` switches healing off"
+        )
+
+
+def check_healing(heal_non_finite: bool, every_n_train_steps: int | None, world_size: int) -> None:
+    """Refuses healing on several ranks at times of their own: they must heal at the same step.
+
+    Raises:
+        MisconfigurationException: With a remedy.
+
+    """
+    if heal_non_finite and every_n_train_steps is None and world_size > 1:
+        raise MisconfigurationException(
+            f"SCARCheckpoint: heal_non_finite=True on {world_size} ranks needs every_n_train_steps in the place of "
+            "every_n_seconds: clocks differ, and all ranks must look at the same step"
+        )
+
+
 def checked_settings(**values: object) -> Settings:
     """Settings, with Lightning's exception for what is out of range.
 

@@ -4,10 +4,13 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from lightning_scar.core.compatibility import ModelMismatchError, differences, keep_what_fits
+from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.restoration import NoCheckpointError
 from lightning_scar.storage.store import DeltaStore
 
@@ -22,7 +25,7 @@ def unfinished_run(dirpath: str, storage_options: dict[str, Any] | None) -> str 
     """
     store = DeltaStore(dirpath, storage_options)
     store.refresh()
-    heads = [delta.head for delta in store.deltas if delta.head.lineage == store.index.lineage]
+    heads = store.index.heads
     if not heads and store.damaged:
         damage = "\n  ".join(map(str, store.damaged[:8]))
         raise NoCheckpointError(
@@ -31,10 +34,10 @@ def unfinished_run(dirpath: str, storage_options: dict[str, Any] | None) -> str 
         )
     if not heads:
         return None
-    newest = max(heads, key=lambda head: head.sequence)
-    if newest.info.get("finished"):
+    if all(head.info.get("finished") for head in heads.values()):
+        step = max(head.step for head in heads.values())
         raise MisconfigurationException(
-            f"{dirpath} holds a finished run ({newest.step} steps). To train on from it, pass `ckpt_path={dirpath!r}` "
+            f"{dirpath} holds a finished run ({step} steps). To train on from it, pass `ckpt_path={dirpath!r}` "
             "to fit; to begin anew, choose another dirpath, or set `resume=False`, which replaces it."
         )
     return dirpath
@@ -73,3 +76,35 @@ def fit_to_model(path: str, checkpoint: dict[str, Any], module: pl.LightningModu
     )
     keep_what_fits(checkpoint, module.state_dict())
     module.strict_loading = False
+
+
+def check_ranks_agree(ranks: Ranks, module: pl.LightningModule) -> None:
+    """Makes sure that all ranks have the same model. A collective.
+
+    Args:
+        ranks: The ranks.
+        module: This rank's model.
+
+    Raises:
+        ModelMismatchError: If they differ; the first tensor that does is named.
+
+    """
+    own = {name: (tuple(t.shape), t.dtype) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+    first, *others = ranks.gather(own)
+    for rank, other in enumerate(others, start=1):
+        for name in [*first, *other]:
+            if first.get(name) != other.get(name):
+                raise ModelMismatchError(
+                    f"the ranks disagree on the model: {name} is {_said(first.get(name))} on rank 0 and "
+                    f"{_said(other.get(name))} on rank {rank}. Build the same model on all ranks."
+                )
+        if list(first) != list(other):
+            name = next(a for a, b in zip(first, other, strict=True) if a != b)
+            raise ModelMismatchError(
+                f"the ranks disagree on the order of the model's tensors, from {name} on (rank 0 and rank {rank}). "
+                "Build the same model on all ranks."
+            )
+
+
+def _said(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if tensor is None else f"{tensor[0]} {str(tensor[1]).removeprefix('torch.')}"

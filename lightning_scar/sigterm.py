@@ -32,7 +32,14 @@ class DeferredSigterm:
             launcher.kill(signum)
 
     def proceed(self) -> None:
-        """Does what was put off: the training loop ends after this batch."""
+        """Does what was put off: the training loop ends after this batch.
+
+        Of several ranks the first ends its loop, and the others theirs when they miss it: whoever else was signalled
+        only saves, for it may be a step ahead or behind.
+        """
+        if not self._trainer.is_global_zero:
+            self.received = False
+            return
         self.restore()
         if self._trainer.world_size == 1 and callable(self._previous):
             self._previous(signal.SIGTERM, None)

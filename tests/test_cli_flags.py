@@ -26,6 +26,8 @@ OPTIONS: dict[str, Any] = {
     "strict": False,
     "save_on_exception": False,
     "on_write_error": "raise",
+    "heal_non_finite": True,
+    "max_heals": 7,
     "storage_options": {"anon": True},
 }
 OTHER_INTERVAL = {key: value for key, value in OPTIONS.items() if key != "every_n_train_steps"} | {

@@ -141,3 +141,19 @@ def test_logger_step() -> None:
 def test_mark_sigterm() -> None:
     with pytest.raises(SIGTERMException):
         in_training(_lightning.mark_sigterm)
+
+
+def test_take_loader_states(tmp_path: Path) -> None:
+    saved: dict[str, Any] = {}
+
+    def dump(trainer: pl.Trainer) -> None:
+        batch = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        saved[f"after {batch}"] = _lightning.dump_checkpoint(trainer)
+
+    in_training(dump, data=StatefulDataLoader(samples(), batch_size=BATCH_SIZE))
+    checkpoint, own = saved["after 2"], saved["after 5"]
+    assert _lightning.loader_states(checkpoint) != _lightning.loader_states(own)
+    _lightning.take_loader_states(checkpoint, None)
+    assert _lightning.loader_states(checkpoint) != _lightning.loader_states(own)
+    _lightning.take_loader_states(checkpoint, own)
+    assert _lightning.loader_states(checkpoint) == _lightning.loader_states(own)

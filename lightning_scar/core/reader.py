@@ -1,6 +1,6 @@
 """Reads blocks to where a recovery plan wants them, one rank's share from disk and the rest from the other ranks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -23,8 +23,10 @@ class Reader:
         store: Where the deltas lie.
         block_map: The state.
         plan: Where every block comes from; :meth:`read` changes it where it finds damage.
+        ranks: Who reads; each a share.
         into: Live tensors to fill in place, by their place in the checkpoint.
         initial: Initial values, by their place in the checkpoint.
+        only: The keys of the blocks to fill; ``None`` for all.
 
     """
 
@@ -33,25 +35,37 @@ class Reader:
         store: DeltaStore,
         block_map: BlockMap,
         plan: RecoveryPlan,
-        into: Mapping[Path, Tensor],
-        initial: Mapping[Path, Tensor],
+        ranks: Ranks,
+        *,
+        into: Mapping[Path, Tensor] | None = None,
+        initial: Mapping[Path, Tensor] | None = None,
+        only: Container[str] | None = None,
     ) -> None:
         self._store = store
-        self._map = block_map
         self._plan = plan
-        self._targets = {group.name: [_target(group, slot, into) for slot in group.slots] for group in block_map.groups}
-        self._initial = {group.name: initial_value(group, initial) for group in block_map.groups}
+        self._ranks = ranks
+        self._parts = [
+            [part for part in map(partial(_chosen, only), share.groups) if part.numbers]
+            for share in shares(block_map, ranks.world_size)
+        ]
+        names = {part.group.name for parts in self._parts for part in parts}
+        self.groups = [group for group in block_map.groups if group.name in names]
+        self._targets = {
+            group.name: [_target(group, slot, into or {}) for slot in group.slots] for group in self.groups
+        }
+        self._initial = {group.name: initial_value(group, initial or {}) for group in self.groups}
 
-    def read(self, share: BlockMap) -> None:
-        """Fills every block of a share, each from the freshest source that turns out to be intact.
+    def read(self) -> None:
+        """Fills every block of this rank's share from the freshest source that turns out to be intact.
 
         Raises:
             IncompleteError: If a block has no source left.
 
         """
-        places = {group.key(i): (group, i) for group in share.groups for i in range(len(group))}
-        slots = {group.name: self._memories(group) for group in share.groups}
-        wanted = list(places)
+        own = self._parts[self._ranks.rank]
+        places = {part.group.key(i): (part.group, i) for part in own for i in part.numbers}
+        slots = {part.group.name: self._memories(part.group) for part in own}
+        wanted = [key for key in places if self._plan[key].source is not Source.SURVIVOR]
         while wanted:
             readings = []
             for key in wanted:
@@ -65,17 +79,51 @@ class Reader:
             for key, (_, damage) in zip(wanted, found, strict=True):
                 self._plan.fall_back(key, damage)
 
-    def exchange(self, ranks: Ranks) -> None:
-        """Gives every rank what each has read. A collective."""
-        own = shares(self._map, ranks.world_size)
-        ranks.share_out([[bytes_ for group in share.groups for bytes_ in self._bytes(group)] for share in own])
-        for rank, damages in enumerate(ranks.gather([(at.block.key, damage) for at, damage in self._plan.damages])):
-            for key, damage in damages if rank != ranks.rank else ():
+    def take(self, live: Mapping[Path, Tensor]) -> None:
+        """Fills every block that is alive on this rank.
+
+        Args:
+            live: The live tensors, by their place in the checkpoint.
+
+        """
+        for part in (part for parts in self._parts for part in parts):
+            for i in part.numbers:
+                planned = self._plan[part.group.key(i)]
+                if planned.source is Source.SURVIVOR and planned.rank == self._ranks.rank:
+                    span = slice(*part.group.span(i))
+                    for slot, target in zip(part.group.slots, self._targets[part.group.name], strict=True):
+                        part.group.of(target.dense)[span] = part.group.of(live[slot.paths[0]])[span]
+
+    def exchange(self) -> None:
+        """Gives every rank what each has filled. A collective."""
+        pieces: list[list[Tensor]] = [[] for _ in self._parts]
+        for rank, parts in enumerate(self._parts):
+            for part in parts:
+                for start, stop, survivor in self._stretches(part):
+                    pieces[rank if survivor is None else survivor] += self._bytes(part.group, start, stop)
+        self._ranks.share_out(pieces)
+        found = self._ranks.gather([(at.block.key, damage) for at, damage in self._plan.damages])
+        for rank, damages in enumerate(found):
+            for key, damage in damages if rank != self._ranks.rank else ():
                 self._plan.fall_back(key, damage)
 
     def tensors(self) -> list[list[Tensor]]:
-        """The tensors of each group, one a slot."""
-        return [[target.filled() for target in self._targets[group.name]] for group in self._map.groups]
+        """The tensors of each of ``groups``, one a slot."""
+        return [[target.filled() for target in self._targets[group.name]] for group in self.groups]
+
+    def _stretches(self, part: "_Part") -> Iterator[tuple[int, int, int | None]]:
+        """First row, last row and survivor of blocks in a row that have the same sender."""
+        start = stop = 0
+        sender: int | None = None
+        for i in part.numbers:
+            first, last = part.group.span(i)
+            survivor = self._plan[part.group.key(i)].rank
+            if first != stop or survivor != sender:
+                if stop > start:
+                    yield start, stop, sender
+                start, sender = first, survivor
+            stop = last
+        yield start, stop, sender
 
     def _memories(self, group: Group) -> list["_Memory"]:
         return [
@@ -83,9 +131,10 @@ class Reader:
             for slot, target in zip(group.slots, self._targets[group.name], strict=True)
         ]
 
-    def _bytes(self, group: Group) -> Iterator[Tensor]:
-        for target in self._targets[group.name]:
-            yield group.of(target.dense).reshape(-1).view(torch.uint8)
+    def _bytes(self, group: Group, start: int, stop: int) -> Iterator[Tensor]:
+        # Of what one rank alone has, the others have the first slot only.
+        for target in self._targets[group.name][: None if group.owner is None else 1]:
+            yield group.of(target.dense)[start:stop].reshape(-1).view(torch.uint8)
 
     def _reset(self, group: Group, i: int) -> None:
         span = slice(*group.span(i))
@@ -95,6 +144,17 @@ class Reader:
         value.copy_(group.of(initial)[span])
         for tensor in state:
             tensor.zero_()
+
+
+class _Part(NamedTuple):
+    """Some blocks of a group."""
+
+    group: Group
+    numbers: list[int]
+
+
+def _chosen(only: Container[str] | None, group: Group) -> _Part:
+    return _Part(group, [i for i in range(len(group)) if only is None or group.key(i) in only])
 
 
 def initial_value(group: Group, initial: Mapping[Path, Tensor]) -> Tensor | None:

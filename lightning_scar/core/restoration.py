@@ -12,7 +12,6 @@ from lightning_scar.core.blocks import BlockMap
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.reader import Reader, initial_value
 from lightning_scar.core.recovery import IncompleteError, RecoveryPlan
-from lightning_scar.core.shares import shares
 from lightning_scar.core.skeleton import Path, put_together, take_apart
 from lightning_scar.core.skeletons import Skeletons, Stored, describe, put_shards_together, union
 from lightning_scar.storage.collection import no_collection
@@ -147,7 +146,7 @@ def restore(
             lambda: retry_vanished(lambda: _read_share(store, consistent, into, initial, weights_only, ranks))
         )
         _check_agreement(store, found, ranks)
-        found.reader.exchange(ranks)
+        found.reader.exchange()
         restored = found.put_together(ranks.rank)
     if ranks.rank == 0:
         _report(store, restored)
@@ -205,8 +204,8 @@ def _read_share(
     start = _tensors(initial)
     known = {group.name for group in block_map.groups if initial_value(group, start) is not None}
     plan = RecoveryPlan(block_map, store.index, initial=known, limit=limit)
-    reader = Reader(store, block_map, plan, _tensors(into), start)
-    reader.read(shares(block_map, ranks.world_size)[ranks.rank])
+    reader = Reader(store, block_map, plan, ranks, into=_tensors(into), initial=start)
+    reader.read()
     own = skeletons.of_rank(ranks.rank) if ranks.world_size > 1 else newest
     return _Found(newest, all_ranks, own, block_map, plan, reader, skeletons.damages)
 

@@ -18,9 +18,11 @@ from typing_extensions import Self
 
 from lightning_scar.core.claim import Claim
 from lightning_scar.core.committer import Committer, Save
+from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection, LiveState
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.recovery import RecoveryPlan
 from lightning_scar.core.restoration import Restored, restore
 from lightning_scar.core.rework import Motion
 from lightning_scar.core.settings import Settings
@@ -129,6 +131,41 @@ class RunningCheckpoint:
                 f"{restored.map.block_size}. Begin in a new directory to change it.",
             )
         return restored
+
+    def heal(
+        self,
+        checkpoint: dict[str, Any],
+        *,
+        optimizers: Mapping[Path, Optimizer] | None = None,
+        parameters: Iterable[Tensor] = (),
+    ) -> RecoveryPlan | None:
+        """Restores the blocks of a live run that turned NaN or Inf, in place, with their optimizer rows.
+
+        Each comes from a rank that still has it, else from its newest intact version. With several ranks a collective,
+        to be called by all at the same step.
+
+        Args:
+            checkpoint: As in :meth:`save`.
+            optimizers: As in :meth:`save`.
+            parameters: As in :meth:`save`.
+
+        Returns:
+            Where every block comes from; ``None`` if all values are finite on all ranks.
+
+        Raises:
+            IncompleteError: If there is no finite version of a block.
+
+        """
+        self.fence()
+        state = self._take_apart(checkpoint, optimizers or {}, parameters)
+        lost = self.ranks.gather(non_finite_blocks(state))
+        if not any(lost):
+            return None
+        self._writer.drain()
+        # All ranks are done with writing, so that all see the same.
+        self.ranks.gather(None)
+        self.store.look_around()
+        return heal(self.store, state, self.ranks, lost)
 
     # -- a save --------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ class Stats:
         skipped_saves: Partial saves left out because the writer was behind.
         failed_saves: Saves that could not be written.
         non_finite_blocks: Blocks of the last save that hold NaN or Inf and were not written over a good version.
+        heals: How often non-finite blocks of the live run were restored.
         bytes_written: Bytes of all files written, those included that hold what is left of older ones.
         stall_seconds: How long the training thread stood still for the last partial save, fence included.
         full_stall_seconds: The same for the last full save.
@@ -34,6 +35,7 @@ class Stats:
     skipped_saves: int = 0
     failed_saves: int = 0
     non_finite_blocks: int = 0
+    heals: int = 0
     bytes_written: int = 0
     stall_seconds: float = 0.0
     full_stall_seconds: float = 0.0

@@ -256,9 +256,9 @@ def test_what_is_no_running_checkpoint_is_named(url: str) -> None:
     assert DeltaStore(url).foreign_names() == []
 
 
-def test_a_directory_that_only_has_an_owner_is_ours(url: str) -> None:
+def test_a_directory_that_only_has_a_lease_is_ours(url: str) -> None:
     Directory(url).create()
-    Directory(url).write("owner.json", [b"{}"])
+    Directory(url).write("lease.json", [b"{}"])
     assert DeltaStore(url).foreign_names() == []
     assert DeltaStore(url).is_empty()
 

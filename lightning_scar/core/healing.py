@@ -1,0 +1,79 @@
+"""Blocks of a live run that turned NaN or Inf, restored on all ranks at the same step."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lightning_scar.core.blocks import BlockMap
+from lightning_scar.core.distance import is_finite
+from lightning_scar.core.live_state import LiveState
+from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.reader import Reader
+from lightning_scar.core.recovery import RecoveryPlan
+from lightning_scar.storage.store import DeltaStore
+
+
+def non_finite_blocks(state: LiveState) -> set[str]:
+    """The blocks that hold NaN or Inf on this rank, in the parameter or in its optimizer state, by key."""
+    found = set()
+    for group, tensors in zip(state.map.groups, state.of(state.map), strict=True):
+        broken = [tensor for tensor in tensors if not is_finite(tensor)]
+        for i in range(len(group)) if broken else ():
+            span = slice(*group.span(i))
+            if not all(is_finite(tensor[span]) for tensor in broken):
+                found.add(group.key(i))
+    return found
+
+
+def survivors(block_map: BlockMap, lost: Sequence[set[str]]) -> dict[str, int]:
+    """For every block a rank that still has it: its owner, or where all have the same the first one.
+
+    Args:
+        block_map: The whole state.
+        lost: What each rank has lost.
+
+    """
+    found = {}
+    for group in block_map.groups:
+        holders = range(len(lost)) if group.owner is None else [group.owner]
+        for key in map(group.key, range(len(group))):
+            rank = next((rank for rank in holders if key not in lost[rank]), None)
+            if rank is not None:
+                found[key] = rank
+    return found
+
+
+def heal(store: DeltaStore, state: LiveState, ranks: Ranks, lost: Sequence[set[str]]) -> RecoveryPlan:
+    """Restores what was lost in place: from a rank that still has it, else from disk. A collective.
+
+    Args:
+        store: The running checkpoint; all ranks must see the same of it.
+        state: The live state.
+        ranks: Who heals.
+        lost: The keys of the blocks that each rank has lost.
+
+    Returns:
+        Where every block comes from, those included that were not lost.
+
+    Raises:
+        IncompleteError: If a lost block is neither alive nor on disk.
+
+    """
+    plan = RecoveryPlan(state.map, store.index, alive=survivors(state.map, lost))
+    reader = Reader(store, state.map, plan, ranks, only=set().union(*lost))
+    ranks.together(reader.read)
+    reader.take(state.tensors)
+    reader.exchange()
+    _put_back(state, reader, set().union(*lost))
+    return plan
+
+
+@torch.no_grad()
+def _put_back(state: LiveState, reader: Reader, keys: set[str]) -> None:
+    live = state.of(BlockMap(tuple(reader.groups), state.map.block_size))
+    for group, tensors, healed in zip(reader.groups, live, reader.tensors(), strict=True):
+        for i in range(len(group)):
+            if group.key(i) in keys:
+                span = slice(*group.span(i))
+                for tensor, value in zip(tensors, healed, strict=True):
+                    tensor[span] = group.of(value)[span]
