@@ -178,7 +178,9 @@ class SCARCheckpoint(Checkpoint):
         check_ranks_agree(self._running.ranks, trainer.lightning_module)
         if asked_for or not self._resume or self._finished_here:
             return asked_for
-        return unfinished_run(self.dirpath, self._storage_options)
+        ranks = self._running.ranks
+        path: str | None = ranks.gather(ranks.together(lambda: unfinished_run(self.dirpath, self._storage_options)))[0]
+        return path
 
     def _loaded(self, trainer: pl.Trainer, path: str, checkpoint: dict[str, Any]) -> None:
         if not self._is_own(path):

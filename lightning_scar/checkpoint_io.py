@@ -81,10 +81,17 @@ class SCARCheckpointIO(CheckpointIO):
                 :meth:`~lightning_scar.core.running_checkpoint.RunningCheckpoint.save` beside the dict; without them it
                 is saved eagerly, with ``checkpoint["global_step"]`` as its step. For a file, the wrapped IO's.
 
+        Raises:
+            ValueError: If several ranks save to that directory, and this is a save of one alone.
+
         """
         attached = self._attached.get(self._key(path))
         if attached is not None and storage_options:
             attached.save(checkpoint, **storage_options)
+        elif attached is not None and attached.ranks.world_size > 1:
+            raise ValueError(
+                f"{path} is saved to by all {attached.ranks.world_size} ranks, this save by one alone; save elsewhere"
+            )
         elif attached is not None or self._is_running(path):
             running = attached or self._open(path)
             running.save_now(checkpoint, **(storage_options or {"step": int(checkpoint.get("global_step", 0))}))

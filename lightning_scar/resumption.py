@@ -89,6 +89,8 @@ def check_ranks_agree(ranks: Ranks, module: pl.LightningModule) -> None:
         ModelMismatchError: If they differ; the first tensor that does is named.
 
     """
+    if ranks.world_size == 1:
+        return
     own = {name: (tuple(t.shape), t.dtype) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
     first, *others = ranks.gather(own)
     for rank, other in enumerate(others, start=1):

@@ -192,3 +192,12 @@ def test_plain_files_stay_local_while_the_run_lives_elsewhere(memory_url: str, t
     fit(saver(memory_url), ModelCheckpoint(tmp_path, filename="plain", every_n_train_steps=8))
     assert [name for name in files(tmp_path) if name.startswith("plain")]
     assert load(memory_url)["global_step"] == 16
+
+
+def test_one_rank_alone_does_not_save_to_what_all_ranks_save_to(memory_url: str) -> None:
+    with RunningCheckpoint(memory_url) as running:
+        io = SCARCheckpointIO()
+        io.attach(memory_url, running, dict)
+        running.ranks = Ranks(rank=0, world_size=2)
+        with pytest.raises(ValueError, match=r"saved to by all 2 ranks.*save elsewhere"):
+            io.save_checkpoint({"state_dict": {}}, memory_url)

@@ -211,13 +211,14 @@ class RunningCheckpoint:
         started = time.perf_counter()
         try:
             state = self._take_apart(checkpoint, optimizers or {}, parameters)
-            self._stager.fit(state.own, state.of(state.own))
+            live = state.of(state.own)
+            self._stager.fit(state.own, live)
             skeleton = state.pack()
         except BaseException:
             self._writer.give_back()
             raise
         version = Version(self._claim.incarnation, self._sequence, step)
-        staging = Staging(step, full, state.of(state.own), self._buffer(full))
+        staging = Staging(step, full, live, self._buffer(full))
         self._save = Save(version, skeleton, staging, dict(info or {}))
         self._sequence += 1
         self._save.stall += time.perf_counter() - started

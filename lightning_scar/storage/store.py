@@ -108,6 +108,12 @@ class DeltaStore:
         """The folders of all ranks that ever wrote."""
         return [name for name in self.directory.names() if name.startswith(_RANK_FOLDER)]
 
+    def missing_folders(self) -> list[str]:
+        """The folders of ranks of the newest start of which no intact delta is left."""
+        world_size = max((head.world_size for head in self.index.heads.values()), default=0)
+        present = {rank_of(name) for name in self._deltas}
+        return [rank_folder(rank) for rank in range(world_size) if rank not in present]
+
     def _names(self) -> list[str]:
         return [
             f"{folder}/{name}"
