@@ -12,6 +12,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from zoo import WithValidation
 
 from lightning_scar import SCARCheckpoint, SCARCheckpointIO, load
+from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.running_checkpoint import RunningCheckpoint
 
 PLAIN = {
     "the default": lambda: SCARCheckpointIO(),
