@@ -187,8 +187,8 @@ class SCARCheckpoint(Checkpoint):
             return
         fit_to_model(path, checkpoint, trainer.lightning_module, self._strict)
         self._loader_states = _lightning.loader_states(checkpoint)
-        age = f", age of the oldest block {self._running.restored_age} steps" if self._running is not None else ""
-        rank_zero_info(f"Resuming from the running checkpoint {path}: step {checkpoint['global_step']}{age}.")
+        found = f", {self._running.recovery}" if self._running is not None else "."
+        rank_zero_info(f"Resuming from the running checkpoint {path}: step {checkpoint['global_step']}{found}")
 
     def _is_own(self, path: str) -> bool:
         return Directory(path, self._storage_options).path == Directory(self.dirpath, self._storage_options).path

@@ -176,11 +176,15 @@ class RecoveryPlan:
     def _outlook(self) -> str:
         if not self.heads or all(planned.source is Source.SURVIVOR for planned in self._planned.values()):
             return ""
-        if self.distance is None:
-            return " How far this is from the state that was lost is not known."
         step = max(head.step for head in self.heads.values())
+        late = "".join(
+            f" Rank {rank} last saved at step {head.step}." for rank, head in self.heads.items() if head.step < step
+        )
+        if self.distance is None:
+            return f"{late} How far this is from the state that was lost is not known."
         rework = f", about {self.rework:.3g} steps of training" if self.rework is not None else ""
-        return f" At step {step} the state that was lost was {self.distance:.3g} away from this one{rework}."
+        when = "When the ranks last saved" if late else f"At step {step}"
+        return f"{late} {when}, the state that was lost was {self.distance:.3g} away from this one{rework}."
 
 
 def known_distance(heads: Mapping[int, Head]) -> float | None:

@@ -229,7 +229,7 @@ def _limit(store: DeltaStore, consistent: bool) -> Mark | None:
 def _shards(skeletons: Skeletons, newest: Stored, ranks: Ranks) -> list[Stored]:
     found = list(skeletons.of_all_ranks())
     world_size = newest.at.delta.head.world_size
-    missing = set(range(world_size)) - {stored.at.delta.head.rank for stored in found}
+    missing = set(range(world_size)) - {stored.rank for stored in found}
     if missing and ranks.world_size != world_size:
         raise IncompleteError(
             f"the optimizer state was sharded over {world_size} ranks, of which {len(missing)} left nothing intact "

@@ -80,7 +80,8 @@ class RunningCheckpoint:
         self._claim = Claim(self.store, self.ranks)
         self._take_note_of(self._claim.trouble)
         self._sequence = 0
-        self.restored_age = 0
+        #: What the last :meth:`restore` found, in words.
+        self.recovery = ""
         self._has_base = False
         self._save: Save | None = None
         self._dissection = Dissection(self.ranks)
@@ -121,7 +122,7 @@ class RunningCheckpoint:
         self._committer.go_on_from(self.store.index.lineage)
         for located, _ in restored.damages:
             self.store.index.discard(located)
-        self.restored_age = restored.oldest_age
+        self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
         self._has_base = True
         self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
         if self.settings.block_size not in (None, restored.map.block_size):

@@ -33,6 +33,10 @@ def is_skeleton(key: str) -> bool:
     return key.startswith(_PREFIX) and not key.endswith("]")
 
 
+def _rank(key: str) -> int:
+    return int(key.removeprefix(_PREFIX))
+
+
 def describe(block_map: BlockMap) -> str:
     """A block map as JSON."""
     groups = [
@@ -77,6 +81,11 @@ class Stored(NamedTuple):
     sharded: list[Path]
     at: Located
 
+    @property
+    def rank(self) -> int:
+        """The rank whose skeleton it is; another may have merged the delta."""
+        return _rank(self.at.block.key)
+
 
 class Skeletons:
     """The skeletons in a store.
@@ -114,7 +123,7 @@ class Skeletons:
 
     def of_all_ranks(self) -> Iterator[Stored]:
         """The newest intact one of every rank, the newest last."""
-        ranks = (int(key.removeprefix(_PREFIX)) for key in filter(is_skeleton, self._store.index.keys()))
+        ranks = map(_rank, filter(is_skeleton, self._store.index.keys()))
         found = filter(None, map(self.of_rank, sorted(ranks)))
         return iter(sorted(found, key=lambda stored: stored.at.block.version.mark))
 

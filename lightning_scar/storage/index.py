@@ -96,10 +96,12 @@ class Index:
             self._settle(key, remaining)
 
     def _settle(self, key: str, located: list[Located]) -> None:
-        for delta, block in self._versions.pop(key, []):
+        for delta, block in self._versions.get(key, []):
             del self._live[delta.name][key, block.version]
         if not located:
+            self._versions.pop(key, None)
             return
+        # Never without an entry in between: the training thread looks blocks up meanwhile.
         self._versions[key] = kept = self._kept(located)
         for delta, block in kept:
             self._live.setdefault(delta.name, {})[key, block.version] = block
