@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
+from benchmarks import ranks, report
 from benchmarks.gpt import GPT2_SMALL, TINY, GPTModule, Size, new_trainer, state_bytes, token_loader
 from benchmarks.memory import measure_in_child
 from benchmarks.methods import SCAR, GatedSCARCheckpoint, Method, peers
@@ -152,6 +152,7 @@ def targets(found: dict[str, Any]) -> list[Target]:
 def _options() -> argparse.Namespace:
     parser = report.arguments((__doc__ or "").split("\n")[0], rounds=7)
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a stretch (default 5)")
+    parser.add_argument("--ranks", type=int, help="instead: so many ranks that save together, beside one alone")
     return parser.parse_args()
 
 
@@ -160,6 +161,9 @@ def main() -> None:
     options = _options()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     rounds = options.rounds or (2 if options.small else 7)
+    if options.ranks:
+        ranks.measure(options.ranks, options.small, rounds, options.dir, options.json)
+        return
     with report.scratch(options.dir) as folder:
         memory = measure_in_child(options.small, folder)
         size = TINY if options.small else GPT2_SMALL
