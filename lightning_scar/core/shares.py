@@ -44,21 +44,23 @@ def shares(block_map: BlockMap, world_size: int) -> list[BlockMap]:
 def _counts(block_map: BlockMap, world_size: int) -> list[list[int]]:
     """How many blocks of each group each rank gets."""
     room = _room(block_map, world_size)
-    wanted = [max(0, bytes_left) for bytes_left in room]
-    if not any(wanted):
-        wanted = [1] * world_size
     counts = []
     for group in block_map.groups:
         if group.owner is not None:
             counts.append([len(group) * (rank == group.owner) for rank in range(world_size)])
             continue
+        # Of what is left, not of the whole: what one group's blocks do not divide evenly the next ones make up for.
+        wanted = [max(0, bytes_left) for bytes_left in room]
         block_bytes = group.rows_per_block * group.row_nbytes
-        own = [len(group) * want // sum(wanted) for want in wanted]
+        own = [len(group) * want // sum(wanted) if any(wanted) else 0 for want in wanted]
         room = [left - count * block_bytes for left, count in zip(room, own, strict=True)]
         for _ in range(len(group) - sum(own)):
             rank = room.index(max(room))
             own[rank] += 1
             room[rank] -= block_bytes
+        # The last block is shorter than the others.
+        last = max(rank for rank, count in enumerate(own) if count)
+        room[last] += len(group) * block_bytes - group.rows * group.row_nbytes
         counts.append(own)
     return counts
 
