@@ -19,7 +19,7 @@ class Claim:
 
     Attributes:
         incarnation: The number of this start of the training.
-        trouble: Why the directory cannot be written to, if so.
+        trouble: Why the directory cannot be written to, if so; on all ranks, so that they go on or end together.
 
     Raises:
         StorageError: If the directory holds something else, or some rank sees another one under its name.
@@ -33,7 +33,9 @@ class Claim:
         self._lease = Lease(store.directory)
         self.trouble: OSError | None = None
         try:
-            token, host = ranks.gather(ranks.together(self._take))[0]
+            token, host, trouble = ranks.gather(ranks.together(self._take))[0]
+            if trouble is not None and self.trouble is None:
+                self.trouble = OSError(trouble)
             ranks.together(lambda: self._follow(token, host))
             self.incarnation = 1 + max(ranks.gather(ranks.together(self._clean_up)))
         except BaseException:
@@ -49,7 +51,7 @@ class Claim:
         """Gives the directory back."""
         self._lease.release()
 
-    def _take(self) -> tuple[str | None, str]:
+    def _take(self) -> tuple[str | None, str, str | None]:
         if foreign := self._store.foreign_names():
             raise StorageError(
                 f"{self._store.directory} holds something else than a running checkpoint ({', '.join(foreign[:3])}"
@@ -61,7 +63,9 @@ class Claim:
                 self._lease.acquire()
             except OSError as error:
                 self.trouble = error
-        return None if self.trouble else self._lease.token, socket.gethostname()
+        if self.trouble is not None:
+            return None, socket.gethostname(), str(self.trouble)
+        return self._lease.token, socket.gethostname(), None
 
     def _follow(self, token: str | None, host: str) -> None:
         if self._ranks.rank == 0 or token is None:

@@ -206,6 +206,8 @@ class RunningCheckpoint:
         if self._claim.is_lost:
             raise StorageError(f"another run has taken {self.store.directory} over; this one saves nothing any more")
         full = full or not self._has_base
+        # Skipped ones count, too: blocks change owners, so a number must mean the same save on all ranks.
+        self._sequence += 1
         if not self._writer.reserve(wait=wait or full):
             self.stats.skipped_saves += 1
             return False
@@ -218,10 +220,9 @@ class RunningCheckpoint:
         except BaseException:
             self._writer.give_back()
             raise
-        version = Version(self._claim.incarnation, self._sequence, step)
+        version = Version(self._claim.incarnation, self._sequence - 1, step)
         staging = Staging(step, full, live, self._buffer(full))
         self._save = Save(version, skeleton, staging, dict(info or {}))
-        self._sequence += 1
         self._save.stall += time.perf_counter() - started
         return True
 
@@ -274,7 +275,8 @@ class RunningCheckpoint:
             # Memory of its own: a buffer of the whole state is not worth keeping.
             return StagingBuffer()
         # The writer has a free place, so it is done with the save before the last, whose buffer this was.
-        buffer = self._buffers[self._sequence % DEPTH]
+        buffer = self._buffers.pop(0)
+        self._buffers.append(buffer)
         buffer.reset()
         return buffer
 

@@ -25,7 +25,7 @@ class Version(NamedTuple):
 
     Attributes:
         incarnation: Which start of the training wrote it; grows by one at every start.
-        sequence: Which save of that incarnation, counted by the rank that wrote it.
+        sequence: Which save of that incarnation; those count that a rank skips, so that all count alike.
         step: The optimizer step of that save.
 
     """
