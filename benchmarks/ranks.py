@@ -3,6 +3,7 @@
 Ranks are processes over gloo on the loopback, with one torch thread each and with the same state, as in DDP. All of
 them save their shares at the same moment, so they compete for the memory. By turns one of them saves everything on its
 own, with one thread, while the others wait. Between two saves every parameter moves, its rows by different amounts.
+A save beside which other processes used the machine is repeated.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -25,6 +27,7 @@ from torch.optim import Optimizer
 from benchmarks import report
 from benchmarks.gpt import GPT, GPT2_SMALL, TINY, Size, state_bytes
 from benchmarks.report import Target, median
+from benchmarks.stretches import QUIET, user_seconds
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
@@ -37,6 +40,8 @@ _WARM_UP = 2
 _FULL_SAVES = 3
 #: Seconds after which a rank gives up waiting for another, and after which all are killed.
 _PATIENCE, _LIMIT = 120, 1800
+#: Disturbed saves that are repeated at most; after that they count as they are.
+_REPEATED = 60
 
 #: Who saves: all ranks their shares, or the first one everything.
 Way = Literal["ranks", "one_rank"]
@@ -141,7 +146,8 @@ class Saver:
         self._running.stage()
         self._running.fence()
         blocked = time.perf_counter() - started
-        self._running._writer.drain()
+        while self._running._writer.depth:
+            time.sleep(0.001)
         return Sample(turn.way, turn.full, blocked, self._running.stats.bytes_written - before)
 
     @property
@@ -152,6 +158,28 @@ class Saver:
     def close(self) -> None:
         """Gives the directory back."""
         self._running.close()
+
+
+class _Clock:
+    """Tells all ranks alike whether other processes used the machine. Making and asking it are collectives.
+
+    Args:
+        ranks: All of them.
+
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._started, self._others = self._read()
+
+    def _read(self) -> tuple[float, float]:
+        now = self._ranks.gather((time.perf_counter(), *user_seconds()))
+        return now[0][0], now[0][1] - sum(own for *_, own in now)
+
+    def is_disturbed(self) -> bool:
+        """Whether they did, since it was made."""
+        now, others = self._read()
+        return others - self._others > QUIET * (now - self._started)
 
 
 def _rank(rank: int, world_size: int, size: Size, folder: Path, rounds: int) -> None:
@@ -165,24 +193,38 @@ def _rank(rank: int, world_size: int, size: Size, folder: Path, rounds: int) -> 
         world_size=world_size,
         timeout=timedelta(seconds=_PATIENCE),
     )
-    state = State(size)
-    savers: dict[Way, Saver] = {"ranks": Saver(state, folder / "ranks", Ranks.of_default_group())}
+    state, ranks = State(size), Ranks.of_default_group()
+    savers: dict[Way, Saver] = {"ranks": Saver(state, folder / "ranks", ranks)}
     if rank == 0:
         savers["one_rank"] = Saver(state, folder / "one_rank", Ranks())
-    samples = []
-    for turn in plan(rounds):
-        state.move()
-        dist.barrier()
-        if turn.way in savers:
-            sample = savers[turn.way].save(turn)
-            samples += [asdict(sample)] if turn.counts else []
-        dist.barrier()
+    samples, repeated = _samples(state, savers, ranks, rounds, 0 if size == TINY else _REPEATED)
     copies = {way: saver.copy_bytes for way, saver in savers.items()}
     for saver in savers.values():
         saver.close()
     facts = dict(zip(("parameter_bytes", "state_bytes"), state_bytes(state.model, state.optimizer), strict=True))
-    _result(folder, rank).write_text(json.dumps({"samples": samples, "copy_bytes": copies, "facts": facts}))
+    facts["repeated_saves"] = repeated
+    result = {"samples": [asdict(sample) for sample in samples], "copy_bytes": copies, "facts": facts}
+    _result(folder, rank).write_text(json.dumps(result))
     dist.destroy_process_group()
+
+
+def _samples(
+    state: State, savers: dict[Way, Saver], ranks: Ranks, rounds: int, patience: int
+) -> tuple[list[Sample], int]:
+    """The saves of one rank that count, and how many were repeated."""
+    samples: list[Sample] = []
+    repeated, turns = 0, deque(plan(rounds))
+    while turns:
+        turn, clock = turns[0], _Clock(ranks)
+        state.move()
+        dist.barrier()
+        own = [savers[turn.way].save(turn)] if turn.way in savers else []
+        if turn.counts and clock.is_disturbed() and repeated < patience:
+            repeated += 1
+            continue
+        samples += own if turn.counts else []
+        turns.popleft()
+    return samples, repeated
 
 
 def _result(folder: Path, rank: int) -> Path:

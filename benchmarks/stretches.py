@@ -17,7 +17,14 @@ from benchmarks.report import median
 
 #: Cores that other processes may use in a stretch that counts. More, and the wait of torch's threads for each other
 #: makes steps several times longer, whoever saves.
-_QUIET = 0.1
+QUIET = 0.1
+
+
+def user_seconds() -> tuple[float, float]:
+    """What all processes together, and this one, have computed since they began, other machines' share included."""
+    everyone = psutil.cpu_times()
+    # Without system time: the kernel's threads, which write to the disk for us, would count as others.
+    return everyone.user + everyone.nice + getattr(everyone, "steal", 0.0), psutil.Process().cpu_times().user
 
 
 class _Clocks(NamedTuple):
@@ -30,10 +37,8 @@ class _Clocks(NamedTuple):
 
     @classmethod
     def now(cls, module: GPTModule) -> "_Clocks":
-        everyone, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        # Without system time: the kernel's threads, which write to the disk for us, would count as others.
-        others = everyone.user + everyone.nice + getattr(everyone, "steal", 0.0) - own.user
-        return cls(time.perf_counter(), module.computing.seconds, module.forward_backward.seconds, others)
+        everyone, own = user_seconds()
+        return cls(time.perf_counter(), module.computing.seconds, module.forward_backward.seconds, everyone - own)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class StretchTimer(Callback):
             idle=(looped.wall - started.wall) - (looped.computing - started.computing),
             forward_backward=(looped.forward_backward - started.forward_backward) / self._steps,
         )
-        counts = written.others - started.others <= _QUIET * stretch.wall or self.repeated == self._patience
+        counts = written.others - started.others <= QUIET * stretch.wall or self.repeated == self._patience
         if self._method is not None:
             self._method.discard(counts)
         if counts:
