@@ -20,7 +20,20 @@ PROMISED = {
         "scar_extra_memory_bytes",
         "scar_full_extra_memory_bytes",
     ],
+    "stall --ranks 2": [
+        *(f"{prefix}{what}" for prefix in ("", "one_rank_") for what in ("eager_blocked_s", "full_blocked_s")),
+        *(f"{what}_over_one_rank" for what in ("eager_blocked", "full_blocked", "copy_bytes", "written_bytes")),
+    ],
     "resume": [f"{source}_{what}" for source in ("scar", "torch", "safetensors") for what in ("s", "cold_s")],
+    "rework": [
+        *(f"{task}_measured_steps" for task in ("sgd", "adam")),
+        *(
+            f"{task}_{kind}_{what}"
+            for task in ("sgd", "adam")
+            for kind in ("estimate", "bound")
+            for what in ("steps", "off_by_steps", "off_by_at_most_steps", "ratio")
+        ),
+    ],
 }
 
 
@@ -28,9 +41,10 @@ PROMISED = {
 @pytest.mark.parametrize("name", PROMISED)
 def test_a_benchmark_measures_what_is_promised(name: str, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    options = ["--small", "--rounds", "1", "--json", str(out), "--dir", str(tmp_path)]
+    module, *extra = name.split()
+    options = [*extra, "--small", "--rounds", "1", "--json", str(out), "--dir", str(tmp_path)]
     run = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *options],
+        [sys.executable, "-m", f"benchmarks.{module}", *options],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
