@@ -114,10 +114,10 @@ def kill_and_resume(name: str, every: int, kill_after: int) -> Run:
     options = [name, str(folder), "--every", str(every), "--steps", str(kill_after + STEPS_AFTER_KILL)]
     train([*options, "--kill-after", str(kill_after)], folder / "first.log", -signal.SIGKILL)
     before = read_journal(folder)
-    blocks = restore(DeltaStore(folder / "saved")).versions.values() if name == "SCARCheckpoint" else []
+    steps = restore(DeltaStore(folder / "saved")).plan.steps.values() if name == "SCARCheckpoint" else []
     train(options, folder / "second.log", 0)
     after = read_journal(folder)[len(before) :]
-    return Run(name, every, before, after, min([after[0].step, *(block.step for block in blocks)]))
+    return Run(name, every, before, after, min([after[0].step, *steps]))
 
 
 def train(options: list[str], log: Path, expected_status: int) -> None:

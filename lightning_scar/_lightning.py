@@ -73,18 +73,44 @@ def loader_states(checkpoint: dict[str, Any]) -> list[Any]:
 def take_loader_states(checkpoint: dict[str, Any], own: Any) -> None:
     """Puts the position in the data that a rank saved itself in the place of another rank's.
 
+    Where a rank was stopped in the middle of a batch, its data are a batch ahead of those that only finished a step.
+    All must go on with the same batch, or the one whose epoch ends first leaves the others waiting.
+
     Args:
         checkpoint: The checkpoint dict, changed in place.
         own: The dict as this rank saved it; ``None`` if it did not at that step.
 
     """
-    for of_own, of_all in ((own, checkpoint),) if own is not None and "loops" in own else ():
-        state = of_own["loops"]["fit_loop"]["state_dict"]
-        if "combined_loader" in state:
-            of_all["loops"]["fit_loop"]["state_dict"]["combined_loader"] = state["combined_loader"]
+    if own is None or "loops" not in own:
+        return
+    loop, own_loop = checkpoint["loops"]["fit_loop"], own["loops"]["fit_loop"]
+    epoch, own_epoch = (of["epoch_progress"]["current"]["ready"] for of in (loop, own_loop))
+    batch, own_batch = (of["epoch_loop.batch_progress"]["current"]["ready"] for of in (loop, own_loop))
+    if "combined_loader" in own_loop["state_dict"] and (epoch, batch) == (own_epoch, own_batch):
+        loop["state_dict"]["combined_loader"] = own_loop["state_dict"]["combined_loader"]
 
 
-def place_data(trainer: pl.Trainer, states: list[Any]) -> None:
+def share_out_epoch(checkpoint: dict[str, Any], before: int, now: int) -> None:
+    """Makes a checkpoint's position in its epoch that of another number of ranks, which have other shares of the data.
+
+    The states of loaders are of no use then, and dropped.
+
+    Args:
+        checkpoint: The checkpoint dict, changed in place.
+        before: The number of ranks that had come so far.
+        now: The number of ranks that go on.
+
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    loop["state_dict"].pop("combined_loader", None)
+    progress = loop["epoch_loop.batch_progress"]
+    batches = progress["current"]["ready"]
+    # What is behind the end of the epoch for any number of ranks; else samples are rather seen twice than never.
+    shared_out = (batches + 1) * before if progress["is_last_batch"] else batches * before // now
+    progress["current"] = {name: count + shared_out - batches for name, count in progress["current"].items()}
+
+
+def place_data(trainer: pl.Trainer, states: list[Any], skip: bool = False) -> None:
     """Puts the training data where they were in the middle, or at the end, of an epoch.
 
     Lightning restores loaders before it tells their samplers the epoch, so the rest of a shuffled epoch would come in
@@ -93,6 +119,7 @@ def place_data(trainer: pl.Trainer, states: list[Any]) -> None:
     Args:
         trainer: Its loops are restored.
         states: From :func:`loader_states`.
+        skip: Whether the states are of another number of ranks: what is behind is drawn once more and left aside.
 
     """
     loop = trainer.fit_loop
@@ -101,9 +128,12 @@ def place_data(trainer: pl.Trainer, states: list[Any]) -> None:
     for loader in loop._combined_loader.flattened:
         _set_sampler_epoch(loader, loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
     # At an epoch's end, Lightning's own iterator has used the states up: the next one begins the next epoch.
-    if not loop.epoch_loop.batch_progress.is_last_batch:
+    progress = loop.epoch_loop.batch_progress
+    if not (progress.is_last_batch or skip):
         loop._combined_loader._load_state_dicts(states)
     iter(loop._data_fetcher)
+    for _ in range(progress.current.ready) if skip and not progress.is_last_batch else ():
+        next(loop._combined_loader)
 
 
 def logger_step(trainer: pl.Trainer) -> int:

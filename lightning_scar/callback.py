@@ -131,6 +131,7 @@ class SCARCheckpoint(Checkpoint):
         self._stepped_outside = False
         self._logged_saves = 0
         self._loader_states: list[Any] = []
+        self._are_other_ranks = False
         self._finished_here = False
 
     @property
@@ -187,6 +188,10 @@ class SCARCheckpoint(Checkpoint):
             return
         fit_to_model(path, checkpoint, trainer.lightning_module, self._strict)
         self._loader_states = _lightning.loader_states(checkpoint)
+        before = self._running.restored_ranks if self._running is not None else trainer.world_size
+        self._are_other_ranks = before != trainer.world_size
+        if self._are_other_ranks:
+            _lightning.share_out_epoch(checkpoint, before, trainer.world_size)
         found = f", {self._running.recovery}" if self._running is not None else "."
         rank_zero_info(f"Resuming from the running checkpoint {path}: step {checkpoint['global_step']}{found}")
 
@@ -197,7 +202,7 @@ class SCARCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning's signal handlers are in place, and loops and loaders restored."""
         if self._loader_states:
-            _lightning.place_data(trainer, self._loader_states)
+            _lightning.place_data(trainer, self._loader_states, skip=self._are_other_ranks)
             self._loader_states = []
         self._global_step = trainer.global_step
         self._schedule.begin(self._step(trainer))

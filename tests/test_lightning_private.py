@@ -3,6 +3,7 @@
 When one of these fails after an upgrade, the function of the same name in ``_lightning.py`` is what to look at.
 """
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,31 @@ def test_place_data() -> None:
     assert model.seen == whole.seen[5:], "the data do not continue behind the fifth batch"
 
 
+def test_share_out_epoch() -> None:
+    """What two ranks have left of an epoch after five batches each is one rank's rest after ten."""
+    data = StatefulDataLoader(samples(12), batch_size=BATCH_SIZE)
+    saved: list[dict[str, Any]] = []
+    whole = in_training(lambda trainer: saved.append(copy.deepcopy(_lightning.dump_checkpoint(trainer))), data=data)
+
+    def rest(checkpoint: dict[str, Any]) -> list[Any]:
+        _lightning.share_out_epoch(checkpoint, before=2, now=1)
+        assert _lightning.loader_states(checkpoint) == []
+
+        class Places(Callback):
+            def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+                trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])
+
+            def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+                _lightning.place_data(trainer, [None], skip=True)
+
+        model = TinyModel()
+        make_trainer(Places(), max_epochs=1, enable_checkpointing=False).fit(model, data)
+        return model.seen
+
+    assert rest(saved[4]) == whole.seen[10:]
+    assert rest(saved[11]) == []
+
+
 def test_logger_step() -> None:
     class Steps(DummyLogger):
         def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -151,9 +177,11 @@ def test_take_loader_states(tmp_path: Path) -> None:
         saved[f"after {batch}"] = _lightning.dump_checkpoint(trainer)
 
     in_training(dump, data=StatefulDataLoader(samples(), batch_size=BATCH_SIZE))
-    checkpoint, own = saved["after 2"], saved["after 5"]
-    assert _lightning.loader_states(checkpoint) != _lightning.loader_states(own)
+    checkpoint, other, own = saved["after 2"], saved["after 5"], copy.deepcopy(saved["after 2"])
+    states = copy.deepcopy(_lightning.loader_states(checkpoint))
+    _lightning.loader_states(own)[0]["dataset_state"] = "of its own"
     _lightning.take_loader_states(checkpoint, None)
-    assert _lightning.loader_states(checkpoint) != _lightning.loader_states(own)
+    _lightning.take_loader_states(checkpoint, other)
+    assert _lightning.loader_states(checkpoint) == states, "all ranks must go on with the same batch"
     _lightning.take_loader_states(checkpoint, own)
-    assert _lightning.loader_states(checkpoint) == _lightning.loader_states(own)
+    assert _lightning.loader_states(checkpoint) == _lightning.loader_states(own) != states

@@ -49,6 +49,11 @@ class Restored:
     damages: list[tuple[Located, Damage]]
 
     @property
+    def world_size(self) -> int:
+        """How many ranks saved it last."""
+        return next(iter(self.plan.heads.values())).world_size
+
+    @property
     def oldest_age(self) -> int:
         """Steps between the newest save and the oldest block that had changed since it was saved."""
         return max((head.info.get("oldest_age", 0) for head in self.plan.heads.values()), default=0)

@@ -82,6 +82,9 @@ class RunningCheckpoint:
         self._sequence = 0
         #: What the last :meth:`restore` found, in words.
         self.recovery = ""
+        #: How many ranks had saved it.
+        self.restored_ranks = self.ranks.world_size
+        self.restored_ranks = self.ranks.world_size
         self._has_base = False
         self._save: Save | None = None
         self._dissection = Dissection(self.ranks)
@@ -123,6 +126,8 @@ class RunningCheckpoint:
         for located, _ in restored.damages:
             self.store.index.discard(located)
         self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
+        self.restored_ranks = restored.world_size
+        self.restored_ranks = restored.world_size
         self._has_base = True
         self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
         if self.settings.block_size not in (None, restored.map.block_size):
