@@ -47,7 +47,7 @@ class Committer:
         self._stats = stats
         self._ranks = ranks
         self._incarnation = incarnation
-        self._full: Mark | None = None
+        self._promised: Mark | None = None
         self.skeleton_key = skeleton_key(ranks.rank)
         self._begin(())
 
@@ -59,7 +59,6 @@ class Committer:
 
         """
         self._begin(lineage)
-        self._full = self._store.index.consistent
 
     def _begin(self, lineage: Sequence[int]) -> None:
         self._lineage = (*lineage, self._incarnation)
@@ -89,6 +88,8 @@ class Committer:
         self._stager.fail(bad, save.version.step)
         self._stats.non_finite_blocks += len(bad)
         is_complete = save.staging.full and not save.staging.non_finite and not bad
+        self._store.look_around()
+        promised = self._promise(save.version.mark if is_complete else None)
         try:
             if not all(self.is_stored(key) for key in set(self._stager.failed) - keys):
                 raise StorageError("an earlier save failed, without whose blocks this one would have holes")
@@ -96,18 +97,29 @@ class Committer:
             skeleton = torch.frombuffer(save.skeleton, dtype=torch.uint8)
             slots = {"bytes": payload(skeleton, torch.uint8, skeleton.shape)}
             data.append(BlockData(self.skeleton_key, save.version, slots))
-            self._stats.bytes_written += self._store.commit(self._head(save, is_complete), data)
+            self._stats.bytes_written += self._store.commit(self._head(save, is_complete, promised), data)
         except Exception:
             self._stats.failed_saves += 1
             self._stager.fail(keys, save.version.step)
             raise
+        self._promised = promised
         self._stager.succeed(keys - bad, save.version.step)
-        if is_complete:
-            self._full = save.version.mark
 
-    def _head(self, save: Save, is_complete: bool) -> Head:
-        # Until all ranks have finished this full save, the one before is the newest that all can serve.
-        marks = {self._store.index.consistent, save.version.mark if is_complete else self._full}
+    def _promise(self, finished: Mark | None) -> Mark | None:
+        """The full save that this rank keeps besides the newest that all have finished, until they have this one, too.
+
+        Once said it is kept, even if a later one is finished meanwhile: the others may give up the older one for it at
+        any time. It is given up when one of them has gone on without it.
+        """
+        index, mark = self._store.index, self._promised
+        if mark is None or (index.consistent is not None and mark <= index.consistent):
+            return finished
+        others = [head for rank, head in index.heads.items() if rank != self._ranks.rank]
+        is_hopeless = any(Mark(o.incarnation, o.step) > mark and mark not in o.consistent for o in others)
+        return finished if is_hopeless else mark
+
+    def _head(self, save: Save, is_complete: bool, promised: Mark | None) -> Head:
+        marks = {self._store.index.consistent, promised}
         staging = save.staging
         motion = list(astuple(staging.motion))
         return Head(

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from core_helpers import Training, rows_of, saved_steps
 from torch import nn, optim
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
+from lightning_scar.core.zero import shard_state
 from lightning_scar.storage.store import DeltaStore
 
 History = dict[int, dict[str, Any]]
@@ -103,3 +106,27 @@ def refreshed(url: str | Path) -> DeltaStore:
     store = DeltaStore(url)
     store.refresh()
     return store
+
+
+class Sharded(Training):
+    """A training whose optimizer state lies on all ranks in shards."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        sizes = [(24, 20), (20, 9), (9, 30), (30, 2)]
+        model = nn.Sequential(*(nn.Linear(a, b) for a, b in sizes))
+        super().__init__(model, ZeroRedundancyOptimizer(model.parameters(), optim.Adam, lr=0.01))
+
+    def checkpoint(self) -> dict[str, Any]:
+        states = [shard_state(optimizer) for optimizer in self.optimizers]
+        return {"state_dict": self.model.state_dict(), "optimizer_states": states, "global_step": self.steps}
+
+
+def whole_state(training: Training) -> dict[str, Any]:
+    """The checkpoint with the states of all shards; a collective."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, copied(training))
+    states = {i: values for part in parts for i, values in part["optimizer_states"][0]["state"].items()}
+    whole: dict[str, Any] = parts[0]
+    whole["optimizer_states"][0]["state"] = dict(sorted(states.items()))
+    return whole
