@@ -106,15 +106,23 @@ class Skeletons:
     def newest(self) -> Stored:
         """The newest one of all ranks, the first rank's of equally new ones.
 
+        Where optimizer state or a parameter has just appeared, and not all ranks have saved what they own of it, that
+        is the newest one without it.
+
         Raises:
             IncompleteError: If no intact one is left.
 
         """
         found = [at for key in sorted(filter(is_skeleton, self._store.index.keys())) for at in self._versions(key)]
+        newest: Stored | None = None
         # Versions of several ranks: what is as new is told apart by the step, for sequences are each rank's own.
         for at in sorted(found, key=lambda at: at.block.version.mark, reverse=True):
             if stored := self._read(at):
-                return stored
+                if stored.sharded or self._is_served(stored.map):
+                    return stored
+                newest = newest or stored
+        if newest is not None:
+            return newest
         raise IncompleteError(f"{self._store.directory} holds no intact skeleton: every version of it is damaged")
 
     def of_rank(self, rank: int) -> Stored | None:
@@ -126,6 +134,15 @@ class Skeletons:
         ranks = map(_rank, filter(is_skeleton, self._store.index.keys()))
         found = filter(None, map(self.of_rank, sorted(ranks)))
         return iter(sorted(found, key=lambda stored: stored.at.block.version.mark))
+
+    def _is_served(self, block_map: BlockMap) -> bool:
+        """Whether every block has a version with the slots of the map."""
+        return all(
+            any(at.block.slots.keys() == slots for at in self._versions(group.key(i)))
+            for group in block_map.groups
+            for slots in [{slot.name for slot in group.slots}]
+            for i in range(len(group))
+        )
 
     def _versions(self, key: str) -> list[Located]:
         return [

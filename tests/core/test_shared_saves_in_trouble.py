@@ -131,6 +131,31 @@ def test_a_rank_that_stopped_saving_early_gives_its_old_blocks(tmp_path: Path) -
         assert_same(found, expected)
 
 
+def killed_when_moments_appear(rank: int, url: str, more: int) -> Any:
+    training = make_training()
+    with opened(url) as running:
+        training.save(running)
+        before = copied(training)
+        for _ in range(more):
+            training.step()
+            if rank == 0:
+                training.save(running)
+    return before
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_kill_between_the_ranks_first_saves_of_a_new_map_leaves_the_state_of_the_old_one(
+    n: int, tmp_path: Path
+) -> None:
+    """Of the other rank's blocks nothing with moments is on disk yet."""
+    url = str(tmp_path / "scar")
+    before, _ = run_ranks(killed_when_moments_appear, 2, url, 1)
+    assert_same(load(url), before)
+    for found, said, _ in run_ranks(recovered, n, url, True):
+        assert_same(found, before)
+        assert "initial values" not in said
+
+
 # -- a rank that cannot write, or not fast -----------------------------------------------------------------------------
 
 
