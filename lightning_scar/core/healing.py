@@ -59,7 +59,8 @@ def heal(store: DeltaStore, state: LiveState, ranks: Ranks, lost: Sequence[set[s
         IncompleteError: If a lost block is neither alive nor on disk.
 
     """
-    plan = RecoveryPlan(state.map, store.index, alive=survivors(state.map, lost))
+    # A rank may have failed to look around, and know less of what the others have written.
+    plan = ranks.together(lambda: RecoveryPlan(state.map, store.index, alive=survivors(state.map, lost)))
     reader = Reader(store, state.map, plan, ranks, only=set().union(*lost))
     ranks.together(reader.read)
     reader.take(state.tensors)

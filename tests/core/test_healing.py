@@ -167,3 +167,19 @@ def nothing_to_heal_with(rank: int, url: str) -> None:
 def test_what_is_neither_alive_nor_on_disk_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     failures = run_ranks(nothing_to_heal_with, 2, str(tmp_path / "scar"), failing=True)
     assert [failure.type for failure in failures] == ["IncompleteError"] * 2
+
+
+def with_a_blind_rank(rank: int, url: str) -> None:
+    training = make_training()
+    with opened(url, block_size=192) as running:
+        if rank == 1:
+            running.store.look_around = lambda: None  # type: ignore[method-assign]
+        training.save(running)
+        with torch.no_grad():
+            training.model[0].weight[0] = torch.nan
+        heal(training, running)
+
+
+def test_a_rank_that_sees_less_than_the_others_leaves_none_of_them_waiting(tmp_path: Path) -> None:
+    failures = run_ranks(with_a_blind_rank, 2, str(tmp_path / "scar"), failing=True)
+    assert [failure.type for failure in failures] == ["IncompleteError"] * 2
