@@ -104,10 +104,14 @@ def share_out_epoch(checkpoint: dict[str, Any], before: int, now: int) -> None:
     loop = checkpoint["loops"]["fit_loop"]
     loop["state_dict"].pop("combined_loader", None)
     progress = loop["epoch_loop.batch_progress"]
-    batches = progress["current"]["ready"]
+    current = progress["current"]
+    done = current["processed"]
+    # In the middle of the last batch, where an exception is saved, the epoch is not over yet.
+    progress["is_last_batch"] &= done == current["ready"]
     # What is behind the end of the epoch for any number of ranks; else samples are rather seen twice than never.
-    shared_out = (batches + 1) * before if progress["is_last_batch"] else batches * before // now
-    progress["current"] = {name: count + shared_out - batches for name, count in progress["current"].items()}
+    shared_out = (done + 1) * before if progress["is_last_batch"] else done * before // now
+    completed = shared_out + current["completed"] - done
+    progress["current"] = dict.fromkeys(current, shared_out) | {"completed": completed}
 
 
 def place_data(trainer: pl.Trainer, states: list[Any], skip: bool = False) -> None:

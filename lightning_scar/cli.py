@@ -171,7 +171,8 @@ def _ranks(store: DeltaStore) -> Table:
             age, distance = f"{head.info['oldest_age']} steps", f"{head.info['distance']:.4g}"
             table.add_row(str(rank), str(head.step), readable(head.state_bytes), age, distance, *disk)
         else:
-            what = "nothing since the start" if rank < world_size else "of an earlier start"
+            lost = "nothing since the start" if files else "nothing is there"
+            what = lost if rank < world_size else "of an earlier start"
             table.add_row(str(rank), what, "", "", "", *disk)
     return table
 

@@ -1,0 +1,46 @@
+"""The examples run, as a user runs them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_scar import load
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name: str, *options: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *map(str, options)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.timeout(300)
+def test_zero_is_cut_short_on_two_ranks_and_goes_on_on_one(tmp_path: Path) -> None:
+    options = ("--dir", tmp_path / "scar", "--epochs", "1")
+    first = run("zero.py", *options, "--steps", "25")
+    assert "Resuming" not in first
+    for rank in (0, 1):
+        assert f"Rank {rank} made 3 saves" in first  # the first, at 10, and 20; and the one of the exception
+    written = [float(size) for size in re.findall(r"saves, ([\d.]+) MB, the last at step 25", first)]
+    assert len(written) == 2
+    assert max(written) < 2 * min(written), written
+    second = run("zero.py", *options, "--devices", "1")
+    assert f"Resuming from the running checkpoint {tmp_path / 'scar'}: step 25," in second
+    assert "Rank 0 made" in second
+    # 25 steps of two ranks are 50 of the 140 batches of one.
+    assert load(tmp_path / "scar")["global_step"] == 25 + 90
