@@ -40,8 +40,8 @@ _WARM_UP = 2
 _FULL_SAVES = 3
 #: Seconds after which a rank gives up waiting for another, and after which all are killed.
 _PATIENCE, _LIMIT = 120, 1800
-#: Disturbed saves that are repeated at most; after that they count as they are.
-_REPEATED = 60
+#: Disturbed saves that are repeated at most, after so many seconds; after that they count as they are.
+_REPEATED, _PAUSE = 100, 4
 
 #: Who saves: all ranks their shares, or the first one everything.
 Way = Literal["ranks", "one_rank"]
@@ -221,6 +221,7 @@ def _samples(
         own = [savers[turn.way].save(turn)] if turn.way in savers else []
         if turn.counts and clock.is_disturbed() and repeated < patience:
             repeated += 1
+            time.sleep(_PAUSE)
             continue
         samples += own if turn.counts else []
         turns.popleft()

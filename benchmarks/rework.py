@@ -39,8 +39,8 @@ from lightning_scar.storage.store import DeltaStore
 FRACTION = 0.125
 #: Steps to both sides over which a loss is averaged.
 RADIUS = 10
-#: What the medians of an estimate are called.
-ERRORS = ("steps", "off_by_steps", "ratio")
+#: What the figures of an estimate are called.
+ERRORS = ("steps", "off_by_steps", "off_by_at_most_steps", "ratio", "ratio_at_most")
 #: Of a contraction so slow that the bound is its limit: distance over speed.
 SLOW = 1 - 1e-6
 
@@ -300,7 +300,7 @@ def first_below(losses: Sequence[float], level: float) -> float:
 
 
 def summary(kills: Sequence[Kill]) -> dict[str, float]:
-    """The medians of each task: steps, how far estimate and bound are off, and their ratio to what was measured."""
+    """Of each task the median steps, how far estimate and bound are off, and their ratio to what was measured."""
     found = {}
     for name in dict.fromkeys(kill.task for kill in kills):
         own = [kill for kill in kills if kill.task == name]
@@ -310,9 +310,9 @@ def summary(kills: Sequence[Kill]) -> dict[str, float]:
             found[f"{name}_{what}_steps"] = median([getattr(kill, what) for kill in own])
             found[f"{name}_{what}_off_by_steps"] = median(off)
             found[f"{name}_{what}_off_by_at_most_steps"] = max(off)
-            found[f"{name}_{what}_ratio"] = median(
-                [getattr(kill, what) / kill.measured for kill in own if kill.measured]
-            )
+            ratios = [getattr(kill, what) / kill.measured for kill in own if kill.measured]
+            found[f"{name}_{what}_ratio"] = median(ratios)
+            found[f"{name}_{what}_ratio_at_most"] = max(ratios, default=math.nan)
     return found
 
 
@@ -334,11 +334,12 @@ def main() -> None:
     ]
     report.show("rework cost in steps", columns, rows, [])
     medians = [
-        [name, *(f"{found[f'{name}_{key}']:.2f}" for key in ("measured_steps", *(f"estimate_{k}" for k in ERRORS)))]
-        + [f"{found[f'{name}_bound_{key}']:.2f}" for key in ERRORS]
+        [name, what, f"{found[f'{name}_measured_steps']:.2f}"]
+        + [f"{found[f'{name}_{what}_{error}']:.2f}" for error in ERRORS]
         for name in dict.fromkeys(kill.task for kill in kills)
+        for what in ("estimate", "bound")
     ]
-    columns = ["training", "measured", "estimate", "off by", "ratio", "bound", "off by", "ratio"]
+    columns = ["training", "", "measured", "median", "off by", "at most", "ratio", "at most"]
     report.show("medians, in steps", columns, medians, [])
     settings = {"fraction": FRACTION, "rounds": rounds, "radius": RADIUS}
     report.write(options.json, {**found, "kills": [asdict(kill) for kill in kills], "settings": settings}, [])
