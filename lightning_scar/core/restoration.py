@@ -3,6 +3,7 @@
 import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -204,7 +205,7 @@ def _read_share(
     limit = _limit(store, consistent)
     skeletons = Skeletons(store, limit, weights_only)
     newest = skeletons.newest()
-    all_ranks = _shards(skeletons, newest, ranks) if newest.sharded else []
+    all_ranks = _shards(store, skeletons, newest, ranks) if newest.sharded else []
     block_map = union([newest.map, *(stored.map for stored in all_ranks)])
     start = _tensors(initial)
     known = {group.name for group in block_map.groups if initial_value(group, start) is not None}
@@ -231,10 +232,13 @@ def _limit(store: DeltaStore, consistent: bool) -> Mark | None:
     return store.index.consistent if consistent else None
 
 
-def _shards(skeletons: Skeletons, newest: Stored, ranks: Ranks) -> list[Stored]:
-    found = list(skeletons.of_all_ranks())
+def _shards(store: DeltaStore, skeletons: Skeletons, newest: Stored, ranks: Ranks) -> list[Stored]:
+    found = skeletons.of_all_starts()
     world_size = newest.at.delta.head.world_size
     missing = set(range(world_size)) - {stored.rank for stored in found}
+    if any(map(partial(_is_complete, store, found), store.index.lineage)):
+        # Who has saved nothing since the last start had its shard saved by others before it.
+        missing = set()
     if missing and ranks.world_size != world_size:
         raise IncompleteError(
             f"the optimizer state was sharded over {world_size} ranks, of which {len(missing)} left nothing intact "
@@ -242,6 +246,13 @@ def _shards(skeletons: Skeletons, newest: Stored, ranks: Ranks) -> list[Stored]:
             f"Resume on {world_size} ranks: the lost shard begins anew, and the next save is of the whole state again."
         )
     return found
+
+
+def _is_complete(store: DeltaStore, found: list[Stored], incarnation: int) -> bool:
+    """Whether the skeletons of all ranks of one start are there."""
+    sizes = {delta.head.world_size for delta in store.deltas if delta.head.incarnation == incarnation}
+    ranks = {stored.rank for stored in found if stored.at.block.version.incarnation == incarnation}
+    return any(ranks >= set(range(size)) for size in sizes)
 
 
 def _check_agreement(store: DeltaStore, found: _Found, ranks: Ranks) -> None:

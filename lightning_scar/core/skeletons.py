@@ -1,7 +1,7 @@
 """The skeletons of all ranks as they lie on disk, and the state that their shards add up to."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -129,11 +129,15 @@ class Skeletons:
         """The newest intact one of a rank."""
         return next(filter(None, map(self._read, self._versions(skeleton_key(rank)))), None)
 
-    def of_all_ranks(self) -> Iterator[Stored]:
-        """The newest intact one of every rank, the newest last."""
-        ranks = map(_rank, filter(is_skeleton, self._store.index.keys()))
-        found = filter(None, map(self.of_rank, sorted(ranks)))
-        return iter(sorted(found, key=lambda stored: stored.at.block.version.mark))
+    def of_all_starts(self) -> list[Stored]:
+        """Of every rank the newest intact one of each start, the newest last."""
+        found: dict[tuple[str, int], Stored] = {}
+        for key in filter(is_skeleton, self._store.index.keys()):
+            for at in self._versions(key):
+                place = key, at.block.version.incarnation
+                if place not in found and (stored := self._read(at)):
+                    found[place] = stored
+        return sorted(found.values(), key=lambda stored: stored.at.block.version.mark)
 
     def _is_served(self, block_map: BlockMap) -> bool:
         """Whether every block has a version with the slots of the map."""

@@ -79,6 +79,32 @@ def test_a_lost_shard_begins_anew_on_as_many_ranks_and_not_on_others(tmp_path: P
     assert_same(results[0][0], live)
 
 
+def killed_early(rank: int, url: str, saves: int) -> Any:
+    """Resumes; only the first rank saves before all are killed."""
+    training = Sharded()
+    with opened(url, fraction=0.4) as running:
+        training.load(running.restore().checkpoint)
+        for _ in range(saves):
+            training.step()
+            if rank == 0:
+                training.save(running)
+        return whole_state(training)
+
+
+@pytest.mark.parametrize(("n", "m", "then"), [(2, 4, 2), (2, 3, 3), (4, 2, 1)])
+def test_a_kill_before_all_ranks_have_saved_their_new_shards_loses_none(
+    n: int, m: int, then: int, tmp_path: Path
+) -> None:
+    url = str(tmp_path / "scar")
+    run_ranks(sharded, n, url, 3, True)
+    live = run_ranks(killed_early, m, url, 2)[0]
+    for found, said, _, _ in run_ranks(sharded, then, url, 0, False):
+        assert not said
+        states = found["optimizer_states"][0]["state"]
+        assert list(states) == list(live["optimizer_states"][0]["state"])
+        assert all(set(values) == {"step", "exp_avg", "exp_avg_sq"} for values in states.values())
+
+
 # -- buffers -----------------------------------------------------------------------------------------------------------
 
 
