@@ -84,7 +84,6 @@ class RunningCheckpoint:
         self.recovery = ""
         #: How many ranks had saved it.
         self.restored_ranks = self.ranks.world_size
-        self.restored_ranks = self.ranks.world_size
         self._has_base = False
         self._save: Save | None = None
         self._dissection = Dissection(self.ranks)
@@ -126,7 +125,6 @@ class RunningCheckpoint:
         for located, _ in restored.damages:
             self.store.index.discard(located)
         self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
-        self.restored_ranks = restored.world_size
         self.restored_ranks = restored.world_size
         self._has_base = True
         self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
