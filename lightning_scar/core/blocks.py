@@ -5,7 +5,7 @@ blocks keep their rows when optimizer state appears late or other tensors come a
 """
 
 from bisect import bisect_right
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -247,8 +247,10 @@ def _dense_stride(tensor: Tensor) -> tuple[int, ...] | None:
     return tuple(tensor.stride())
 
 
-def _automatic_size(drafts: Iterable[_Draft]) -> int:
-    total = sum(draft.slots["param"][0].tensor.nbytes for draft in drafts)
+def _automatic_size(drafts: Collection[_Draft]) -> int:
+    # Of the parameters, if there are any: what else there is may be there on one rank only, and all need one size.
+    counting = [draft for draft in drafts if draft.lazy] or drafts
+    total = sum(draft.slots["param"][0].tensor.nbytes for draft in counting)
     return min(max(total // _BLOCKS_AIMED_AT, _SMALLEST), _LARGEST)
 
 

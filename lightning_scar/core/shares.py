@@ -14,7 +14,7 @@ def shares(block_map: BlockMap, world_size: int) -> list[BlockMap]:
 
     Args:
         block_map: The whole state. On ranks that hold different shards of the optimizer state only groups with an owner
-            may differ, and these only in their slots beyond the first.
+            may differ: in their slots beyond the first, and those that are not lazy altogether.
         world_size: The number of ranks.
 
     Returns:
@@ -71,8 +71,8 @@ def _room(block_map: BlockMap, world_size: int) -> list[int]:
     for group in block_map.groups:
         if group.owner is None:
             total += group.rows * group.row_nbytes
-        else:
-            # The first slot only: of the others only the owner knows.
+        elif group.lazy:
+            # The first slot only: of the others only the owner knows. And of what is not lazy not even that.
             taken[group.owner] += group.rows * group.row_numel * group.slots[0].dtype.itemsize
     return [(total + sum(taken)) // world_size - own for own in taken]
 

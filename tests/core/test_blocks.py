@@ -243,3 +243,12 @@ def test_the_map_is_built_once_for_many_saves_and_again_when_state_appears(memor
             training.save(running)
         assert counted.call_count == 2
     assert set(saved_steps(memory_url).values()) == {5}
+
+
+def test_the_automatic_size_is_that_of_the_parameters_whatever_else_a_rank_has() -> None:
+    model = nn.Linear(512, 512)
+    sizes = set()
+    for extra in ({}, {"callbacks": {"average": torch.zeros(4096, 4096)}}):
+        leaves = take_apart({"state_dict": model.state_dict(), **extra}, {})[1]
+        sizes.add(build_map(leaves, {}, model.parameters(), None).block_size)
+    assert len(sizes) == 1

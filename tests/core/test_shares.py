@@ -17,7 +17,7 @@ def group(
     name: str, rows: int, row: int = 1, size: int = 1, slots: int = 1, owner: int | None = None, dtype: int = 0
 ) -> Group:
     entries = tuple(Slot(f"slot{i}", DTYPES[dtype], None, ((name, i),)) for i in range(slots))
-    return Group(name, (rows, row), entries, size, owner=owner)
+    return Group(name, (rows, row), entries, size, lazy=True, owner=owner)
 
 
 def keys(block_map: BlockMap) -> list[str]:
@@ -158,3 +158,14 @@ def test_a_0d_tensor_is_a_share_too() -> None:
     parts = shares(state, 2)
     assert [keys(part) for part in parts] == [["scale[0:1]"], []]
     assert torch.equal(parts[0].groups[0].of(torch.tensor(3.0)), torch.tensor([3.0]))
+
+
+@given(state=states(owners=2), world_size=st.integers(2, 4), rows=st.integers(1, 50))
+def test_what_only_the_first_rank_knows_of_changes_nothing_for_the_others(
+    state: BlockMap, world_size: int, rows: int
+) -> None:
+    own = replace(group("callback", rows, owner=0), lazy=False)
+    seen_by_first = shares(BlockMap((own, *state.groups), state.block_size), world_size)
+    seen_by_others = shares(state, world_size)
+    assert seen_by_first[0].groups == (own, *seen_by_others[0].groups)
+    assert seen_by_first[1:] == seen_by_others[1:]
