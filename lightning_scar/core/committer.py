@@ -1,5 +1,7 @@
 """The end of a save: what was staged becomes a delta, in the writer's thread."""
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -121,7 +123,11 @@ class Committer:
     def _head(self, save: Save, is_complete: bool, promised: Mark | None) -> Head:
         marks = {self._store.index.consistent, promised}
         staging = save.staging
-        motion = list(astuple(staging.motion))
+        known = {
+            "oldest_age": staging.oldest_age,
+            "distance": _finite(staging.distance),
+            "motion": [_finite(value) for value in astuple(staging.motion)],
+        }
         return Head(
             incarnation=self._incarnation,
             lineage=self._lineage,
@@ -133,5 +139,10 @@ class Committer:
             whole=self._store.is_whole,
             consistent=tuple(sorted(mark for mark in marks if mark is not None)),
             state_bytes=self._stager.last.map.state_bytes + save.skeleton.nbytes,
-            info={**save.info, "oldest_age": staging.oldest_age, "distance": staging.distance, "motion": motion},
+            info={**save.info, **known},
         )
+
+
+def _finite(value: float) -> float:
+    # JSON has no infinity.
+    return value if math.isfinite(value) else sys.float_info.max

@@ -1,6 +1,7 @@
 """Which full saves ranks may count on that commit in any order, each seeing late what the others did."""
 
 import itertools
+import sys
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from lightning_scar.core.blocks import BlockMap, Group, Slot
 from lightning_scar.core.committer import Committer, Save
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.rework import Motion
+from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.stager import Stager
 from lightning_scar.core.staging import StagedGroup
@@ -184,3 +186,13 @@ def test_a_run_that_goes_on_serves_the_full_save_before_until_all_have_another(m
         assert served(memory_url, ranks) == Mark(1, 3)
     later[1].commit(5, set(), full=True)
     assert served(memory_url, later) == Mark(2, 5)
+
+
+def test_a_distance_beyond_any_float_is_written_and_read_all_the_same(memory_url: str) -> None:
+    with RunningCheckpoint(memory_url, Settings(fraction=0.5, block_size=8)) as running:
+        for step, value in enumerate((0.0, 1.3e154), start=1):
+            running.save_now({"x": torch.full((8,), value, dtype=torch.float64)}, step)
+        assert running.stats.distance == torch.inf
+    store = DeltaStore(memory_url)
+    store.refresh()
+    assert [delta.head.info["distance"] for delta in store.deltas] == [0.0, sys.float_info.max]

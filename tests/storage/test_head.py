@@ -13,7 +13,9 @@ from lightning_scar.storage.head import Head, Mark, Version, newest_consistent, 
 
 small = st.integers(0, 2**53)
 marks = st.builds(Mark, small, small)
-infos = st.dictionaries(st.text(), st.one_of(st.none(), st.booleans(), small, st.text(), st.floats(allow_nan=False)))
+infos = st.dictionaries(
+    st.text(), st.one_of(st.none(), st.booleans(), small, st.text(), st.floats(allow_nan=False, allow_infinity=False))
+)
 heads = st.builds(
     Head,
     incarnation=small,
