@@ -97,6 +97,8 @@ class Counted(TinyModel):
 
 def train_counted(dirpath: Path, path: Path, seen: Path, **options: Any) -> None:
     """A training that saves only when it is told to stop."""
+    # What a shell runs in the background ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     model = Counted(path)
     scar = saver(dirpath, every_n_train_steps=1000, save_on_exception=True)
     try:
