@@ -1,0 +1,361 @@
+"""What the supervisor's coordinator, its agents and the workers tell each other.
+
+All of it goes over one ``TCPStore``, which lives in the supervisor, since any worker may die. Workers and agents append
+*events* to one log; the coordinator reads them, decides, and answers with *notices*, a second log that everybody reads
+from its beginning. So all see the same history in the same order.
+
+A *slot* is the place of a worker in the job, from 0 to ``world_size - 1``: its ``RANK``. It outlives the processes that
+fill it. Every start of a process has a *spawn* number that never comes again, nor does that of a *generation*.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TypeAlias
+
+from torch.distributed import Store
+
+#: A worker exits with it when the supervisor is to start all workers again.
+RESTART_EXIT_CODE = 75
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One membership of the process group.
+
+    Args:
+        number: Its number; greater than that of any earlier one.
+        spawns: The spawn number of each member by its slot.
+        source: The slot of the member whose state counts: it has completed the most steps.
+        step: How many steps the source has completed.
+        joiners: The slots of those members that have no state yet.
+
+    """
+
+    number: int
+    spawns: dict[int, int]
+    source: int
+    step: int = 0
+    joiners: tuple[int, ...] = ()
+
+    @property
+    def members(self) -> list[int]:
+        """The slots of its members, in the order of their group ranks."""
+        return sorted(self.spawns)
+
+
+# -- events: from workers -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A worker speaks this protocol: it will say when its group fails."""
+
+    slot: int
+    spawn: int
+
+
+@dataclass(frozen=True)
+class Began:
+    """A worker is in a training from now on, with a state worth keeping."""
+
+    slot: int
+    spawn: int
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A worker has left its generation and waits for the next one.
+
+    Args:
+        slot: Its slot.
+        spawn: Its spawn number.
+        generation: The generation that it has left.
+        step: How many steps it has completed.
+        boundary: Whether it stands behind a completed step, where a joiner can be taken in; else in the next step.
+        waited: Seconds for which it had been blocked when it gave up.
+
+    """
+
+    slot: int
+    spawn: int
+    generation: int
+    step: int
+    boundary: bool
+    waited: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stranded:
+    """A worker's group failed where it cannot be put together again; it waits to hear who keeps the state."""
+
+    slot: int
+    spawn: int
+    generation: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A replacement has done its set-up and waits to be taken in."""
+
+    slot: int
+    spawn: int
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker's training is over; it may go on with something else, e.g. a test."""
+
+    slot: int
+    spawn: int
+
+
+# -- events: from agents --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Started:
+    """An agent has started a worker."""
+
+    slot: int
+    spawn: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A worker's process is gone.
+
+    Args:
+        slot: Its slot.
+        spawn: Its spawn number.
+        code: Its exit code; negative for the signal that ended it.
+        tail: The last lines of its standard error.
+
+    """
+
+    slot: int
+    spawn: int
+    code: int
+    tail: str = ""
+
+
+@dataclass(frozen=True)
+class StopAsked:
+    """An agent was told by a signal to end the job."""
+
+    signal: int
+
+
+Event: TypeAlias = Registered | Began | Waiting | Stranded | Ready | Ended | Started | Exited | StopAsked
+
+
+# -- notices: to workers --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Formed:
+    """The next generation."""
+
+    generation: Generation
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A generation is no more; whoever is blocked in one of its collectives must give up.
+
+    Args:
+        generation: Its number.
+        reason: Who was lost and how, for people, e.g. ``"rank 2 was killed by SIGKILL"``.
+
+    """
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Joining:
+    """Replacements are ready, and wait to be taken into the generation that follows this one.
+
+    Args:
+        generation: Its number.
+        slots: The slots of the replacements.
+
+    """
+
+    generation: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Restart:
+    """All workers will be started again: whoever left this generation exits with :data:`RESTART_EXIT_CODE`.
+
+    Args:
+        generation: The last generation.
+        keeper: The slot of the worker that leaves its state for the next start; -1 for nobody.
+
+    """
+
+    generation: int
+    keeper: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The job is to end: workers save once, all behind the same step, and exit.
+
+    Args:
+        reason: Why, for people.
+
+    """
+
+    reason: str
+
+
+# -- notices: to agents ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spawn:
+    """An agent is to start a worker.
+
+    Args:
+        slot: Its slot.
+        spawn: Its spawn number.
+        generation: The generation that it starts in; -1 for a replacement, which joins a later one.
+        attempt: How often all workers have been started again.
+
+    """
+
+    slot: int
+    spawn: int
+    generation: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Kill:
+    """An agent is to end a worker with a signal."""
+
+    slot: int
+    spawn: int
+    signal: int
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The job is over: agents end what is left and exit with this code."""
+
+    code: int
+
+
+Notice: TypeAlias = Formed | Broken | Joining | Restart | Stop | Spawn | Kill | Finish
+
+_KINDS = {
+    kind.__name__: kind
+    for kind in (
+        *(Registered, Began, Waiting, Stranded, Ready, Ended, Started, Exited, StopAsked),
+        *(Formed, Broken, Joining, Restart, Stop, Spawn, Kill, Finish),
+    )
+}
+
+
+def _encode(message: Event | Notice) -> str:
+    return json.dumps({"kind": type(message).__name__, **asdict(message)})
+
+
+def _decode(text: str | bytes) -> Event | Notice:
+    fields = json.loads(text)
+    kind = _KINDS[fields.pop("kind")]
+    if kind is Formed:
+        generation = fields["generation"]
+        generation["spawns"] = {int(slot): spawn for slot, spawn in generation["spawns"].items()}
+        generation["joiners"] = tuple(generation["joiners"])
+        return Formed(Generation(**generation))
+    if kind is Joining:
+        fields["slots"] = tuple(fields["slots"])
+    message: Event | Notice = kind(**fields)
+    return message
+
+
+class Events:
+    """The log of events: many writers, any of which may be killed in the middle; one reader, the coordinator.
+
+    Example::
+
+        >>> from torch.distributed import HashStore
+        >>> store = HashStore()
+        >>> events = Events.create(store)
+        >>> Events(store).append(Began(slot=1, spawn=4))
+        >>> list(events.news())
+        [Began(slot=1, spawn=4)]
+
+    """
+
+    _KEY = "events"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._read = 0
+
+    @classmethod
+    def create(cls, store: Store) -> "Events":
+        """Begins the log; once, before anybody else uses it."""
+        store.set(cls._KEY, "")
+        return cls(store)
+
+    def append(self, event: Event) -> None:
+        """Appends an event, in one operation of the store."""
+        self._store.append(self._KEY, _encode(event) + "\n")  # type: ignore[attr-defined]
+
+    def news(self) -> Iterator[Event]:
+        """The events since the last call."""
+        text = self._store.get(self._KEY)
+        lines, self._read = text[self._read :], len(text)
+        for line in lines.splitlines():
+            yield _decode(line)  # type: ignore[misc]
+
+
+class Notices:
+    """The log of notices: one writer, the coordinator; any number of readers.
+
+    Example::
+
+        >>> from torch.distributed import HashStore
+        >>> store = HashStore()
+        >>> Notices(store).append(Stop("SIGTERM"))
+        >>> Notices(store).wait(0)
+        Stop(reason='SIGTERM')
+
+    """
+
+    _FOREVER = timedelta(days=300)
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._length = 0
+
+    def append(self, notice: Notice) -> None:
+        """Appends a notice."""
+        self._store.set(f"notice/{self._length}", _encode(notice))
+        self._length += 1
+
+    def wait(self, number: int) -> Notice:
+        """The notice of a number, as soon as it is there. Blocks the store's connection until then.
+
+        Raises:
+            torch.distributed.DistError: If the store is no more.
+
+        """
+        self._store.wait([f"notice/{number}"], self._FOREVER)
+        return _decode(self._store.get(f"notice/{number}"))  # type: ignore[return-value]
+
+    def news(self, number: int) -> Iterator[Notice]:
+        """The notices from a number on that are there already."""
+        while self._store.check([f"notice/{number}"]):
+            yield _decode(self._store.get(f"notice/{number}"))  # type: ignore[misc]
+            number += 1
