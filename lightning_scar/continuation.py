@@ -1,0 +1,232 @@
+"""A worker's way through an outage: leave the broken group, form the next, make the interrupted step again.
+
+Every optimizer step goes through :meth:`Continuation.step`. A worker stands either *in* a step, whose parameters are
+untouched, or *behind* one; these are the two places where generations change.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+
+from lightning_scar import _lightning, joining
+from lightning_scar.collection import Collection
+from lightning_scar.elastic.membership import Member, RestartError
+from lightning_scar.elastic.messages import RESTART_EXIT_CODE
+from lightning_scar.generations import Generations
+from lightning_scar.kept import calls
+from lightning_scar.outage import OutagePolicy, Outages
+from lightning_scar.step_start import StepStart
+
+if TYPE_CHECKING:
+    from lightning_scar.strategy import SCARDDPStrategy
+
+#: What a leader announces before a step's collectives, so that all know it behind that step.
+_JOIN, _STOP = "join", "stop"
+
+Closure = Callable[[], Any]
+Attempt = Callable[[Closure], Any]
+
+
+class Continuation:
+    """What this worker does when another one dies.
+
+    Args:
+        strategy: Makes process groups and wraps the model.
+        trainer: Whose training it is.
+        member: This worker's part in the generations.
+        policy: What survivors do until the replacement is there.
+
+    """
+
+    def __init__(self, strategy: "SCARDDPStrategy", trainer: pl.Trainer, member: Member, policy: OutagePolicy) -> None:
+        self.outages = Outages(trainer, member, policy)
+        #: The batch of the step under way.
+        self.batch: Any = None
+        self._strategy = strategy
+        self._trainer = trainer
+        self._member = member
+        self._policy = policy
+        self._generations = Generations(strategy, trainer, member)
+        self._start = StepStart()
+        self._collection: Collection | None = None
+
+    # -- the beginning and the end of a training -----------------------------------------------------------------
+
+    def set_up(self) -> None:
+        """Enters the first generation; a replacement does without a group until it is taken in."""
+        if dist.is_initialized():
+            return
+        if self._member.is_replacement and self._member.generation is None:
+            self._generations.steps = -1
+            joining.begin_as_joiner(self._trainer)
+        else:
+            self._generations.enter_first()
+
+    @property
+    def is_joiner(self) -> bool:
+        """Whether this worker is a replacement that has not been taken in yet."""
+        return self._generations.steps < 0
+
+    def begin(self) -> None:
+        """The training loop begins."""
+        joining.silence_sigterm_broadcast(self._trainer)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda signum, frame: self._member.ask_to_stop(signum))
+        self._start = StepStart(self._strategy.lightning_module)
+        if not self.is_joiner:
+            self._generations.steps = self._trainer.global_step
+            if calls.is_first_fit:
+                self._member.begin()
+
+    def end(self) -> None:
+        """The training loop is over."""
+        if calls.is_first_fit:
+            self._member.end()
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def step(self, attempt: Attempt, closure: Closure) -> Any:
+        """Makes an optimizer step, whoever dies meanwhile.
+
+        Args:
+            attempt: Makes the step, given what computes its gradients and returns the loss.
+            closure: Computes the gradients of the present batch.
+
+        """
+        if self.is_joiner:
+            self._generations.enter_next(boundary=True, closure=closure)
+            self._member.begin()
+            return None
+        started = time.monotonic()
+        self._start.keep(gradients=self._trainer.accumulate_grad_batches > 1)
+        while True:
+            try:
+                self._announce()
+                output = attempt(closure) if self._collection is None else self._collection.flush(attempt)
+            except Exception as error:
+                if not self._can_survive(error):
+                    raise
+            else:
+                self._complete()
+                self._behind_step()
+                return output
+            if self._survive(closure, waited=time.monotonic() - started):
+                return None
+
+    def _complete(self) -> None:
+        self._generations.steps += 1
+        self._generations.substeps = self._collection.applied if self._collection is not None else 0
+        self._collection = None
+
+    def _announce(self) -> None:
+        """Tells the others, before the collectives of a step, what follows it."""
+        if not self._member.is_leader:
+            return
+        step = self._generations.steps + 1
+        if self._member.stop_reason:
+            self._member.call(_STOP, step)
+        elif self._member.joiners_are_ready():
+            self._member.call(_JOIN, step)
+
+    def _behind_step(self) -> None:
+        """Takes joiners in. Only a full group leaves the training steps, e.g. for a validation."""
+        self.outages.stepped()
+        word = self._member.called(self._generations.steps)
+        if word == _STOP:
+            return _lightning.mark_sigterm(self._trainer)
+        while word == _JOIN or (not self._member.is_full and joining.leaves_training_next(self._trainer)):
+            if word != _JOIN:
+                self._member.wait_for_joiners()
+            if self._member.stop_reason:
+                return None
+            self._generations.enter_next(boundary=True)
+            word = ""
+        if self._member.is_full:
+            self.outages.rejoined(self._generations.steps)
+        return None
+
+    # -- an outage -----------------------------------------------------------------------------------------------
+
+    def _can_survive(self, error: Exception) -> bool:
+        # A replacement would run the script from its beginning, and come to another fit first.
+        return calls.is_first_fit and self._member.is_due_to_failure(error)
+
+    def _survive(self, closure: Closure, waited: float) -> bool:
+        """Enters the next generation.
+
+        Returns:
+            Whether the step is done: this worker was behind the others and has their state now, or part of what it had
+            collected was applied before the group broke again.
+
+        """
+        self._generations.leave()
+        self._start.restore()
+        self.outages.begin(self._generations.steps)
+        is_done = self._collection is not None and self._collection.applied > 0
+        if is_done:
+            self._complete()
+        self._collection = None
+        is_done |= self._generations.enter_next(boundary=is_done, closure=closure, waited=waited)
+        self.outages.regrouped()
+        self._check_size()
+        if not is_done and not self._member.is_full and self._policy.on_failure != "shrink":
+            self._hold(closure)
+        return is_done
+
+    def _hold(self, closure: Closure) -> None:
+        """Lets weights wait until replacements are ready, and collects gradients meanwhile if that is wanted."""
+        collection = Collection.of(self._trainer, self._policy, self.batch)
+        while True:
+            # Without a group, so that what the training step logs needs nobody else.
+            self._generations.leave()
+            if collection is not None:
+                collection.run(closure, until=lambda: self._member.has_news)
+            if collection is None or not collection.is_full:
+                self._member.wait_for_joiners()
+            is_over = self._member.joiners_are_ready() or not self._member.is_broken
+            self._generations.enter_next(boundary=False)
+            if is_over:
+                break
+        self._collection = collection
+        if collection is not None and self.outages.present is not None:
+            self.outages.present.stale_gradients += collection.stale
+
+    def _check_size(self) -> None:
+        assert self._member.generation is not None
+        here = len(self._member.generation.spawns)
+        if here < self._policy.min_world_size:
+            reason = f"{here} workers are left, fewer than min_world_size={self._policy.min_world_size}"
+            self._member.give_up(reason)
+            raise RuntimeError(
+                f"lightning-scar: {reason}. The training stops; it resumes from its last save when it is started again."
+            )
+
+    # -- what cannot be mended -----------------------------------------------------------------------------------
+
+    def failed(self, error: BaseException) -> None:
+        """An error ends the Trainer's call. If another worker's death is behind it, all are started again.
+
+        They begin with the state of this moment; this process ends here.
+        """
+        if not isinstance(error, RestartError) and not self._member.is_due_to_failure(error):
+            return
+        self._strategy.unwrap()
+        for logger in self._trainer.loggers:
+            logger.save()
+        try:
+            self._member.strand(self._generations.steps)
+        except RestartError as restart:
+            if restart.keeper == self._member.slot:
+                calls.keep_last_fit()
+        self._strategy.checkpoint_io.teardown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not by an exception: the script might take it for its own, and what runs at exit might wait for others.
+        os._exit(RESTART_EXIT_CODE)

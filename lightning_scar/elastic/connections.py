@@ -1,0 +1,79 @@
+"""The sockets of a process group, so that a worker that is blocked in one of its collectives can be woken.
+
+``abort`` does nothing for gloo: a rank whose own neighbours are alive waits for the group's timeout, however long ago
+another one died. A socket that is shut down fails at once at both ends, whoever holds references to the group.
+"""
+
+import os
+import socket
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+_DESCRIPTORS = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
+
+#: A descriptor and the socket behind it: descriptors are used again, these numbers are not.
+_Socket = tuple[int, int]
+
+
+class Connections:
+    """The sockets that are opened while a process group is formed.
+
+    Example::
+
+        >>> import socket
+        >>> connections = Connections()
+        >>> with connections.recorded():
+        ...     one, other = socket.socketpair()
+        >>> connections.cut()
+        >>> other.recv(1)
+        b''
+
+    """
+
+    def __init__(self) -> None:
+        self._before: set[_Socket] = set()
+        self._opened: set[_Socket] = set()
+        self._is_recording = False
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Takes note of the sockets that this process opens meanwhile."""
+        with self._lock:
+            self._before, self._opened, self._is_recording = set(_sockets()), set(), True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._opened, self._is_recording = set(_sockets()) - self._before, False
+
+    def cut(self) -> None:
+        """Shuts them down, from whatever thread. While they are being recorded those that there are so far."""
+        with self._lock:
+            if self._is_recording:
+                self._opened = set(_sockets()) - self._before
+            for descriptor, number in self._opened:
+                _shut_down(descriptor, number)
+            self._opened = set()
+
+
+def _sockets() -> Iterator[_Socket]:
+    for name in os.listdir(_DESCRIPTORS):
+        with suppress(OSError):
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                yield int(name), status.st_ino
+
+
+def _shut_down(descriptor: int, number: int) -> None:
+    with suppress(OSError):
+        duplicate = socket.socket(fileno=os.dup(descriptor))
+        try:
+            # A listening socket has no peer; gloo ends the process when one of those is shut down.
+            if os.fstat(duplicate.fileno()).st_ino == number and duplicate.getpeername() is not None:
+                duplicate.shutdown(socket.SHUT_RDWR)
+        finally:
+            duplicate.close()

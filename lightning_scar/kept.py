@@ -1,0 +1,96 @@
+"""The state that a worker leaves in memory-backed storage when all workers are to be started again.
+
+A failure in a validation, a barrier or a checkpoint cannot be mended in the process. Nothing but start-up time is lost
+all the same: one survivor writes its exact state, and every worker of the next start loads it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_scar import _lightning, joining
+
+#: Where a checkpoint dict holds what else the next start needs.
+_KEY = "lightning_scar"
+
+
+class Calls:
+    """The calls of a Trainer's ``fit``, ``test`` and so on in this process, numbered: a script makes the same again."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._last_fit: tuple[int, pl.Trainer] | None = None
+
+    def begin(self, trainer: pl.Trainer, writes: bool) -> None:
+        """A call begins.
+
+        Args:
+            trainer: Whose.
+            writes: Whether this worker keeps the state of an earlier ``fit`` when another one begins.
+
+        """
+        self.number += 1
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self._last_fit is not None and writes:
+            keep(*reversed(self._last_fit), finished=True)
+        self._last_fit = self.number, trainer
+
+    @property
+    def is_first_fit(self) -> bool:
+        """Whether a replacement that runs the script from its beginning would come to the present call first."""
+        return self.number == 1
+
+    def keep_last_fit(self) -> None:
+        """Writes the state of the ``fit`` under way, or else of the last one."""
+        if self._last_fit is not None:
+            number, trainer = self._last_fit
+            keep(trainer, number, finished=number != self.number or not trainer.training and not trainer.validating)
+
+    def kept(self) -> str | None:
+        """The state that the present call begins with, if an earlier start left one."""
+        path = _path(self.number)
+        return str(path) if path.exists() else None
+
+
+#: Those of this process.
+calls = Calls()
+
+
+def keep(trainer: pl.Trainer, call: int, finished: bool) -> None:
+    """Writes a trainer's state, whole or not at all.
+
+    Args:
+        trainer: In, or behind, its ``fit``.
+        call: The number of that call.
+        finished: Whether the training is over.
+
+    """
+    checkpoint = _lightning.dump_checkpoint(trainer)
+    joining.undo_unfinished_batch(checkpoint)
+    checkpoint[_KEY] = {"finished": finished, "live": joining.live_state(trainer)}
+    path = _path(call)
+    partial = path.with_suffix(".partial")
+    torch.save(checkpoint, partial)
+    partial.replace(path)
+
+
+def take_live_state(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> bool:
+    """Takes what :func:`keep` added to a checkpoint dict.
+
+    Returns:
+        Whether the training is over.
+
+    """
+    kept = checkpoint.pop(_KEY)
+    trainer.should_stop = kept["finished"] or kept["live"]["should_stop"]
+    finished: bool = kept["finished"]
+    return finished
+
+
+def _path(call: int) -> Path:
+    return Path(os.environ["LIGHTNING_SCAR_STATE"]) / f"call-{call:04d}.ckpt"

@@ -1,0 +1,87 @@
+"""How a script comes under the supervisor, and what becomes of an error that no step can mend."""
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from typing_extensions import override
+
+
+class SupervisedLauncher(_Launcher):
+    """Turns the first process of a plain ``python train.py`` into the supervisor, which starts the workers.
+
+    Args:
+        options: Options of ``lightning-scar run``; ``None`` where processes are created by something else.
+        on_begin: Told of every call of the Trainer.
+        on_error: Told of every error that ends a call of the Trainer, before anything else reacts to it.
+
+    """
+
+    def __init__(
+        self,
+        options: list[str] | None,
+        on_begin: Callable[["pl.Trainer"], None],
+        on_error: Callable[[BaseException], None],
+    ) -> None:
+        self._options = options
+        self._on_begin = on_begin
+        self._on_error = on_error
+
+    @property
+    @override
+    def is_interactive_compatible(self) -> bool:
+        return False
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: "pl.Trainer", **kwargs: Any) -> Any:
+        if self._options is not None:
+            become_supervisor(self._options)
+        self._on_begin(trainer)
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            self._on_error(error)
+            raise
+
+    @override
+    def kill(self, signum: int) -> None:
+        """Nothing: the supervisor passes signals on."""
+
+
+def become_supervisor(options: list[str]) -> None:
+    """Replaces this process by ``lightning-scar run``, which runs the same program in its workers.
+
+    Args:
+        options: Options of the command.
+
+    Raises:
+        MisconfigurationException: If the program could not be run again as it was.
+
+    """
+    remedy = f"Start it with `lightning-scar run {' '.join(options)} your_script.py`, or use strategy='ddp'."
+    if not _is_a_script():
+        raise MisconfigurationException(
+            "strategy='scar_ddp' starts this program again under a supervisor, and so it must be a script; this is a "
+            f"notebook, an interactive session or `python -c`. {remedy}"
+        )
+    if multiprocessing.parent_process() is not None or threading.current_thread() is not threading.main_thread():
+        raise MisconfigurationException(
+            "strategy='scar_ddp' starts this program again under a supervisor, and so `fit` must be called by its main "
+            f"process and thread; this call comes from a child process or another thread, e.g. of a sweep. {remedy}"
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-m", "lightning_scar", "run", *options, "--", *sys.orig_argv[1:]]
+    os.execv(sys.executable, command)
+
+
+def _is_a_script() -> bool:
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    return not hasattr(sys, "ps1") and path is not None and os.path.isfile(path) and "pytest" not in sys.modules

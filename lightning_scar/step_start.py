@@ -1,0 +1,57 @@
+"""What a step that fails half-way must find again when it is made once more."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+
+class StepStart:
+    """The parts of the training state that a forward and backward change: buffers, random generators, gradients.
+
+    Args:
+        module: The model.
+
+    """
+
+    def __init__(self, module: Module | None = None) -> None:
+        self._module = module
+        self._buffers: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._gradients: list[Tensor | None] = []
+        self._random: list[Any] = []
+
+    def keep(self, gradients: bool) -> None:
+        """Copies them.
+
+        Args:
+            gradients: Whether gradients of earlier micro-batches wait to be added to.
+
+        """
+        assert self._module is not None
+        self._buffers = [buffer for buffer in self._module.buffers() if buffer.numel()]
+        if [copy.shape for copy in self._copies] != [buffer.shape for buffer in self._buffers]:
+            self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
+        if self._buffers:
+            # One call for all: a model with batch normalisation has hundreds.
+            torch._foreach_copy_(self._copies, [buffer.detach() for buffer in self._buffers])
+        self._random = [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None]
+        self._gradients = [_clone(p.grad) for p in self._module.parameters()] if gradients else []
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts them back."""
+        assert self._module is not None
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._copies)
+        torch.set_rng_state(self._random[0])
+        if self._random[1] is not None:
+            torch.cuda.set_rng_state(self._random[1])
+        parameters = list(self._module.parameters())
+        for parameter, gradient in zip(parameters, self._gradients or [None] * len(parameters), strict=True):
+            parameter.grad = _clone(gradient)
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
