@@ -101,7 +101,9 @@ class Continuation:
 
         """
         if self.is_joiner:
-            self._generations.enter_next(boundary=True, closure=closure)
+            # Lightning asks every batch for its loss; the gradients are not used.
+            closure()
+            self._generations.enter_next(boundary=True)
             self._member.begin()
             return None
         started = time.monotonic()

@@ -53,14 +53,12 @@ class Generations:
         while True:
             self.leave()
             try:
-                if self.steps < 0:
-                    self._member.enter_as_joiner(**self._strategy.group_options())
-                else:
-                    step = self._member.enter_next
-                    step(self.steps, boundary or was_behind, waited, **self._strategy.group_options())
-                was_behind = self._level(closure) or was_behind
-                self._strategy.wrap()
-                return was_behind
+                self._enter(boundary or was_behind, waited)
+                if self._level(closure):
+                    was_behind = True
+                if dist.is_initialized():
+                    self._strategy.wrap()
+                    return was_behind
             except Exception as error:
                 if not self._member.is_due_to_failure(error):
                     raise
@@ -69,6 +67,13 @@ class Generations:
         """Closes the group and makes the model compute alone."""
         self._strategy.unwrap()
         self._member.leave()
+
+    def _enter(self, boundary: bool, waited: float) -> None:
+        options = self._strategy.group_options()
+        if self.steps < 0:
+            self._member.enter_as_joiner(**options)
+        else:
+            self._member.enter_next(self.steps, boundary, waited, **options)
 
     def _level(self, closure: Callable[[], Any] | None) -> bool:
         """Gives the state of the member with the most completed steps to those that are behind."""
@@ -81,14 +86,18 @@ class Generations:
         if dist.get_rank() not in behind:
             return False
         checkpoint, live = receive(source)
-        if closure is not None:
-            # Lightning asks every batch for its loss. What this one does to buffers is overwritten.
-            closure()
         if self.steps < 0:
             joining.take_state(self._trainer, checkpoint, live)
             joining.place_in_data(self._trainer)
         else:
+            self._run_alone(closure)
             joining.take_weights(self._trainer, checkpoint)
         self._strategy.lightning_module.zero_grad()
         self.steps, self.substeps = progress[source]
         return True
+
+    def _run_alone(self, closure: Callable[[], Any] | None) -> None:
+        """Lightning asks every batch for its loss. What it logs may need a group, so the others must come again."""
+        self.leave()
+        if closure is not None:
+            closure()
