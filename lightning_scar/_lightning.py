@@ -36,6 +36,7 @@ def intercept_resume(
     trainer: pl.Trainer,
     choose: Callable[[str | None], str | None],
     loaded: Callable[[str, dict[str, Any]], None],
+    **options: Any,
 ) -> None:
     """Lets a callback's ``setup`` decide what the call under way resumes from.
 
@@ -45,6 +46,7 @@ def intercept_resume(
         trainer: The trainer whose ``fit``, ``validate``, ``test`` or ``predict`` is under way.
         choose: Gets the path that the user asked for, returns the one to load.
         loaded: Gets that path and the checkpoint dict, before anything is restored from it; may change the dict.
+        options: Override what the call passes on to the reading, e.g. ``weights_only``.
 
     """
     connector = trainer._checkpoint_connector
@@ -52,7 +54,7 @@ def intercept_resume(
     def resume_start(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
         end_interception(trainer)
         path = choose(checkpoint_path)
-        connector.resume_start(path, *args, **kwargs)
+        connector.resume_start(path, *args, **{**kwargs, **options})
         if path:
             loaded(path, connector._loaded_checkpoint)
 
@@ -143,6 +145,11 @@ def place_data(trainer: pl.Trainer, states: list[Any], skip: bool = False) -> No
 def logger_step(trainer: pl.Trainer) -> int:
     """The step that Lightning gives its loggers; loggers want steps that never fall."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def is_joiner(trainer: pl.Trainer) -> bool:
+    """Whether this process is a replacement that has no state of the training yet."""
+    return bool(getattr(trainer.strategy, "is_joiner", False))
 
 
 def mark_sigterm(trainer: pl.Trainer) -> None:

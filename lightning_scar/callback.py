@@ -17,12 +17,14 @@ from typing_extensions import override
 
 from lightning_scar import _lightning
 from lightning_scar.checkpoint_io import SCARCheckpointIO, installed_io
+from lightning_scar.core.claim import Seat
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName
 from lightning_scar.core.stats import Stats
 from lightning_scar.fences import Fences, before_optimizer_steps
+from lightning_scar.kept import calls
 from lightning_scar.refusals import (
     check_healing,
     check_intervals,
@@ -152,20 +154,37 @@ class SCARCheckpoint(Checkpoint):
             return
         check_strategy(trainer)
         self._io = installed_io(trainer, self._storage_options)
-        if stage != "fit":
+        if stage != "fit" or _lightning.is_joiner(trainer):
             return
         self._open(trainer)
+        if calls.kept() is not None:
+            return
         _lightning.intercept_resume(
             trainer,
             lambda asked_for: self._path_to_resume(trainer, asked_for),
             lambda path, checkpoint: self._loaded(trainer, path, checkpoint),
         )
 
-    def _open(self, trainer: pl.Trainer) -> None:
+    def hand_over(self) -> Seat | None:
+        """What the same callback needs in a process that takes the place of a rank that died."""
+        return self._running.seat if self._running is not None else None
+
+    def take_over(self, trainer: pl.Trainer, seat: Seat | None) -> None:
+        """Goes on saving in the place of a rank that died; ``seat`` is from :meth:`hand_over` of another rank."""
+        if seat is not None:
+            self._open(trainer, seat)
+            self._schedule.begin(self._step(trainer))
+
+    def fence(self) -> None:
+        """Waits until the save under way is copied; to be called before anything but an optimizer changes weights."""
+        if self._running is not None:
+            self._running.fence()
+
+    def _open(self, trainer: pl.Trainer, seat: Seat | None = None) -> None:
         assert self._io is not None
-        ranks = Ranks.of_default_group() if trainer.world_size > 1 else Ranks()
+        ranks = Ranks.of_default_group() if seat is None else Ranks(trainer.global_rank, trainer.world_size)
         check_healing(self._heal_non_finite, self._schedule.every_n_train_steps, ranks.world_size)
-        running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks)
+        running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks, seat)
         self._running, self.stats = running, running.stats
         self._io.attach(self.dirpath, running, lambda: {"state_dict": trainer.lightning_module.state_dict()})
         self._logged_saves = 0
@@ -282,7 +301,7 @@ class SCARCheckpoint(Checkpoint):
         elif trainer.should_stop and self._time_is_up(trainer):
             self._begin(trainer, full=True)
         elif self._schedule.is_due(step):
-            if self._heal_non_finite:
+            if self._heal_non_finite and self._running.ranks.all_here:
                 self.heal(trainer)
             self._begin(trainer, full=self._schedule.is_full(step))
 

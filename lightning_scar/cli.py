@@ -1,4 +1,4 @@
-"""The command ``lightning-scar``: look at, verify and export running checkpoints."""
+"""The command ``lightning-scar``: run scripts that outlive their workers; look at, verify, export checkpoints."""
 
 import os
 import pickle
@@ -21,6 +21,11 @@ from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.delta import StorageError, StoredBlock
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of, retry_vanished
+
+
+def run() -> int:
+    """Runs a script in several workers, and replaces those that die; see ``lightning-scar run --help``."""
+    raise NotImplementedError("main() reads its command line")
 
 
 def inspect(dir: str, storage_options: dict[str, Any] | None = None) -> int:
@@ -98,8 +103,13 @@ def export(
 
 def main() -> None:
     """Runs the command."""
-    commands: Any = {"inspect": inspect, "verify": verify, "export": export}
+    commands: Any = {"run": run, "inspect": inspect, "verify": verify, "export": export}
     try:
+        if sys.argv[1:2] == ["run"]:
+            # The script's own arguments follow, which are nobody else's to read.
+            from lightning_scar.elastic.command_line import main as run_main
+
+            sys.exit(run_main(sys.argv[2:]))
         sys.exit(jsonargparse.auto_cli(commands, prog="lightning-scar", description=__doc__))
     except (StorageError, OSError, ValueError) as error:
         sys.exit(f"lightning-scar: {error}")

@@ -20,7 +20,7 @@ from lightning_scar.collection import Collection
 from lightning_scar.elastic.membership import Member, RestartError
 from lightning_scar.elastic.messages import RESTART_EXIT_CODE
 from lightning_scar.generations import Generations
-from lightning_scar.kept import calls
+from lightning_scar.kept import calls, resume
 from lightning_scar.outage import OutagePolicy, Outages
 from lightning_scar.step_start import StepStart
 
@@ -53,7 +53,7 @@ class Continuation:
         self._trainer = trainer
         self._member = member
         self._policy = policy
-        self._generations = Generations(strategy, trainer, member)
+        self._generations = Generations(strategy, trainer, member, self.outages)
         self._start = StepStart()
         self._collection: Collection | None = None
 
@@ -61,6 +61,9 @@ class Continuation:
 
     def set_up(self) -> None:
         """Enters the first generation; a replacement does without a group until it is taken in."""
+        path = calls.kept()
+        if path is not None:
+            resume(self._trainer, path)
         if dist.is_initialized():
             return
         if self._member.is_replacement and self._member.generation is None:
@@ -80,6 +83,8 @@ class Continuation:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda signum, frame: self._member.ask_to_stop(signum))
         self._start = StepStart(self._strategy.lightning_module)
+        if calls.kept() is not None:
+            _lightning.place_data(self._trainer, [], skip=True)
         if not self.is_joiner:
             self._generations.steps = self._trainer.global_step
             if calls.is_first_fit:
@@ -105,6 +110,7 @@ class Continuation:
             closure()
             self._generations.enter_next(boundary=True)
             self._member.begin()
+            self._note_rejoin()
             return None
         started = time.monotonic()
         self._start.keep(gradients=self._trainer.accumulate_grad_batches > 1)
@@ -132,7 +138,7 @@ class Continuation:
         if not self._member.is_leader:
             return
         step = self._generations.steps + 1
-        if self._member.stop_reason:
+        if self._member.is_stopping:
             self._member.call(_STOP, step)
         elif self._member.joiners_are_ready():
             self._member.call(_JOIN, step)
@@ -146,13 +152,16 @@ class Continuation:
         while word == _JOIN or (not self._member.is_full and joining.leaves_training_next(self._trainer)):
             if word != _JOIN:
                 self._member.wait_for_joiners()
-            if self._member.stop_reason:
+            if self._member.is_stopping:
                 return None
             self._generations.enter_next(boundary=True)
             word = ""
+        self._note_rejoin()
+        return None
+
+    def _note_rejoin(self) -> None:
         if self._member.is_full:
             self.outages.rejoined(self._generations.steps)
-        return None
 
     # -- an outage -----------------------------------------------------------------------------------------------
 
@@ -184,18 +193,20 @@ class Continuation:
 
     def _hold(self, closure: Closure) -> None:
         """Lets weights wait until replacements are ready, and collects gradients meanwhile if that is wanted."""
-        collection = Collection.of(self._trainer, self._policy, self.batch)
-        while True:
+        member, collection = self._member, Collection.of(self._trainer, self._policy, self.batch)
+        while not self._generations.some_are_ready:
             # Without a group, so that what the training step logs needs nobody else.
             self._generations.leave()
             if collection is not None:
-                collection.run(closure, until=lambda: self._member.has_news)
+                collection.run(closure, until=lambda: member.has_news)
             if collection is None or not collection.is_full:
-                self._member.wait_for_joiners()
-            is_over = self._member.joiners_are_ready() or not self._member.is_broken
-            self._generations.enter_next(boundary=False)
-            if is_over:
-                break
+                member.wait_for_joiners()
+            # All go on together, whoever had a reason first; after another death they hold on.
+            is_ready = (
+                (collection is not None and collection.is_full) or member.joiners_are_ready() or member.is_stopping
+            )
+            self._generations.enter_next(boundary=False, ready=is_ready)
+            self.outages.regrouped()
         self._collection = collection
         if collection is not None and self.outages.present is not None:
             self.outages.present.stale_gradients += collection.stale

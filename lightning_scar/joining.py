@@ -7,7 +7,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -29,13 +29,33 @@ def begin_as_joiner(trainer: pl.Trainer) -> None:
     """
     _lightning.intercept_resume(trainer, lambda asked_for: None, lambda path, checkpoint: None)
     trainer.num_sanity_val_steps = 0
-    rank_zero_only.rank = utils_rank_zero_only.rank = trainer.world_size
+    rank_zero_only.rank = utils_rank_zero_only.rank = trainer.world_size  # type: ignore[attr-defined]
+
+
+class Successor(Protocol):
+    """A callback that goes on in a replacement with more than its ``state_dict``."""
+
+    def hand_over(self) -> Any:
+        """What it needs there."""
+
+    def take_over(self, trainer: pl.Trainer, seat: Any) -> None:
+        """Goes on with what another rank's callback handed over."""
+
+    def fence(self) -> None:
+        """Something else than an optimizer is about to change the weights."""
+
+
+def successors(trainer: pl.Trainer) -> list[Successor]:
+    """The callbacks of a trainer that are such, in order."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if hasattr(callback, "take_over")]
 
 
 def live_state(trainer: pl.Trainer) -> dict[str, Any]:
     """What a checkpoint does not hold, but a training that is under way needs."""
     connector = trainer._logger_connector
     return {
+        "seats": [callback.hand_over() for callback in successors(trainer)],
         "metrics": [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics],
         "should_stop": trainer.should_stop,
     }
@@ -63,12 +83,17 @@ def take_state(trainer: pl.Trainer, checkpoint: dict[str, Any], live: dict[str, 
     metrics = trainer._logger_connector
     metrics._callback_metrics, metrics._logged_metrics, metrics._progress_bar_metrics = live["metrics"]
     trainer.should_stop = live["should_stop"]
+    rank_zero_only.rank = utils_rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
+    for callback, seat in zip(successors(trainer), live["seats"], strict=True):
+        callback.take_over(trainer, seat)
     if trainer._results is not None:
         trainer._results.reset()
 
 
 def take_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Takes what an optimizer step changes, and nothing else."""
+    for callback in successors(trainer):
+        callback.fence()
     connector = trainer._checkpoint_connector
     connector._loaded_checkpoint = checkpoint
     try:
@@ -95,7 +120,7 @@ def place_in_data(trainer: pl.Trainer) -> None:
     assert fetcher is not None
     behind = loop.epoch_loop.batch_progress.current.ready
     for loader in combined.flattened:
-        _set_sampler_epoch(loader, loop.epoch_progress.current.processed)
+        _set_sampler_epoch(loader, loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
     if fetcher.length is not None and len(combined.flattened) == 1 and _can_skip(combined.flattened[0]):
         with _skipping(combined.flattened[0], behind):
             iter(fetcher)

@@ -37,7 +37,8 @@ class Calls:
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if self._last_fit is not None and writes:
-            keep(*reversed(self._last_fit), finished=True)
+            number, last = self._last_fit
+            keep(last, number, finished=True)
         self._last_fit = self.number, trainer
 
     @property
@@ -79,17 +80,21 @@ def keep(trainer: pl.Trainer, call: int, finished: bool) -> None:
     partial.replace(path)
 
 
-def take_live_state(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> bool:
-    """Takes what :func:`keep` added to a checkpoint dict.
+def resume(trainer: pl.Trainer, path: str) -> None:
+    """Makes the ``fit`` under way go on from a kept state.
 
-    Returns:
-        Whether the training is over.
+    Args:
+        trainer: Before it reads the checkpoint that was asked for.
+        path: From :meth:`Calls.kept`.
 
     """
-    kept = checkpoint.pop(_KEY)
-    trainer.should_stop = kept["finished"] or kept["live"]["should_stop"]
-    finished: bool = kept["finished"]
-    return finished
+
+    def loaded(path: str, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint.pop(_KEY)
+        trainer.should_stop = kept["finished"] or kept["live"]["should_stop"]
+
+    # This program wrote it itself.
+    _lightning.intercept_resume(trainer, lambda asked_for: path, loaded, weights_only=False)
 
 
 def _path(call: int) -> Path:

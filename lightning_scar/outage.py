@@ -44,7 +44,9 @@ class OutagePolicy:
         if self.min_world_size < 1:
             raise ValueError(f"min_world_size={self.min_world_size} must be at least 1")
         if self.max_staleness < 0:
-            raise ValueError(f"max_staleness={self.max_staleness} must not be negative; 0 collects nothing beyond a step")
+            raise ValueError(
+                f"max_staleness={self.max_staleness} must not be negative; 0 collects nothing beyond a step"
+            )
 
 
 @dataclass
@@ -98,12 +100,11 @@ class Outages:
 
     def regrouped(self) -> None:
         """The survivors have found each other."""
-        outage = self.present
-        if outage is None or outage.reason == self._member.reason:
+        outage, generation = self.present, self._member.generation
+        if outage is None or generation is None or (outage.reason and not generation.deaths):
             return
-        outage.reason = self._member.reason
-        assert self._member.generation is not None
-        here, all_of_them = len(self._member.generation.spawns), self._member.world_size
+        outage.reason = generation.deaths or "the connection was lost"
+        here, all_of_them = len(generation.spawns), self._member.world_size
         how = {"shrink": "go on", "buffer": "collect stale gradients", "wait": "wait"}[self._policy.on_failure]
         self._say(f"{outage.reason} in step {outage.step + 1}; {here} of {all_of_them} workers {how}")
 

@@ -36,7 +36,7 @@ class StepStart:
         if self._buffers:
             # One call for all: a model with batch normalisation has hundreds.
             torch._foreach_copy_(self._copies, [buffer.detach() for buffer in self._buffers])
-        self._random = [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None]
+        self._random = [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None]
         self._gradients = [_clone(p.grad) for p in self._module.parameters()] if gradients else []
 
     @torch.no_grad()

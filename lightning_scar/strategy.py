@@ -62,7 +62,7 @@ class SCARDDPStrategy(DDPStrategy):
         min_world_size: int = 1,
         max_staleness: int = 16,
         flush: FlushMode = "mean",
-        max_restarts: int = 10,
+        max_restarts: int = 3,
         hang_timeout: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -77,6 +77,11 @@ class SCARDDPStrategy(DDPStrategy):
     def outages(self) -> list[Outage]:
         """The failures that this worker has lived through, in order."""
         return self._continuation.outages.list if self._continuation is not None else []
+
+    @property
+    def is_joiner(self) -> bool:
+        """Whether this worker is a replacement that has not been taken in yet."""
+        return self._continuation is not None and self._continuation.is_joiner
 
     # -- processes and groups ------------------------------------------------------------------------------------
 

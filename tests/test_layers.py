@@ -1,4 +1,4 @@
-"""Imports point one way: front doors -> core -> storage."""
+"""Imports point one way: front doors -> core -> storage, and elastic stands alone."""
 
 import ast
 import subprocess
@@ -20,6 +20,14 @@ FORBIDDEN = {
         "pytorch_lightning",
         "accelerate",
         "lightning_scar.core",
+        *(f"lightning_scar.{name}" for name in FRONT_DOORS),
+    },
+    "elastic": {
+        "lightning",
+        "pytorch_lightning",
+        "accelerate",
+        "lightning_scar.core",
+        "lightning_scar.storage",
         *(f"lightning_scar.{name}" for name in FRONT_DOORS),
     },
 }

@@ -1,6 +1,7 @@
 """The directory of a running checkpoint, taken by all ranks of one run."""
 
 import socket
+from typing import NamedTuple
 
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.storage.delta import StorageError
@@ -8,14 +9,32 @@ from lightning_scar.storage.lease import Lease
 from lightning_scar.storage.rank_store import RankStore
 
 
+class Seat(NamedTuple):
+    """What a process must know to take the place of a rank that died, in the middle of a run.
+
+    Attributes:
+        incarnation: The number of the run's start.
+        lineage: Those of the starts that it continues.
+        sequence: How many saves the run has begun.
+        token: Of the run's lease; ``None`` if the directory cannot be written to.
+
+    """
+
+    incarnation: int
+    lineage: tuple[int, ...]
+    sequence: int
+    token: str | None
+
+
 class Claim:
     """The right of a run to write to a directory. The first rank holds its lease, the others follow it.
 
-    Making one is a collective: on an error of any rank all raise.
+    Making one is a collective, except with a seat: on an error of any rank all raise.
 
     Args:
         store: The directory, as this rank writes to it.
         ranks: All ranks of the run.
+        seat: That of a rank that died, to be taken without the others.
 
     Attributes:
         incarnation: The number of this start of the training.
@@ -27,11 +46,14 @@ class Claim:
 
     """
 
-    def __init__(self, store: RankStore, ranks: Ranks) -> None:
+    def __init__(self, store: RankStore, ranks: Ranks, seat: Seat | None = None) -> None:
         self._store = store
         self._ranks = ranks
         self._lease = Lease(store.directory)
         self.trouble: OSError | None = None
+        if seat is not None:
+            self._sit_down(seat)
+            return
         try:
             token, host, trouble = ranks.gather(ranks.together(self._take))[0]
             if trouble is not None and self.trouble is None:
@@ -43,6 +65,11 @@ class Claim:
             raise
 
     @property
+    def token(self) -> str | None:
+        """That of the run's lease; ``None`` if the directory cannot be written to."""
+        return None if self.trouble is not None else self._lease.token
+
+    @property
     def is_lost(self) -> bool:
         """Whether another run has taken the directory over."""
         return self._lease.lost
@@ -50,6 +77,16 @@ class Claim:
     def release(self) -> None:
         """Gives the directory back."""
         self._lease.release()
+
+    def _sit_down(self, seat: Seat) -> None:
+        self.incarnation = seat.incarnation
+        self._store.refresh()
+        if seat.token is None:
+            self.trouble = OSError("the run could not write to it before")
+        elif self._ranks.rank == 0:
+            self._lease.succeed(seat.token)
+        else:
+            self._lease.watch(seat.token)
 
     def _take(self) -> tuple[str | None, str, str | None]:
         if foreign := self._store.foreign_names():

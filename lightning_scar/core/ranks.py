@@ -22,7 +22,7 @@ class Ranks:
     Args:
         rank: Its number in the group.
         world_size: How many there are.
-        group: A process group that carries CPU tensors; ``None`` for a process that trains alone.
+        group: A process group that carries CPU tensors; ``None`` for the default one, whichever that is at the time.
 
     Example::
 
@@ -46,8 +46,13 @@ class Ranks:
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
         is_gloo = dist.get_backend() == dist.Backend.GLOO
-        group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo")
+        group = None if is_gloo else dist.new_group(backend="gloo")
         return cls(dist.get_rank(), dist.get_world_size(), group)
+
+    @property
+    def all_here(self) -> bool:
+        """Whether nobody is missing from the default process group at the moment."""
+        return self.world_size == 1 or dist.get_world_size() == self.world_size
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank; values are pickled. A collective."""
@@ -96,9 +101,9 @@ class Ranks:
                 self._broadcast(batch, source)
 
     def _broadcast(self, batch: list[Tensor], source: int) -> None:
-        assert self._group is not None
         message = batch[0] if len(batch) == 1 else torch.cat(batch)
-        dist.broadcast(message, dist.get_global_rank(self._group, source), group=self._group)
+        at = source if self._group is None else dist.get_global_rank(self._group, source)
+        dist.broadcast(message, at, group=self._group)
         if len(batch) > 1 and source != self.rank:
             for part, received in zip(batch, _split_like(message, batch), strict=True):
                 part.copy_(received)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning_scar.core.claim import Claim
+from lightning_scar.core.claim import Claim, Seat
 from lightning_scar.core.committer import Committer, Save
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection, LiveState
@@ -45,6 +45,8 @@ class RunningCheckpoint:
         storage_options: Passed to the file system.
         ranks: The processes that save together, each the blocks that it owns; by default this one alone. With several
             of them making one is a collective, on all with the same arguments.
+        seat: The :attr:`seat` of another rank, for a process that takes the place of one that died. No collective
+            then; its first save is a full one of its share.
 
     Raises:
         StorageError: If the directory holds something else, or is not the same one on all ranks.
@@ -71,15 +73,16 @@ class RunningCheckpoint:
         settings: Settings | None = None,
         storage_options: dict[str, Any] | None = None,
         ranks: Ranks | None = None,
+        seat: Seat | None = None,
     ) -> None:
         self.settings = settings or Settings()
         self.ranks = ranks or Ranks()
         self.store = RankStore(url, storage_options, self.ranks.rank, self.ranks.world_size)
         self.stats = Stats()
         self._notices = Notices()
-        self._claim = Claim(self.store, self.ranks)
+        self._claim = Claim(self.store, self.ranks, seat)
         self._take_note_of(self._claim.trouble)
-        self._sequence = 0
+        self._sequence = seat.sequence if seat is not None else 0
         #: What the last :meth:`restore` found, in words.
         self.recovery = ""
         #: How many ranks had saved it.
@@ -89,6 +92,8 @@ class RunningCheckpoint:
         self._dissection = Dissection(self.ranks)
         self._stager = Stager(self.settings, self.store)
         self._committer = Committer(self.store, self._stager, self.stats, self.ranks, self._claim.incarnation)
+        if seat is not None:
+            self._committer.go_on_from(seat.lineage)
         self._buffers = [StagingBuffer() for _ in range(DEPTH)]
         self._writer = BackgroundWriter()
 
@@ -170,6 +175,12 @@ class RunningCheckpoint:
         self.ranks.gather(None)
         self.store.look_around()
         return heal(self.store, state, self.ranks, lost)
+
+    @property
+    def seat(self) -> Seat:
+        """What a process needs to take the place of a rank that died."""
+        lineage = self.store.index.lineage[:-1]
+        return Seat(self._claim.incarnation, lineage, self._sequence, self._claim.token)
 
     # -- a save --------------------------------------------------------------------------------------------------
 

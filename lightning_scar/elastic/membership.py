@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.connections import Connections
 from lightning_scar.elastic.messages import (
@@ -75,8 +75,6 @@ class Member:
         self.generation: Generation | None = None
         #: Whether this process took the place of one that died.
         self.is_replacement = generation < 0
-        #: Why its last generation broke, for people.
-        self.reason = ""
         self._spawn = spawn
         self._first = generation
         self._connect: Callable[[], TCPStore] = lambda: TCPStore(host, port, is_master=False, wait_for_workers=False)
@@ -89,7 +87,7 @@ class Member:
         self._broken: dict[int, str] = {}
         self._joining: Joining | None = None
         self._restart: Restart | None = None
-        self._stop = ""
+        self._is_stopping = False
         self._is_cut_off = False
         has_read = threading.Event()
         threading.Thread(target=self._watch, args=[has_read], name="lightning-scar notices", daemon=True).start()
@@ -250,12 +248,12 @@ class Member:
     @property
     def has_news(self) -> bool:
         """Whether there is a reason to stop waiting for better times: joiners, another failure, the end of the job."""
-        return self.joiners_are_ready() or self.is_broken or bool(self._stop) or self._restart is not None
+        return self.joiners_are_ready() or self.is_broken or self._is_stopping or self._restart is not None
 
     @property
-    def stop_reason(self) -> str:
-        """Why the job is to end; empty if it is not."""
-        return self._stop
+    def is_stopping(self) -> bool:
+        """Whether the job is to end."""
+        return self._is_stopping
 
     def call(self, word: str, step: int) -> None:
         """Announces something to the present generation; by its leader, before a step's collectives.
@@ -329,14 +327,13 @@ class Member:
         elif isinstance(notice, Broken):
             self._broken[notice.generation] = notice.reason
             if notice.generation == self._number:
-                self.reason = notice.reason
                 self._connections.cut()
         elif isinstance(notice, Joining):
             self._joining = notice
         elif isinstance(notice, Restart):
             self._restart = notice
         elif isinstance(notice, Stop):
-            self._stop = notice.reason
+            self._is_stopping = True
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         with self._changed:
@@ -367,8 +364,8 @@ def abort_or_destroy() -> None:
 @functools.cache
 def _of_environment() -> Member:
     host, _, port = os.environ["LIGHTNING_SCAR_STORE"].rpartition(":")
-    numbers = [int(os.environ[f"LIGHTNING_SCAR_{name}"]) for name in ("SLOT", "SPAWN", "GENERATION")]
-    return Member(host, int(port), *numbers, world_size=int(os.environ["WORLD_SIZE"]))
+    slot, spawn, generation = (int(os.environ[f"LIGHTNING_SCAR_{name}"]) for name in ("SLOT", "SPAWN", "GENERATION"))
+    return Member(host, int(port), slot, spawn, generation, int(os.environ["WORLD_SIZE"]))
 
 
 def hang_timeout() -> timedelta | None:

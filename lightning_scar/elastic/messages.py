@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TypeAlias
 
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 #: A worker exits with it when the supervisor is to start all workers again.
 RESTART_EXIT_CODE = 75
@@ -30,6 +30,7 @@ class Generation:
         source: The slot of the member whose state counts: it has completed the most steps.
         step: How many steps the source has completed.
         joiners: The slots of those members that have no state yet.
+        deaths: Who of the one before died and how, for people, e.g. ``"rank 2 was killed by SIGKILL"``.
 
     """
 
@@ -38,6 +39,7 @@ class Generation:
     source: int
     step: int = 0
     joiners: tuple[int, ...] = ()
+    deaths: str = ""
 
     @property
     def members(self) -> list[int]:
@@ -112,6 +114,15 @@ class Ended:
     spawn: int
 
 
+@dataclass(frozen=True)
+class GaveUp:
+    """A survivor says that the job cannot go on, and why."""
+
+    slot: int
+    spawn: int
+    reason: str
+
+
 # -- events: from agents --------------------------------------------------------------------------------------------
 
 
@@ -144,12 +155,35 @@ class Exited:
 
 @dataclass(frozen=True)
 class StopAsked:
-    """An agent was told by a signal to end the job."""
+    """A process of the job was told by a signal to end it.
+
+    Args:
+        signal: Its number.
+        node: The node whose agent was told; -1 if it was a worker.
+
+    """
 
     signal: int
+    node: int = -1
 
 
-Event: TypeAlias = Registered | Began | Waiting | Stranded | Ready | Ended | Started | Exited | StopAsked
+@dataclass(frozen=True)
+class Lost:
+    """Nothing has been heard of a node's agent for so long that the node counts as gone, and its workers with it.
+
+    Args:
+        node: Its number.
+        slots: Its slots.
+
+    """
+
+    node: int
+    slots: tuple[int, ...]
+
+
+Event: TypeAlias = (
+    Registered | Began | Waiting | Stranded | Ready | Ended | GaveUp | Started | Exited | StopAsked | Lost
+)
 
 
 # -- notices: to workers --------------------------------------------------------------------------------------------
@@ -168,7 +202,7 @@ class Broken:
 
     Args:
         generation: Its number.
-        reason: Who was lost and how, for people, e.g. ``"rank 2 was killed by SIGKILL"``.
+        reason: What was seen first, for people, e.g. ``"rank 1 lost the connection"``.
 
     """
 
@@ -258,7 +292,7 @@ Notice: TypeAlias = Formed | Broken | Joining | Restart | Stop | Spawn | Kill | 
 _KINDS = {
     kind.__name__: kind
     for kind in (
-        *(Registered, Began, Waiting, Stranded, Ready, Ended, Started, Exited, StopAsked),
+        *(Registered, Began, Waiting, Stranded, Ready, Ended, GaveUp, Started, Exited, StopAsked, Lost),
         *(Formed, Broken, Joining, Restart, Stop, Spawn, Kill, Finish),
     )
 }
@@ -276,7 +310,7 @@ def _decode(text: str | bytes) -> Event | Notice:
         generation["spawns"] = {int(slot): spawn for slot, spawn in generation["spawns"].items()}
         generation["joiners"] = tuple(generation["joiners"])
         return Formed(Generation(**generation))
-    if kind is Joining:
+    if kind in (Joining, Lost):
         fields["slots"] = tuple(fields["slots"])
     message: Event | Notice = kind(**fields)
     return message
@@ -354,7 +388,7 @@ class Notices:
         self._store.wait([f"notice/{number}"], self._FOREVER)
         return _decode(self._store.get(f"notice/{number}"))  # type: ignore[return-value]
 
-    def news(self, number: int) -> Iterator[Notice]:
+    def news(self, number: int = 0) -> Iterator[Notice]:
         """The notices from a number on that are there already."""
         while self._store.check([f"notice/{number}"]):
             yield _decode(self._store.get(f"notice/{number}"))  # type: ignore[misc]

@@ -66,6 +66,20 @@ class Lease:
         _held_here.add(self.token)
         self._start(self._keep_beating)
 
+    def succeed(self, token: str) -> None:
+        """Goes on holding the lease of a process of the same run that died.
+
+        Args:
+            token: Its token.
+
+        """
+        self.token = token
+        with suppress(OSError):
+            if not self._is_lost():
+                self._write()
+        _held_here.add(self.token)
+        self._start(self._keep_beating)
+
     def watch(self, token: str) -> None:
         """Follows the lease that another rank of this run holds.
 

@@ -1,0 +1,55 @@
+"""A folder in memory in which workers leave their state when all of them are started again."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+_MEMORY = Path("/dev/shm")
+_PREFIX = "lightning-scar-"
+#: Between its creation and its lock a folder is nobody's.
+_YOUNG_SECONDS = 2.0
+
+
+class MemoryFolder:
+    """A fresh folder, gone when closed. Those of owners that were killed are removed by the next one.
+
+    The owner holds a lock on it, which the system lets go of however the owner ends.
+
+    Args:
+        parent: Where it is made; memory-backed if there is such a place.
+
+    """
+
+    def __init__(self, parent: Path | None = None) -> None:
+        if parent is None:
+            parent = _MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+        _sweep(parent)
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        self._lock = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Removes it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _sweep(parent: Path) -> None:
+    for folder in parent.glob(f"{_PREFIX}*"):
+        # Another user's, or just removed by another supervisor.
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _YOUNG_SECONDS:
+                _remove_unless_held(folder)
+
+
+def _remove_unless_held(folder: Path) -> None:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)

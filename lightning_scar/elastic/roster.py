@@ -1,0 +1,87 @@
+"""What the coordinator knows of its workers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from lightning_scar.elastic.messages import Stranded, Waiting
+
+
+@dataclass
+class Worker:
+    """A living process.
+
+    Args:
+        slot: Its slot.
+        spawn: Its number.
+        born: When it was started.
+        is_member: Whether it is of the current generation; a replacement that has not joined yet is of none.
+        registered: Whether it speaks the protocol.
+        began: Whether it has a state worth keeping.
+        ended: Whether its training is over.
+        ready: Whether it waits to join.
+        hung: Whether it was killed because the others waited for it.
+        killed: Whether SIGKILL is on its way.
+        left: How it left the current generation.
+
+    """
+
+    slot: int
+    spawn: int
+    born: float
+    is_member: bool
+    registered: bool = False
+    began: bool = False
+    ended: bool = False
+    ready: bool = False
+    hung: bool = False
+    killed: bool = False
+    left: Waiting | Stranded | None = None
+
+    @property
+    def has_state(self) -> bool:
+        """Whether it has a state worth keeping, and can be told so."""
+        return self.is_member and self.registered and self.began
+
+    @property
+    def steps(self) -> int:
+        """How many steps it had completed when it left; -1 if it has not left, or has no state."""
+        return -1 if self.left is None else self.left.step
+
+
+class Phase(Enum):
+    """What the job is doing."""
+
+    RUNNING = auto()
+    #: All workers are on their way out, to be started again.
+    RESTARTING = auto()
+    #: All workers are on their way out for good.
+    STOPPING = auto()
+    OVER = auto()
+
+
+class Remedy(Enum):
+    """What fills the slot of a worker that died."""
+
+    REPLACEMENT = "starting a replacement"
+    RESTART = "starting all workers again"
+    #: The training is over: the survivors end well, or are stranded and all start again.
+    LATER = "waiting for the others, whose training is over"
+
+
+def remedy_for(survivors: Sequence[Worker]) -> Remedy:
+    """What to do about a dead member of a generation.
+
+    Args:
+        survivors: Its living members.
+
+    """
+    if not survivors or not all(worker.has_state for worker in survivors):
+        return Remedy.RESTART
+    return Remedy.LATER if any(worker.ended for worker in survivors) else Remedy.REPLACEMENT
+
+
+def furthest(members: Sequence[Worker]) -> tuple[int, int]:
+    """The slot of the worker that has completed the most steps, and their number; -1 if there is none."""
+    step, slot = max(((worker.steps, -worker.slot) for worker in members), default=(-1, 1))
+    return -slot, step

@@ -1,0 +1,135 @@
+"""Scripts for workers, and supervisors to run them."""
+
+import re
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+#: A plain script: counts to ten together with the others, and resumes from its own file.
+PLAIN = """
+import os, signal, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+
+folder, what = Path(sys.argv[1]), sys.argv[2:]
+rank = int(os.environ["RANK"])
+(folder / f"pid{rank}").write_text(str(os.getpid()))
+dist.init_process_group("gloo")
+file = folder / f"step{rank}"
+step = torch.tensor(int(file.read_text()) if file.exists() else 0)
+dist.all_reduce(step, op=dist.ReduceOp.MIN)
+is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+while step < 10:
+    one = torch.ones(1)
+    dist.all_reduce(one)
+    assert one == dist.get_world_size()
+    step += 1
+    file.write_text(str(int(step)))
+    if step == 5 and rank == 1 and "kill" in what and is_first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if step == 5 and rank == 1 and "raise" in what:
+        raise ValueError("boom")
+    if step == 5 and rank == 1 and "exit" in what:
+        os._exit(7)
+    if "slow" in what:
+        time.sleep(0.2)
+sys.stdout.write(f"rank {rank} is done\\n")  # print writes twice: lines could mix
+"""
+
+#: No torch: starts at once and sleeps.
+SLEEPER = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+folder, what = Path(sys.argv[1]), sys.argv[2:]
+rank = os.environ["RANK"]
+if "child" in what:
+    child = subprocess.Popen(["sleep", "60"])
+    (folder / f"child{rank}").write_text(str(child.pid))
+if "stubborn" in what:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+if "polite" in what:
+    def end(number, frame):
+        (folder / f"saved{rank}").write_text(signal.Signals(number).name)
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+(folder / f"state{rank}").write_text(os.environ["LIGHTNING_SCAR_STATE"])
+(folder / f"pid{rank}").write_text(str(os.getpid()))
+if "fail" in what and rank == "1":
+    sys.stderr.write("half a line and bar 1%\\rbar 99%\\nlast words")
+    sys.exit(3)
+if "sleep" in what:
+    time.sleep(60)
+"""
+
+
+def script(folder: Path, text: str) -> Path:
+    path = folder / "script.py"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "lightning_scar", "run", *map(str, arguments)]
+
+
+def run(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout)
+
+
+@contextmanager
+def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A supervisor; it and what it started are ended in the end."""
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            children = psutil.Process(process.pid).children(recursive=True)
+            for one in (process, *children):
+                one.kill()
+        process.communicate()
+
+
+def wait_for(*paths: Path, timeout: float = 30) -> list[str]:
+    """What the files hold, once they are there."""
+    deadline = time.monotonic() + timeout
+    while not all(path.exists() and path.read_text() for path in paths):
+        assert time.monotonic() < deadline, f"none of {paths}"
+        time.sleep(0.02)
+    return [path.read_text() for path in paths]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def assert_gone(*pids: int | str) -> None:
+    deadline = time.monotonic() + 10
+    while any(lives(int(pid)) for pid in pids):
+        assert time.monotonic() < deadline, "a process lives on"
+        time.sleep(0.02)
+
+
+def ours(stderr: str) -> list[str]:
+    """The lines that the supervisor wrote."""
+    return re.findall(r"^lightning-scar: (.*)$", stderr, flags=re.MULTILINE)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,464 @@
+"""The coordinator by itself: what it decides, told what happened and when."""
+
+import signal
+from dataclasses import replace
+
+import pytest
+
+from lightning_scar.elastic.coordinator import Coordinator
+from lightning_scar.elastic.messages import (
+    RESTART_EXIT_CODE,
+    Began,
+    Broken,
+    Ended,
+    Event,
+    Exited,
+    Finish,
+    Formed,
+    GaveUp,
+    Generation,
+    Joining,
+    Kill,
+    Lost,
+    Notice,
+    Ready,
+    Registered,
+    Restart,
+    Spawn,
+    Stop,
+    StopAsked,
+    Stranded,
+    Waiting,
+)
+from lightning_scar.elastic.restarts import Policy
+
+POLICY = Policy(max_restarts=3, restart_window=3600, hang_timeout=100, stop_timeout=60, kill_grace=5)
+
+
+class Job:
+    """A coordinator with a clock, and what it said."""
+
+    def __init__(self, world_size: int = 3, policy: Policy = POLICY) -> None:
+        self.said: list[str] = []
+        self.now = 1000.0
+        self.world_size = world_size
+        self.spawns: dict[int, int] = {}
+        self.generation = Generation(-1, {}, 0)
+        self.coordinator = Coordinator(world_size, policy, self.said.append)
+        self.first = self.noted(self.coordinator.start(self.now))
+
+    def noted(self, notices: list[Notice]) -> list[Notice]:
+        for notice in notices:
+            if isinstance(notice, Spawn):
+                self.spawns[notice.slot] = notice.spawn
+            elif isinstance(notice, Formed):
+                self.generation = notice.generation
+        return notices
+
+    def tell(self, *events: Event) -> list[Notice]:
+        return [n for event in events for n in self.noted(self.coordinator.take(event, self.now))]
+
+    def later(self, seconds: float) -> list[Notice]:
+        self.now += seconds
+        return self.noted(self.coordinator.tick(self.now))
+
+    def train(self, *slots: int) -> list[Notice]:
+        """These, or all, begin a training."""
+        events: list[Event] = []
+        for slot in slots or range(self.world_size):
+            events += [Registered(slot, self.spawns[slot]), Began(slot, self.spawns[slot])]
+        return self.tell(*events)
+
+    def died(self, slot: int, code: int = -9, tail: str = "") -> list[Notice]:
+        return self.tell(Exited(slot, self.spawns[slot], code, tail))
+
+    def waits(self, slot: int, step: int, boundary: bool = False, waited: float = 0.0) -> list[Notice]:
+        return self.tell(Waiting(slot, self.spawns[slot], self.generation.number, step, boundary, waited))
+
+    def strands(self, slot: int, step: int) -> list[Notice]:
+        return self.tell(Stranded(slot, self.spawns[slot], self.generation.number, step))
+
+    def is_ready(self, slot: int) -> list[Notice]:
+        return self.tell(Registered(slot, self.spawns[slot]), Ready(slot, self.spawns[slot]))
+
+
+@pytest.fixture
+def job() -> Job:
+    job = Job()
+    job.train()
+    return job
+
+
+# -- starts and ends --------------------------------------------------------------------------------------------------
+
+
+def test_it_starts_with_a_generation_of_all() -> None:
+    assert Job(2).first == [
+        Formed(Generation(0, {0: 0, 1: 1}, source=0)),
+        Spawn(0, 0, generation=0, attempt=0),
+        Spawn(1, 1, generation=0, attempt=0),
+    ]
+
+
+def test_it_ends_when_all_plain_workers_ended_well() -> None:
+    job = Job(2)
+    assert job.died(0, code=0) == []
+    assert job.died(1, code=0) == [Finish(0)]
+    assert job.said == []
+
+
+def test_it_ends_when_all_trainings_ended_well(job: Job) -> None:
+    for slot in range(3):
+        assert job.tell(Ended(slot, job.spawns[slot])) == []
+    assert job.died(0, code=0) + job.died(1, code=0) == []
+    assert job.died(2, code=0) == [Finish(0)]
+
+
+def test_a_script_that_registers_and_never_trains_ends_well() -> None:
+    job = Job(1)
+    assert job.tell(Registered(0, 0), Exited(0, 0, 0)) == [Finish(0)]
+
+
+def test_exit_code_0_in_the_middle_of_a_training_is_a_death(job: Job) -> None:
+    assert job.died(1, code=0)[0] == Broken(0, "rank 1 exited with code 0 in the middle of the training")
+
+
+# -- an outage --------------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_worker_is_replaced_at_once(job: Job) -> None:
+    assert job.died(2) == [Broken(0, "rank 2 was killed by SIGKILL"), Spawn(2, 3, generation=-1, attempt=0)]
+    assert job.said == ["rank 2 was killed by SIGKILL; starting a replacement"]
+
+
+def test_survivors_form_a_generation_when_all_are_there(job: Job) -> None:
+    job.died(2)
+    assert job.waits(0, step=7) == []
+    assert job.waits(1, step=8) == [Formed(Generation(1, {0: 0, 1: 1}, source=1, step=8))]
+
+
+def test_the_lowest_slot_is_the_source_among_equals(job: Job) -> None:
+    job.died(0)
+    job.waits(2, step=8)
+    job.waits(1, step=8)
+    assert job.generation == Generation(1, {1: 1, 2: 2}, source=1, step=8)
+
+
+def test_a_survivor_may_wait_before_the_death_is_known(job: Job) -> None:
+    assert job.waits(0, step=7) == [Broken(0, "rank 0 lost the connection")]
+    assert job.waits(1, step=7) == []
+    assert job.died(2) == [
+        Spawn(2, 3, generation=-1, attempt=0),
+        Formed(Generation(1, {0: 0, 1: 1}, source=0, step=7)),
+    ]
+
+
+def test_waiting_twice_changes_nothing(job: Job) -> None:
+    job.died(2)
+    assert job.waits(0, step=7) + job.waits(0, step=7) == []
+    job.waits(1, step=7)
+    assert job.tell(Waiting(0, 0, generation=0, step=7, boundary=False)) == []
+
+
+def test_events_of_the_dead_are_ignored(job: Job) -> None:
+    job.died(2)
+    assert job.tell(Exited(2, 2, -9), Waiting(2, 2, 0, 7, False), Began(2, 2)) == []
+
+
+def test_a_replacement_joins_at_a_step_boundary(job: Job) -> None:
+    job.died(2)
+    job.waits(0, step=7)
+    job.waits(1, step=7)
+    assert job.is_ready(2) == [Joining(1, (2,))]
+    assert job.waits(1, step=9, boundary=True) == []
+    assert job.waits(0, step=9, boundary=True) == [
+        Formed(Generation(2, {0: 0, 1: 1, 2: 3}, source=0, step=9, joiners=(2,)))
+    ]
+    job.now += 61
+    assert job.died(2) == [Broken(2, "rank 2 was killed by SIGKILL"), Spawn(2, 4, generation=-1, attempt=0)]
+
+
+def test_a_replacement_that_was_ready_first_is_announced_to_the_next_generation(job: Job) -> None:
+    job.died(2)
+    assert job.is_ready(2) == []
+    job.waits(0, step=7)
+    assert job.waits(1, step=7) == [Formed(Generation(1, {0: 0, 1: 1}, source=0, step=7)), Joining(1, (2,))]
+
+
+def test_survivors_behind_the_same_step_take_a_ready_replacement_in_at_once(job: Job) -> None:
+    job.died(2)
+    job.is_ready(2)
+    job.waits(0, step=7, boundary=True)
+    job.waits(1, step=7, boundary=True)
+    assert job.generation.joiners == (2,)
+
+
+def test_no_replacement_joins_survivors_at_different_steps(job: Job) -> None:
+    job.died(2)
+    job.is_ready(2)
+    job.waits(0, step=7, boundary=True)
+    job.waits(1, step=8, boundary=True)
+    assert job.generation.joiners == ()
+
+
+def test_a_death_in_a_planned_switch_breaks_the_generation(job: Job) -> None:
+    job.died(2)
+    job.waits(0, step=7)
+    job.waits(1, step=7)
+    job.is_ready(2)
+    assert job.waits(0, step=9, boundary=True) == []
+    assert job.died(1)[0] == Broken(1, "rank 1 was killed by SIGKILL")
+    assert job.generation == Generation(2, {0: 0, 2: 3}, source=0, step=9, joiners=(2,))
+
+
+def test_a_replacement_that_dies_on_its_way_is_replaced_and_nobody_disturbed(job: Job) -> None:
+    job.died(2)
+    assert job.died(2, code=1) == []
+    assert job.later(0.9) == []
+    assert job.later(0.2) == [Spawn(2, 4, generation=-1, attempt=0)]
+
+
+def test_a_slot_that_lived_long_is_filled_at_once_again(job: Job) -> None:
+    job.died(2)
+    job.now += 61
+    assert Spawn(2, 4, generation=-1, attempt=0) in job.died(2)
+
+
+def test_a_joiner_that_lost_its_generation_before_it_had_the_state_is_a_replacement_again(job: Job) -> None:
+    job.died(2)
+    job.is_ready(2)
+    for slot in (0, 1):
+        job.waits(slot, step=7, boundary=True)
+    assert job.died(1)[0] == Broken(1, "rank 1 was killed by SIGKILL")
+    assert job.tell(Ready(2, job.spawns[2])) == []
+    assert job.waits(0, step=7) == [Formed(Generation(2, {0: 0}, source=0, step=7)), Joining(2, (2,))]
+
+
+def test_all_start_again_when_only_a_joiner_without_state_is_left() -> None:
+    job = Job(2)
+    job.train()
+    job.died(1)
+    job.waits(0, step=7, boundary=True)
+    job.is_ready(1)
+    job.waits(0, step=8, boundary=True)
+    assert job.generation.joiners == (1,)
+    job.died(0)
+    assert Kill(1, job.spawns[1], signal.SIGKILL) in job.tell(Ready(1, job.spawns[1]))
+
+
+def test_the_training_may_end_before_its_replacement_is_there(job: Job) -> None:
+    job.died(2)
+    job.waits(0, step=7)
+    job.waits(1, step=7)
+    for slot in (0, 1):
+        job.tell(Ended(slot, job.spawns[slot]))
+    job.died(0, code=0)
+    assert job.died(1, code=0) == [Kill(2, 3, signal.SIGKILL)]
+    assert job.died(2) == [Finish(0)]
+
+
+# -- all start again --------------------------------------------------------------------------------------------------
+
+
+def test_plain_workers_are_all_started_again() -> None:
+    job = Job(2)
+    assert job.died(1, code=1) == [Broken(0, "rank 1 exited with code 1"), Kill(0, 0, signal.SIGTERM)]
+    assert job.later(4) == []
+    assert job.later(1.1) == [Kill(0, 0, signal.SIGKILL)]
+    assert job.later(1) == []
+    assert job.died(0) == [
+        Formed(Generation(1, {0: 2, 1: 3}, source=0)),
+        Spawn(0, 2, generation=1, attempt=1),
+        Spawn(1, 3, generation=1, attempt=1),
+    ]
+    assert job.said == ["rank 1 exited with code 1; starting all workers again"]
+
+
+def test_workers_in_their_start_up_are_killed_at_once() -> None:
+    job = Job(3)
+    job.train(0)
+    job.tell(Registered(1, 1))
+    assert job.died(2)[1:] == [Kill(0, 0, signal.SIGKILL), Kill(1, 1, signal.SIGKILL)]
+
+
+def test_a_plain_worker_that_ended_well_starts_again_with_the_others() -> None:
+    job = Job(2)
+    job.died(0, code=0)
+    assert [type(notice) for notice in job.died(1, code=1)] == [Broken, Formed, Spawn, Spawn]
+
+
+def test_all_start_again_when_nobody_survives(job: Job) -> None:
+    job.died(0)
+    job.died(1)
+    assert [n for n in job.died(2) if isinstance(n, Kill)] == [Kill(s, job.spawns[s], signal.SIGKILL) for s in (0, 1)]
+    job.died(0)
+    assert [n.attempt for n in job.died(1) if isinstance(n, Spawn)] == [1, 1, 1]
+    assert job.generation.number == 1
+
+
+def test_stranded_workers_leave_their_state_and_start_again(job: Job) -> None:
+    assert job.died(2) == [Broken(0, "rank 2 was killed by SIGKILL"), Spawn(2, 3, generation=-1, attempt=0)]
+    job.strands(0, step=7)
+    assert job.waits(1, step=8) == [Restart(0, keeper=1), Kill(2, 3, signal.SIGKILL)]
+    assert job.died(0, code=RESTART_EXIT_CODE) + job.died(2) == []
+    assert [type(n) for n in job.died(1, code=RESTART_EXIT_CODE)] == [Formed, Spawn, Spawn, Spawn]
+
+
+def test_nobody_keeps_a_state_that_nobody_has(job: Job) -> None:
+    for slot in (0, 1):
+        job.strands(slot, step=-1)
+    assert Restart(0, keeper=-1) in job.strands(2, step=-1)
+
+
+def test_a_keeper_that_does_not_end_is_killed(job: Job) -> None:
+    for slot in (0, 1, 2):
+        job.strands(slot, step=5)
+    assert job.later(59) == []
+    assert job.later(1) == [Kill(slot, slot, signal.SIGKILL) for slot in range(3)]
+    assert job.later(1) == []
+
+
+def test_after_the_training_survivors_are_left_to_strand(job: Job) -> None:
+    for slot in range(3):
+        job.tell(Ended(slot, slot))
+    assert job.died(2) == [Broken(0, "rank 2 was killed by SIGKILL")]
+    job.strands(0, step=9)
+    assert job.strands(1, step=9) == [Restart(0, keeper=0)]
+
+
+def test_numbers_never_come_again() -> None:
+    job = Job(2)
+    job.died(0, code=1)
+    spawns = [n.spawn for n in job.first + job.died(1) + job.later(9) if isinstance(n, Spawn)]
+    assert len(set(spawns)) == len(spawns) == 4
+
+
+# -- hangs ------------------------------------------------------------------------------------------------------------
+
+
+def test_who_keeps_the_others_waiting_is_killed(job: Job) -> None:
+    job.waits(0, step=7, waited=99)
+    job.waits(1, step=7, waited=98)
+    assert job.later(1) == []
+    assert job.later(1.5) == [Kill(2, 2, signal.SIGKILL)]
+    assert job.later(1) == []
+    assert [type(n) for n in job.died(2)] == [Spawn, Formed]
+    assert job.said == ["rank 2 hung and was killed; starting a replacement"]
+
+
+def test_a_worker_is_given_time_to_notice(job: Job) -> None:
+    job.waits(0, step=7, waited=1000)
+    assert job.later(1.9) == []
+    assert len(job.later(0.2)) == 2
+
+
+def test_nobody_hangs_while_nobody_waits(job: Job) -> None:
+    assert job.later(100_000) == []
+
+
+def test_a_group_that_timed_out_with_all_waiting_forms_anew(job: Job) -> None:
+    for slot in range(3):
+        job.waits(slot, step=7, waited=200)
+    assert job.generation.number == 1
+    assert job.said == []
+
+
+# -- giving up --------------------------------------------------------------------------------------------------------
+
+
+def test_beyond_max_restarts_survivors_are_stopped_and_the_cause_is_shown() -> None:
+    job = Job(3, replace(POLICY, max_restarts=0))
+    job.train()
+    assert job.died(2, code=1, tail="Traceback\nValueError: boom\n") == [
+        Broken(0, "rank 2 exited with code 1"),
+        Stop("rank 2 exited with code 1"),
+    ]
+    assert job.died(0, code=0) == []
+    assert job.died(1, code=0) == [Finish(1)]
+    for expected in ("rank 2 exited with code 1", "    ValueError: boom", "--max-restarts is 0"):
+        assert expected in job.said[-1]
+
+
+def test_survivors_that_do_not_stop_are_killed() -> None:
+    job = Job(2, replace(POLICY, max_restarts=0))
+    job.train()
+    job.died(0)
+    assert job.later(61) == [Kill(1, 1, signal.SIGKILL)]
+    assert job.died(1) == [Finish(1)]
+
+
+def test_survivors_of_an_outage_come_together_to_stop() -> None:
+    job = Job(3, replace(POLICY, max_restarts=0))
+    job.train()
+    job.died(2)
+    job.waits(0, step=7)
+    assert job.waits(1, step=8) == [Formed(Generation(1, {0: 0, 1: 1}, source=1, step=8))]
+
+
+def test_deaths_in_one_outage_count_once() -> None:
+    job = Job(3, replace(POLICY, max_restarts=1))
+    job.train()
+    job.died(2)
+    assert not any(isinstance(n, Stop) for n in job.died(1))
+
+
+def test_failures_outside_the_window_are_forgotten() -> None:
+    job = Job(1, replace(POLICY, max_restarts=1, restart_window=100))
+    for _ in range(5):
+        assert any(isinstance(n, Spawn) for n in job.died(0))
+        job.now += 101
+    job.died(0)
+    assert job.died(0)[-1] == Finish(1)
+
+
+def test_a_worker_may_say_that_the_job_cannot_go_on(job: Job) -> None:
+    assert job.tell(GaveUp(1, 1, "no batch is left")) == [Stop("no batch is left")]
+    for slot in range(3):
+        job.tell(Ended(slot, slot))
+    assert [n for slot in range(3) for n in job.died(slot, code=0)] == [Finish(1)]
+    assert "no batch is left" in job.said[-1]
+
+
+def test_a_lost_node_ends_the_job(job: Job) -> None:
+    assert job.tell(Lost(1, (2,))) == [Broken(0, "node 1 is gone"), Stop("node 1 is gone")]
+    job.died(0, code=0)
+    assert job.died(1, code=0) == [Finish(1)]
+    assert "node 1 is gone" in job.said[-1]
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_training_is_told_to_stop(job: Job) -> None:
+    assert job.tell(StopAsked(15, 0)) == [Stop("SIGTERM")]
+    assert job.died(0, code=0) + job.died(1, code=0) == [
+        Broken(0, "rank 0 exited with code 0 in the middle of the training")
+    ]
+    assert job.died(2, code=0) == [Finish(143)]
+
+
+def test_plain_workers_get_the_signal_itself() -> None:
+    job = Job(2)
+    assert job.tell(StopAsked(2, 0)) == [Kill(0, 0, 2), Kill(1, 1, 2)]
+    job.died(0, code=0)
+    assert job.died(1, code=1)[-1:] == [Finish(130)]
+
+
+def test_a_second_signal_of_the_same_agent_kills(job: Job) -> None:
+    job.tell(StopAsked(15, 0))
+    assert job.tell(StopAsked(15, 0), StopAsked(15, 1), StopAsked(15)) == []
+    job.now += 2
+    assert job.tell(StopAsked(15), StopAsked(15, 2)) == []
+    assert job.tell(StopAsked(15, 0)) == [Kill(slot, slot, signal.SIGKILL) for slot in range(3)]
+
+
+def test_a_stop_while_all_start_again() -> None:
+    job = Job(2)
+    job.died(1, code=1)
+    job.tell(StopAsked(15, 0))
+    assert job.died(0) == [Finish(143)]
+
+
+def test_a_replacement_is_not_waited_for_at_a_stop(job: Job) -> None:
+    job.died(2)
+    assert job.tell(StopAsked(15, 0)) == [Stop("SIGTERM"), Kill(2, 3, signal.SIGKILL)]
