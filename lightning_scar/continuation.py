@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_scar import _lightning, joining
+from lightning_scar import _lightning, joining, logs
 from lightning_scar.collection import Collection
 from lightning_scar.elastic.membership import Member, RestartError
 from lightning_scar.elastic.messages import RESTART_EXIT_CODE
@@ -64,6 +65,7 @@ class Continuation:
         path = calls.kept()
         if path is not None:
             resume(self._trainer, path)
+        logs.inherit(self._trainer)
         if dist.is_initialized():
             return
         if self._member.is_replacement and self._member.generation is None:
@@ -87,6 +89,7 @@ class Continuation:
             _lightning.place_data(self._trainer, [], skip=True)
         if not self.is_joiner:
             self._generations.steps = self._trainer.global_step
+            logs.note(self._trainer)
             if calls.is_first_fit:
                 self._member.begin()
 
@@ -110,23 +113,36 @@ class Continuation:
             closure()
             self._generations.enter_next(boundary=True)
             self._member.begin()
-            self._note_rejoin()
+            self._behind_step("")
             return None
         started = time.monotonic()
         self._start.keep(gradients=self._trainer.accumulate_grad_batches > 1)
         while True:
             try:
                 self._announce()
-                output = attempt(closure) if self._collection is None else self._collection.flush(attempt)
+                output = self._attempt(attempt, closure)
             except Exception as error:
                 if not self._can_survive(error):
                     raise
             else:
                 self._complete()
-                self._behind_step()
+                self.outages.stepped()
+                self._behind_step(self._member.called(self._generations.steps))
                 return output
             if self._survive(closure, waited=time.monotonic() - started):
+                self._behind_step("")
                 return None
+
+    def _attempt(self, attempt: Attempt, closure: Closure) -> Any:
+        if self._collection is not None:
+            return self._collection.flush(attempt)
+
+        def checked() -> Any:
+            loss = closure()
+            self._member.check_health()
+            return loss
+
+        return attempt(checked)
 
     def _complete(self) -> None:
         self._generations.steps += 1
@@ -143,23 +159,23 @@ class Continuation:
         elif self._member.joiners_are_ready():
             self._member.call(_JOIN, step)
 
-    def _behind_step(self) -> None:
-        """Takes joiners in. Only a full group leaves the training steps, e.g. for a validation."""
-        self.outages.stepped()
-        word = self._member.called(self._generations.steps)
+    def _behind_step(self, word: str) -> None:
+        """Takes joiners in. Only a full group leaves the training steps, e.g. for a validation.
+
+        Args:
+            word: What the leader announced to follow the step.
+
+        """
         if word == _STOP:
-            return _lightning.mark_sigterm(self._trainer)
+            _lightning.mark_sigterm(self._trainer)
+            return
         while word == _JOIN or (not self._member.is_full and joining.leaves_training_next(self._trainer)):
             if word != _JOIN:
                 self._member.wait_for_joiners()
             if self._member.is_stopping:
-                return None
+                return
             self._generations.enter_next(boundary=True)
             word = ""
-        self._note_rejoin()
-        return None
-
-    def _note_rejoin(self) -> None:
         if self._member.is_full:
             self.outages.rejoined(self._generations.steps)
 
@@ -229,6 +245,8 @@ class Continuation:
         They begin with the state of this moment; this process ends here.
         """
         if not isinstance(error, RestartError) and not self._member.is_due_to_failure(error):
+            if isinstance(error, SIGTERMException | KeyboardInterrupt):
+                self._member.end()
             return
         self._strategy.unwrap()
         for logger in self._trainer.loggers:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_scar import _lightning
+from lightning_scar import _lightning, logs
 
 
 def begin_as_joiner(trainer: pl.Trainer) -> None:
@@ -84,10 +84,21 @@ def take_state(trainer: pl.Trainer, checkpoint: dict[str, Any], live: dict[str, 
     metrics._callback_metrics, metrics._logged_metrics, metrics._progress_bar_metrics = live["metrics"]
     trainer.should_stop = live["should_stop"]
     rank_zero_only.rank = utils_rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
+    logs.go_on(trainer)
+    _show_progress(trainer)
     for callback, seat in zip(successors(trainer), live["seats"], strict=True):
         callback.take_over(trainer, seat)
     if trainer._results is not None:
         trainer._results.reset()
+
+
+def _show_progress(trainer: pl.Trainer) -> None:
+    """A replacement begins with a hidden progress bar; the one of the first rank shows it where the dead one's was."""
+    bar = trainer.progress_bar_callback
+    if bar is not None and trainer.global_rank == 0:
+        bar.enable()
+        bar.on_train_start(trainer, trainer.lightning_module)
+        bar.on_train_epoch_start(trainer, trainer.lightning_module)
 
 
 def take_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -196,7 +207,7 @@ def _undo(progress: dict[str, Any]) -> None:
 
 def compute_gradient(trainer: pl.Trainer, batch: Any) -> None:
     """Computes the gradient of a batch as a training step does, in place of the gradients that there are."""
-    strategy, module = trainer.strategy, trainer.lightning_module
+    module = trainer.lightning_module
     module.zero_grad()
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)

@@ -50,7 +50,7 @@ class Calls:
         """Writes the state of the ``fit`` under way, or else of the last one."""
         if self._last_fit is not None:
             number, trainer = self._last_fit
-            keep(trainer, number, finished=number != self.number or not trainer.training and not trainer.validating)
+            keep(trainer, number, finished=number != self.number or not (trainer.training or trainer.validating))
 
     def kept(self) -> str | None:
         """The state that the present call begins with, if an earlier start left one."""

@@ -30,9 +30,9 @@ class SCARDDPStrategy(DDPStrategy):
     supervisor starts. No completed step is undone. Without failures the parameters are those of ``"ddp"``, bit for bit.
 
     Args:
-        on_failure: What survivors do until the replacement is there. ``"shrink"``: they go on synchronously as a smaller
-            group. ``"buffer"``: they collect gradients on extra batches, up to ``max_staleness``, and apply them as the
-            interrupted step. ``"wait"``.
+        on_failure: What survivors do until the replacement is there. ``"shrink"``: they go on synchronously, as a
+            smaller group. ``"buffer"``: they collect gradients on extra batches, up to ``max_staleness``, and apply
+            them as the interrupted step. ``"wait"``: nothing.
         min_world_size: With fewer workers than that, they save and stop.
         max_staleness: How many gradients a survivor collects at most beyond that of the interrupted step.
         flush: How collected gradients are applied: ``"mean"`` as one step, ``"replay"`` one by one.
@@ -128,6 +128,8 @@ class SCARDDPStrategy(DDPStrategy):
         timeout = hang_timeout() or self._timeout
         options: dict[str, Any] = {"backend": self._process_group_backend, "timeout": timeout or timedelta(minutes=30)}
         if self.root_device.type == "cuda":
+            # NCCL's watchdog is to abort what hangs, not to end the process.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
             options["device_id"] = self.root_device
         return options
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
@@ -40,6 +41,13 @@ class CutOffError(RuntimeError):
 
     def __init__(self) -> None:
         super().__init__("lightning-scar: the supervisor is gone or out of reach; this worker stops")
+
+
+class GroupLostError(RuntimeError):
+    """The group broke, and no collective said so."""
+
+    def __init__(self) -> None:
+        super().__init__("lightning-scar: the NCCL group was lost")
 
 
 class RestartError(RuntimeError):
@@ -173,11 +181,28 @@ class Member:
         self._tell(Stranded(self.slot, self._spawn, number, step))
         self._wait_until(lambda: self._restart is not None)
 
+    def check_health(self) -> None:
+        """Raises if the group broke where the device says nothing: kernels of NCCL that are aborted leave garbage.
+
+        Raises:
+            GroupLostError: If the present generation is no more.
+
+        """
+        if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
+            torch.cuda.current_stream().synchronize()
+            if self.is_broken:
+                raise GroupLostError
+
     def leave(self) -> None:
         """Closes the group, which wakes whoever is blocked in it."""
         self._connections.cut()
-        if dist.is_initialized():
-            abort_or_destroy()
+        if not dist.is_initialized():
+            return
+        if dist.get_backend() == dist.Backend.NCCL:
+            # A kernel may wait on the device for a peer that is gone.
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
 
     @property
     def _number(self) -> int:
@@ -301,11 +326,12 @@ class Member:
     # -- the watching thread -------------------------------------------------------------------------------------
 
     def _watch(self, has_read: threading.Event) -> None:
-        number = 0
         try:
             notices = Notices(self._connect())
-            for number, notice in enumerate(notices.news(), start=1):
+            known = list(notices.news())
+            for notice in known:
                 self._take_note_of(notice)
+            number = len(known)
             has_read.set()
             while True:
                 notice = notices.wait(number)
@@ -316,7 +342,7 @@ class Member:
         except dist.DistError:
             with self._changed:
                 self._is_cut_off = True
-                self._connections.cut()
+                self._wake()
                 self._changed.notify_all()
             has_read.set()
 
@@ -327,13 +353,20 @@ class Member:
         elif isinstance(notice, Broken):
             self._broken[notice.generation] = notice.reason
             if notice.generation == self._number:
-                self._connections.cut()
+                self._wake()
         elif isinstance(notice, Joining):
             self._joining = notice
         elif isinstance(notice, Restart):
             self._restart = notice
         elif isinstance(notice, Stop):
             self._is_stopping = True
+
+    def _wake(self) -> None:
+        """Lets the training thread go, should it be blocked in a collective."""
+        self._connections.cut()
+        if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
+            group = dist.distributed_c10d._get_default_group()
+            group._get_backend(torch.device("cuda")).abort()
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         with self._changed:
@@ -351,14 +384,6 @@ class Member:
             self._events.append(event)
         except dist.DistError as error:
             raise CutOffError from error
-
-
-def abort_or_destroy() -> None:
-    """Ends the default process group, also where a kernel of it waits on the device for a peer that is gone."""
-    if dist.get_backend() == dist.Backend.NCCL:
-        dist.distributed_c10d._abort_process_group()
-    else:
-        dist.destroy_process_group()
 
 
 @functools.cache
