@@ -180,6 +180,18 @@ class SCARCheckpoint(Checkpoint):
         if self._running is not None:
             self._running.fence()
 
+    def save_all(self, trainer: pl.Trainer) -> None:
+        """Saves all blocks of this rank and waits until they are written."""
+        if self._running is not None:
+            self._begin(trainer, full=True)
+            self._close(trainer)
+
+    def optimizer_states(self) -> list[Any]:
+        """The states of all optimizers, from the running checkpoint. A collective."""
+        assert self._io is not None
+        states: list[Any] = self._io.load_checkpoint(self.dirpath)["optimizer_states"]
+        return states
+
     def _open(self, trainer: pl.Trainer, seat: Seat | None = None) -> None:
         assert self._io is not None
         ranks = Ranks.of_default_group() if seat is None else Ranks(trainer.global_rank, trainer.world_size)

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
 
 from lightning_scar import _lightning, joining, logs
 from lightning_scar.collection import Collection
-from lightning_scar.elastic.membership import Member, RestartError
+from lightning_scar.elastic.membership import CutOffError, Member, RestartError
 from lightning_scar.elastic.messages import RESTART_EXIT_CODE
 from lightning_scar.generations import Generations
 from lightning_scar.kept import calls, resume
@@ -33,6 +35,17 @@ _JOIN, _STOP = "join", "stop"
 
 Closure = Callable[[], Any]
 Attempt = Callable[[Closure], Any]
+
+
+class _BatchEnd(Callback):
+    """Raises what came up behind a step, when the loops have counted it: else it would be made twice."""
+
+    def __init__(self, raise_pending: Callable[[], None]) -> None:
+        self._raise_pending = raise_pending
+
+    @override
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._raise_pending()
 
 
 class Continuation:
@@ -57,22 +70,24 @@ class Continuation:
         self._generations = Generations(strategy, trainer, member, self.outages)
         self._start = StepStart()
         self._collection: Collection | None = None
+        self._pending: RuntimeError | None = None
 
     # -- the beginning and the end of a training -----------------------------------------------------------------
 
     def set_up(self) -> None:
         """Enters the first generation; a replacement does without a group until it is taken in."""
-        path = calls.kept()
-        if path is not None:
-            resume(self._trainer, path)
         logs.inherit(self._trainer)
-        if dist.is_initialized():
-            return
         if self._member.is_replacement and self._member.generation is None:
             self._generations.steps = -1
             joining.begin_as_joiner(self._trainer)
-        else:
+            return
+        if not dist.is_initialized():
             self._generations.enter_first()
+        if self._member.attempt > 0:
+            calls.share_kept()
+        path = calls.kept()
+        if path is not None:
+            resume(self._trainer, path)
 
     @property
     def is_joiner(self) -> bool:
@@ -82,6 +97,9 @@ class Continuation:
     def begin(self) -> None:
         """The training loop begins."""
         joining.silence_sigterm_broadcast(self._trainer)
+        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, _BatchEnd) for callback in callbacks):
+            callbacks.insert(0, _BatchEnd(self._raise_pending))
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda signum, frame: self._member.ask_to_stop(signum))
         self._start = StepStart(self._strategy.lightning_module)
@@ -113,7 +131,7 @@ class Continuation:
             closure()
             self._generations.enter_next(boundary=True)
             self._member.begin()
-            self._behind_step("")
+            self._behind_step(asks=False)
             return None
         started = time.monotonic()
         self._start.keep(gradients=self._trainer.accumulate_grad_batches > 1)
@@ -127,10 +145,10 @@ class Continuation:
             else:
                 self._complete()
                 self.outages.stepped()
-                self._behind_step(self._member.called(self._generations.steps))
+                self._behind_step(asks=True)
                 return output
             if self._survive(closure, waited=time.monotonic() - started):
-                self._behind_step("")
+                self._behind_step(asks=False)
                 return None
 
     def _attempt(self, attempt: Attempt, closure: Closure) -> Any:
@@ -159,16 +177,24 @@ class Continuation:
         elif self._member.joiners_are_ready():
             self._member.call(_JOIN, step)
 
-    def _behind_step(self, word: str) -> None:
-        """Takes joiners in. Only a full group leaves the training steps, e.g. for a validation.
+    def _behind_step(self, asks: bool) -> None:
+        """Does what was announced to follow the step, or waits for a full group.
 
         Args:
-            word: What the leader announced to follow the step.
+            asks: Whether this worker made the step itself, and does not know yet.
 
         """
-        if word == _STOP:
-            _lightning.mark_sigterm(self._trainer)
-            return
+        try:
+            word = self._member.called(self._generations.steps) if asks else ""
+            if word == _STOP:
+                _lightning.mark_sigterm(self._trainer)
+            else:
+                self._take_joiners_in(word)
+        except (CutOffError, RestartError) as error:
+            self._pending = error
+
+    def _take_joiners_in(self, word: str) -> None:
+        # Only a full group leaves the training steps, e.g. for a validation.
         while word == _JOIN or (not self._member.is_full and joining.leaves_training_next(self._trainer)):
             if word != _JOIN:
                 self._member.wait_for_joiners()
@@ -179,11 +205,18 @@ class Continuation:
         if self._member.is_full:
             self.outages.rejoined(self._generations.steps)
 
+    def _raise_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            raise pending
+
     # -- an outage -----------------------------------------------------------------------------------------------
 
     def _can_survive(self, error: Exception) -> bool:
-        # A replacement would run the script from its beginning, and come to another fit first.
-        return calls.is_first_fit and self._member.is_due_to_failure(error)
+        # A replacement would run the script from its beginning, and come to another fit first. And it could not take
+        # the shard of an optimizer in whose step the others are.
+        can_join = calls.is_first_fit and not joining.has_sharded_optimizer(self._trainer)
+        return can_join and self._member.is_due_to_failure(error)
 
     def _survive(self, closure: Closure, waited: float) -> bool:
         """Enters the next generation.
@@ -251,6 +284,9 @@ class Continuation:
         self._strategy.unwrap()
         for logger in self._trainer.loggers:
             logger.save()
+        if joining.has_sharded_optimizer(self._trainer):
+            for callback in joining.successors(self._trainer):
+                callback.save_all(self._trainer)
         try:
             self._member.strand(self._generations.steps)
         except RestartError as restart:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_scar import _lightning, logs
+from lightning_scar.core.zero import is_sharded
 
 
 def begin_as_joiner(trainer: pl.Trainer) -> None:
@@ -44,11 +45,22 @@ class Successor(Protocol):
     def fence(self) -> None:
         """Something else than an optimizer is about to change the weights."""
 
+    def save_all(self, trainer: pl.Trainer) -> None:
+        """All workers will be started again: what this rank alone holds must be on disk."""
+
+    def optimizer_states(self) -> list[Any]:
+        """What is on disk of the states of sharded optimizers, each part from its freshest source. A collective."""
+
 
 def successors(trainer: pl.Trainer) -> list[Successor]:
     """The callbacks of a trainer that are such, in order."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if hasattr(callback, "take_over")]
+
+
+def has_sharded_optimizer(trainer: pl.Trainer) -> bool:
+    """Whether each rank holds a part of an optimizer's state that no other one has."""
+    return any(is_sharded(optimizer) for optimizer in trainer.optimizers)
 
 
 def live_state(trainer: pl.Trainer) -> dict[str, Any]:
@@ -180,29 +192,33 @@ def leaves_training_next(trainer: pl.Trainer) -> bool:
     return is_last or trainer.should_stop or loop._num_ready_batches_reached() or loop._should_check_val_fx(fetcher)
 
 
-def undo_unfinished_batch(checkpoint: dict[str, Any]) -> None:
-    """Makes a checkpoint dict of the middle of a batch one of the moment before it: nothing of it has counted.
+def undo_unfinished_step(checkpoint: dict[str, Any], accumulated: int) -> None:
+    """Makes a checkpoint dict of the middle of a step one of the moment before it: nothing of it has counted.
 
     Args:
         checkpoint: The checkpoint dict, changed in place.
+        accumulated: How many batches make a step; their gradients are in no checkpoint.
 
     """
     loop = checkpoint["loops"]["fit_loop"]
     batch = loop["epoch_loop.batch_progress"]
-    if batch["current"]["processed"] == batch["current"]["ready"]:
+    done, ready = batch["current"]["processed"], batch["current"]["ready"]
+    pending = 0 if batch["is_last_batch"] and done == ready else done % accumulated
+    if done == ready and not pending:
         return
     batch["is_last_batch"] = False
-    for name in ("epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress"):
-        _undo(loop[name])
+    _set_back(batch, pending)
+    _set_back(loop["epoch_loop.automatic_optimization.optim_progress"], 0)
 
 
-def _undo(progress: dict[str, Any]) -> None:
+def _set_back(progress: dict[str, Any], pending: int) -> None:
+    """Makes all counters what has been done, less what must be done again."""
     for value in progress.values():
         if isinstance(value, dict):
-            _undo(value)
+            _set_back(value, pending)
     if "completed" in progress:
-        done = progress.get("processed", progress["completed"])
-        progress.update((name, done) for name in progress if name != "completed")
+        done = progress.get("processed", progress["completed"]) - pending
+        progress.update(dict.fromkeys(progress, done))
 
 
 def compute_gradient(trainer: pl.Trainer, batch: Any) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_scar import _lightning, joining
+from lightning_scar.core.exchange import receive, send
 
 #: Where a checkpoint dict holds what else the next start needs.
 _KEY = "lightning_scar"
@@ -52,6 +54,10 @@ class Calls:
             number, trainer = self._last_fit
             keep(trainer, number, finished=number != self.number or not (trainer.training or trainer.validating))
 
+    def share_kept(self) -> None:
+        """Lets all nodes see the state that the present call begins with. A collective."""
+        share(self.number)
+
     def kept(self) -> str | None:
         """The state that the present call begins with, if an earlier start left one."""
         path = _path(self.number)
@@ -60,6 +66,26 @@ class Calls:
 
 #: Those of this process.
 calls = Calls()
+
+
+def share(call: int) -> None:
+    """Brings the state that was kept for a call to the nodes that do not see it. A collective.
+
+    Args:
+        call: The number of the call.
+
+    """
+    path = _path(call)
+    kept: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(kept, path.exists())
+    if all(kept) or not any(kept):
+        return
+    source, missing = kept.index(True), [rank for rank, here in enumerate(kept) if not here]
+    if dist.get_rank() == source:
+        send(torch.load(path, weights_only=False), missing)
+    elif dist.get_rank() in missing:
+        _write(receive(source), path)
+    dist.barrier()
 
 
 def keep(trainer: pl.Trainer, call: int, finished: bool) -> None:
@@ -72,12 +98,13 @@ def keep(trainer: pl.Trainer, call: int, finished: bool) -> None:
 
     """
     checkpoint = _lightning.dump_checkpoint(trainer)
-    joining.undo_unfinished_batch(checkpoint)
-    checkpoint[_KEY] = {"finished": finished, "live": joining.live_state(trainer)}
-    path = _path(call)
-    partial = path.with_suffix(".partial")
-    torch.save(checkpoint, partial)
-    partial.replace(path)
+    joining.undo_unfinished_step(checkpoint, trainer.accumulate_grad_batches)
+    is_sharded = joining.has_sharded_optimizer(trainer)
+    if is_sharded:
+        # Each rank has its own part; it is in the running checkpoint.
+        checkpoint.pop("optimizer_states")
+    checkpoint[_KEY] = {"finished": finished, "is_sharded": is_sharded, "live": joining.live_state(trainer)}
+    _write(checkpoint, _path(call))
 
 
 def resume(trainer: pl.Trainer, path: str) -> None:
@@ -92,9 +119,18 @@ def resume(trainer: pl.Trainer, path: str) -> None:
     def loaded(path: str, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint.pop(_KEY)
         trainer.should_stop = kept["finished"] or kept["live"]["should_stop"]
+        if kept["is_sharded"]:
+            checkpoint["optimizer_states"] = joining.successors(trainer)[0].optimizer_states()
 
     # This program wrote it itself.
     _lightning.intercept_resume(trainer, lambda asked_for: path, loaded, weights_only=False)
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    # Several workers of a node may write the same.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    torch.save(checkpoint, partial)
+    partial.replace(path)
 
 
 def _path(call: int) -> Path:

@@ -13,9 +13,10 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
+from lightning_scar import joining
 from lightning_scar.continuation import Continuation
 from lightning_scar.elastic.membership import Member, hang_timeout
 from lightning_scar.kept import calls
@@ -171,6 +172,8 @@ class SCARDDPStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
+        assert self.lightning_module is not None
+        check_training(self.lightning_module.trainer)
         if self._continuation is not None:
             self._continuation.begin()
 
@@ -208,17 +211,28 @@ class SCARDDPStrategy(DDPStrategy):
             self._continuation.failed(error)
 
 
-def check_model(module: "pl.LightningModule") -> None:
+def check_training(trainer: "pl.Trainer") -> None:
     """Refuses what cannot be continued.
 
     Raises:
-        MisconfigurationException: For manual optimization.
+        MisconfigurationException: For manual optimization, for an optimizer that calls its closure several times, and
+            for a sharded one without a running checkpoint.
 
     """
-    if not module.automatic_optimization:
+    if not trainer.lightning_module.automatic_optimization:
         raise MisconfigurationException(
             "strategy='scar_ddp' cannot go on after a failure with manual optimization, in which it does not see where "
             "a step begins. Set `automatic_optimization = True`, or use strategy='ddp'."
+        )
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise MisconfigurationException(
+            "strategy='scar_ddp' cannot go on after a failure inside a step of LBFGS, which changes the parameters and "
+            "computes gradients in turn. Use another optimizer, or strategy='ddp'."
+        )
+    if joining.has_sharded_optimizer(trainer) and not joining.successors(trainer):
+        raise MisconfigurationException(
+            "strategy='scar_ddp' with a ZeroRedundancyOptimizer needs a SCARCheckpoint: what a dead worker alone held "
+            "of the optimizer's state comes from there. Add SCARCheckpoint(...) to the Trainer's callbacks."
         )
 
 

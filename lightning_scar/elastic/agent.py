@@ -113,7 +113,7 @@ class Agent:
         workers = [worker for _, worker in self._workers.values()]
         for worker in workers:
             worker.send(signal.SIGTERM)
-        while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+        while None in [worker.poll() for worker in workers] and time.monotonic() < deadline:
             time.sleep(0.02)
         for worker in workers:
             worker.send(signal.SIGKILL)

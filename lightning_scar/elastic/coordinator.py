@@ -171,7 +171,7 @@ class Coordinator:
     def _hear_ready(self, worker: Worker) -> None:
         if worker.is_member:
             # It was taken in, and the generation broke before it had the state: it is a replacement once more.
-            worker.is_member = False
+            worker.is_member, worker.left = False, None
             self._replaced.add(worker.slot)
             self._break(f"rank {worker.slot} lost the connection")
         worker.ready = True

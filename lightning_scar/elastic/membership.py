@@ -276,6 +276,11 @@ class Member:
         return self.joiners_are_ready() or self.is_broken or self._is_stopping or self._restart is not None
 
     @property
+    def attempt(self) -> int:
+        """How often all workers have been started again."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+    @property
     def is_stopping(self) -> bool:
         """Whether the job is to end."""
         return self._is_stopping

@@ -5,6 +5,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,8 @@ _LEASH = Path(__file__).with_name("leash.py")
 #: How much of a worker's standard error is kept.
 _TAIL_BYTES = 8192
 _TAIL_LINES = 30
+#: How long what is left of a dead worker's standard error is waited for; somebody else may go on writing to it.
+_LAST_WORDS_SECONDS = 5.0
 
 
 class WorkerProcess:
@@ -43,7 +46,11 @@ class WorkerProcess:
             self._context._start()  # type: ignore[no-untyped-call]
         finally:
             self._errors.started()
-        self._process = self._context.subprocess_handlers[0].proc
+        handler = self._context.subprocess_handlers[0]
+        if handler._stderr is not None:
+            handler._stderr.close()  # Only the worker is to hold it: so it ends with the worker.
+        self._process = handler.proc
+        self._died_at: float | None = None
 
     @property
     def pid(self) -> int:
@@ -51,10 +58,15 @@ class WorkerProcess:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Its exit code, negative for a signal; ``None`` while it lives. What it started is ended with it."""
-        if self._process.returncode is None and self._process.poll() is not None:
+        """Its exit code, negative for a signal; ``None`` while it lives or is heard. What it started is ended with it."""
+        if self._died_at is None:
+            if self._process.poll() is None:
+                return None
+            self._died_at = time.monotonic()
             self._signal_all(signal.SIGKILL)
             self._errors.finish()
+        if self._errors.is_open and time.monotonic() - self._died_at < _LAST_WORDS_SECONDS:
+            return None
         return self._process.returncode
 
     def tail(self) -> str:
@@ -64,7 +76,7 @@ class WorkerProcess:
     def send(self, number: int) -> None:
         """Sends it a signal. SIGKILL goes to whatever it started, too."""
         if self._process.poll() is not None:
-            return
+            return  # The next poll() ends what it started.
         if number == signal.SIGKILL:
             self._signal_all(number)
         else:
@@ -115,9 +127,11 @@ class _ErrorStream:
     def finish(self) -> None:
         """The writer is gone: takes what is still in the pipe. Others may hold it open, so its end may never come."""
         self._is_over.set()
-        self._thread.join(timeout=5)
-        if self._kept and not self._kept.endswith(b"\n"):
-            _write(b"\n")  # What follows begins a line of its own.
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there may be more in it."""
+        return self._thread.is_alive()
 
     def tail(self) -> str:
         """The last lines of it."""
@@ -139,6 +153,8 @@ class _ErrorStream:
             self._kept = (self._kept + chunk)[-_TAIL_BYTES:]
             _write(chunk)
         os.close(self._source)
+        if self._kept and not self._kept.endswith(b"\n"):
+            _write(b"\n")  # What follows begins a line of its own.
 
 
 def _write(chunk: bytes) -> None:
