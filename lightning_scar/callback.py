@@ -32,7 +32,7 @@ from lightning_scar.refusals import (
     check_strategy,
     checked_settings,
 )
-from lightning_scar.resumption import check_ranks_agree, fit_to_model, unfinished_run
+from lightning_scar.resumption import check_ranks_agree, fit_to_model, newest_step, unfinished_run
 from lightning_scar.schedule import Schedule
 from lightning_scar.sigterm import DeferredSigterm
 from lightning_scar.storage.directory import Directory
@@ -157,7 +157,8 @@ class SCARCheckpoint(Checkpoint):
         if stage != "fit" or _lightning.is_joiner(trainer):
             return
         self._open(trainer)
-        if calls.kept() is not None:
+        kept = calls.kept()
+        if kept is not None and kept.step >= newest_step(self.dirpath, self._storage_options):
             return
         _lightning.intercept_resume(
             trainer,

@@ -20,18 +20,22 @@ from typing_extensions import override
 
 from lightning_scar import _lightning, joining, logs
 from lightning_scar.collection import Collection
-from lightning_scar.elastic.membership import CutOffError, Member, RestartError
+from lightning_scar.elastic.errors import CutOffError, RestartError
+from lightning_scar.elastic.membership import Member
 from lightning_scar.elastic.messages import RESTART_EXIT_CODE
 from lightning_scar.generations import Generations
-from lightning_scar.kept import calls, resume
+from lightning_scar.kept import calls
 from lightning_scar.outage import OutagePolicy, Outages
-from lightning_scar.step_start import StepStart
+from lightning_scar.step_start import StepStart, random_state, set_random_state
 
 if TYPE_CHECKING:
     from lightning_scar.strategy import SCARDDPStrategy
 
 #: What a leader announces before a step's collectives, so that all know it behind that step.
 _JOIN, _STOP = "join", "stop"
+
+#: Seconds.
+_LONG_ENOUGH = 1e9
 
 Closure = Callable[[], Any]
 Attempt = Callable[[Closure], Any]
@@ -71,6 +75,8 @@ class Continuation:
         self._start = StepStart()
         self._collection: Collection | None = None
         self._pending: RuntimeError | None = None
+        #: The random generators behind the last step.
+        self._random = random_state()
 
     # -- the beginning and the end of a training -----------------------------------------------------------------
 
@@ -85,9 +91,9 @@ class Continuation:
             self._generations.enter_first()
         if self._member.attempt > 0:
             calls.share_kept()
-        path = calls.kept()
-        if path is not None:
-            resume(self._trainer, path)
+        kept = calls.kept()
+        if kept is not None:
+            calls.resume(self._trainer, kept)
 
     @property
     def is_joiner(self) -> bool:
@@ -103,13 +109,21 @@ class Continuation:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda signum, frame: self._member.ask_to_stop(signum))
         self._start = StepStart(self._strategy.lightning_module)
-        if calls.kept() is not None:
-            _lightning.place_data(self._trainer, [], skip=True)
-        if not self.is_joiner:
-            self._generations.steps = self._trainer.global_step
-            logs.note(self._trainer)
-            if calls.is_first_fit:
-                self._member.begin()
+        if self.is_joiner:
+            return
+        self._generations.steps = self._trainer.global_step
+        logs.note(self._trainer)
+        if calls.resumed is not None:
+            self._go_on(calls.resumed)
+        if calls.is_first_fit:
+            self._member.begin()
+
+    def _go_on(self, kept: dict[str, Any]) -> None:
+        """Takes up what came with a kept state, but into no checkpoint."""
+        _lightning.place_data(self._trainer, [], skip=True)
+        self.outages.list = kept["outages"]
+        self.outages.rejoined(self._generations.steps)
+        set_random_state(calls.random(self._member.slot))
 
     def end(self) -> None:
         """The training loop is over."""
@@ -147,9 +161,14 @@ class Continuation:
                 self.outages.stepped()
                 self._behind_step(asks=True)
                 return output
-            if self._survive(closure, waited=time.monotonic() - started):
+            if self._survive(closure, self._waited(started)):
                 self._behind_step(asks=False)
                 return None
+
+    def _waited(self, started: float) -> float:
+        seconds = time.monotonic() - started
+        # Whoever gave up because of the timeout has waited long enough, whatever the supervisor's own limit is.
+        return seconds if seconds < self._strategy.timeout.total_seconds() else _LONG_ENOUGH
 
     def _attempt(self, attempt: Attempt, closure: Closure) -> Any:
         if self._collection is not None:
@@ -163,6 +182,7 @@ class Continuation:
         return attempt(checked)
 
     def _complete(self) -> None:
+        self._random = random_state()
         self._generations.steps += 1
         self._generations.substeps = self._collection.applied if self._collection is not None else 0
         self._collection = None
@@ -287,11 +307,14 @@ class Continuation:
         if joining.has_sharded_optimizer(self._trainer):
             for callback in joining.successors(self._trainer):
                 callback.save_all(self._trainer)
+        self.outages.begin(self._generations.steps)
         try:
             self._member.strand(self._generations.steps)
         except RestartError as restart:
+            self.outages.restarting(restart.deaths)
             if restart.keeper == self._member.slot:
-                calls.keep_last_fit()
+                calls.keep({"outages": self.outages.list, "random": self._random})
+            calls.keep_random(self._member.slot, self._random)
         self._strategy.checkpoint_io.teardown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -40,9 +40,9 @@ class SupervisedLauncher(_Launcher):
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: "pl.Trainer", **kwargs: Any) -> Any:
+        self._on_begin(trainer)
         if self._options is not None:
             become_supervisor(self._options)
-        self._on_begin(trainer)
         try:
             return function(*args, **kwargs)
         except BaseException as error:

@@ -108,6 +108,11 @@ class Outages:
         how = {"shrink": "go on", "buffer": "collect stale gradients", "wait": "wait"}[self._policy.on_failure]
         self._say(f"{outage.reason} in step {outage.step + 1}; {here} of {all_of_them} workers {how}")
 
+    def restarting(self, deaths: str) -> None:
+        """All workers will be started again."""
+        if self.present is not None:
+            self.present.reason = deaths or self.present.reason or "the connection was lost"
+
     def stepped(self) -> None:
         """A step is done."""
         outage = self.present

@@ -15,6 +15,13 @@ from lightning_scar.core.restoration import NoCheckpointError
 from lightning_scar.storage.store import DeltaStore
 
 
+def newest_step(dirpath: str, storage_options: dict[str, Any] | None) -> int:
+    """The step of the newest save in a directory; -1 if it holds none."""
+    store = DeltaStore(dirpath, storage_options)
+    store.refresh()
+    return max((head.step for head in store.index.heads.values()), default=-1)
+
+
 def unfinished_run(dirpath: str, storage_options: dict[str, Any] | None) -> str | None:
     """The directory, if it holds a run that was cut short; ``None`` if it holds none.
 

@@ -7,6 +7,19 @@ from torch import Tensor
 from torch.nn import Module
 
 
+def random_state() -> list[Any]:
+    """The state of torch's random generators in this process."""
+    return [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None]
+
+
+def set_random_state(state: list[Any]) -> None:
+    """Puts back what :func:`random_state` returned."""
+    cpu, device = state
+    torch.set_rng_state(cpu)
+    if device is not None:
+        torch.cuda.set_rng_state(device)
+
+
 class StepStart:
     """The parts of the training state that a forward and backward change: buffers, random generators, gradients.
 
@@ -36,7 +49,7 @@ class StepStart:
         if self._buffers:
             # One call for all: a model with batch normalisation has hundreds.
             torch._foreach_copy_(self._copies, [buffer.detach() for buffer in self._buffers])
-        self._random = [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None]
+        self._random = random_state()
         self._gradients = [_clone(p.grad) for p in self._module.parameters()] if gradients else []
 
     @torch.no_grad()
@@ -45,9 +58,7 @@ class StepStart:
         assert self._module is not None
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._copies)
-        torch.set_rng_state(self._random[0])
-        if self._random[1] is not None:
-            torch.cuda.set_rng_state(self._random[1])
+        set_random_state(self._random)
         parameters = list(self._module.parameters())
         for parameter, gradient in zip(parameters, self._gradients or [None] * len(parameters), strict=True):
             parameter.grad = _clone(gradient)

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.constants import default_pg_timeout
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
@@ -67,10 +69,11 @@ class SCARDDPStrategy(DDPStrategy):
         hang_timeout: float | None = None,
         **kwargs: Any,
     ) -> None:
+        if hang_timeout is not None:
+            kwargs["timeout"] = timedelta(seconds=hang_timeout)
         super().__init__(**kwargs)
         self._policy = OutagePolicy(on_failure, min_world_size, max_staleness, flush)
         self._max_restarts = max_restarts
-        self._hang_timeout = hang_timeout
         self._member: Member | None = None
         self._continuation: Continuation | None = None
 
@@ -102,8 +105,8 @@ class SCARDDPStrategy(DDPStrategy):
 
     def _run_options(self) -> list[str]:
         options = ["--nproc-per-node", str(self.num_processes), "--max-restarts", str(self._max_restarts)]
-        if self._hang_timeout is not None:
-            options += ["--hang-timeout", str(self._hang_timeout)]
+        if self._timeout is not None:
+            options += ["--hang-timeout", f"{self._timeout.total_seconds():g}"]
         if self.num_nodes > 1:
             endpoint = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
             node = os.environ.get("NODE_RANK", "0")
@@ -126,13 +129,17 @@ class SCARDDPStrategy(DDPStrategy):
 
     def group_options(self) -> dict[str, Any]:
         """How the process group of any generation is made."""
-        timeout = hang_timeout() or self._timeout
-        options: dict[str, Any] = {"backend": self._process_group_backend, "timeout": timeout or timedelta(minutes=30)}
+        options: dict[str, Any] = {"backend": self._process_group_backend, "timeout": self.timeout}
         if self.root_device.type == "cuda":
-            # NCCL's watchdog is to abort what hangs, not to end the process.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
+            # The membership aborts a broken group itself; NCCL's watchdog would end the process.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options["device_id"] = self.root_device
         return options
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a worker is blocked in a collective before it gives up."""
+        return hang_timeout() or self._timeout or default_pg_timeout
 
     @property
     @override
@@ -173,7 +180,7 @@ class SCARDDPStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None
-        check_training(self.lightning_module.trainer)
+        check_optimizers(self.lightning_module.trainer)
         if self._continuation is not None:
             self._continuation.begin()
 
@@ -203,27 +210,43 @@ class SCARDDPStrategy(DDPStrategy):
             self._continuation.end()
 
     def _begin(self, trainer: "pl.Trainer") -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            check_module(trainer.lightning_module)
         if self._member is not None:
             calls.begin(trainer, writes=self._member.is_leader)
+        elif self.num_processes * self.num_nodes == 1:
+            rank_zero_warn(
+                "strategy='scar_ddp' with devices=1: nobody survives when the only worker dies; it is started again. "
+                "Add a SCARCheckpoint, from which it resumes."
+            )
 
     def _failed(self, error: BaseException) -> None:
         if self._continuation is not None:
             self._continuation.failed(error)
 
 
-def check_training(trainer: "pl.Trainer") -> None:
-    """Refuses what cannot be continued.
+def check_module(module: "pl.LightningModule") -> None:
+    """Refuses a model that cannot be continued.
 
     Raises:
-        MisconfigurationException: For manual optimization, for an optimizer that calls its closure several times, and
-            for a sharded one without a running checkpoint.
+        MisconfigurationException: For manual optimization.
 
     """
-    if not trainer.lightning_module.automatic_optimization:
+    if not module.automatic_optimization:
         raise MisconfigurationException(
             "strategy='scar_ddp' cannot go on after a failure with manual optimization, in which it does not see where "
             "a step begins. Set `automatic_optimization = True`, or use strategy='ddp'."
         )
+
+
+def check_optimizers(trainer: "pl.Trainer") -> None:
+    """Refuses optimizers that cannot be continued.
+
+    Raises:
+        MisconfigurationException: For one that calls its closure several times, and for a sharded one without a running
+            checkpoint.
+
+    """
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
             "strategy='scar_ddp' cannot go on after a failure inside a step of LBFGS, which changes the parameters and "

@@ -9,6 +9,7 @@ import socket
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -51,13 +52,23 @@ class Connections:
                 self._opened, self._is_recording = set(_sockets()) - self._before, False
 
     def cut(self) -> None:
-        """Shuts them down, from whatever thread. While they are being recorded those that there are so far."""
+        """Shuts them down, from whatever thread. While they are being recorded, also those that are yet to come."""
+        if self._cut_once():
+            threading.Thread(target=self._cut_until_recorded, name="lightning-scar cut", daemon=True).start()
+
+    def _cut_until_recorded(self) -> None:
+        while self._cut_once():
+            time.sleep(0.02)
+
+    def _cut_once(self) -> bool:
+        """Returns whether more may come."""
         with self._lock:
             if self._is_recording:
                 self._opened = set(_sockets()) - self._before
             for descriptor, number in self._opened:
                 _shut_down(descriptor, number)
             self._opened = set()
+            return self._is_recording
 
 
 def _sockets() -> Iterator[_Socket]:
@@ -70,10 +81,11 @@ def _sockets() -> Iterator[_Socket]:
 
 def _shut_down(descriptor: int, number: int) -> None:
     with suppress(OSError):
-        duplicate = socket.socket(fileno=os.dup(descriptor))
-        try:
+        duplicate = os.dup(descriptor)
+        if os.fstat(duplicate).st_ino != number:
+            os.close(duplicate)
+            return
+        with socket.socket(fileno=duplicate) as connection:
             # A listening socket has no peer; gloo ends the process when one of those is shut down.
-            if os.fstat(duplicate.fileno()).st_ino == number and duplicate.getpeername() is not None:
-                duplicate.shutdown(socket.SHUT_RDWR)
-        finally:
-            duplicate.close()
+            if connection.getpeername() is not None:
+                connection.shutdown(socket.SHUT_RDWR)

@@ -125,6 +125,8 @@ class Coordinator:
         self._replaced: set[int] = set()
         #: When a slot may be filled again.
         self._due: dict[int, float] = {}
+        #: Whether workers were told to exit, to be started again: they form no group any more, not even to stop.
+        self._is_disbanded = False
         first = self._spawns
         self._form(Generation(self._generations, {slot: first + slot for slot in sorted(self._slots)}, source=0))
         for slot in sorted(self._slots):
@@ -203,11 +205,19 @@ class Coordinator:
     def _died(self, worker: Worker, event: Exited, how: str) -> None:
         self._due[worker.slot] = self._now + self._back_off.pause(worker.slot, self._now - worker.born)
         failure = f"rank {worker.slot} {how}"
+        if self._is_own_fault(worker, event.code):
+            self._give_up(failure, last_words(worker.slot, event.code, event.tail))
+            return
         # A replacement on its way in belongs to no generation: its death is always one more.
         if self._is_within_budget(is_new=not worker.is_member):
             self._say(f"{failure}; {remedy_for(self._members()).value}")
         else:
             self._give_up(failure, last_words(worker.slot, event.code, event.tail) + exhausted(self._policy))
+
+    def _is_own_fault(self, worker: Worker, code: int) -> bool:
+        """Whether the program itself ended a worker outside of any training: to start it again would end the same."""
+        is_first_start = self._attempt == 0 and not worker.began
+        return code > 0 and worker.registered and worker.is_member and (is_first_start or worker.ended)
 
     def _break(self, reason: str) -> None:
         if not self._is_broken:
@@ -303,7 +313,7 @@ class Coordinator:
             return
         self._say(f"the group cannot be put together again where it failed; {Remedy.RESTART.value}")
         keeper, _ = furthest([worker for worker in members if worker.began and worker.steps >= 0])
-        self._post(Restart(self._generation.number, keeper))
+        self._post(Restart(self._generation.number, keeper, ", ".join(self._deaths)))
         self._leave(Phase.RESTARTING, self._policy.stop_timeout, spare_state=True)
 
     # -- ways out ---------------------------------------------------------------------------------------------------
@@ -312,6 +322,7 @@ class Coordinator:
         """Ends all workers; those with a state worth keeping have just been told, and exit by themselves."""
         self._phase = phase
         self._deadline = self._now + grace
+        self._is_disbanded = self._is_disbanded or phase is Phase.RESTARTING
         for worker in self._living.values():
             if not worker.registered and worker.is_member:
                 self._kill(worker, signal.SIGTERM)
@@ -322,7 +333,7 @@ class Coordinator:
         if self._living:
             if self._now >= self._deadline:
                 self._kill_all()
-            elif self._phase is Phase.STOPPING and (members := self._members()):
+            elif self._phase is Phase.STOPPING and not self._is_disbanded and (members := self._members()):
                 # Survivors of an outage come together first, to stop behind the same step.
                 self._regroup(members)
         elif self._phase is Phase.STOPPING:

@@ -2,65 +2,34 @@
 
 import functools
 import os
-import threading
+import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.connections import Connections
+from lightning_scar.elastic.errors import CutOffError, GroupLostError, RestartError
+from lightning_scar.elastic.history import History
 from lightning_scar.elastic.messages import (
     Began,
-    Broken,
     Ended,
     Event,
     Events,
-    Formed,
     GaveUp,
     Generation,
-    Joining,
-    Notice,
-    Notices,
     Ready,
     Registered,
-    Restart,
-    Stop,
     StopAsked,
     Stranded,
     Waiting,
 )
 
-T = TypeVar("T")
-
-
-class CutOffError(RuntimeError):
-    """The supervisor is gone. A worker that went on alone would train apart from the others."""
-
-    def __init__(self) -> None:
-        super().__init__("lightning-scar: the supervisor is gone or out of reach; this worker stops")
-
-
-class GroupLostError(RuntimeError):
-    """The group broke, and no collective said so."""
-
-    def __init__(self) -> None:
-        super().__init__("lightning-scar: the NCCL group was lost")
-
-
-class RestartError(RuntimeError):
-    """All workers will be started again.
-
-    Attributes:
-        keeper: The slot of the worker that leaves its state for the next start; -1 for nobody.
-
-    """
-
-    def __init__(self, keeper: int) -> None:
-        super().__init__("lightning-scar: all workers will be started again")
-        self.keeper = keeper
+#: A supervisor that does not answer for so long is gone.
+_CONNECT = timedelta(seconds=60)
 
 
 class Member:
@@ -85,22 +54,15 @@ class Member:
         self.is_replacement = generation < 0
         self._spawn = spawn
         self._first = generation
-        self._connect: Callable[[], TCPStore] = lambda: TCPStore(host, port, is_master=False, wait_for_workers=False)
+        self._connect: Callable[[], TCPStore] = lambda: TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=_CONNECT
+        )
         self._store = self._connect()
         self._events = Events(self._store)
         self._connections = Connections()
         self._has_called = False
-        self._changed = threading.Condition()
-        self._formed: list[Generation] = []
-        self._broken: dict[int, str] = {}
-        self._joining: Joining | None = None
-        self._restart: Restart | None = None
-        self._is_stopping = False
-        self._is_cut_off = False
-        has_read = threading.Event()
-        threading.Thread(target=self._watch, args=[has_read], name="lightning-scar notices", daemon=True).start()
-        # What was true before this process began must not be taken for news.
-        has_read.wait()
+        self._excepthook = sys.excepthook
+        self._history = History(self._connect, self._wake)
         self._tell(Registered(slot, spawn))
 
     @classmethod
@@ -127,8 +89,8 @@ class Member:
             options: As for ``torch.distributed.init_process_group``.
 
         """
-        self._wait_until(lambda: any(generation.number == self._first for generation in self._formed))
-        return self._form(next(g for g in self._formed if g.number == self._first), options)
+        self._history.wait_until(lambda: bool(self._own_generations()))
+        return self._form(self._own_generations()[0], options)
 
     def enter_next(self, step: int, boundary: bool, waited: float = 0.0, **options: Any) -> Generation:
         """Waits for the generation after the present one, and forms its process group.
@@ -179,7 +141,7 @@ class Member:
         number = self._number
         self.leave()
         self._tell(Stranded(self.slot, self._spawn, number, step))
-        self._wait_until(lambda: self._restart is not None)
+        self._history.wait_until(lambda: False)
 
     def check_health(self) -> None:
         """Raises if the group broke where the device says nothing: kernels of NCCL that are aborted leave garbage.
@@ -209,23 +171,25 @@ class Member:
         return self.generation.number if self.generation is not None else self._first
 
     def _wait_for_next(self, number: int) -> Generation:
-        self._wait_until(lambda: any(g.number > number and self._is_in(g) for g in self._formed))
-        return max((g for g in self._formed if self._is_in(g)), key=lambda g: g.number)
+        self._history.wait_until(lambda: any(g.number > number for g in self._own_generations()))
+        return self._own_generations()[-1]
 
-    def _is_in(self, generation: Generation) -> bool:
-        return generation.spawns.get(self.slot) == self._spawn
+    def _own_generations(self) -> list[Generation]:
+        return self._history.generations(self.slot, self._spawn)
 
     def _form(self, generation: Generation, options: dict[str, Any]) -> Generation:
         self.generation = generation
         self._has_called = False
+        # torch puts the rank in front of tracebacks, once for every group.
+        sys.excepthook = self._excepthook
         with self._connections.recorded():
             # A connection of its own: whoever is blocked in it, waiting for one that died meanwhile, can be woken.
             store = PrefixStore(f"generation/{generation.number}", self._connect())
+            if self.is_broken:
+                # The notice came before there was anything to cut.
+                raise GroupLostError
             rank = generation.members.index(self.slot)
             dist.init_process_group(store=store, rank=rank, world_size=len(generation.spawns), **options)
-        if self.is_broken:
-            # The notice may have come just before the last connection was made.
-            self._connections.cut()
         return generation
 
     # -- the state of the present generation ---------------------------------------------------------------------
@@ -243,22 +207,21 @@ class Member:
     @property
     def is_broken(self) -> bool:
         """Whether the present generation is known to be no more."""
-        return self._is_cut_off or self._number in self._broken
+        return self._history.is_broken(self._number)
 
     def is_due_to_failure(self, error: BaseException) -> bool:
         """Whether an error comes from the loss of another worker, not from the program."""
-        if isinstance(error, CutOffError | RestartError):
+        if isinstance(error, CutOffError | RestartError) or not isinstance(error, Exception):
             return False
-        if not isinstance(error, RuntimeError):
-            return self.is_broken and isinstance(error, Exception)
-        text = str(error)
-        if isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "ncclComm")):
+        if isinstance(error, GroupLostError | dist.DistError):
             return True
-        return self.is_broken
+        # gloo raises plain RuntimeErrors; what they have in common is the path of the source file that they name.
+        is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+        return is_of_gloo or self.is_broken
 
     def joiners_are_ready(self) -> bool:
         """Whether replacements wait to be taken in after the present generation."""
-        return self._joining is not None and self._joining.generation == self._number and not self._is_cut_off
+        return self._history.is_joined(self._number)
 
     def wait_for_joiners(self) -> None:
         """Waits until replacements are ready, or the generation breaks, or the job is to end.
@@ -268,12 +231,12 @@ class Member:
             CutOffError: If the supervisor is gone.
 
         """
-        self._wait_until(lambda: self.has_news)
+        self._history.wait_until(lambda: self.has_news)
 
     @property
     def has_news(self) -> bool:
         """Whether there is a reason to stop waiting for better times: joiners, another failure, the end of the job."""
-        return self.joiners_are_ready() or self.is_broken or self._is_stopping or self._restart is not None
+        return self.joiners_are_ready() or self.is_broken or self.is_stopping or self._history.is_restarting
 
     @property
     def attempt(self) -> int:
@@ -283,7 +246,7 @@ class Member:
     @property
     def is_stopping(self) -> bool:
         """Whether the job is to end."""
-        return self._is_stopping
+        return self._history.is_stopping
 
     def call(self, word: str, step: int) -> None:
         """Announces something to the present generation; by its leader, before a step's collectives.
@@ -295,7 +258,12 @@ class Member:
         """
         if not self._has_called:
             self._has_called = True
-            self._store.set(self._call_key, f"{step} {word}")
+            try:
+                self._store.set(self._call_key, f"{step} {word}")
+                # The store answers what it is asked, not what it is told: now everybody can read it.
+                self._store.check([self._call_key])
+            except dist.DistError as error:
+                raise CutOffError from error
 
     def called(self, step: int) -> str:
         """What the leader announced to follow a step whose collectives this worker has completed; empty for nothing.
@@ -328,61 +296,15 @@ class Member:
     def _call_key(self) -> str:
         return f"call/{self._number}"
 
-    # -- the watching thread -------------------------------------------------------------------------------------
-
-    def _watch(self, has_read: threading.Event) -> None:
-        try:
-            notices = Notices(self._connect())
-            known = list(notices.news())
-            for notice in known:
-                self._take_note_of(notice)
-            number = len(known)
-            has_read.set()
-            while True:
-                notice = notices.wait(number)
-                number += 1
-                with self._changed:
-                    self._take_note_of(notice)
-                    self._changed.notify_all()
-        except dist.DistError:
-            with self._changed:
-                self._is_cut_off = True
-                self._wake()
-                self._changed.notify_all()
-            has_read.set()
-
-    def _take_note_of(self, notice: Notice) -> None:
-        if isinstance(notice, Formed):
-            self._formed.append(notice.generation)
-            self._restart = None
-        elif isinstance(notice, Broken):
-            self._broken[notice.generation] = notice.reason
-            if notice.generation == self._number:
-                self._wake()
-        elif isinstance(notice, Joining):
-            self._joining = notice
-        elif isinstance(notice, Restart):
-            self._restart = notice
-        elif isinstance(notice, Stop):
-            self._is_stopping = True
-
-    def _wake(self) -> None:
-        """Lets the training thread go, should it be blocked in a collective."""
-        self._connections.cut()
+    def _wake(self, generation: int | None) -> None:
+        """Lets the training thread go, should it be blocked in a collective of a generation that is no more."""
+        if generation is not None and generation != self._number:
+            return
         if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
             group = dist.distributed_c10d._get_default_group()
             group._get_backend(torch.device("cuda")).abort()
-
-    def _wait_until(self, condition: Callable[[], bool]) -> None:
-        with self._changed:
-            while not condition():
-                if self._is_cut_off:
-                    raise CutOffError
-                if self._restart is not None:
-                    raise RestartError(self._restart.keeper)
-                self._changed.wait()
-        if self._restart is not None:
-            raise RestartError(self._restart.keeper)
+        else:
+            self._connections.cut()
 
     def _tell(self, event: Event) -> None:
         try:

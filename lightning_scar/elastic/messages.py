@@ -231,11 +231,13 @@ class Restart:
     Args:
         generation: The last generation.
         keeper: The slot of the worker that leaves its state for the next start; -1 for nobody.
+        deaths: Who died and how, for people.
 
     """
 
     generation: int
     keeper: int
+    deaths: str = ""
 
 
 @dataclass(frozen=True)
@@ -345,6 +347,8 @@ class Events:
     def append(self, event: Event) -> None:
         """Appends an event, in one operation of the store."""
         self._store.append(self._KEY, _encode(event) + "\n")  # type: ignore[attr-defined]
+        # The store answers what it is asked, not what it is told: now it is there, or this raises.
+        self._store.check([self._KEY])
 
     def news(self) -> Iterator[Event]:
         """The events since the last call."""

@@ -58,7 +58,7 @@ class WorkerProcess:
         return self._process.pid
 
     def poll(self) -> int | None:
-        """Its exit code, negative for a signal; ``None`` while it lives or is heard. What it started is ended with it."""
+        """Its exit code, negative for a signal; ``None`` while it lives or is heard. What it started ends with it."""
         if self._died_at is None:
             if self._process.poll() is None:
                 return None

@@ -1,15 +1,19 @@
 """Scripts for workers, and supervisors to run them."""
 
+import os
 import re
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import psutil
+
+from lightning_scar.elastic.command_line import main
 
 #: A plain script: counts to ten together with the others, and resumes from its own file.
 PLAIN = """
@@ -81,8 +85,25 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "lightning_scar", "run", *map(str, arguments)]
 
 
-def run(*arguments: str | Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout)
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a supervisor in this process, which has imported torch already; returns what it and its workers wrote."""
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        with led_to(1, out.fileno()), led_to(2, err.fileno()), redirect_stderr(err):
+            code = main([str(argument) for argument in arguments])
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(arguments, code, out.read(), err.read())
+
+
+@contextmanager
+def led_to(descriptor: int, other: int) -> Iterator[None]:
+    before = os.dup(descriptor)
+    os.dup2(other, descriptor)
+    try:
+        yield
+    finally:
+        os.dup2(before, descriptor)
+        os.close(before)
 
 
 @contextmanager

@@ -32,6 +32,8 @@ from lightning_scar.elastic.messages import (
 )
 from lightning_scar.elastic.restarts import Policy
 
+#: The death of rank 2 in most of these tests.
+KILLED = "rank 2 was killed by SIGKILL"
 POLICY = Policy(max_restarts=3, restart_window=3600, hang_timeout=100, stop_timeout=60, kill_grace=5)
 
 
@@ -134,14 +136,14 @@ def test_a_dead_worker_is_replaced_at_once(job: Job) -> None:
 def test_survivors_form_a_generation_when_all_are_there(job: Job) -> None:
     job.died(2)
     assert job.waits(0, step=7) == []
-    assert job.waits(1, step=8) == [Formed(Generation(1, {0: 0, 1: 1}, source=1, step=8))]
+    assert job.waits(1, step=8) == [Formed(Generation(1, {0: 0, 1: 1}, source=1, step=8, deaths=KILLED))]
 
 
 def test_the_lowest_slot_is_the_source_among_equals(job: Job) -> None:
     job.died(0)
     job.waits(2, step=8)
     job.waits(1, step=8)
-    assert job.generation == Generation(1, {1: 1, 2: 2}, source=1, step=8)
+    assert (job.generation.members, job.generation.source, job.generation.step) == ([1, 2], 1, 8)
 
 
 def test_a_survivor_may_wait_before_the_death_is_known(job: Job) -> None:
@@ -149,8 +151,43 @@ def test_a_survivor_may_wait_before_the_death_is_known(job: Job) -> None:
     assert job.waits(1, step=7) == []
     assert job.died(2) == [
         Spawn(2, 3, generation=-1, attempt=0),
-        Formed(Generation(1, {0: 0, 1: 1}, source=0, step=7)),
+        Formed(Generation(1, {0: 0, 1: 1}, source=0, step=7, deaths=KILLED)),
     ]
+
+
+def test_all_deaths_of_an_outage_are_told(job: Job) -> None:
+    job.waits(0, step=7)
+    job.died(2)
+    job.waits(1, step=7)
+    assert job.generation.deaths == KILLED
+    job.waits(0, step=9)
+    job.died(1, code=1)
+    assert (job.generation.members, job.generation.deaths) == ([0], "rank 1 exited with code 1")
+
+
+def test_several_deaths_of_an_outage_are_told_in_their_order(job: Job) -> None:
+    job.died(2)
+    job.died(1, code=1)
+    job.waits(0, step=7)
+    assert job.generation.deaths == f"{KILLED}, rank 1 exited with code 1"
+
+
+def test_a_member_that_dies_while_it_waits_is_named(job: Job) -> None:
+    job.waits(2, step=7)
+    job.waits(0, step=7)
+    job.died(2)
+    job.waits(1, step=7)
+    assert (job.generation.members, job.generation.deaths) == ([0, 1], KILLED)
+
+
+def test_the_death_of_a_replacement_on_its_way_is_none_of_the_generation(job: Job) -> None:
+    job.died(2)
+    job.waits(0, step=7)
+    job.waits(1, step=7)
+    job.died(2)
+    job.waits(0, step=8)
+    job.waits(1, step=8)
+    assert (job.generation.number, job.generation.deaths) == (2, "")
 
 
 def test_waiting_twice_changes_nothing(job: Job) -> None:
@@ -182,7 +219,8 @@ def test_a_replacement_that_was_ready_first_is_announced_to_the_next_generation(
     job.died(2)
     assert job.is_ready(2) == []
     job.waits(0, step=7)
-    assert job.waits(1, step=7) == [Formed(Generation(1, {0: 0, 1: 1}, source=0, step=7)), Joining(1, (2,))]
+    formed = Formed(Generation(1, {0: 0, 1: 1}, source=0, step=7, deaths=KILLED))
+    assert job.waits(1, step=7) == [formed, Joining(1, (2,))]
 
 
 def test_survivors_behind_the_same_step_take_a_ready_replacement_in_at_once(job: Job) -> None:
@@ -208,7 +246,8 @@ def test_a_death_in_a_planned_switch_breaks_the_generation(job: Job) -> None:
     job.is_ready(2)
     assert job.waits(0, step=9, boundary=True) == []
     assert job.died(1)[0] == Broken(1, "rank 1 was killed by SIGKILL")
-    assert job.generation == Generation(2, {0: 0, 2: 3}, source=0, step=9, joiners=(2,))
+    deaths = "rank 1 was killed by SIGKILL"
+    assert job.generation == Generation(2, {0: 0, 2: 3}, source=0, step=9, joiners=(2,), deaths=deaths)
 
 
 def test_a_replacement_that_dies_on_its_way_is_replaced_and_nobody_disturbed(job: Job) -> None:
@@ -231,7 +270,21 @@ def test_a_joiner_that_lost_its_generation_before_it_had_the_state_is_a_replacem
         job.waits(slot, step=7, boundary=True)
     assert job.died(1)[0] == Broken(1, "rank 1 was killed by SIGKILL")
     assert job.tell(Ready(2, job.spawns[2])) == []
-    assert job.waits(0, step=7) == [Formed(Generation(2, {0: 0}, source=0, step=7)), Joining(2, (2,))]
+    deaths = "rank 1 was killed by SIGKILL"
+    assert job.waits(0, step=7) == [Formed(Generation(2, {0: 0}, source=0, step=7, deaths=deaths)), Joining(2, (2,))]
+
+
+def test_a_joiner_that_had_left_before_it_was_a_replacement_again_takes_part(job: Job) -> None:
+    job.died(2)
+    job.is_ready(2)
+    job.waits(0, step=7, boundary=True)
+    job.waits(1, step=7, boundary=True)
+    job.waits(2, step=7)
+    job.tell(Ready(2, job.spawns[2]))
+    job.waits(0, step=8, boundary=True)
+    job.waits(1, step=8, boundary=True)
+    assert job.generation.joiners == (2,)
+    assert job.waits(0, step=9) + job.waits(1, step=9) == [Broken(2, "rank 0 lost the connection")]
 
 
 def test_all_start_again_when_only_a_joiner_without_state_is_left() -> None:
@@ -299,7 +352,10 @@ def test_all_start_again_when_nobody_survives(job: Job) -> None:
 def test_stranded_workers_leave_their_state_and_start_again(job: Job) -> None:
     assert job.died(2) == [Broken(0, "rank 2 was killed by SIGKILL"), Spawn(2, 3, generation=-1, attempt=0)]
     job.strands(0, step=7)
-    assert job.waits(1, step=8) == [Restart(0, keeper=1), Kill(2, 3, signal.SIGKILL)]
+    assert job.waits(1, step=8) == [
+        Restart(0, keeper=1, deaths="rank 2 was killed by SIGKILL"),
+        Kill(2, 3, signal.SIGKILL),
+    ]
     assert job.died(0, code=RESTART_EXIT_CODE) + job.died(2) == []
     assert [type(n) for n in job.died(1, code=RESTART_EXIT_CODE)] == [Formed, Spawn, Spawn, Spawn]
 
@@ -323,7 +379,7 @@ def test_after_the_training_survivors_are_left_to_strand(job: Job) -> None:
         job.tell(Ended(slot, slot))
     assert job.died(2) == [Broken(0, "rank 2 was killed by SIGKILL")]
     job.strands(0, step=9)
-    assert job.strands(1, step=9) == [Restart(0, keeper=0)]
+    assert job.strands(1, step=9) == [Restart(0, keeper=0, deaths="rank 2 was killed by SIGKILL")]
 
 
 def test_numbers_never_come_again() -> None:
@@ -392,7 +448,7 @@ def test_survivors_of_an_outage_come_together_to_stop() -> None:
     job.train()
     job.died(2)
     job.waits(0, step=7)
-    assert job.waits(1, step=8) == [Formed(Generation(1, {0: 0, 1: 1}, source=1, step=8))]
+    assert job.waits(1, step=8) == [Formed(Generation(1, {0: 0, 1: 1}, source=1, step=8, deaths=KILLED))]
 
 
 def test_deaths_in_one_outage_count_once() -> None:
@@ -462,3 +518,21 @@ def test_a_stop_while_all_start_again() -> None:
 def test_a_replacement_is_not_waited_for_at_a_stop(job: Job) -> None:
     job.died(2)
     assert job.tell(StopAsked(15, 0)) == [Stop("SIGTERM"), Kill(2, 3, signal.SIGKILL)]
+
+
+def test_a_stop_while_a_keeper_leaves_its_state_forms_no_group(job: Job) -> None:
+    job.waits(0, step=7)
+    job.waits(1, step=7)
+    assert Restart(0, keeper=0) in job.strands(2, step=7)
+    job.died(2, code=RESTART_EXIT_CODE)
+    assert job.tell(StopAsked(15, 0)) == [Stop("SIGTERM")]
+    job.died(0, code=RESTART_EXIT_CODE)
+    assert job.died(1, code=RESTART_EXIT_CODE) == [Finish(143)]
+
+
+def test_a_program_that_fails_before_it_trains_is_not_started_again() -> None:
+    job = Job(2)
+    job.tell(Registered(0, 0), Registered(1, 1))
+    notices = job.died(1, code=1)
+    assert Stop("rank 1 exited with code 1") in notices
+    assert not [notice for notice in notices if isinstance(notice, Spawn)]

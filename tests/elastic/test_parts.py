@@ -1,14 +1,16 @@
 """The parts of the supervisor that need no script."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from elastic_helpers import assert_gone
 from torch.distributed import HashStore
 
-from lightning_scar.elastic import host
+from lightning_scar.elastic import host, worker_process
 from lightning_scar.elastic.agent import Layout, heartbeat_key
 from lightning_scar.elastic.memory_folder import MemoryFolder
 from lightning_scar.elastic.messages import Lost
@@ -17,11 +19,15 @@ from lightning_scar.elastic.worker_process import WorkerProcess
 
 def finished(*arguments: str) -> tuple[int, WorkerProcess]:
     worker = WorkerProcess([sys.executable, *arguments], {"GREETING": "hello"})
+    return code_of(worker), worker
+
+
+def code_of(worker: WorkerProcess) -> int:
     deadline = time.monotonic() + 30
     while (code := worker.poll()) is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert code is not None
-    return code, worker
+    return code
 
 
 def test_standard_error_is_passed_on_byte_by_byte(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -47,11 +53,41 @@ def test_a_worker_killed_in_mid_sentence_is_heard_to_the_end(capfd: pytest.Captu
 
 
 def test_a_command_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
-    worker = WorkerProcess(["no-such-program"], {})
-    while worker.poll() is None:
-        time.sleep(0.01)
-    assert worker.poll() == 1
+    assert code_of(WorkerProcess(["no-such-program"], {})) == 1
     assert "cannot run no-such-program" in capfd.readouterr().err
+
+
+def orphan(child: str) -> WorkerProcess:
+    """A worker that is gone and unnoticed yet; what it started is still there."""
+    text = f"import subprocess, sys; sys.stderr.write(str(subprocess.Popen([{child}]).pid))"
+    worker = WorkerProcess([sys.executable, "-c", text], {})
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    return worker
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_a_dead_worker_does_not_hide_its_death(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    worker = orphan("'sleep', '60'")
+    worker.send(number)
+    assert code_of(worker) == 0
+    assert_gone(worker.tail())
+    capfd.readouterr()
+
+
+def test_who_holds_a_dead_workers_standard_error_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(worker_process, "_LAST_WORDS_SECONDS", 2.0)
+    worker = orphan("'setsid', 'sh', '-c', 'while sleep 0.02; do echo tick >&2; done'")
+    longest, code = 0.0, None
+    while code is None:
+        before = time.monotonic()
+        code = worker.poll()
+        longest = max(longest, time.monotonic() - before)
+        time.sleep(0.01)
+    assert code == 0
+    assert longest < 1.5
+    os.killpg(int(capfd.readouterr().err.partition("tick")[0]), signal.SIGKILL)
 
 
 def test_folders_of_owners_that_are_gone_are_removed(tmp_path: Path) -> None:

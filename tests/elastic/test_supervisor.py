@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from elastic_helpers import PLAIN, SLEEPER, assert_gone, free_port, ours, run, running, script, wait_for
+from elastic_helpers import PLAIN, SLEEPER, assert_gone, command, free_port, ours, run, running, script, wait_for
 
 from lightning_scar.elastic.command_line import main
 
@@ -37,19 +37,16 @@ def test_last_words_without_a_newline_are_kept(tmp_path: Path) -> None:
     assert "--max-restarts 1 within 3600 s is used up" in done.stderr
 
 
-def test_arguments_reach_python_and_the_script_as_they_are(tmp_path: Path) -> None:
+def test_arguments_reach_python_and_the_script_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = script(tmp_path, "import sys; print(sys.flags.optimize, sys.argv[1:])")
     arguments = ["--", "--max-restarts", "5", "-m", "a b"]
     assert run(path, *arguments).stdout == f"0 {arguments}\n"
     assert run("--", "-O", path, *arguments).stdout == f"1 {arguments}\n"
-    module = subprocess.run(
-        [sys.executable, "-m", "lightning_scar", "run", "--nproc_per_node=1", "-m", "script", *arguments],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(
+        command("--nproc_per_node=1", "-m", "script", *arguments), capture_output=True, text=True, timeout=100
     )
-    assert module.stdout == f"0 {arguments}\n"
+    assert done.stdout == f"0 {arguments}\n"
 
 
 def test_workers_have_the_environment_of_torchrun(tmp_path: Path) -> None:

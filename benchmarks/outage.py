@@ -1,0 +1,246 @@
+"""What the death of a worker costs: ``python -m benchmarks.outage --json OUT``.
+
+One of three ranks is killed by SIGKILL at a random moment, every other time while gradients are being reduced. Measured
+is, from the lines that workers write when a step is done, how long the others take to their next step
+(``survivors_s``), how long it takes until all ranks step together (``rejoined_s``), how many steps are made a second
+time (``redone``) and how often nothing goes on (``hung``); beside them the start-up of the same script alone, and the
+same for torchrun with a ModelCheckpoint and for torchft.
+
+In one run of ``scar_ddp`` each rank is killed once: the supervisor waits before it replaces a worker that dies young
+for the second time.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import kills, report, step_log, torchft_peer
+from benchmarks.kills import Run
+from benchmarks.report import Target, median
+from benchmarks.step_log import Kill, Recovery
+
+RANKS = 3
+#: Seconds for a start, and for all ranks to step together again; after that a run counts as hung.
+_START_LIMIT, _LIMIT = 180.0, 120.0
+#: Steps before the first kill, and between a recovery and what comes next.
+_CALM = 10
+_TRAINING = [sys.executable, "-m", "benchmarks.elastic_training"]
+#: So small that survivors leave the processors to the replacement: an accelerator computes for most of a step.
+_SIZE = ["--width", "256", "--pause", "0.05"]
+
+
+@dataclass
+class Found:
+    """What the kills of one method led to.
+
+    Attributes:
+        recoveries: What followed each kill.
+        redone: Steps that were made a second time, for each run.
+        hung: Kills after which the survivors did not go on, or not all ranks came together again.
+        kills: All of them.
+        startups_beside: Seconds that one more worker, of its own, takes to start beside the ranks that train.
+
+    """
+
+    recoveries: list[Recovery] = field(default_factory=list)
+    redone: list[int] = field(default_factory=list)
+    hung: int = 0
+    kills: list[Kill] = field(default_factory=list)
+    startups_beside: list[float] = field(default_factory=list)
+
+    def figures(self, name: str) -> dict[str, Any]:
+        """Medians, maxima and counts."""
+        found: dict[str, Any] = {f"{name}_kills": len(self.kills), f"{name}_hung": self.hung}
+        found[f"{name}_kills_in_collective"] = sum(kill.in_collective for kill in self.kills)
+        found[f"{name}_redone"] = max(self.redone, default=0)
+        found[f"{name}_redone_a_kill"] = sum(self.redone) / max(len(self.kills), 1)
+        found[f"{name}_startup_beside_s"] = median(self.startups_beside)
+        for what in ("survivors_s", "rejoined_s", "pause_s"):
+            samples = self.samples(what)
+            found[f"{name}_{what}"] = median(samples)
+            found[f"{name}_{what.removesuffix('_s')}_most_s"] = max(samples, default=float("nan"))
+        return found
+
+    def samples(self, what: str) -> list[float]:
+        """Those that were measured."""
+        return [value for recovery in self.recoveries if (value := getattr(recovery, what)) is not None]
+
+
+def command(method: str, folder: Path) -> list[str]:
+    """What starts a training.
+
+    Args:
+        method: A value of ``on_failure``, ``"torchrun"``, or ``"bare"`` for one worker alone.
+        folder: Where its workers write.
+
+    """
+    own = ["--folder", str(folder), "--ranks", str(RANKS), *_SIZE]
+    if method == "bare":
+        return [*_TRAINING, "--folder", str(folder), "--ranks", "1", "--strategy", "auto", *_SIZE]
+    if method == "torchrun":
+        run = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "--max-restarts", "1000"]
+        how = ["--strategy", "ddp", "--checkpoint-every", "20"]
+        return [sys.executable, "-m", *run, "-m", "benchmarks.elastic_training", *own, *how]
+    return [*_TRAINING, *own, "--on-failure", method]
+
+
+def startup(folder: Path) -> float:
+    """Seconds that a worker of its own takes from its start to the end of its first step."""
+    with Run(command("bare", folder), folder, kills.environment()) as run:
+        if not run.wait_until(lambda: run.all_at(2, 1), _START_LIMIT):
+            raise RuntimeError(f"a training of one worker does not begin:\n{run.output[-2000:]}")
+        return run.lines()[0].time - run.started
+
+
+def _plan(count: int, a_run: int, chance: random.Random) -> Iterator[list[tuple[int, bool]]]:
+    """Which ranks are killed in each run, and whether in a collective."""
+    done = 0
+    while done < count:
+        victims = [rank for _ in range(-(-a_run // RANKS)) for rank in chance.sample(range(RANKS), RANKS)]
+        victims = victims[: min(a_run, count - done)]
+        yield [(rank, (done + i) % 2 == 1) for i, rank in enumerate(victims)]
+        done += len(victims)
+
+
+def kill_all(
+    method: str, folder: Path, victims: Sequence[tuple[int, bool]], chance: random.Random, beside: bool = False
+) -> Found:
+    """Runs one training and kills its workers one after the other.
+
+    Args:
+        method: As for ``command``.
+        folder: Where its workers write.
+        victims: Which ranks, and whether in a collective.
+        chance: The moments.
+        beside: Whether a worker of its own is started before, beside those that train.
+
+    """
+    found = Found()
+    environment = kills.environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    with Run(command(method, folder), folder, environment) as run:
+        if not run.wait_until(lambda: run.all_at(_CALM, RANKS), _START_LIMIT, poll=0.05):
+            raise RuntimeError(f"a training by {method} does not begin:\n{run.output[-2000:]}")
+        if beside:
+            found.startups_beside.append(startup(folder / "beside"))
+        for rank, in_collective in victims:
+            time.sleep(chance.uniform(0.3, 1.5))
+            kill = run.kill(rank, in_collective)
+            if kill is None or not _follow(run, kill):
+                found.hung += 1
+                print(f"{method}: rank {rank} killed, and nothing goes on:\n{run.output[-3000:]}", file=sys.stderr)
+                break
+        found.kills = run.kills
+        lines = run.lines()
+    ends = [kill.time for kill in run.kills[1:]] + [float("inf")]
+    for kill, end in zip(run.kills, ends, strict=True):
+        found.recoveries.append(step_log.recovery([line for line in lines if line.time < end], kill, RANKS))
+    found.redone.append(step_log.redone(lines))
+    return found
+
+
+def _follow(run: Run, kill: Kill) -> bool:
+    """Waits until all ranks step together again; returns whether they do."""
+
+    def is_over() -> bool:
+        return step_log.recovery(run.lines(), kill, RANKS).rejoined_s is not None
+
+    if not run.wait_until(is_over, _LIMIT, poll=0.05):
+        return False
+    goal = max(run.steps().values()) + _CALM
+    return run.wait_until(lambda: run.all_at(goal, RANKS), _LIMIT, poll=0.05)
+
+
+def measure(folder: Path, methods: dict[str, tuple[int, int]], seed: int) -> tuple[dict[str, Found], list[float]]:
+    """All methods by turns, and start-ups between their runs.
+
+    Args:
+        folder: A scratch folder.
+        methods: For each how many kills, and how many in one run.
+        seed: Of victims and moments.
+
+    Returns:
+        What was found for each method, and the start-ups of a worker alone.
+
+    """
+    found = {name: Found() for name in methods}
+    chance = random.Random(seed)
+    plans = {name: list(_plan(count, a_run, chance)) for name, (count, a_run) in methods.items()}
+    startups = [startup(folder / "bare-0")]
+    for turn in range(max(map(len, plans.values()), default=0)):
+        for name, plan in plans.items():
+            if turn < len(plan):
+                here = kill_all(name, folder / f"{name}-{turn}", plan[turn], chance, beside=turn < 3 and len(plan) > 1)
+                for what, more in vars(here).items():
+                    setattr(found[name], what, getattr(found[name], what) + more)
+        startups.append(startup(folder / f"bare-{turn + 1}"))
+    return found, startups
+
+
+def targets(found: dict[str, Any]) -> list[Target]:
+    """What was to be reached."""
+    return [
+        Target("shrink_survivors_s", found["shrink_survivors_s"], 0.5),
+        Target("shrink_rejoined_s", found["shrink_rejoined_s"], found["startup_s"] + 0.5),
+        Target("shrink_redone", found["shrink_redone"], 0),
+        Target("shrink_hung", found["shrink_hung"], 0),
+    ]
+
+
+def _rows(found: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
+    times, counts = ("survivors_s", "survivors_most_s", "rejoined_s", "pause_s"), ("redone", "hung", "kills")
+    return [
+        [
+            name,
+            *(f"{found[f'{name}_{what}']:.2f}" for what in times),
+            *(str(found[f"{name}_{what}"]) for what in counts),
+        ]
+        for name in names
+        if f"{name}_kills" in found
+    ]
+
+
+def collected(found: dict[str, Found], startups: list[float]) -> dict[str, Any]:
+    """All figures, and the samples."""
+    figures: dict[str, Any] = {"startup_s": median(startups)}
+    for name, method in found.items():
+        figures |= method.figures(name)
+    figures["samples"] = {"startup_s": startups} | {name: asdict(method) for name, method in found.items()}
+    return figures
+
+
+def _options() -> argparse.Namespace:
+    parser = report.arguments((__doc__ or "").split("\n")[0], rounds=21)
+    parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
+    parser.add_argument("--methods", default="shrink,buffer,wait,torchrun,torchft", help="those to measure, by commas")
+    torchft_peer.add_argument(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, prints and writes JSON."""
+    options = _options()
+    count = options.rounds or (2 if options.small else 21)
+    names = options.methods.split(",")
+    # Of the peers and the other ways to wait fewer: they tell nothing about targets.
+    few = min(count, 9)
+    methods = {name: (count if name == "shrink" else few, RANKS) for name in names if name != "torchft"}
+    with report.scratch(options.dir) as folder:
+        found, startups = measure(folder.resolve(), methods, options.seed)
+        if "torchft" in names:
+            found |= torchft_peer.kill_some(folder.resolve(), options.torchft, few, options.seed)
+    figures = collected(found, startups)
+    figures["settings"] = {"seed": options.seed, "ranks": RANKS, "kills": count}
+    title = f"one of {RANKS} ranks killed; a worker alone starts in {figures['startup_s']:.2f} s"
+    columns = ["method", "survivors s", "at most", "rejoined s", "pause s", "redone", "hung", "kills"]
+    aims = targets(figures) if "shrink" in names and not options.small else []
+    report.show(title, columns, _rows(figures, names), aims)
+    report.write(options.json, figures, aims)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What a training with failures looks like from outside: lines that workers append, and what a driver makes of them.
+
+Every worker process appends ``time step made`` to a file of its own when a step is over. The times are those of the
+monotonic clock, which all processes of a machine share.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Line(NamedTuple):
+    """A step that is over for a worker.
+
+    Attributes:
+        made: Whether it updated the parameters in it; not so when it took another worker's state.
+
+    """
+
+    time: float
+    rank: int
+    step: int
+    pid: int
+    made: bool = True
+
+
+class StepLog:
+    """A worker's file.
+
+    Args:
+        folder: Where it is.
+        rank: The worker's.
+
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self._file = os.open(folder / f"steps-{rank}-{os.getpid()}", flags)
+
+    def add(self, step: int, made: bool = True) -> None:
+        """A step is over. What is written stays, whatever happens to this process."""
+        os.write(self._file, f"{time.monotonic()} {step} {int(made)}\n".encode())
+
+
+def read(folder: Path) -> list[Line]:
+    """All lines of all workers, in order of time."""
+    lines = []
+    for path in folder.glob("steps-*"):
+        _, rank, pid = path.name.split("-")
+        # A line may be half written.
+        for text in path.read_text().splitlines(keepends=True):
+            if text.endswith("\n"):
+                when, step, made = text.split()
+                lines.append(Line(float(when), int(rank), int(step), int(pid), made == "1"))
+    return sorted(lines)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A worker that was killed.
+
+    Args:
+        time: When.
+        rank: Which.
+        pid: Its process.
+        in_collective: Whether it was, while gradients were being reduced.
+
+    """
+
+    time: float
+    rank: int
+    pid: int
+    in_collective: bool = False
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What followed a kill; ``None`` for what did not happen.
+
+    Attributes:
+        survivors_s: Seconds until the slowest of the others had completed its next step. The kill may fall behind the
+            collective of a step, which then ends as if nothing had happened: so of the two steps after the kill the one
+            counts that took longer.
+        rejoined_s: Seconds until all ranks had completed the same step, the first that the replacement took part in.
+        pause_s: The longest time without a step of a survivor from then on and shortly before.
+
+    """
+
+    survivors_s: float | None
+    rejoined_s: float | None
+    pause_s: float | None
+
+
+def recovery(lines: Sequence[Line], kill: Kill, ranks: int) -> Recovery:
+    """What followed a kill.
+
+    Args:
+        lines: Up to the next kill at most.
+        kill: The kill.
+        ranks: How many there are.
+
+    """
+    after = [line for line in lines if line.time > kill.time and line.pid != kill.pid]
+    others = [[line for line in after if line.rank == rank] for rank in range(ranks) if rank != kill.rank]
+    new = [line for line in after if line.rank == kill.rank]
+    survivors = [_longer_of_two(kill.time, own) for own in others]
+    together = [_first_at(own, new[1].step) for own in (*others, new)] if len(new) > 1 else [None]
+    rejoined = max((line.time for line in together if line is not None), default=None)
+    if rejoined is None or None in together:
+        rejoined = None
+    return Recovery(
+        None if None in survivors else max(value for value in survivors if value is not None),
+        None if rejoined is None else rejoined - kill.time,
+        None if rejoined is None else max(_pause(own, rejoined) for own in others),
+    )
+
+
+def _longer_of_two(killed: float, own: Sequence[Line]) -> float | None:
+    if len(own) < 2:
+        return None
+    return max(own[0].time - killed, own[1].time - own[0].time)
+
+
+def _first_at(own: Sequence[Line], step: int) -> Line | None:
+    return next((line for line in own if line.step >= step), None)
+
+
+def _pause(own: Sequence[Line], rejoined: float) -> float:
+    times = [line.time for line in own]
+    here = sum(when <= rejoined for when in times)
+    return max((b - a for a, b in pairwise(times[max(here - 4, 0) : here + 2])), default=0.0)
+
+
+def redone(lines: Iterable[Line]) -> int:
+    """How many steps were made a second time, by the rank that had to make most again."""
+    highest: dict[int, int] = {}
+    again: Counter[int] = Counter()
+    for line in lines:
+        if line.made:
+            again[line.rank] += line.step <= highest.get(line.rank, 0)
+            highest[line.rank] = max(line.step, highest.get(line.rank, 0))
+    return max(again.values(), default=0)
+
+
+def mistakes(lines: Sequence[Line], steps: int, ranks: int) -> list[str]:
+    """Where the steps of a finished training were not counted as they should be.
+
+    Args:
+        lines: All of them.
+        steps: How many steps the training was to have.
+        ranks: How many ranks.
+
+    Returns:
+        A sentence for every mistake.
+
+    """
+    found = []
+    for pid in sorted({line.pid for line in lines}):
+        own = [line for line in lines if line.pid == pid]
+        found += [
+            f"rank {b.rank} (process {pid}) went from step {a.step} to step {b.step}"
+            for a, b in pairwise(own)
+            if b.step != a.step + 1
+        ]
+    missing = sorted(set(range(1, steps + 1)) - {line.step for line in lines if line.made})
+    if missing:
+        found.append(f"no rank made {len(missing)} of {steps} steps, the first of them {missing[0]}")
+    if again := redone(lines):
+        found.append(f"{again} steps were made twice by one rank")
+    for rank in range(ranks):
+        last = max((line.step for line in lines if line.rank == rank), default=0)
+        if last != steps:
+            found.append(f"the last step of rank {rank} is {last}, and should be {steps}")
+    return found

@@ -1,0 +1,126 @@
+"""What a worker knows of its job: the notices so far, read by a thread of their own."""
+
+import atexit
+import threading
+from collections.abc import Callable
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from lightning_scar.elastic.connections import Connections
+from lightning_scar.elastic.errors import CutOffError, RestartError
+from lightning_scar.elastic.messages import Broken, Formed, Generation, Joining, Notice, Notices, Restart, Stop
+
+
+class History:
+    """The notices of a job, as far as this worker has heard.
+
+    Args:
+        connect: Makes a connection to the supervisor's store, for the reading thread alone.
+        on_break: Called in that thread with the number of a generation that broke; with ``None`` if the supervisor is
+            gone.
+
+    """
+
+    def __init__(self, connect: Callable[[], Store], on_break: Callable[[int | None], None]) -> None:
+        #: Whether the supervisor is gone.
+        self.is_cut_off = False
+        #: Whether the job is to end.
+        self.is_stopping = False
+        self._connect = connect
+        self._on_break = on_break
+        self._formed: list[Generation] = []
+        self._broken: set[int] = set()
+        self._joining: Joining | None = None
+        self._restart: Restart | None = None
+        self._changed = threading.Condition()
+        self._connection = Connections()
+        has_read = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=[has_read], name="scar-notices", daemon=True)
+        self._thread.start()
+        # A thread that comes back from the store while the interpreter ends takes the process down.
+        atexit.register(self._end)
+        # What was true before this process began must not be taken for news.
+        has_read.wait()
+
+    def generations(self, slot: int, spawn: int) -> list[Generation]:
+        """Those that a worker is a member of, in order."""
+        return [generation for generation in self._formed if generation.spawns.get(slot) == spawn]
+
+    def is_broken(self, generation: int) -> bool:
+        """Whether a generation is no more."""
+        return self.is_cut_off or generation in self._broken
+
+    def is_joined(self, generation: int) -> bool:
+        """Whether replacements wait to be taken into the generation after one."""
+        return self._joining is not None and self._joining.generation == generation
+
+    @property
+    def is_restarting(self) -> bool:
+        """Whether all workers will be started again."""
+        return self._restart is not None
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits for something to be known.
+
+        Args:
+            condition: Looked at after every notice.
+
+        Raises:
+            RestartError: If all workers will be started again.
+            CutOffError: If the supervisor is gone.
+
+        """
+        with self._changed:
+            while self._restart is None and not condition():
+                if self.is_cut_off:
+                    raise CutOffError
+                self._changed.wait()
+        if self._restart is not None:
+            raise RestartError(self._restart.keeper, self._restart.deaths)
+
+    def _read(self, has_read: threading.Event) -> None:
+        try:
+            with self._connection.recorded():
+                notices = Notices(self._connect())
+            known = list(notices.news())
+            for notice in known:
+                self._take_note_of(notice)
+            has_read.set()
+            number = len(known)
+            while True:
+                self._hear(notices.wait(number))
+                number += 1
+        except Exception:
+            with self._changed:
+                self.is_cut_off = True
+                self._changed.notify_all()
+            self._on_break(None)
+            has_read.set()
+
+    def _hear(self, notice: Notice) -> None:
+        with self._changed:
+            self._take_note_of(notice)
+            self._changed.notify_all()
+        if isinstance(notice, Broken):
+            self._on_break(notice.generation)
+
+    def _take_note_of(self, notice: Notice) -> None:
+        match notice:
+            case Formed():
+                self._formed.append(notice.generation)
+                # Of those whom a new start has replaced.
+                self._restart = None
+            case Broken():
+                self._broken.add(notice.generation)
+            case Joining():
+                self._joining = notice
+            case Restart():
+                self._restart = notice
+            case Stop():
+                self.is_stopping = True
+            case _:
+                pass
+
+    def _end(self) -> None:
+        self._connection.cut()
+        self._thread.join(timeout=5)

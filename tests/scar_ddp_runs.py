@@ -1,0 +1,202 @@
+"""Trainings with ``strategy="scar_ddp"`` under a real supervisor. What happens in the workers is in their script."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import torch
+from helpers import assert_same
+from scar_ddp_training import RATE, Model, samples
+from torch import nn
+
+SCRIPT = Path(__file__).with_name("scar_ddp_training.py")
+#: With buffers, a schedule and clipping.
+REFERENCE: dict[str, Any] = {"model": {"rich": True}, "trainer": {"max_epochs": 3, "gradient_clip_val": 0.5}}
+#: With random numbers besides.
+WITH_DROPOUT: dict[str, Any] = {**REFERENCE, "model": {"rich": True, "dropout": True}}
+
+#: Where, when, who and how: ``("training_step", 4, 0, "kill")``. See ``place`` in the script.
+Fault = tuple[str, int, int, str]
+
+
+@dataclass
+class Training:
+    """How a job ended, and what its workers left.
+
+    ``results`` has an entry for each rank that came to the end of the script; ``steps`` are the optimizer steps of all
+    of them, and ``processes`` all that there were.
+    """
+
+    folder: Path
+    code: int
+    console: str
+    seconds: float
+    results: dict[int, dict[str, Any]]
+    steps: list[dict[str, Any]]
+    processes: list[dict[str, Any]]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.results[0]["state"]
+
+    def outages(self, rank: int) -> list[dict[str, Any]]:
+        return self.results[rank]["outages"]
+
+
+def train(
+    folder: Path,
+    *faults: Fault,
+    ranks: int = 2,
+    strategy: str | dict[str, Any] = "scar_ddp",
+    run: Sequence[str] | None = ("--max-restarts", "9"),
+    command: Sequence[str] = (),
+    limit: float = 110,
+    model: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+    **more: Any,
+) -> Training:
+    """A job from its start to its end, of which nothing may be left.
+
+    Args:
+        folder: All that it writes.
+        faults: What goes wrong.
+        ranks: How many.
+        strategy: Its name, or arguments of ``SCARDDPStrategy``.
+        run: Options of ``lightning-scar run``; ``None`` to start the script by itself.
+        command: Another command that ends with a script.
+        limit: Seconds until it is killed.
+        model: Arguments of the script's model.
+        data: Arguments of its data.
+        trainer: Arguments of its Trainer.
+        more: What else the script knows: ``callbacks``, ``logs``, ``scar``, ``test``, ``cli``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = {"folder": str(folder), "faults": faults, "ranks": ranks, "strategy": strategy, **more}
+    asked |= {"model": model or {}, "data": data or {}, "trainer": trainer or {}}
+    before = [sys.executable]
+    if command:
+        before = list(command)
+    elif run is not None:
+        before = [sys.executable, "-m", "lightning_scar", "run", "--nproc-per-node", str(ranks), *run]
+    code, console, seconds = _run([*before, str(SCRIPT), json.dumps(asked)], folder, limit)
+    results = {int(p.stem.split("-")[1]): torch.load(p, weights_only=False) for p in folder.glob("result-*.pt")}
+    training = Training(folder, code, console, seconds, results, _lines(folder, "steps"), _lines(folder, "processes"))
+    _assert_nothing_left(training)
+    return training
+
+
+def _run(command: list[str], folder: Path, limit: float) -> tuple[int, str, float]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    log = folder / "console.txt"
+    began = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
+        )
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            _kill_all(process.pid)
+            process.wait()
+            raise AssertionError(f"still running after {limit} s:\n{log.read_text()}") from None
+        except BaseException:
+            _kill_all(process.pid)
+            raise
+    return code, log.read_text(), time.monotonic() - began
+
+
+def _kill_all(pid: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        supervisor = psutil.Process(pid)
+        for process in [supervisor, *supervisor.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    paths = sorted(folder.glob(f"{name}-*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def _assert_nothing_left(training: Training) -> None:
+    deadline = time.monotonic() + 5
+    pids = {process["pid"] for process in training.processes}
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = {pid for pid in pids if psutil.pid_exists(pid)}
+    assert not left, f"processes are left: {left}\n{training.console}"
+    for process in training.processes:
+        assert process["state"] is None or not Path(process["state"]).exists()
+
+
+# -- what is to be true afterwards -----------------------------------------------------------------------------------
+
+
+def assert_done(training: Training, steps: int, ranks: int = 2) -> None:
+    """It went to its end, everybody made every step once, and all have the same."""
+    assert training.code == 0, training.console
+    assert sorted(training.results) == list(range(ranks)), training.console
+    for rank, result in training.results.items():
+        assert (result["rank"], result["global_step"]) == (rank, steps), training.console
+        assert result["is_global_zero"] == (rank == 0)
+        assert_same(result["state"], training.state, f"rank {rank}")
+        assert all(outage["steps_lost"] == 0 for outage in result["outages"])
+    for slot in range(ranks):
+        made = [step["step"] for step in training.steps if step["slot"] == slot]
+        assert len(made) == len(set(made)), f"rank {slot} made a step twice: {made}\n{training.console}"
+    assert {step["step"] for step in training.steps} == set(range(1, steps + 1))
+
+
+def assert_lived_through(training: Training, rank: int, *words: str) -> None:
+    """This rank, which did not die, tells of every outage in its order, and how it was mended."""
+    outages = training.outages(rank)
+    assert len(outages) == len(words), f"{outages}\n{training.console}"
+    for outage, word in zip(outages, words, strict=True):
+        assert word in outage["reason"], outages
+        assert outage["seconds"] >= outage["survivors_seconds"] > 0
+        assert f"lightning-scar: {outage['reason']} in step {outage['step'] + 1}; " in training.console
+
+
+def world_sizes(training: Training) -> list[int]:
+    """Of how many ranks each step was made, in order."""
+    by_step: dict[int, set[int]] = {}
+    for step in training.steps:
+        by_step.setdefault(step["step"], set()).add(step["world_size"])
+    assert all(len(sizes) == 1 for sizes in by_step.values()), by_step
+    return [sizes.pop() for _, sizes in sorted(by_step.items())]
+
+
+def assert_steps_of_what_they_saw(training: Training) -> None:
+    """The plain model, with these samples in each step, comes to the same weights in a single process."""
+    used: dict[int, list[int]] = {}
+    for step in training.steps:
+        used.setdefault(step["step"], []).extend(i for batch in step["used"] for i in batch)
+    model = Model()
+    optimizer = torch.optim.Adam(model.parameters(), RATE)
+    x, y, _ = samples().tensors
+    for _, ids in sorted(used.items()):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model.net(x[ids]), y[ids]).backward()
+        optimizer.step()
+    for name, value in model.net.state_dict(prefix="net.").items():
+        assert torch.allclose(training.state["state_dict"][name], value, atol=1e-5), name
+
+
+@cache
+def reference(dropout: bool = False) -> dict[str, Any]:
+    """What Lightning's own DDP makes of :data:`REFERENCE` on two ranks, or of :data:`WITH_DROPOUT`."""
+    with TemporaryDirectory(prefix="reference-") as folder:
+        training = train(Path(folder), strategy="ddp", run=None, **(WITH_DROPOUT if dropout else REFERENCE))
+        assert training.code == 0, training.console
+        return training.state

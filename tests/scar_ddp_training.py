@@ -1,0 +1,264 @@
+"""The script that ``scar_ddp_runs`` starts, with what that asks for as JSON. A worker hurts itself at its time."""
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torchmetrics
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_scar import SCARCheckpoint, SCARDDPStrategy
+
+SAMPLES, BATCH_SIZE = 96, 4
+RATE = 0.01
+
+#: What :func:`scar_ddp_runs.train` asks for.
+asked: dict[str, Any] = {}
+folder = Path()
+slot = int(os.environ.get("LIGHTNING_SCAR_SLOT", os.environ.get("LOCAL_RANK", "0")))
+#: How many processes had this slot before.
+predecessors = 0
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+def _raise() -> None:
+    raise ValueError("a bug of this rank alone")
+
+
+def _run_out_of_memory() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, limits[1]))
+    try:
+        bytearray(1 << 40)
+    finally:
+        # Or the process could not even end.
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+WAYS: dict[str, Callable[[], Any]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "error": _raise,
+    "exit": lambda: os._exit(3),
+    "memory": _run_out_of_memory,
+    "terminate the job": lambda: os.kill(os.getppid(), signal.SIGTERM),
+    "interrupt the job": lambda: os.kill(os.getppid(), signal.SIGINT),
+}
+
+
+def place(name: str, number: int) -> None:
+    """Here a fault may be due; every one comes once."""
+    for i, (where, at, rank, how) in enumerate(asked["faults"]):
+        if (where, at, rank) == (name, number, slot):
+            try:
+                (folder / f"fault-{i}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            WAYS[how]()
+
+
+def write_down(name: str, **values: Any) -> None:
+    """What outlives this process."""
+    with (folder / f"{name}-{slot}.jsonl").open("a") as file:
+        file.write(json.dumps({"slot": slot, "pid": os.getpid(), **values}) + "\n")
+
+
+# -- data and models -----------------------------------------------------------------------------------------------
+
+
+def samples() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, 8, generator=generator)
+    return TensorDataset(x, x.sum(1, keepdim=True), torch.arange(SAMPLES))
+
+
+class Stream(IterableDataset[Any]):
+    """Every rank has its share of the samples; a replacement has that of the slot."""
+
+    def __iter__(self) -> Iterator[Any]:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        for i in range(slot, SAMPLES, world_size):
+            yield samples()[i]
+
+
+class Model(pl.LightningModule):
+    """Notes which samples it makes its steps of.
+
+    Args:
+        rich: Whether it has buffers and a schedule, too.
+        dropout: Whether it draws random numbers.
+        manual: Whether it optimizes manually.
+
+    """
+
+    def __init__(self, rich: bool = False, dropout: bool = False, manual: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        between = [*([nn.BatchNorm1d(16)] if rich else []), *([nn.Dropout(0.2)] if dropout else [])]
+        self.net = nn.Sequential(nn.Linear(8, 16), *between, nn.ReLU(), nn.Linear(16, 1))
+        self.rich = rich
+        self.automatic_optimization = not manual
+        self.val_error = torchmetrics.MeanSquaredError()
+        self.now: list[int] = []
+        self.used: list[list[int]] = []
+
+    def setup(self, stage: str) -> None:
+        place("setup", predecessors)
+
+    @property
+    def batches_done(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.total_batch_idx
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.used = []
+        self.now = batch[2].tolist()
+        self.used.append(self.now)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        strategy = self.trainer.strategy
+        is_joiner = isinstance(strategy, SCARDDPStrategy) and strategy.is_joiner
+        place(*(("join", predecessors) if is_joiner else ("training_step", self.batches_done)))
+        x, y, ids = batch
+        if ids.tolist() != self.now:  # an extra batch, of an outage
+            self.used.append(ids.tolist())
+        out = self.net(x)
+        if out.requires_grad:
+            out.register_hook(lambda gradient: None if is_joiner else place("backward", self.batches_done))
+        loss = nn.functional.mse_loss(out, y)
+        self.log("loss", loss, sync_dist=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        write_down("steps", step=self.global_step + 1, used=self.used, world_size=world_size)
+        place("before_step", self.batches_done)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        place("batch_end", self.batches_done)
+
+    def on_train_epoch_end(self) -> None:
+        place("epoch_end", self.current_epoch)
+
+    def on_save_checkpoint(self, checkpoint: Any) -> None:
+        if asked.get("callbacks"):
+            place("save", self.current_epoch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            place("validation", self.current_epoch)
+        x, y, _ = batch
+        out = self.net(x)
+        self.val_error(out, y)
+        self.log("val_loss", nn.functional.mse_loss(out, y), sync_dist=True)
+        self.log("val_error", self.val_error)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        place("test", 0)
+        self.log("test_loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), RATE)
+        if not self.rich:
+            return optimizer
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.5), "interval": "step"}]
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, iterable: bool = False) -> None:
+        super().__init__()
+        self.iterable = iterable
+
+    def train_dataloader(self) -> Any:
+        data = Stream() if self.iterable else samples()
+        return DataLoader(data, batch_size=BATCH_SIZE, shuffle=None if self.iterable else True)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(samples(), batch_size=24)
+
+    test_dataloader = val_dataloader
+
+
+CALLBACKS: dict[str, Callable[[], Callback]] = {
+    "ModelCheckpoint": lambda: ModelCheckpoint(monitor="val_loss", save_top_k=2, save_last=True),
+    "EarlyStopping": lambda: EarlyStopping("val_loss", patience=1, min_delta=1e9),
+    "LearningRateMonitor": lambda: LearningRateMonitor("step"),
+}
+
+
+# -- the script ----------------------------------------------------------------------------------------------------
+
+
+def make_trainer() -> pl.Trainer:
+    strategy = asked["strategy"]
+    callbacks = [CALLBACKS[name]() for name in asked.get("callbacks", [])]
+    if "scar" in asked:
+        callbacks.append(SCARCheckpoint(folder / "scar", **asked["scar"]))
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    options = {"accelerator": "cpu", "devices": asked["ranks"], "default_root_dir": folder, **quiet}
+    options |= {"enable_checkpointing": bool(callbacks), "max_epochs": 2, **asked["trainer"]}
+    options |= {"logger": CSVLogger(folder, name="logs") if asked.get("logs") else False, "callbacks": callbacks}
+    if isinstance(strategy, dict):
+        strategy = SCARDDPStrategy(**strategy)
+    return pl.Trainer(strategy=strategy, **options)
+
+
+def write_result(trainer: pl.Trainer, module: pl.LightningModule, **more: Any) -> None:
+    result = {
+        "rank": trainer.global_rank,
+        "global_step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "state": {
+            "state_dict": module.state_dict(),
+            "optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        },
+        "outages": [vars(outage) for outage in getattr(trainer.strategy, "outages", [])],
+        "metrics": dict(trainer.callback_metrics),
+        "is_global_zero": trainer.is_global_zero,
+        **more,
+    }
+    torch.save(result, folder / f"result-{slot}.pt")
+
+
+def main() -> None:
+    global folder, predecessors
+    asked.update(json.loads(sys.argv[1]))
+    folder = Path(asked["folder"])
+    # `python train.py` has a life before the supervisor's.
+    if "LIGHTNING_SCAR_SLOT" in os.environ or asked["strategy"] == "ddp":
+        log = folder / f"processes-{slot}.jsonl"
+        predecessors = len(log.read_text().splitlines()) if log.exists() else 0
+        write_down("processes", state=os.environ.get("LIGHTNING_SCAR_STATE"))
+        place("start", predecessors)
+    if "cli" in asked:
+        cli = LightningCLI(Model, Data, args=asked["cli"], run=False)
+        cli.trainer.fit(cli.model, cli.datamodule)
+        return write_result(cli.trainer, cli.model)
+    trainer, module, data = make_trainer(), Model(**asked["model"]), Data(**asked["data"])
+    trainer.fit(module, data)
+    write_result(trainer, module)
+    if asked.get("test"):
+        fitted = module.state_dict()
+        tested = trainer.test(module, data)
+        result = torch.load(folder / f"result-{slot}.pt", weights_only=False)
+        torch.save({**result, "tested": tested, "fitted": fitted}, folder / f"result-{slot}.pt")
+    return None
+
+
+if __name__ == "__main__":
+    main()

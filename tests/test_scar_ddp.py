@@ -1,0 +1,116 @@
+"""``strategy="scar_ddp"``: workers die in their steps, and the others go on. Real processes, real signals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import assert_same
+from scar_ddp_runs import (
+    WITH_DROPOUT,
+    Fault,
+    assert_done,
+    assert_lived_through,
+    assert_steps_of_what_they_saw,
+    reference,
+    train,
+    world_sizes,
+)
+
+
+def test_without_failures_parameters_are_those_of_ddp_bit_for_bit(tmp_path: Path) -> None:
+    training = train(tmp_path, run=None, **WITH_DROPOUT)
+    assert_done(training, steps=36)
+    assert training.outages(0) == []
+    assert "lightning-scar" not in training.console
+    assert_same(training.state, reference(dropout=True))
+
+
+def test_the_others_go_on_as_a_smaller_group(tmp_path: Path) -> None:
+    """A death in a step's forward, and one behind a step."""
+    faults = [("training_step", 2, 0, "kill"), ("batch_end", 11, 2, "kill")]
+    training = train(tmp_path, *faults, ranks=3, trainer={"max_epochs": 3})
+    assert_done(training, steps=24, ranks=3)
+    killed = ["rank 0 was killed by SIGKILL", "rank 2 was killed by SIGKILL"]
+    assert_lived_through(training, 1, *killed)
+    # Replacements have the history of whoever gave them the state.
+    for rank in (0, 2):
+        assert [outage["reason"] for outage in training.outages(rank)] == killed
+    first, second = (outage["step"] for outage in training.outages(1))
+    assert (first, second) == (2, 12)
+    sizes = world_sizes(training)
+    assert sizes[:2] + sizes[8:12] + sizes[16:] == [3] * 14
+    assert sizes[first] == sizes[second] == 2
+    assert len(training.processes) == 5
+    assert_steps_of_what_they_saw(training)
+
+
+def test_one_of_three_is_left(tmp_path: Path) -> None:
+    faults = [("backward", 3, 0, "kill"), ("backward", 3, 2, "kill")]
+    training = train(tmp_path, *faults, ranks=3)
+    assert_done(training, steps=16, ranks=3)
+    assert_lived_through(training, 1, "killed by SIGKILL")
+    assert "1 of 3 workers go on" in training.console
+    assert world_sizes(training)[3] == 1
+    assert_steps_of_what_they_saw(training)
+
+
+def test_weights_wait_for_the_replacement(tmp_path: Path) -> None:
+    """Each death is of another kind."""
+    faults = [("training_step", 3, 0, "error"), ("before_step", 15, 0, "exit"), ("training_step", 30, 0, "memory")]
+    training = train(tmp_path, *faults, strategy={"on_failure": "wait"}, trainer={"max_epochs": 3})
+    assert_done(training, steps=36)
+    assert_lived_through(training, 1, "rank 0 exited with code 1", "rank 0 exited with code 3", "rank 0 exited with")
+    assert "ValueError: a bug of this rank alone" in training.console
+    assert "MemoryError" in training.console
+    # The interrupted step is made without the dead one's part; no other.
+    assert [i for i, size in enumerate(world_sizes(training)) if size == 1] == [3, 16, 30]
+    assert_steps_of_what_they_saw(training)
+
+
+@pytest.mark.parametrize("flush", ["mean", "replay"])
+def test_stale_gradients_are_applied_when_the_replacement_is_there(tmp_path: Path, flush: str) -> None:
+    strategy = {"on_failure": "buffer", "flush": flush, "max_staleness": 4}
+    training = train(tmp_path, ("training_step", 3, 0, "kill"), ranks=3, strategy=strategy)
+    assert training.code == 0, training.console
+    outages = [training.outages(rank)[0] for rank in (1, 2)]
+    assert all(0 < outage["stale_gradients"] <= 4 for outage in outages), outages
+    assert "2 of 3 workers collect stale gradients" in training.console
+    if flush == "mean":
+        assert_done(training, steps=16, ranks=3)
+        assert_steps_of_what_they_saw(training)
+        interrupted = [step for step in training.steps if step["step"] == 4]
+        assert [len(step["used"]) - 1 for step in interrupted] == [o["stale_gradients"] for o in outages]
+    else:
+        assert_same([training.results[rank]["state"] for rank in (1, 2)], [training.state] * 2)
+        assert training.results[0]["global_step"] == 16
+
+
+def test_a_synchronising_micro_batch_is_repeated_with_the_gradients_of_those_before(tmp_path: Path) -> None:
+    faults: list[Fault] = [("training_step", 5, 0, "kill"), ("backward", 17, 1, "kill")]
+    trainer = {"accumulate_grad_batches": 3}
+    training = train(tmp_path, *faults, strategy={"on_failure": "wait"}, trainer=trainer)
+    assert_done(training, steps=8)
+    assert world_sizes(training) == [2, 1, 2, 2, 2, 1, 2, 2]
+    # Each rank's three micro-batches are all there, once.
+    assert all(len(step["used"]) == 3 for step in training.steps)
+    assert_steps_of_what_they_saw(training)
+
+
+@pytest.mark.parametrize("way", ["the strategy's argument", "--hang-timeout"])
+def test_a_worker_that_hangs_is_replaced(tmp_path: Path, way: str) -> None:
+    by_argument = way == "the strategy's argument"
+    how: dict[str, Any] = {"strategy": {"hang_timeout": 3}, "run": None} if by_argument else {}
+    training = train(tmp_path, ("training_step", 4, 0, "stop"), **{"run": ["--hang-timeout", "3"], **how})
+    assert_done(training, steps=24)
+    assert_lived_through(training, 1, "rank 0 hung and was killed")
+    assert_steps_of_what_they_saw(training)
+
+
+def test_a_replacement_dies_on_its_way_in(tmp_path: Path) -> None:
+    """In its start-up, and in the step in which it would have joined."""
+    faults = [("training_step", 2, 1, "kill"), ("setup", 1, 1, "kill"), ("join", 2, 1, "kill")]
+    training = train(tmp_path, *faults)
+    assert_done(training, steps=24)
+    assert_lived_through(training, 0, "rank 1 was killed by SIGKILL")
+    assert len(training.processes) == 5
+    assert_steps_of_what_they_saw(training)

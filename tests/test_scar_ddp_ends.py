@@ -1,0 +1,136 @@
+"""How trainings with ``strategy="scar_ddp"`` end: by signals, by too many failures, before they begin; and resume."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from helpers import TinyModel, assert_same, loader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from scar_ddp_runs import REFERENCE, Training, assert_done, reference, train
+
+from lightning_scar import SCARDDPStrategy, load
+from lightning_scar.core.restoration import restore
+from lightning_scar.storage.store import DeltaStore
+
+SCAR = {"every_n_train_steps": 4, "fraction": 0.5}
+
+
+def saved_state(training: Training) -> dict[str, Any]:
+    """What :func:`load` finds, of what a result holds."""
+    checkpoint = load(training.folder / "scar")
+    names = {"state_dict": "state_dict", "optimizer_states": "optimizer_states", "schedules": "lr_schedulers"}
+    return {name: checkpoint[key] for name, key in names.items()}
+
+
+def last_steps(training: Training) -> set[int]:
+    return {max(step["step"] for step in training.steps if step["slot"] == slot) for slot in (0, 1)}
+
+
+# -- signals to the supervisor ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("how", "code"), [("terminate the job", 143), ("interrupt the job", 130)])
+def test_a_signal_stops_all_behind_one_step_and_the_next_start_resumes(tmp_path: Path, how: str, code: int) -> None:
+    options: dict[str, Any] = {"scar": SCAR, "trainer": {"max_epochs": 30, "limit_val_batches": 0}}
+    stopped = train(tmp_path, ("training_step", 5, 1, how), **options)
+    assert stopped.code == code, stopped.console
+    assert not stopped.results
+    (step,) = last_steps(stopped)
+    assert step < 360
+    assert load(tmp_path / "scar")["global_step"] == step
+    assert set(restore(DeltaStore(tmp_path / "scar")).plan.steps.values()) == {step}
+    # The fault is behind it.
+    resumed = train(tmp_path, ("training_step", 5, 1, how), **options)
+    assert_done(resumed, steps=360)
+    assert_same(saved_state(resumed), resumed.state)
+
+
+# -- with a running checkpoint ---------------------------------------------------------------------------------------
+
+
+def test_the_running_checkpoint_goes_on_in_a_replacement(tmp_path: Path) -> None:
+    training = train(tmp_path, ("backward", 6, 0, "kill"), scar=SCAR)
+    assert_done(training, steps=24)
+    assert_same(saved_state(training), training.state)
+
+
+def test_when_every_worker_dies_the_running_checkpoint_is_what_is_left(tmp_path: Path) -> None:
+    # Lightning's own loaders cannot begin in the middle of an epoch.
+    faults = [("training_step", 13, 0, "kill"), ("training_step", 13, 1, "kill")]
+    training = train(tmp_path, *faults, scar={"every_n_train_steps": 12, "fraction": 1.0}, **REFERENCE)
+    assert training.code == 0, training.console
+    assert [result["global_step"] for result in training.results.values()] == [36, 36]
+    assert_same(training.state["state_dict"], reference()["state_dict"])
+    assert "Resuming from the running checkpoint" in training.console
+
+
+def test_a_single_worker_is_started_again(tmp_path: Path) -> None:
+    faults = [("training_step", 10, 0, "kill")]
+    training = train(tmp_path, *faults, ranks=1, run=None, scar=SCAR)
+    assert training.code == 0, training.console
+    assert training.results[0]["global_step"] == 48
+    assert "Resuming from the running checkpoint" in training.console
+
+
+# -- too many failures -----------------------------------------------------------------------------------------------
+
+
+def test_without_restarts_the_others_save_and_the_cause_is_shown(tmp_path: Path) -> None:
+    training = train(tmp_path, ("training_step", 5, 1, "error"), strategy={"max_restarts": 0}, run=None, scar=SCAR)
+    assert training.code == 1
+    assert not training.results
+    before, _, report = training.console.partition("lightning-scar: the job failed: ")
+    assert "the job failed" not in before
+    assert report.startswith("rank 1 exited with code 1.")
+    assert "ValueError: a bug of this rank alone" in report
+    assert "--max-restarts is 0" in report
+    assert load(tmp_path / "scar")["global_step"] == 6
+
+
+def test_with_fewer_workers_than_min_world_size_they_save_and_stop(tmp_path: Path) -> None:
+    training = train(tmp_path, ("training_step", 5, 0, "kill"), strategy={"min_world_size": 2}, scar=SCAR)
+    assert training.code == 1
+    assert not training.results
+    assert "1 workers are left, fewer than min_world_size=2" in training.console
+    assert load(tmp_path / "scar")["global_step"] == 5
+
+
+# -- what cannot be started ------------------------------------------------------------------------------------------
+
+
+def test_manual_optimization_is_refused(tmp_path: Path) -> None:
+    training = train(tmp_path, model={"manual": True}, run=["--max-restarts", "0"])
+    assert training.code == 1
+    assert "cannot go on after a failure with manual optimization" in training.console
+    assert not training.steps
+
+
+def test_a_program_that_is_no_script_is_refused(tmp_path: Path) -> None:
+    here = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r}); del sys.argv[0]; import scar_ddp_training as t; t.main()"
+    training = train(tmp_path, command=[sys.executable, "-c", code])
+    assert training.code == 1
+    assert "it must be a script" in training.console
+    assert "lightning-scar run --nproc-per-node 2" in training.console
+
+
+def test_a_call_from_pytest_is_refused() -> None:
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="scar_ddp", logger=False, enable_checkpointing=False)
+    with pytest.raises(MisconfigurationException, match="must be a script"):
+        trainer.fit(TinyModel(), loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_failure": "pray"}, "on_failure='pray' is not one of 'shrink', 'buffer', 'wait'"),
+        ({"flush": "all"}, "flush='all' is not one of"),
+        ({"min_world_size": 0}, "min_world_size=0 must be at least 1"),
+        ({"max_staleness": -1}, "max_staleness=-1 must not be negative"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SCARDDPStrategy(**options)

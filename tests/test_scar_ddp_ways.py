@@ -1,0 +1,88 @@
+"""Ways to start ``strategy="scar_ddp"``, and what it works with: LightningCLI, loggers, callbacks, other data."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same
+from scar_ddp_runs import REFERENCE, assert_done, assert_lived_through, reference, train, world_sizes
+
+STRATEGIES = {
+    "by its name": ["--trainer.strategy=scar_ddp"],
+    "with arguments": [
+        "--trainer.strategy=lightning_scar.SCARDDPStrategy",
+        "--trainer.strategy.init_args.on_failure=wait",
+    ],
+}
+
+
+@pytest.mark.parametrize("way", STRATEGIES)
+def test_lightning_cli(tmp_path: Path, way: str) -> None:
+    """A death in a step, and one that has all workers start again, where config.yaml is written."""
+    trainer = {"accelerator": "cpu", "devices": 2, "max_epochs": 2, "log_every_n_steps": 1}
+    trainer |= {"enable_progress_bar": "false", "default_root_dir": tmp_path}
+    arguments = [*STRATEGIES[way], *(f"--trainer.{name}={value}" for name, value in trainer.items())]
+    arguments += ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
+    by_name = way == "by its name"
+    faults = [("training_step", 3, 0, "kill") if by_name else ("validation", 0, 0, "kill")]
+    training = train(tmp_path, *faults, cli=arguments, **({"run": None} if by_name else {}))
+    assert_done(training, steps=24)
+    assert (tmp_path / "lightning_logs/version_0/config.yaml").exists()
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
+    if by_name:
+        assert world_sizes(training)[3] == 1
+
+
+def test_logs_and_checkpoints_go_on_in_the_replacement_of_rank_0(tmp_path: Path) -> None:
+    """Lightning's own callbacks, a logger, and a test after the fit."""
+    callbacks = ["ModelCheckpoint", "LearningRateMonitor", "EarlyStopping"]
+    options: dict[str, Any] = {**REFERENCE, "trainer": {**REFERENCE["trainer"], "max_epochs": 9}}
+    faults = [("training_step", 3, 0, "kill"), ("test", 0, 1, "kill")]
+    training = train(tmp_path, *faults, **options, callbacks=callbacks, logs=True, test=True)
+    # The first validation counts as an improvement, the second does not, by the callback's min_delta.
+    assert_done(training, steps=24)
+    assert_lived_through_or_restarted(training)
+    (version,) = (tmp_path / "logs").iterdir()
+    with (version / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows if row.get("loss")]
+    assert steps == list(range(24))
+    assert [int(row["step"]) for row in rows if row.get("lr-Adam")] == list(range(24))
+    assert sum(bool(row.get("val_loss")) for row in rows) == 2
+    assert sum(bool(row.get("test_loss")) for row in rows) == 1
+    last = torch.load(next(version.rglob("last.ckpt")), weights_only=False)
+    assert last["global_step"] == 24
+    assert_same(last["state_dict"], training.state["state_dict"])
+    assert len([path for path in version.rglob("*.ckpt") if path.name != "last.ckpt"]) == 2
+    tested = [result["tested"] for result in training.results.values()]
+    assert tested[0] == tested[1]
+    assert_same(training.results[0]["fitted"], training.state["state_dict"])
+
+
+def assert_lived_through_or_restarted(training: Any) -> None:
+    assert "rank 0 was killed by SIGKILL in step 4; 1 of 2 workers go on" in training.console
+    assert "starting all workers again" in training.console
+
+
+def test_iterable_data_has_no_extra_batches(tmp_path: Path) -> None:
+    faults = [("training_step", 3, 0, "kill")]
+    training = train(tmp_path, *faults, strategy={"on_failure": "buffer"}, data={"iterable": True})
+    assert_done(training, steps=24)
+    assert_lived_through(training, 1, "rank 0 was killed by SIGKILL")
+    assert training.console.count("on_failure='buffer' needs a map-style data set; the group shrinks instead") == 1
+    assert training.outages(1)[0]["stale_gradients"] == 0
+    # Behind the outage each slot has its own share again.
+    for step in training.steps:
+        assert all(i % 2 == step["slot"] for batch in step["used"] for i in batch), json.dumps(step)
+
+
+def test_under_torchrun_it_works_as_ddp(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    training = train(tmp_path, command=command, **REFERENCE)
+    assert_done(training, steps=36)
+    assert_same(training.state, reference())
+    assert training.console.count("was not started by lightning-scar's supervisor") == 1
