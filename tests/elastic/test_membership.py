@@ -247,7 +247,6 @@ def test_who_forms_a_group_with_one_that_died_is_woken(crew: Crew) -> None:
     assert [crew.says(slot) for slot in (0, 1)] == ["failed"] * 2
 
 
-@pytest.mark.xfail(reason="membership: the notice of a group's end comes before its first connection", strict=False)
 def test_a_group_that_is_broken_before_it_is_formed_keeps_nobody(crew: Crew) -> None:
     crew.form(0, 0, 1, 2)
     for slot in range(3):
