@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -38,16 +39,6 @@ class Collection:
         self._batches = extra_batches(trainer)
         parameters = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
         self._buffer = StaleGradientBuffer(parameters, mode=policy.flush, max_staleness=policy.max_staleness)
-
-    @classmethod
-    def of(cls, trainer: pl.Trainer, policy: OutagePolicy, batch: Any) -> "Collection | None":
-        """One, if the policy and the data allow it."""
-        if policy.on_failure != "buffer":
-            return None
-        if not can_draw(trainer):
-            rank_zero_warn("lightning-scar: on_failure='buffer' needs a map-style data set; the group shrinks instead.")
-            return None
-        return cls(trainer, policy, batch)
 
     @property
     def is_full(self) -> bool:
@@ -107,6 +98,23 @@ def extra_batches(trainer: pl.Trainer) -> Iterator[Any]:
         drop_last=loader.drop_last,
     )
     return itertools.chain.from_iterable(itertools.repeat(own))
+
+
+def feasible(policy: OutagePolicy, trainer: pl.Trainer) -> OutagePolicy:
+    """The policy, or another one where it is out of the question; says so.
+
+    Args:
+        policy: What was asked for.
+        trainer: Its data have been set up.
+
+    """
+    if policy.on_failure != "buffer" or can_draw(trainer):
+        return policy
+    rank_zero_warn(
+        "lightning-scar: on_failure='buffer' draws extra batches, and so it needs a map-style data set in one "
+        "DataLoader with a batch size; the group shrinks instead after a failure."
+    )
+    return replace(policy, on_failure="shrink")
 
 
 def can_draw(trainer: pl.Trainer) -> bool:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_scar import _lightning, joining, logs
-from lightning_scar.collection import Collection
+from lightning_scar.collection import Collection, feasible
 from lightning_scar.elastic.errors import CutOffError, RestartError
 from lightning_scar.elastic.membership import Member
 from lightning_scar.elastic.messages import RESTART_EXIT_CODE
@@ -70,7 +70,6 @@ class Continuation:
         self._strategy = strategy
         self._trainer = trainer
         self._member = member
-        self._policy = policy
         self._generations = Generations(strategy, trainer, member, self.outages)
         self._start = StepStart()
         self._collection: Collection | None = None
@@ -90,6 +89,7 @@ class Continuation:
         if not dist.is_initialized():
             self._generations.enter_first()
         if self._member.attempt > 0:
+            logs.go_on(self._trainer)
             calls.share_kept()
         kept = calls.kept()
         if kept is not None:
@@ -109,6 +109,7 @@ class Continuation:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda signum, frame: self._member.ask_to_stop(signum))
         self._start = StepStart(self._strategy.lightning_module)
+        self.outages.policy = feasible(self.outages.policy, self._trainer)
         if self.is_joiner:
             return
         self._generations.steps = self._trainer.global_step
@@ -256,13 +257,14 @@ class Continuation:
         is_done |= self._generations.enter_next(boundary=is_done, closure=closure, waited=waited)
         self.outages.regrouped()
         self._check_size()
-        if not is_done and not self._member.is_full and self._policy.on_failure != "shrink":
+        if not is_done and not self._member.is_full and self.outages.policy.on_failure != "shrink":
             self._hold(closure)
         return is_done
 
     def _hold(self, closure: Closure) -> None:
         """Lets weights wait until replacements are ready, and collects gradients meanwhile if that is wanted."""
-        member, collection = self._member, Collection.of(self._trainer, self._policy, self.batch)
+        member, policy = self._member, self.outages.policy
+        collection = Collection(self._trainer, policy, self.batch) if policy.on_failure == "buffer" else None
         while not self._generations.some_are_ready:
             # Without a group, so that what the training step logs needs nobody else.
             self._generations.leave()
@@ -283,8 +285,8 @@ class Continuation:
     def _check_size(self) -> None:
         assert self._member.generation is not None
         here = len(self._member.generation.spawns)
-        if here < self._policy.min_world_size:
-            reason = f"{here} workers are left, fewer than min_world_size={self._policy.min_world_size}"
+        if here < self.outages.policy.min_world_size:
+            reason = f"{here} workers are left, fewer than min_world_size={self.outages.policy.min_world_size}"
             self._member.give_up(reason)
             raise RuntimeError(
                 f"lightning-scar: {reason}. The training stops; it resumes from its last save when it is started again."

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_zero_only
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.trainer import call
@@ -250,5 +251,5 @@ def batch_size(trainer: pl.Trainer, batch: Any) -> int:
     """The number of samples in a batch, as Lightning's logging sees it; 1 if that cannot be told."""
     try:
         return extract_batch_size(batch)
-    except RuntimeError:
+    except (RecursionError, MisconfigurationException):
         return 1

@@ -43,14 +43,13 @@ def inherit(trainer: pl.Trainer) -> None:
         if isinstance(callback, SaveConfigCallback):
             # The file that it would refuse to write over is its own.
             callback.overwrite = True
-    go_on(trainer)
 
 
 def go_on(trainer: pl.Trainer) -> None:
-    """Makes loggers that would begin a file anew add to what is there.
+    """Makes loggers that would begin a file anew add to what is there, if this process is the one that logs.
 
     Args:
-        trainer: Its process has the rank that logs.
+        trainer: In a group that has been formed.
 
     """
     for logger in trainer.loggers:

@@ -84,9 +84,9 @@ class Outages:
 
     def __init__(self, trainer: pl.Trainer, member: Member, policy: OutagePolicy) -> None:
         self.list: list[Outage] = []
+        self.policy = policy
         self._trainer = trainer
         self._member = member
-        self._policy = policy
 
     @property
     def present(self) -> Outage | None:
@@ -105,7 +105,7 @@ class Outages:
             return
         outage.reason = generation.deaths or "the connection was lost"
         here, all_of_them = len(generation.spawns), self._member.world_size
-        how = {"shrink": "go on", "buffer": "collect stale gradients", "wait": "wait"}[self._policy.on_failure]
+        how = {"shrink": "go on", "buffer": "collect stale gradients", "wait": "wait"}[self.policy.on_failure]
         self._say(f"{outage.reason} in step {outage.step + 1}; {here} of {all_of_them} workers {how}")
 
     def restarting(self, deaths: str) -> None:

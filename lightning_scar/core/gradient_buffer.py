@@ -4,7 +4,7 @@ The worker-side continuation of 'Training Through Failure' (arXiv 2406.05546), w
 and without its sum of them, whose length grows with the outage.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,54 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_scar.core.discounts import Discount
+from lightning_scar.core.gradient_sum import TOTALS, GradientSum, are_finite, as_real, dense_grad, set_grad, wide_zeros
 from lightning_scar.core.threads import batches
 
 Mode = Literal["mean", "replay"]
-
-#: Weighs a contribution by its staleness, in optimizer steps: from 0, leave it out, to 1, as good as a fresh one.
-Discount = Callable[[int], float]
 
 #: Bytes of gradients that are averaged at once.
 _BUCKET = 25 << 20
 #: Discounts below count as 0: divided by such a weight a gradient would leave the range of float32.
 _LEAST_DISCOUNT = 1e-20
-#: What a tally begins with: weight, samples and contributions. The weight of each parameter's gradients follows.
-_TOTALS = 3
-
-
-def inverse_discount(staleness: int) -> float:
-    """One over the age, ``1 / (1 + staleness)`` (staleness-aware async SGD, Zhang et al. 2016, arXiv 1511.05950).
-
-    Theirs divides the learning rate by a staleness that begins at 1.
-
-    Example::
-
-        >>> [inverse_discount(staleness) for staleness in (0, 1, 3)]
-        [1.0, 0.5, 0.25]
-
-    """
-    return 1 / (1 + staleness)
-
-
-def exponential_discount(factor: float = 0.5) -> Discount:
-    """The discount ``factor ** staleness``.
-
-    Args:
-        factor: What each step leaves of a gradient's worth, in [0, 1].
-
-    Raises:
-        ValueError: If the factor is out of range.
-
-    Example::
-
-        >>> discount = exponential_discount(0.5)
-        >>> [discount(staleness) for staleness in (0, 1, 3)]
-        [1.0, 0.5, 0.125]
-
-    """
-    if not 0 <= factor <= 1:
-        raise ValueError(f"factor={factor!r} must be in [0, 1]: each step leaves that share of a gradient's worth")
-    return lambda staleness: float(factor**staleness)
 
 
 @dataclass(frozen=True)
@@ -74,44 +36,6 @@ class StaleStep:
 
     contributions: int
     samples: int
-
-
-class _Slot:
-    """The weighted sum of consecutive contributions. Memory comes with the first and stays."""
-
-    def __init__(self, n_parameters: int) -> None:
-        self.sums: list[Tensor | None] = [None] * n_parameters
-        self.tally = torch.zeros(_TOTALS + n_parameters, dtype=torch.float64)
-        self.staleness = 0
-
-    def add(self, grads: list[Tensor | None], weight: float, samples: int, staleness: int) -> None:
-        seen = [weight if grad is not None else 0.0 for grad in grads]
-        self.tally += torch.tensor([weight, samples, 1, *seen], dtype=torch.float64)
-        self.staleness = max(self.staleness, staleness)
-        for i, grad in enumerate(grads):
-            if grad is None or not weight:
-                continue
-            if (total := self.sums[i]) is None:
-                total = self.sums[i] = _wide_zeros(grad)
-            total.add_(grad, alpha=weight)
-
-    def take(self, other: "_Slot") -> None:
-        """Adds another's contributions to its own and clears the other."""
-        self.tally += other.tally
-        self.staleness = max(self.staleness, other.staleness)
-        for i, theirs in enumerate(other.sums):
-            if (mine := self.sums[i]) is None:
-                self.sums[i], other.sums[i] = theirs, None
-            elif theirs is not None:
-                mine.add_(theirs)
-        other.clear()
-
-    def clear(self) -> None:
-        self.tally.zero_()
-        self.staleness = 0
-        for total in self.sums:
-            if total is not None:
-                total.zero_()
 
 
 class StaleGradientBuffer:
@@ -137,7 +61,8 @@ class StaleGradientBuffer:
     Args:
         parameters: Those of the model, in the same order on all ranks; any shape, real or complex floating point.
         mode: How to apply the gradients, ``"mean"`` or ``"replay"``.
-        discount: Gives the weight of a staleness, in [0, 1]: :func:`inverse_discount`, :func:`exponential_discount` or
+        discount: Gives the weight of a staleness, in [0, 1]: :func:`~lightning_scar.core.discounts.inverse_discount`,
+            :func:`~lightning_scar.core.discounts.exponential_discount` or
             any other; ``None`` for 1.
         max_staleness: Contributions that are staler, in steps, are dropped; ``None`` for no limit.
         slots: Sets of gradients that ``replay`` may hold, and so the most steps that it makes.
@@ -190,7 +115,7 @@ class StaleGradientBuffer:
         self._discount = discount
         self._max_staleness = max_staleness
         self._max_slots = slots if self._replays else 1
-        self._slots: list[_Slot] = []
+        self._slots: list[GradientSum] = []
         self.clear()
 
     def clear(self) -> None:
@@ -251,13 +176,13 @@ class StaleGradientBuffer:
             raise ValueError(f"samples={samples!r} must be at least 1: how many samples the gradients are a mean over")
         if staleness is not None and not staleness >= 0:
             raise ValueError(f"staleness={staleness!r} must be at least 0, or None for the number of earlier ones")
-        grads = [_dense_grad(i, parameter) for i, parameter in enumerate(self._parameters)]
+        grads = [dense_grad(i, parameter) for i, parameter in enumerate(self._parameters)]
         number = self._offered
         staleness = number if staleness is None else staleness
         weight = samples * self._worth(staleness)
         self._offered += 1
         is_fresh = self._max_staleness is None or staleness <= self._max_staleness
-        if not (is_fresh and _are_finite([grad for grad in grads if grad is not None])):
+        if not (is_fresh and are_finite([grad for grad in grads if grad is not None])):
             self._dropped += 1
             return False
         self._slot_of(number).add(grads, weight, samples, staleness)
@@ -287,9 +212,9 @@ class StaleGradientBuffer:
 
         """
         for index, tally in enumerate(self._agree(group)):
-            weight, samples, contributions = tally[:_TOTALS].tolist()
+            weight, samples, contributions = tally[:TOTALS].tolist()
             if weight > 0:
-                self._write(index, samples if self._replays else weight, tally[_TOTALS:] > 0, group)
+                self._write(index, samples if self._replays else weight, tally[TOTALS:] > 0, group)
                 yield StaleStep(round(contributions), round(samples))
             if index < len(self._slots):
                 self._slots[index].clear()
@@ -303,11 +228,11 @@ class StaleGradientBuffer:
             raise ValueError(f"discount({staleness}) returned {worth!r} and must return a weight in [0, 1]")
         return worth if worth >= _LEAST_DISCOUNT else 0.0
 
-    def _slot_of(self, number: int) -> _Slot:
+    def _slot_of(self, number: int) -> GradientSum:
         while number // self._span >= self._max_slots:
             self._merge()
         index = number // self._span
-        self._slots += [_Slot(len(self._parameters)) for _ in range(len(self._slots), index + 1)]
+        self._slots += [GradientSum(len(self._parameters)) for _ in range(len(self._slots), index + 1)]
         return self._slots[index]
 
     def _merge(self) -> None:
@@ -331,7 +256,7 @@ class StaleGradientBuffer:
                 )
             while self._span < span:
                 self._merge()
-        tallies = torch.zeros(self._max_slots, _TOTALS + len(self._parameters), dtype=torch.float64)
+        tallies = torch.zeros(self._max_slots, TOTALS + len(self._parameters), dtype=torch.float64)
         for tally, slot in zip(tallies, self._slots, strict=False):
             tally.copy_(slot.tally)
         return tallies if group is None else self._all_reduce(tallies, dist.ReduceOp.SUM, group)
@@ -348,13 +273,13 @@ class StaleGradientBuffer:
         for i in (~seen).nonzero().flatten().tolist():
             self._parameters[i].grad = None
         for bucket in self._buckets(seen.nonzero().flatten().tolist()):
-            parts = [_wide_zeros(_real(self._parameters[i])) if (total := sums[i]) is None else total for i in bucket]
+            parts = [wide_zeros(as_real(self._parameters[i])) if (total := sums[i]) is None else total for i in bucket]
             # A copy: a collective that fails leaves garbage.
             mean = torch.cat([part.flatten() for part in parts]).div_(divisor)
             if group is not None:
                 dist.all_reduce(mean, group=group)
             for i, values in zip(bucket, torch.split(mean, [part.numel() for part in parts]), strict=True):
-                _set_grad(self._parameters[i], values)
+                set_grad(self._parameters[i], values)
 
     def _buckets(self, indices: list[int]) -> Iterator[list[int]]:
         """The parameters that are averaged together: of one device, the same on all ranks."""
@@ -363,36 +288,3 @@ class StaleGradientBuffer:
             by_device.setdefault(self._parameters[i].device, []).append(i)
         for members in by_device.values():
             yield from batches(members, lambda i: self._parameters[i].nbytes, _BUCKET)
-
-
-def _real(values: Tensor) -> Tensor:
-    """Complex numbers as pairs: gloo adds no others."""
-    return torch.view_as_real(values) if values.is_complex() else values
-
-
-def _dense_grad(index: int, parameter: Tensor) -> Tensor | None:
-    if (grad := parameter.grad) is None:
-        return None
-    if grad.layout != torch.strided:
-        what = f"the gradient of parameter {index}, shape {tuple(grad.shape)}, has layout {grad.layout}"
-        raise ValueError(f"{what}; only dense ones can be held: make its module with sparse=False")
-    return _real(grad)
-
-
-def _wide_zeros(like: Tensor) -> Tensor:
-    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-
-
-def _set_grad(parameter: Tensor, values: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = torch.empty_like(parameter)
-    # In place: DDP may have it as a view of its own memory. And no view of ours, which the next `backward` would fill.
-    grad = _real(parameter.grad)
-    grad.copy_(values.view(grad.shape))
-
-
-def _are_finite(grads: list[Tensor]) -> bool:
-    # The extremes are NaN if any element is. One answer for all: each would make a GPU wait.
-    extremes = [extreme for grad in grads if grad.numel() for extreme in torch.aminmax(grad)]
-    together = [extreme.to(extremes[0].device) for extreme in extremes]
-    return not together or bool(torch.stack(together).isfinite().all())

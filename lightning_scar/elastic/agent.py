@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lightning_scar.elastic.messages import Events, Exited, Finish, Kill, Notice, Notices, Spawn, Started, Stop
+from lightning_scar.elastic.journal import Events, Notices
+from lightning_scar.elastic.messages import (
+    Exited,
+    Finish,
+    Kill,
+    Notice,
+    Spawn,
+    Started,
+    Stop,
+)
 from lightning_scar.elastic.worker_process import WorkerProcess
 
 #: Seconds between two signs of life of an agent.
@@ -86,7 +95,6 @@ class Agent:
         self._environment = environment
         self._events = Events(store)
         self._notices = Notices(store)
-        self._read = 0
         self._workers: dict[int, tuple[Spawn, WorkerProcess]] = {}
         self._beat_at = 0.0
 
@@ -98,8 +106,7 @@ class Agent:
 
         """
         self._beat()
-        for notice in self._notices.news(self._read):
-            self._read += 1
+        for notice in self._notices.news():
             self._obey(notice)
         for slot, (spawn, worker) in list(self._workers.items()):
             code = worker.poll()

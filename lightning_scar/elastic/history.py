@@ -6,9 +6,20 @@ from collections.abc import Callable
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from lightning_scar.elastic.connections import Connections
 from lightning_scar.elastic.errors import CutOffError, RestartError
-from lightning_scar.elastic.messages import Broken, Formed, Generation, Joining, Notice, Notices, Restart, Stop
+from lightning_scar.elastic.journal import Notices
+from lightning_scar.elastic.messages import (
+    Broken,
+    Formed,
+    Generation,
+    Joining,
+    Notice,
+    Restart,
+    Stop,
+)
+
+#: Seconds between two looks at the store. A blocking wait there could only be ended by breaking its connection.
+_POLL = 0.02
 
 
 class History:
@@ -33,7 +44,7 @@ class History:
         self._joining: Joining | None = None
         self._restart: Restart | None = None
         self._changed = threading.Condition()
-        self._connection = Connections()
+        self._has_ended = threading.Event()
         has_read = threading.Event()
         self._thread = threading.Thread(target=self._read, args=[has_read], name="scar-notices", daemon=True)
         self._thread.start()
@@ -80,16 +91,13 @@ class History:
 
     def _read(self, has_read: threading.Event) -> None:
         try:
-            with self._connection.recorded():
-                notices = Notices(self._connect())
-            known = list(notices.news())
-            for notice in known:
+            notices = Notices(self._connect())
+            for notice in notices.news():
                 self._take_note_of(notice)
             has_read.set()
-            number = len(known)
-            while True:
-                self._hear(notices.wait(number))
-                number += 1
+            while not self._has_ended.wait(_POLL):
+                for notice in notices.news():
+                    self._hear(notice)
         except Exception:
             with self._changed:
                 self.is_cut_off = True
@@ -122,5 +130,5 @@ class History:
                 pass
 
     def _end(self) -> None:
-        self._connection.cut()
+        self._has_ended.set()
         self._thread.join(timeout=5)

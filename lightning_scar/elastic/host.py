@@ -7,7 +7,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.agent import Layout, heartbeat_key, left_key, port_key
 from lightning_scar.elastic.coordinator import Coordinator
-from lightning_scar.elastic.messages import Events, Lost, Notice, Notices, Spawn
+from lightning_scar.elastic.journal import Events, Notices
+from lightning_scar.elastic.messages import Lost, Notice, Spawn
 from lightning_scar.elastic.restarts import Policy
 
 #: A node counts as gone when its agent has given no sign of life for so many seconds.

@@ -14,11 +14,11 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from lightning_scar.elastic.connections import Connections
 from lightning_scar.elastic.errors import CutOffError, GroupLostError, RestartError
 from lightning_scar.elastic.history import History
+from lightning_scar.elastic.journal import Events
 from lightning_scar.elastic.messages import (
     Began,
     Ended,
     Event,
-    Events,
     GaveUp,
     Generation,
     Ready,

@@ -8,13 +8,8 @@ A *slot* is the place of a worker in the job, from 0 to ``world_size - 1``: its 
 fill it. Every start of a process has a *spawn* number that never comes again, nor does that of a *generation*.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import TypeAlias
-
-from torch.distributed import Store  # type: ignore[attr-defined]
 
 #: A worker exits with it when the supervisor is to start all workers again.
 RESTART_EXIT_CODE = 75
@@ -290,110 +285,3 @@ class Finish:
 
 
 Notice: TypeAlias = Formed | Broken | Joining | Restart | Stop | Spawn | Kill | Finish
-
-_KINDS = {
-    kind.__name__: kind
-    for kind in (
-        *(Registered, Began, Waiting, Stranded, Ready, Ended, GaveUp, Started, Exited, StopAsked, Lost),
-        *(Formed, Broken, Joining, Restart, Stop, Spawn, Kill, Finish),
-    )
-}
-
-
-def _encode(message: Event | Notice) -> str:
-    return json.dumps({"kind": type(message).__name__, **asdict(message)})
-
-
-def _decode(text: str | bytes) -> Event | Notice:
-    fields = json.loads(text)
-    kind = _KINDS[fields.pop("kind")]
-    if kind is Formed:
-        generation = fields["generation"]
-        generation["spawns"] = {int(slot): spawn for slot, spawn in generation["spawns"].items()}
-        generation["joiners"] = tuple(generation["joiners"])
-        return Formed(Generation(**generation))
-    if kind in (Joining, Lost):
-        fields["slots"] = tuple(fields["slots"])
-    message: Event | Notice = kind(**fields)
-    return message
-
-
-class Events:
-    """The log of events: many writers, any of which may be killed in the middle; one reader, the coordinator.
-
-    Example::
-
-        >>> from torch.distributed import HashStore
-        >>> store = HashStore()
-        >>> events = Events.create(store)
-        >>> Events(store).append(Began(slot=1, spawn=4))
-        >>> list(events.news())
-        [Began(slot=1, spawn=4)]
-
-    """
-
-    _KEY = "events"
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._read = 0
-
-    @classmethod
-    def create(cls, store: Store) -> "Events":
-        """Begins the log; once, before anybody else uses it."""
-        store.set(cls._KEY, "")
-        return cls(store)
-
-    def append(self, event: Event) -> None:
-        """Appends an event, in one operation of the store."""
-        self._store.append(self._KEY, _encode(event) + "\n")  # type: ignore[attr-defined]
-        # The store answers what it is asked, not what it is told: now it is there, or this raises.
-        self._store.check([self._KEY])
-
-    def news(self) -> Iterator[Event]:
-        """The events since the last call."""
-        text = self._store.get(self._KEY)
-        lines, self._read = text[self._read :], len(text)
-        for line in lines.splitlines():
-            yield _decode(line)  # type: ignore[misc]
-
-
-class Notices:
-    """The log of notices: one writer, the coordinator; any number of readers.
-
-    Example::
-
-        >>> from torch.distributed import HashStore
-        >>> store = HashStore()
-        >>> Notices(store).append(Stop("SIGTERM"))
-        >>> Notices(store).wait(0)
-        Stop(reason='SIGTERM')
-
-    """
-
-    _FOREVER = timedelta(days=300)
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._length = 0
-
-    def append(self, notice: Notice) -> None:
-        """Appends a notice."""
-        self._store.set(f"notice/{self._length}", _encode(notice))
-        self._length += 1
-
-    def wait(self, number: int) -> Notice:
-        """The notice of a number, as soon as it is there. Blocks the store's connection until then.
-
-        Raises:
-            torch.distributed.DistError: If the store is no more.
-
-        """
-        self._store.wait([f"notice/{number}"], self._FOREVER)
-        return _decode(self._store.get(f"notice/{number}"))  # type: ignore[return-value]
-
-    def news(self, number: int = 0) -> Iterator[Notice]:
-        """The notices from a number on that are there already."""
-        while self._store.check([f"notice/{number}"]):
-            yield _decode(self._store.get(f"notice/{number}"))  # type: ignore[misc]
-            number += 1

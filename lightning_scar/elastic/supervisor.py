@@ -15,8 +15,9 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.agent import Agent, Layout
 from lightning_scar.elastic.host import JOIN_SECONDS, Host
+from lightning_scar.elastic.journal import Events
 from lightning_scar.elastic.memory_folder import MemoryFolder
-from lightning_scar.elastic.messages import Events, StopAsked
+from lightning_scar.elastic.messages import StopAsked
 from lightning_scar.elastic.restarts import Policy, signal_name
 
 _POLL_SECONDS = 0.02

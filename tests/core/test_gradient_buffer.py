@@ -14,13 +14,8 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from lightning_scar.core import gradient_buffer as module
-from lightning_scar.core.gradient_buffer import (
-    Discount,
-    StaleGradientBuffer,
-    StaleStep,
-    exponential_discount,
-    inverse_discount,
-)
+from lightning_scar.core.discounts import Discount, exponential_discount, inverse_discount
+from lightning_scar.core.gradient_buffer import StaleGradientBuffer, StaleStep
 
 SHAPES = [(3, 2), (4,), (), (2, 0)]
 

@@ -12,6 +12,7 @@ WORKER = """
 import os, sys, time
 from pathlib import Path
 from torch.distributed import TCPStore
+from lightning_scar.elastic.journal import Events, Notices
 from lightning_scar.elastic.messages import *
 
 folder, what = Path(sys.argv[1]), sys.argv[2:]
@@ -20,13 +21,12 @@ slot, spawn, number = (int(os.environ["LIGHTNING_SCAR_" + name]) for name in ("S
 world_size, state = int(os.environ["WORLD_SIZE"]), Path(os.environ["LIGHTNING_SCAR_STATE"]) / "step"
 store = TCPStore(host, int(port), is_master=False, wait_for_workers=False)
 events, notices = Events(store), Notices(store)
-formed, broken, joining, read, stop, restart = {}, set(), set(), 0, None, None
+formed, broken, joining, stop, restart = {}, set(), set(), None, None
 
 
 def look():
-    global read, stop, restart
-    for notice in notices.news(read):
-        read += 1
+    global stop, restart
+    for notice in notices.news():
         if isinstance(notice, Formed):
             formed[notice.generation.number] = notice.generation
             restart = None

@@ -18,17 +18,16 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.coordinator import Coordinator
 from lightning_scar.elastic.errors import CutOffError, RestartError
+from lightning_scar.elastic.journal import Events, Notices
 from lightning_scar.elastic.membership import Member
 from lightning_scar.elastic.messages import (
     Broken,
     Event,
-    Events,
     Exited,
     Formed,
     Generation,
     Joining,
     Notice,
-    Notices,
     Ready,
     Restart,
     Stop,
