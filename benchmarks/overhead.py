@@ -12,7 +12,6 @@ torchft's, by turns too.
 import argparse
 import random
 import signal
-import socket
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks import kills, report, torchft_peer
 from benchmarks.gate import LAYERS, Keeper
@@ -97,18 +97,12 @@ def lightning_groups(keeper: Keeper, width: int, folder: Path) -> Iterator[list[
         scar = Run([*run, "--strategy", "scar_ddp", *arguments], folder / "scar_ddp", kills.environment())
         runs = [stack.enter_context(scar)]
         plain = [sys.executable, "-m", module, "--strategy", "ddp", *arguments]
-        port = str(_free_port())
+        port = str(get_free_port())  # type: ignore[no-untyped-call]
         ddp = [
             stack.enter_context(Run(plain, folder / f"ddp-{rank}", _torchrun_environment(rank, port)))
             for rank in range(RANKS)
         ]
         yield [Group("ddp", ddp, True), Group("scar_ddp", runs, True)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _torchrun_environment(rank: int, port: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ import torch
 from helpers import assert_same
 from scar_ddp_training import RATE, Model, samples
 from torch import nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 SCRIPT = Path(__file__).with_name("scar_ddp_training.py")
 #: With buffers, a schedule and clipping.
@@ -57,6 +58,7 @@ def train(
     folder: Path,
     *faults: Fault,
     ranks: int = 2,
+    nodes: int = 1,
     strategy: str | dict[str, Any] = "scar_ddp",
     run: Sequence[str] | None = ("--max-restarts", "9"),
     command: Sequence[str] = (),
@@ -72,6 +74,7 @@ def train(
         folder: All that it writes.
         faults: What goes wrong.
         ranks: How many.
+        nodes: On so many nodes, which are supervisors on this machine.
         strategy: Its name, or arguments of ``SCARDDPStrategy``.
         run: Options of ``lightning-scar run``; ``None`` to start the script by itself.
         command: Another command that ends with a script.
@@ -82,38 +85,45 @@ def train(
         more: What else the script knows: ``callbacks``, ``logs``, ``scar``, ``test``, ``cli``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    asked = {"folder": str(folder), "faults": faults, "ranks": ranks, "strategy": strategy, **more}
-    asked |= {"model": model or {}, "data": data or {}, "trainer": trainer or {}}
-    before = [sys.executable]
-    if command:
-        before = list(command)
-    elif run is not None:
-        before = [sys.executable, "-m", "lightning_scar", "run", "--nproc-per-node", str(ranks), *run]
-    code, console, seconds = _run([*before, str(SCRIPT), json.dumps(asked)], folder, limit)
+    asked = {"folder": str(folder), "faults": faults, "ranks": ranks // nodes, "strategy": strategy, **more}
+    asked |= {"model": model or {}, "data": data or {}, "trainer": {**(trainer or {}), "num_nodes": nodes}}
+    if not command and run is None:
+        command = [sys.executable]
+    elif not command:
+        command = [sys.executable, "-m", "lightning_scar", "run", "--nproc-per-node", str(ranks // nodes), *run]
+    places: list[list[str]] = [[]]
+    if nodes > 1:
+        endpoint = ["--nnodes", str(nodes), "--rdzv-endpoint", f"127.0.0.1:{get_free_port()}"]
+        places = [[*endpoint, "--node-rank", str(node)] for node in range(nodes)]
+    commands = [[*command, *place, str(SCRIPT), json.dumps(asked)] for place in places]
+    code, console, seconds = _run(commands, folder, limit)
     results = {int(p.stem.split("-")[1]): torch.load(p, weights_only=False) for p in folder.glob("result-*.pt")}
     training = Training(folder, code, console, seconds, results, _lines(folder, "steps"), _lines(folder, "processes"))
     _assert_nothing_left(training)
     return training
 
 
-def _run(command: list[str], folder: Path, limit: float) -> tuple[int, str, float]:
+def _run(commands: Sequence[Sequence[str]], folder: Path, limit: float) -> tuple[int, str, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     log = folder / "console.txt"
     began = time.monotonic()
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
-        )
+    with log.open("a") as file:
+        processes = [
+            subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
+            )
+            for command in commands
+        ]
         try:
-            code = process.wait(limit)
+            codes = [process.wait(began + limit - time.monotonic()) for process in processes]
         except subprocess.TimeoutExpired:
-            _kill_all(process.pid)
-            process.wait()
             raise AssertionError(f"still running after {limit} s:\n{log.read_text()}") from None
-        except BaseException:
-            _kill_all(process.pid)
-            raise
-    return code, log.read_text(), time.monotonic() - began
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    _kill_all(process.pid)
+                    process.wait()
+    return max(codes, key=abs), log.read_text(), time.monotonic() - began
 
 
 def _kill_all(pid: int) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from helpers import assert_same
-from scar_ddp_runs import REFERENCE, Fault, assert_done, reference, train
+from scar_ddp_runs import REFERENCE, Fault, assert_done, reference, train, world_sizes
 
 ENDINGS = {"kill": "was killed by SIGKILL", "error": "exited with code 1", "exit": "exited with code 3"}
 CASES: dict[str, list[Fault]] = {
@@ -24,6 +24,16 @@ def test_a_failure_outside_of_steps_costs_nothing_but_time(tmp_path: Path, case:
     assert "starting all workers again" in training.console
     for _, _, slot, how in CASES[case]:
         assert f"rank {slot} {ENDINGS[how]}; " in training.console
-    # Fails: outages are forgotten in a restart (see /tmp/elastic-bugs.md, 3).
+    # A generation that never began has no outage.
     if case != "at start-up":
         assert len(training.outages(0)) == len(CASES[case])
+
+
+def test_the_state_that_one_node_keeps_goes_to_the_others(tmp_path: Path) -> None:
+    """Rank 0 and its node's memory are ahead; then the other node is the one that keeps it."""
+    faults: list[Fault] = [("validation", 0, 1, "kill"), ("training_step", 15, 1, "kill"), ("validation", 1, 0, "kill")]
+    training = train(tmp_path, *faults, nodes=2, **REFERENCE)
+    assert_done(training, steps=36)
+    assert training.console.count("starting all workers again") == 2
+    assert len({process["state"] for process in training.processes}) == 2
+    assert world_sizes(training)[15] == 1

@@ -146,11 +146,3 @@ def assert_gone(*pids: int | str) -> None:
 def ours(stderr: str) -> list[str]:
     """The lines that the supervisor wrote."""
     return re.findall(r"^lightning-scar: (.*)$", stderr, flags=re.MULTILINE)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

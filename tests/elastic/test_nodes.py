@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from elastic_helpers import PLAIN, SLEEPER, assert_gone, free_port, ours, run, running, script, wait_for
+from elastic_helpers import PLAIN, SLEEPER, assert_gone, ours, run, running, script, wait_for
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 
 def options(node: int, port: int) -> list[str]:
@@ -10,7 +11,7 @@ def options(node: int, port: int) -> list[str]:
 
 
 def test_two_nodes_start_again_together(tmp_path: Path) -> None:
-    path, port = script(tmp_path, PLAIN), free_port()
+    path, port = script(tmp_path, PLAIN), get_free_port()
     with running(*options(1, port), path, tmp_path, "kill") as other:
         done = run(*options(0, port), path, tmp_path, "kill")
         out, _ = other.communicate(timeout=30)
@@ -20,7 +21,7 @@ def test_two_nodes_start_again_together(tmp_path: Path) -> None:
 
 
 def test_a_node_ends_when_node_0_is_gone(tmp_path: Path) -> None:
-    path, port = script(tmp_path, SLEEPER), free_port()
+    path, port = script(tmp_path, SLEEPER), get_free_port()
     with (
         running(*options(0, port), path, tmp_path, "sleep") as first,
         running(*options(1, port), path, tmp_path, "sleep") as other,
@@ -34,7 +35,7 @@ def test_a_node_ends_when_node_0_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_failure_ends_all_nodes(tmp_path: Path) -> None:
-    path, port = script(tmp_path, SLEEPER), free_port()
+    path, port = script(tmp_path, SLEEPER), get_free_port()
     with running(*options(1, port), "--max-restarts", "0", path, tmp_path, "fail", "sleep") as other:
         done = run(*options(0, port), "--max-restarts", "0", path, tmp_path, "fail", "sleep")
         _, err = other.communicate(timeout=30)
@@ -44,7 +45,7 @@ def test_a_failure_ends_all_nodes(tmp_path: Path) -> None:
 
 
 def test_nodes_that_disagree(tmp_path: Path) -> None:
-    path, port = script(tmp_path, SLEEPER), free_port()
+    path, port = script(tmp_path, SLEEPER), get_free_port()
     with running(*options(0, port), path, tmp_path, "sleep"):
         wait_for(tmp_path / "pid0")
         done = run(*options(1, port), "--nproc-per-node", "2", path, tmp_path)

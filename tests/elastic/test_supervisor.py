@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from elastic_helpers import PLAIN, SLEEPER, assert_gone, command, free_port, ours, run, running, script, wait_for
+from elastic_helpers import PLAIN, SLEEPER, assert_gone, command, ours, run, running, script, wait_for
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from lightning_scar.elastic.command_line import main
 
@@ -105,7 +106,7 @@ def test_a_killed_supervisor_leaves_no_worker_and_its_folder_to_the_next(tmp_pat
 
 def test_a_taken_port_is_named_with_the_remedy(tmp_path: Path) -> None:
     path = script(tmp_path, SLEEPER)
-    port = str(free_port())
+    port = str(get_free_port())
     with running("--master-port", port, path, tmp_path, "sleep"):
         wait_for(tmp_path / "pid0")
         done = run("--master-port", port, path, tmp_path)
