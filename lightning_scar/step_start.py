@@ -9,7 +9,8 @@ from torch.nn import Module
 
 def random_state() -> list[Any]:
     """The state of torch's random generators in this process."""
-    return [torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None]
+    # Where CUDA has not begun it has drawn nothing; to ask whether it is available takes longer than all the rest.
+    return [torch.default_generator.get_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None]
 
 
 def set_random_state(state: list[Any]) -> None:
@@ -30,6 +31,9 @@ class StepStart:
 
     def __init__(self, module: Module | None = None) -> None:
         self._module = module
+        # Once: to walk through all modules of a deep model in every step would take longer than to copy.
+        modules = module.modules() if module is not None else ()
+        self._owners = [owner for owner in modules if any(True for _ in owner.buffers(recurse=False))]
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._gradients: list[Tensor | None] = []
@@ -43,7 +47,8 @@ class StepStart:
 
         """
         assert self._module is not None
-        self._buffers = [buffer for buffer in self._module.buffers() if buffer.numel()]
+        buffers = (buffer for owner in self._owners for buffer in owner.buffers(recurse=False))
+        self._buffers = [buffer for buffer in buffers if buffer.numel()]
         if [copy.shape for copy in self._copies] != [buffer.shape for buffer in self._buffers]:
             self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
         if self._buffers:

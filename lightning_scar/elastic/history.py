@@ -27,17 +27,22 @@ class History:
 
     Args:
         connect: Makes a connection to the supervisor's store, for the reading thread alone.
+        key: Under which the others find in the store how many notices this worker has heard.
         on_break: Called in that thread with the number of a generation that broke; with ``None`` if the supervisor is
             gone.
 
     """
 
-    def __init__(self, connect: Callable[[], Store], on_break: Callable[[int | None], None]) -> None:
+    def __init__(self, connect: Callable[[], Store], key: str, on_break: Callable[[int | None], None]) -> None:
         #: Whether the supervisor is gone.
         self.is_cut_off = False
         #: Whether the job is to end.
         self.is_stopping = False
+        #: With how many notices this worker knew of the newest one that a leader has to act on.
+        self.acted_on = 0
         self._connect = connect
+        self._key = key
+        self._heard = 0
         self._on_break = on_break
         self._formed: list[Generation] = []
         self._broken: set[int] = set()
@@ -91,13 +96,16 @@ class History:
 
     def _read(self, has_read: threading.Event) -> None:
         try:
-            notices = Notices(self._connect())
+            store = self._connect()
+            notices = Notices(store)
             for notice in notices.news():
                 self._take_note_of(notice)
+            store.set(self._key, str(self._heard))
             has_read.set()
             while not self._has_ended.wait(_POLL):
                 for notice in notices.news():
                     self._hear(notice)
+                    store.set(self._key, str(self._heard))
         except Exception:
             with self._changed:
                 self.is_cut_off = True
@@ -113,6 +121,9 @@ class History:
             self._on_break(notice.generation)
 
     def _take_note_of(self, notice: Notice) -> None:
+        self._heard += 1
+        if isinstance(notice, Joining | Stop):
+            self.acted_on = self._heard
         match notice:
             case Formed():
                 self._formed.append(notice.generation)

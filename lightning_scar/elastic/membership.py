@@ -62,7 +62,7 @@ class Member:
         self._connections = Connections()
         self._has_called = False
         self._excepthook = sys.excepthook
-        self._history = History(self._connect, self._wake)
+        self._history = History(self._connect, _heard_key(slot, spawn), self._wake)
         self._tell(Registered(slot, spawn))
 
     @classmethod
@@ -251,19 +251,22 @@ class Member:
     def call(self, word: str, step: int) -> None:
         """Announces something to the present generation; by its leader, before a step's collectives.
 
+        Does nothing as long as a member has not heard of the reason for it: who has, looks for a call behind each step,
+        and the others need not.
+
         Args:
             word: What is to follow the step. The first word of a generation counts.
             step: The number of the step.
 
         """
-        if not self._has_called:
-            self._has_called = True
-            try:
+        try:
+            if not self._has_called and self._all_have_heard():
+                self._has_called = True
                 self._store.set(self._call_key, f"{step} {word}")
                 # The store answers what it is asked, not what it is told: now everybody can read it.
                 self._store.check([self._call_key])
-            except dist.DistError as error:
-                raise CutOffError from error
+        except dist.DistError as error:
+            raise CutOffError from error
 
     def called(self, step: int) -> str:
         """What the leader announced to follow a step whose collectives this worker has completed; empty for nothing.
@@ -275,6 +278,10 @@ class Member:
             CutOffError: If the supervisor is gone.
 
         """
+        if self._history.is_cut_off:
+            raise CutOffError
+        if not (self.joiners_are_ready() or self.is_stopping):
+            return ""
         try:
             if not self._store.check([self._call_key]):
                 return ""
@@ -283,6 +290,11 @@ class Member:
             raise CutOffError from error
         # A leader may be a step ahead already when this worker looks.
         return word if int(number) <= step else ""
+
+    def _all_have_heard(self) -> bool:
+        assert self.generation is not None
+        counts = self._store.multi_get([_heard_key(slot, spawn) for slot, spawn in self.generation.spawns.items()])
+        return all(int(count) >= self._history.acted_on for count in counts)
 
     def give_up(self, reason: str) -> None:
         """Tells the supervisor that the job cannot go on."""
@@ -311,6 +323,11 @@ class Member:
             self._events.append(event)
         except dist.DistError as error:
             raise CutOffError from error
+
+
+def _heard_key(slot: int, spawn: int) -> str:
+    """Under which the store tells how many notices a worker has heard."""
+    return f"heard/{slot}/{spawn}"
 
 
 @functools.cache

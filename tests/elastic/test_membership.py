@@ -274,29 +274,65 @@ def blocked(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
 
 def hear(member: Member, step: int) -> str:
     """A store does not answer to what is set: another worker may look before it is there."""
+    soon(lambda: bool(member.called(step)))
+    return member.called(step)
+
+
+def leader_and_other(crew: Crew) -> tuple[Member, Member]:
+    """Both have heard that a replacement waits, which is a reason to call."""
+    crew.form(0, 0, 1)
+    members = member_of(crew, 0), member_of(crew, 1)
+    crew.post(Joining(0, (2,)))
+    for member in members:
+        member.generation = Generation(0, {0: 0, 1: 1}, source=0)
+        soon(member.joiners_are_ready)
+    return members
+
+
+def soon(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + SOON
-    while not (word := member.called(step)):
+    while not condition():
         assert time.monotonic() < deadline
-    return word
+        time.sleep(0.01)
+
+
+def call(member: Member, word: str, step: int) -> None:
+    """As a leader does it before every step, until all have heard."""
+    member.call(word, step)
+    soon(lambda: member.call(word, step) or member._has_called)
 
 
 def test_a_word_is_heard_from_its_step_on(crew: Crew) -> None:
-    crew.form(0, 0, 1)
-    leader, other = member_of(crew, 0), member_of(crew, 1)
+    leader, other = leader_and_other(crew)
     assert other.called(4) == ""
-    leader.call("switch", 5)
+    call(leader, "switch", 5)
     assert hear(other, 6) == "switch"
     assert [other.called(step) for step in (4, 5)] == ["", "switch"]
 
 
 def test_the_first_word_counts(crew: Crew) -> None:
-    crew.form(0, 0, 1)
-    leader, other = member_of(crew, 0), member_of(crew, 1)
-    leader.call("switch", 5)
-    leader.call("stop", 3)
+    leader, other = leader_and_other(crew)
+    call(leader, "switch", 5)
+    call(leader, "stop", 3)
     assert hear(other, 9) == "switch"
     time.sleep(0.2)
     assert other.called(9) == "switch"
+
+
+def test_nothing_is_called_before_all_have_heard_of_the_reason(crew: Crew) -> None:
+    """Who has not heard does not look: to ask the store behind each step would cost more than all the rest."""
+    leader, _ = leader_and_other(crew)
+    for reason in (Joining(0, (2,)), Stop("SIGTERM")):
+        heard = crew.store.get("heard/1/1")
+        crew.store.set("heard/1/1", "1")
+        crew.post(reason)
+        soon(lambda reason=reason: leader.is_stopping or isinstance(reason, Joining))  # type: ignore[misc]
+        leader.call("switch", 5)
+        assert not crew.store.check(["call/0"])
+        crew.store.set("heard/1/1", heard)
+    crew.store.set("heard/1/1", "9")
+    leader.call("switch", 5)
+    assert crew.store.get("call/0") == b"5 switch"
 
 
 def test_all_start_again_and_one_keeps_the_state(crew: Crew) -> None:
@@ -390,6 +426,8 @@ def test_no_question_goes_to_a_killed_supervisor(server: tuple[Any, int], ask: C
     process, port = server
     member = Member("127.0.0.1", port, 0, 0, 0, 2)
     kill(process)
+    # The next look at the store may be some milliseconds away.
+    soon(lambda: member.is_broken)
     with pytest.raises(CutOffError):
         ask(member)
 
@@ -401,8 +439,8 @@ def stay(member: Member, say: Callable[[Any], None]) -> None:
         time.sleep(100)
     try:
         total()
-    except RuntimeError:
-        say(member.is_broken)
+    except RuntimeError as error:
+        say(member.is_due_to_failure(error))
     enter_next(member)
 
 
