@@ -10,7 +10,8 @@ from torch.nn import Module
 def random_state() -> list[Any]:
     """The state of torch's random generators in this process."""
     # Where CUDA has not begun it has drawn nothing; to ask whether it is available takes longer than all the rest.
-    return [torch.default_generator.get_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None]
+    uses_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.default_generator.get_state(), torch.cuda.get_rng_state() if uses_cuda else None]
 
 
 def set_random_state(state: list[Any]) -> None:

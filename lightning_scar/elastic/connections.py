@@ -10,13 +10,16 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 _DESCRIPTORS = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
 #: A descriptor and the socket behind it: descriptors are used again, these numbers are not.
 _Socket = tuple[int, int]
+
+T = TypeVar("T")
 
 
 class Connections:
@@ -40,16 +43,28 @@ class Connections:
         self._is_recording = False
         self._lock = threading.Lock()
 
+    def opened_by(self, connect: Callable[[], T]) -> T:
+        """Takes note of the sockets that a function opens, and forgets those before: another group begins.
+
+        They are not cut before it returns, for it might only try again.
+        """
+        before = set(_sockets())
+        result = connect()
+        with self._lock:
+            self._opened = set(_sockets()) - before
+        return result
+
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Takes note of the sockets that this process opens meanwhile."""
         with self._lock:
-            self._before, self._opened, self._is_recording = set(_sockets()), set(), True
+            self._before, self._is_recording = set(_sockets()), True
         try:
             yield
         finally:
             with self._lock:
-                self._opened, self._is_recording = set(_sockets()) - self._before, False
+                self._note()
+                self._is_recording = False
 
     def cut(self) -> None:
         """Shuts them down, from whatever thread. While they are being recorded, also those that are yet to come."""
@@ -64,11 +79,14 @@ class Connections:
         """Returns whether more may come."""
         with self._lock:
             if self._is_recording:
-                self._opened = set(_sockets()) - self._before
+                self._note()
             for descriptor, number in self._opened:
                 _shut_down(descriptor, number)
             self._opened = set()
             return self._is_recording
+
+    def _note(self) -> None:
+        self._opened |= set(_sockets()) - self._before
 
 
 def _sockets() -> Iterator[_Socket]:

@@ -182,13 +182,14 @@ class Member:
         self._has_called = False
         # torch puts the rank in front of tracebacks, once for every group.
         sys.excepthook = self._excepthook
+        # A connection of its own: whoever is blocked in it, waiting for one that died meanwhile, can be woken.
+        connection = self._connections.opened_by(self._connect)
         with self._connections.recorded():
-            # A connection of its own: whoever is blocked in it, waiting for one that died meanwhile, can be woken.
-            store = PrefixStore(f"generation/{generation.number}", self._connect())
             if self.is_broken:
                 # The notice came before there was anything to cut.
                 raise GroupLostError
             rank = generation.members.index(self.slot)
+            store = PrefixStore(f"generation/{generation.number}", connection)
             dist.init_process_group(store=store, rank=rank, world_size=len(generation.spawns), **options)
         return generation
 

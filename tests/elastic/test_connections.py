@@ -59,10 +59,25 @@ def test_what_was_opened_for_an_earlier_group_is_left_alone(stack: ExitStack) ->
     connections = Connections()
     with connections.recorded():
         first, _ = pair(stack)
+    second, _ = connections.opened_by(lambda: pair(stack))
     with connections.recorded():
-        second, _ = pair(stack)
+        third, _ = pair(stack)
     connections.cut()
-    assert (is_cut(first), is_cut(second)) == (False, True)
+    assert (is_cut(first), is_cut(second), is_cut(third)) == (False, True, True)
+
+
+def test_a_connection_is_not_cut_while_it_is_made(stack: ExitStack) -> None:
+    connections = Connections()
+
+    def connect() -> socket.socket:
+        made, _ = pair(stack)
+        connections.cut()
+        assert not is_cut(made)
+        return made
+
+    made = connections.opened_by(connect)
+    connections.cut()
+    assert is_cut(made)
 
 
 def test_listening_sockets_go_on_listening(stack: ExitStack) -> None:

@@ -321,18 +321,17 @@ def test_the_first_word_counts(crew: Crew) -> None:
 
 def test_nothing_is_called_before_all_have_heard_of_the_reason(crew: Crew) -> None:
     """Who has not heard does not look: to ask the store behind each step would cost more than all the rest."""
-    leader, _ = leader_and_other(crew)
-    for reason in (Joining(0, (2,)), Stop("SIGTERM")):
-        heard = crew.store.get("heard/1/1")
-        crew.store.set("heard/1/1", "1")
-        crew.post(reason)
-        soon(lambda reason=reason: leader.is_stopping or isinstance(reason, Joining))  # type: ignore[misc]
+    leader = member_of(crew, 0)
+    leader.generation = Generation(0, {0: 0, 1: 7}, source=0)
+    crew.post(Broken(9, ""), Joining(0, (2,)))
+    soon(leader.joiners_are_ready)
+    for count in ("0", "1"):
+        crew.store.set("heard/1/7", count)
         leader.call("switch", 5)
         assert not crew.store.check(["call/0"])
-        crew.store.set("heard/1/1", heard)
-    crew.store.set("heard/1/1", "9")
-    leader.call("switch", 5)
-    assert crew.store.get("call/0") == b"5 switch"
+    crew.store.set("heard/1/7", "2")
+    leader.call("switch", 6)
+    assert crew.store.get("call/0") == b"6 switch"
 
 
 def test_all_start_again_and_one_keeps_the_state(crew: Crew) -> None:
