@@ -28,7 +28,7 @@ from benchmarks.step_log import StepLog
 
 Batch = tuple[Tensor, Tensor]
 #: Steps without an end of an epoch.
-_ENDLESS = 100_000
+_ENDLESS = 10_000
 
 
 class Cycled(Dataset[Batch]):
