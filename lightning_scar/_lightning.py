@@ -147,11 +147,6 @@ def logger_step(trainer: pl.Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def is_joiner(trainer: pl.Trainer) -> bool:
-    """Whether this process is a replacement that has no state of the training yet."""
-    return bool(getattr(trainer.strategy, "is_joiner", False))
-
-
 def mark_sigterm(trainer: pl.Trainer) -> None:
     """Makes the training loop end with ``SIGTERMException`` after the present batch."""
     trainer._signal_connector.received_sigterm = True

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_scar import _lightning
+from lightning_scar import _lightning, joining
 from lightning_scar.checkpoint_io import SCARCheckpointIO, installed_io
 from lightning_scar.core.claim import Seat
 from lightning_scar.core.ranks import Ranks
@@ -154,7 +154,7 @@ class SCARCheckpoint(Checkpoint):
             return
         check_strategy(trainer)
         self._io = installed_io(trainer, self._storage_options)
-        if stage != "fit" or _lightning.is_joiner(trainer):
+        if stage != "fit" or joining.is_joiner(trainer):
             return
         self._open(trainer)
         kept = calls.kept()

@@ -24,6 +24,11 @@ from lightning_scar import _lightning, logs
 from lightning_scar.core.zero import is_sharded
 
 
+def is_joiner(trainer: pl.Trainer) -> bool:
+    """Whether this process is a replacement that has no state of the training yet."""
+    return bool(getattr(trainer.strategy, "is_joiner", False))
+
+
 def begin_as_joiner(trainer: pl.Trainer) -> None:
     """Lets a replacement run through its set-up without resuming, validating or logging anything.
 
