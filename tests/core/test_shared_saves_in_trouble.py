@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from core_helpers import assert_same, saved_steps
 from ranks import Failure, run_ranks
 from shared_helpers import assert_made_of, copied, go_on, make_training, opened, quietly, refreshed, trained
@@ -48,10 +49,19 @@ def recover(url: str, n: int) -> dict[str, Any]:
     return results[0][0]
 
 
+def trained_side_by_side(rank: int, url: str) -> None:
+    """No rank is through before another one's first save: the run would not count without that rank's folder."""
+    training = make_training()
+    with opened(url) as running:
+        for _ in range(4):
+            go_on(training, running, 1)
+            dist.barrier()
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 2), (3, 2)])
 def test_the_folder_of_a_rank_is_lost(n: int, m: int, tmp_path: Path) -> None:
     url = str(tmp_path / "scar")
-    run_ranks(trained, n, url)
+    run_ranks(trained_side_by_side, n, url)
     before, initial = load(url), copied(make_training())
     lost = {b.key for d in refreshed(url).deltas for b in d.blocks if d.name.startswith("rank-0001/")}
     shutil.rmtree(tmp_path / "scar" / "rank-0001")
