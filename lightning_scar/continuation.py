@@ -270,12 +270,11 @@ class Continuation:
             self._generations.leave()
             if collection is not None:
                 collection.run(closure, until=lambda: member.has_news)
-            if collection is None or not collection.is_full:
+            is_full = collection is not None and collection.is_full
+            if not is_full:
                 member.wait_for_joiners()
             # All go on together, whoever had a reason first; after another death they hold on.
-            is_ready = (
-                (collection is not None and collection.is_full) or member.joiners_are_ready() or member.is_stopping
-            )
+            is_ready = is_full or member.joiners_are_ready() or member.is_stopping
             self._generations.enter_next(boundary=False, ready=is_ready)
             self.outages.regrouped()
         self._collection = collection

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_scar import _lightning, joining
 from lightning_scar.core.exchange import receive, send
+from lightning_scar.elastic.memory_folder import VARIABLE, state_folder
 from lightning_scar.step_start import random_state
 
 #: Where a checkpoint dict holds what else the next start needs.
@@ -80,20 +81,21 @@ class Calls:
 
     def kept(self) -> Kept | None:
         """The newest state that was kept for the present call, if there is one."""
-        if "LIGHTNING_SCAR_STATE" not in os.environ:
+        if VARIABLE not in os.environ:
             # Nobody supervises this process.
             return None
-        kept = [Kept(path, int(path.stem.split("-")[-1])) for path in _folder().glob(f"call-{self.number:04d}-*.ckpt")]
+        paths = state_folder().glob(f"call-{self.number:04d}-*.ckpt")
+        kept = [Kept(path, int(path.stem.split("-")[-1])) for path in paths]
         return max(kept, key=lambda kept: kept.step, default=None)
 
     def keep_random(self, slot: int, state: list[Any]) -> None:
         """Writes the state of a worker's own random generators, which is in no other one."""
-        torch.save(state, _folder() / f"random-{slot}.pt")
+        torch.save(state, state_folder() / f"random-{slot}.pt")
 
     def random(self, slot: int) -> list[Any]:
         """What this worker's random generators go on from; those of a dead one as the keeper's."""
         assert self.resumed is not None
-        path = _folder() / f"random-{slot}.pt"
+        path = state_folder() / f"random-{slot}.pt"
         state: list[Any] = torch.load(path, weights_only=True) if path.exists() else self.resumed["random"]
         path.unlink(missing_ok=True)
         return state
@@ -145,15 +147,11 @@ def _state(trainer: pl.Trainer, finished: bool, more: dict[str, Any]) -> dict[st
 
 
 def _write(checkpoint: dict[str, Any], call: int, step: int) -> None:
-    path = _folder() / f"call-{call:04d}-{step:09d}.ckpt"
+    path = state_folder() / f"call-{call:04d}-{step:09d}.ckpt"
     # Several workers of a node may write the same.
     partial = path.with_suffix(f".{os.getpid()}.partial")
     torch.save(checkpoint, partial)
     partial.replace(path)
-    for older in _folder().glob(f"call-{call:04d}-*.ckpt"):
+    for older in state_folder().glob(f"call-{call:04d}-*.ckpt"):
         if older.name < path.name:
             older.unlink(missing_ok=True)
-
-
-def _folder() -> Path:
-    return Path(os.environ["LIGHTNING_SCAR_STATE"])

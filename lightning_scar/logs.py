@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ import lightning.pytorch as pl
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+
+from lightning_scar.elastic.memory_folder import state_folder
 
 
 def note(trainer: pl.Trainer) -> None:
@@ -74,7 +75,7 @@ def _take(trainer: pl.Trainer, versions: list[Any]) -> None:
 
 
 def _path() -> Path:
-    return Path(os.environ["LIGHTNING_SCAR_STATE"]) / "logs.json"
+    return state_folder() / "logs.json"
 
 
 @contextmanager

@@ -204,9 +204,7 @@ def test_compute_gradient(precision: Any) -> None:
     computed: list[list[Tensor]] = []
 
     class Compute(Callback):
-        def __init__(self) -> None:
-            self.gradients: list[Tensor] = []
-            self.batch: Any = None
+        batch: Any = None
 
         def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
             self.batch = batch

@@ -243,13 +243,14 @@ class Coordinator:
         members = self._members()
         unfinished = self._slots - self._finished
         missing = unfinished - self._living.keys()
+        remedy = remedy_for(members)
         if not members and (not unfinished or (self._finished and unfinished <= self._replaced)):
             # The training ended, perhaps without its replacements: there is nothing left that they could join.
             self._leave(Phase.STOPPING, grace=0)
-        elif not members or (missing and remedy_for(self._members()) is Remedy.RESTART):
+        elif not members or (missing and remedy is Remedy.RESTART):
             self._leave(Phase.RESTARTING, grace=self._policy.kill_grace)
         else:
-            if missing and remedy_for(self._members()) is Remedy.REPLACEMENT:
+            if missing and remedy is Remedy.REPLACEMENT:
                 self._fill(missing)
             self._regroup(members)
 

@@ -8,6 +8,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+#: Where workers find the folder.
+VARIABLE = "LIGHTNING_SCAR_STATE"
+
 _MEMORY = Path("/dev/shm")
 _PREFIX = "lightning-scar-"
 #: Between its creation and its lock a folder is nobody's.
@@ -53,3 +56,13 @@ def _remove_unless_held(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def state_folder() -> Path:
+    """The folder of this worker's supervisor.
+
+    Raises:
+        KeyError: If it has none.
+
+    """
+    return Path(os.environ[VARIABLE])

@@ -16,7 +16,7 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from lightning_scar.elastic.agent import Agent, Layout
 from lightning_scar.elastic.host import JOIN_SECONDS, Host
 from lightning_scar.elastic.journal import Events
-from lightning_scar.elastic.memory_folder import MemoryFolder
+from lightning_scar.elastic.memory_folder import VARIABLE, MemoryFolder
 from lightning_scar.elastic.messages import StopAsked
 from lightning_scar.elastic.restarts import Policy, signal_name
 
@@ -118,7 +118,7 @@ def _environment(job: Job, store: TCPStore, folder: MemoryFolder) -> dict[str, s
     environment = {
         "TORCHELASTIC_RUN_ID": json.loads(store.get("job"))["run_id"],
         "TORCHELASTIC_MAX_RESTARTS": str(job.policy.max_restarts),
-        "LIGHTNING_SCAR_STATE": str(folder.path),
+        VARIABLE: str(folder.path),
     }
     if job.hang_timeout is not None:
         environment["LIGHTNING_SCAR_HANG_TIMEOUT"] = str(job.hang_timeout)

@@ -233,7 +233,8 @@ def train(member: Member, say: Callable[[Any], None]) -> None:
     time.sleep(100)
 
 
-def test_who_forms_a_group_with_one_that_died_is_woken(crew: Crew) -> None:
+def form_with_a_dead_one(crew: Crew) -> None:
+    """Of three that wait for their next group one dies, before it is formed with all of them."""
     crew.form(0, 0, 1, 2)
     for slot in range(3):
         crew.start(slot, go_on)
@@ -241,19 +242,17 @@ def test_who_forms_a_group_with_one_that_died_is_woken(crew: Crew) -> None:
     crew.wait_for(Waiting, Waiting, Waiting)
     crew.kill(2)
     crew.form(1, 0, 1, 2)
+
+
+def test_who_forms_a_group_with_one_that_died_is_woken(crew: Crew) -> None:
+    form_with_a_dead_one(crew)
     assert crew.is_silent(0)
     crew.post(Broken(1, "rank 2 was killed"))
     assert [crew.says(slot) for slot in (0, 1)] == ["failed"] * 2
 
 
 def test_a_group_that_is_broken_before_it_is_formed_keeps_nobody(crew: Crew) -> None:
-    crew.form(0, 0, 1, 2)
-    for slot in range(3):
-        crew.start(slot, go_on)
-    assert [crew.says(slot) for slot in range(3)] == [3] * 3
-    crew.wait_for(Waiting, Waiting, Waiting)
-    crew.kill(2)
-    crew.form(1, 0, 1, 2)
+    form_with_a_dead_one(crew)
     crew.post(Broken(1, "rank 2 was killed"))
     assert [crew.says(slot, within=5) for slot in (0, 1)] == ["failed"] * 2
 
