@@ -18,22 +18,23 @@ from typing_extensions import override
 from lightning_scar import _lightning, joining
 from lightning_scar.checkpoint_io import SCARCheckpointIO, installed_io
 from lightning_scar.core.claim import Seat
+from lightning_scar.core.compatibility import check_ranks_agree
 from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.resumption import newest_step
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
-from lightning_scar.core.settings import PolicyName
+from lightning_scar.core.settings import PolicyName, Settings
 from lightning_scar.core.stats import Stats
 from lightning_scar.fences import Fences, before_optimizer_steps
 from lightning_scar.kept import calls
 from lightning_scar.refusals import (
+    as_misconfiguration,
     check_healing,
-    check_intervals,
     check_max_heals,
     check_strategy,
-    checked_settings,
 )
-from lightning_scar.resumption import check_ranks_agree, fit_to_model, newest_step, unfinished_run
-from lightning_scar.schedule import Schedule
+from lightning_scar.resumption import fit_to_model, unfinished_run
+from lightning_scar.schedule import Schedule, check_intervals
 from lightning_scar.sigterm import DeferredSigterm
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.store import DeltaStore
@@ -105,15 +106,10 @@ class SCARCheckpoint(Checkpoint):
         max_heals: int = 3,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
-        self._settings = checked_settings(
-            fraction=fraction,
-            policy=policy,
-            block_size=block_size,
-            max_age=max_age,
-            staging=staging,
-            on_write_error=on_write_error,
-        )
-        check_intervals(every_n_train_steps, every_n_seconds, full_every_n_saves)
+        with as_misconfiguration():
+            self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error)
+            intervals = {"every_n_train_steps": every_n_train_steps, "every_n_seconds": every_n_seconds}
+            check_intervals(full_every_n_saves, **intervals)
         check_max_heals(max_heals)
         self.dirpath = os.fspath(dirpath)
         self._schedule = Schedule(every_n_train_steps, every_n_seconds, full_every_n_saves)
@@ -196,7 +192,7 @@ class SCARCheckpoint(Checkpoint):
     def _open(self, trainer: pl.Trainer, seat: Seat | None = None) -> None:
         assert self._io is not None
         ranks = Ranks.of_default_group() if seat is None else Ranks(trainer.global_rank, trainer.world_size)
-        check_healing(self._heal_non_finite, self._schedule.every_n_train_steps, ranks.world_size)
+        check_healing(self._heal_non_finite, self._schedule.every_n_steps, ranks.world_size)
         running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks, seat)
         self._running, self.stats = running, running.stats
         self._io.attach(self.dirpath, running, lambda: {"state_dict": trainer.lightning_module.state_dict()})
@@ -208,7 +204,7 @@ class SCARCheckpoint(Checkpoint):
 
     def _path_to_resume(self, trainer: pl.Trainer, asked_for: str | None) -> str | None:
         assert self._running is not None
-        check_ranks_agree(self._running.ranks, trainer.lightning_module)
+        check_ranks_agree(self._running.ranks, trainer.lightning_module.state_dict())
         if asked_for or not self._resume or self._finished_here:
             return asked_for
         ranks = self._running.ranks

@@ -1,36 +1,13 @@
 """What ``SCARCheckpoint`` cannot work with, said at once and with a remedy."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_scar.core.settings import Settings
-
 _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
-
-
-def check_intervals(
-    every_n_train_steps: int | None, every_n_seconds: float | None, full_every_n_saves: int | None
-) -> None:
-    """Refuses anything but exactly one positive interval.
-
-    Raises:
-        MisconfigurationException: Naming the values and what is allowed.
-
-    """
-    if (every_n_train_steps is None) == (every_n_seconds is None):
-        raise MisconfigurationException(
-            f"SCARCheckpoint: every_n_train_steps={every_n_train_steps} and every_n_seconds={every_n_seconds}; "
-            "set exactly one of them, e.g. every_n_train_steps=25"
-        )
-    intervals = {
-        "every_n_train_steps": every_n_train_steps,
-        "every_n_seconds": every_n_seconds,
-        "full_every_n_saves": full_every_n_saves,
-    }
-    for name, value in intervals.items():
-        if value is not None and value <= 0:
-            raise MisconfigurationException(f"SCARCheckpoint: {name}={value} must be positive")
 
 
 def check_max_heals(max_heals: int) -> None:
@@ -60,15 +37,16 @@ def check_healing(heal_non_finite: bool, every_n_train_steps: int | None, world_
         )
 
 
-def checked_settings(**values: object) -> Settings:
-    """Settings, with Lightning's exception for what is out of range.
+@contextmanager
+def as_misconfiguration() -> Iterator[None]:
+    """Makes what is out of range an error of Lightning's.
 
     Raises:
         MisconfigurationException: Naming the value and what is allowed.
 
     """
     try:
-        return Settings(**values)  # type: ignore[arg-type]
+        yield
     except ValueError as error:
         raise MisconfigurationException(f"SCARCheckpoint: {error}") from None
 

@@ -1,9 +1,13 @@
 """Whether a checkpoint fits a model, and the part of it that does."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from lightning_scar.core.ranks import Ranks
 
 
 class ModelMismatchError(ValueError):
@@ -59,3 +63,74 @@ def _reshaped(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
         for name, value in saved.items()
         if isinstance(value, Tensor) and isinstance(live.get(name), Tensor) and value.shape != live[name].shape
     ]
+
+
+def check_fit(
+    path: str, checkpoint: dict[str, Any], live: Mapping[str, Any], strict: bool, kinds: tuple[str, ...] = ("",)
+) -> bool:
+    """Makes sure that a running checkpoint fits a model.
+
+    Args:
+        path: Where it lies.
+        checkpoint: The checkpoint dict; what does not fit is dropped from it unless ``strict``.
+        live: The model's ``state_dict``.
+        strict: Whether a difference is an error.
+        kinds: How those of the :func:`differences` begin that count.
+
+    Returns:
+        Whether it fitted as it was.
+
+    Raises:
+        ModelMismatchError: If it does not fit; every difference is listed.
+
+    """
+    found = [difference for difference in differences(checkpoint["state_dict"], live) if difference.startswith(kinds)]
+    if not found:
+        return True
+    listed = "\n  ".join(found)
+    if strict:
+        raise ModelMismatchError(
+            f"{path} was written by another model:\n  {listed}\n"
+            "Use another dirpath, or `strict=False` to load what fits."
+        )
+    warnings.warn(
+        f"lightning-scar: {path} was written by another model; what fits is loaded, optimizer states are not:\n"
+        f"  {listed}",
+        stacklevel=2,
+    )
+    keep_what_fits(checkpoint, live)
+    return False
+
+
+def check_ranks_agree(ranks: Ranks, state_dict: Mapping[str, Any]) -> None:
+    """Makes sure that all ranks have the same model. A collective.
+
+    Args:
+        ranks: The ranks.
+        state_dict: That of this rank's model.
+
+    Raises:
+        ModelMismatchError: If they differ; the first tensor that does is named.
+
+    """
+    if ranks.world_size == 1:
+        return
+    own = {name: (tuple(t.shape), t.dtype) for name, t in state_dict.items() if isinstance(t, Tensor)}
+    first, *others = ranks.gather(own)
+    for rank, other in enumerate(others, start=1):
+        for name in [*first, *other]:
+            if first.get(name) != other.get(name):
+                raise ModelMismatchError(
+                    f"the ranks disagree on the model: {name} is {_said(first.get(name))} on rank 0 and "
+                    f"{_said(other.get(name))} on rank {rank}. Build the same model on all ranks."
+                )
+        if list(first) != list(other):
+            name = next(a for a, b in zip(first, other, strict=True) if a != b)
+            raise ModelMismatchError(
+                f"the ranks disagree on the order of the model's tensors, from {name} on (rank 0 and rank {rank}). "
+                "Build the same model on all ranks."
+            )
+
+
+def _said(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if tensor is None else f"{tensor[0]} {str(tensor[1]).removeprefix('torch.')}"

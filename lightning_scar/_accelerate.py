@@ -1,0 +1,62 @@
+"""The private parts of Accelerate that this package leans on.
+
+Each stands behind one function here, and each function has a test that fails loudly when Accelerate changes.
+"""
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.data_loader import SeedableRandomSampler, get_sampler
+from torch.utils.data import RandomSampler
+
+from lightning_scar.core.training_state import TrainingState
+
+
+def training_state(accelerator: Accelerator) -> TrainingState:
+    """What ``accelerator.save_state`` would save.
+
+    Args:
+        accelerator: The accelerator.
+
+    Returns:
+        The prepared models under their numbers, and everything else that it knows of.
+
+    """
+    scaler = {"scaler": accelerator.scaler} if accelerator.scaler is not None else {}
+    custom = {f"custom_{i}": value for i, value in enumerate(accelerator._custom_objects)}
+    return TrainingState(
+        modules={str(i): model for i, model in enumerate(accelerator._models)},
+        optimizers=list(accelerator._optimizers),
+        schedulers=list(accelerator._schedulers),
+        objects={**scaler, **custom},
+    )
+
+
+def loaders(accelerator: Accelerator) -> list[Any]:
+    """The prepared loaders, in order."""
+    prepared: list[Any] = accelerator._dataloaders
+    return prepared
+
+
+def active_loader(accelerator: Accelerator) -> int | None:
+    """The number of the prepared loader that is being iterated over; ``None`` if it is another one."""
+    # One that skips its first batches is not itself prepared, but of the same data.
+    data = getattr(accelerator.gradient_state.active_dataloader, "dataset", None)
+    return next((i for i, loader in enumerate(loaders(accelerator)) if loader.dataset is data), None)
+
+
+def shuffle_seed(loader: Any) -> int | None:
+    """What the order of a loader's epochs is made from, beside their number; ``None`` where it is not made so."""
+    sampler = get_sampler(loader)
+    return sampler.initial_seed if isinstance(sampler, SeedableRandomSampler) else None
+
+
+def set_shuffle_seed(loader: Any, seed: int) -> None:
+    """Sets :func:`shuffle_seed`."""
+    get_sampler(loader).initial_seed = seed
+
+
+def shuffles_anew(loader: Any) -> bool:
+    """Whether an epoch's order cannot be had again."""
+    sampler = get_sampler(loader)
+    return isinstance(sampler, RandomSampler) and not isinstance(sampler, SeedableRandomSampler)

@@ -1,0 +1,144 @@
+"""``SCARAccelerator``: priority checkpoints for loops that are written with Hugging Face Accelerate.
+
+Nothing here imports Lightning.
+"""
+
+import os
+import warnings
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from typing_extensions import Unpack, override
+
+from lightning_scar import _accelerate
+from lightning_scar.core.training_state import TrainingState
+from lightning_scar.loop import Options, SCARLoop
+
+#: Of these no process holds the whole state.
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+class SCARAccelerator(SCARLoop):
+    """Saves the blocks of an Accelerate loop that moved furthest, often, and resumes from them.
+
+    Takes models, optimizers, schedulers, the scaler and everything given to ``register_for_checkpointing`` from the
+    accelerator: what is there when :meth:`resume` is called. ``accelerator.save_state`` and ``load_state`` work beside
+    it.
+
+    Args:
+        accelerator: The accelerator; its ``prepare`` may come later.
+        dirpath: The running checkpoint's directory, a path or any fsspec URL.
+        options: As for :class:`~lightning_scar.loop.SCARLoop`, e.g. ``every_n_steps=25`` and ``fraction=0.125``.
+
+    Raises:
+        ValueError: If a value is out of range, or the accelerator shards the state over its processes (FSDP, DeepSpeed,
+            Megatron-LM, tensor parallelism).
+
+    Example::
+
+        >>> import torch
+        >>> from accelerate import Accelerator
+        >>> accelerator = Accelerator(cpu=True)
+        >>> scar = SCARAccelerator(accelerator, "memory://accelerate-example", every_n_steps=25, fraction=0.125)
+        >>> model = torch.nn.Linear(4, 1)
+        >>> loader = torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=2)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        >>> with scar:
+        ...     for batch in accelerator.skip_first_batches(loader, scar.resume()):
+        ...         with accelerator.accumulate(model):
+        ...             accelerator.backward(model(batch).square().mean())
+        ...             optimizer.step()
+        ...             optimizer.zero_grad()
+        ...             scar.step()  # saves when due; knows accumulation
+        >>> scar.batches, scar.steps
+        (4, 4)
+
+    """
+
+    def __init__(self, accelerator: Accelerator, dirpath: str | os.PathLike[str], **options: Unpack[Options]) -> None:
+        check_accelerator(accelerator)
+        super().__init__(dirpath, {}, **options)
+        self._accelerator = accelerator
+        #: The number of the loader that the loop is over, among the prepared ones.
+        self._loader: int | None = None
+
+    @override
+    def step(self) -> None:
+        if self._loader is None:
+            self._loader = _accelerate.active_loader(self._accelerator)
+        super().step()
+
+    @override
+    def _training_state(self) -> TrainingState:
+        return _accelerate.training_state(self._accelerator)
+
+    # -- the place in the data -----------------------------------------------------------------------------------
+
+    @override
+    def _place(self) -> dict[str, Any]:
+        loader = self._training_loader()
+        return {
+            "accumulated": self._accelerator.step,
+            "loader": self._loader,
+            "epoch_length": _length(loader),
+            "shuffle_seed": None if loader is None else _accelerate.shuffle_seed(loader),
+        }
+
+    @override
+    def _take_place(self, checkpoint: dict[str, Any]) -> None:
+        super()._take_place(checkpoint)
+        place = checkpoint["loop"]
+        self._accelerator.step = place["accumulated"]
+        self._loader = place["loader"]
+        loader = self._training_loader()
+        before, now = place["epoch_length"], _length(loader)
+        if loader is None or not before or not now:
+            return
+        # Ranks share out each epoch by itself, and the last batches of one may be no multiple of theirs.
+        epoch, batch = divmod(place["batches"], before)
+        if not self._accelerator.split_batches:
+            batch = batch * place["world_size"] // self._accelerator.num_processes
+        self.batches = epoch * now + batch
+        loader.set_epoch(epoch)
+        if place["shuffle_seed"] is not None:
+            _accelerate.set_shuffle_seed(loader, place["shuffle_seed"])
+        if batch and _accelerate.shuffles_anew(loader):
+            warnings.warn(
+                "lightning-scar: this loader cannot shuffle its interrupted epoch in the same order again, so some of "
+                "its samples will come twice and others not at all. Give the Accelerator "
+                "dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True).",
+                stacklevel=4,
+            )
+
+    def _training_loader(self) -> Any:
+        loaders = _accelerate.loaders(self._accelerator)
+        return loaders[self._loader] if self._loader is not None and self._loader < len(loaders) else None
+
+
+def _length(loader: Any) -> int | None:
+    """Batches of an epoch for each process; ``None`` if that cannot be told."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Refuses accelerators that shard the state over their processes.
+
+    Args:
+        accelerator: The accelerator.
+
+    Raises:
+        ValueError: For FSDP, DeepSpeed, Megatron-LM and tensor parallelism.
+
+    """
+    kind, parallelism = accelerator.distributed_type, getattr(accelerator, "parallelism_config", None)
+    if kind in _SHARDED or (parallelism is not None and parallelism.tp_enabled):
+        name = kind.value if kind in _SHARDED else "tensor parallelism"
+        raise ValueError(
+            f"SCARAccelerator does not support {name}: it shards the state over the processes. Use plain DDP or a "
+            "single process; with this one, accelerator.save_state."
+        )

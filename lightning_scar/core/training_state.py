@@ -1,0 +1,192 @@
+"""The state of a training that is written as a plain loop: its modules, optimizers and whatever else has a state."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_scar.core.compatibility import ModelMismatchError
+from lightning_scar.core.skeleton import Path
+from lightning_scar.core.zero import is_sharded, shard_state
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that can be saved: it gives a state and takes one."""
+
+    def state_dict(self) -> Any:
+        """The state, with references to live tensors."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Takes a state."""
+
+
+@dataclass
+class TrainingState:
+    """What a training consists of. Its checkpoint dict has the layout of Lightning's where both have the same.
+
+    Attributes:
+        modules: The models, by name, as they are called; wrappers of DDP and ``torch.compile`` are looked through.
+        optimizers: The optimizers; those inside of wrappers with an attribute ``optimizer`` are looked up.
+        schedulers: The learning rate schedulers.
+        objects: What else has a state, by name.
+
+    Example::
+
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = TrainingState.of({"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})
+        >>> sorted(state.dump()), sorted(state.dump()["state_dict"])
+        (['lr_schedulers', 'objects', 'optimizer_states', 'state_dict'], ['bias', 'weight'])
+
+    """
+
+    modules: dict[str, Module] = field(default_factory=dict)
+    optimizers: list[Optimizer] = field(default_factory=list)
+    schedulers: list[Any] = field(default_factory=list)
+    objects: dict[str, Stateful] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "TrainingState":
+        """Sorts what a user gave by name.
+
+        Args:
+            state: Modules, optimizers, schedulers, and anything else with ``state_dict`` and ``load_state_dict``.
+
+        Raises:
+            TypeError: If something has no state; it is named.
+
+        """
+        sorted_out = cls()
+        for name, value in state.items():
+            if isinstance(value, Module):
+                sorted_out.modules[name] = value
+            elif isinstance(value, Optimizer):
+                sorted_out.optimizers.append(value)
+            elif isinstance(value, LRScheduler):
+                sorted_out.schedulers.append(value)
+            elif isinstance(value, Stateful):
+                sorted_out.objects[name] = value
+            else:
+                raise TypeError(
+                    f"state[{name!r}] is a {type(value).__name__}, which has no state_dict() and load_state_dict(); "
+                    "leave it out, or wrap it in an object that has them"
+                )
+        return sorted_out
+
+    # -- the checkpoint dict -------------------------------------------------------------------------------------
+
+    def dump(self) -> dict[str, Any]:
+        """The checkpoint dict, with references to live tensors; of a sharded optimizer this rank's shard."""
+        return {
+            "state_dict": self.state_dict(),
+            "optimizer_states": [
+                shard_state(optimizer) if is_sharded(optimizer) else optimizer.state_dict()
+                for optimizer in self.inner_optimizers
+            ],
+            "lr_schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "objects": {name: value.state_dict() for name, value in self.objects.items()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tensors of all modules: of a single one under its own names, of several below the module's name."""
+        plain = [(name, unwrapped(module)) for name, module in self.modules.items()]
+        if len(plain) == 1:
+            return dict(plain[0][1].state_dict())
+        return {f"{name}.{key}": value for name, module in plain for key, value in module.state_dict().items()}
+
+    def load(self, checkpoint: Mapping[str, Any], path: str = "the checkpoint", strict: bool = True) -> None:
+        """Takes a checkpoint dict.
+
+        Args:
+            checkpoint: From :meth:`dump`.
+            path: Where it comes from, for errors.
+            strict: Whether all tensors of the modules must be in it.
+
+        Raises:
+            ModelMismatchError: If the number of optimizers or schedulers, or the names of objects differ.
+
+        """
+        states, schedules = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+        _check_numbers(path, "optimizers", states, self.optimizers, strict)
+        _check_numbers(path, "schedulers", schedules, self.schedulers, strict)
+        if missing := sorted(self.objects.keys() - checkpoint["objects"].keys()) if strict else []:
+            raise ModelMismatchError(
+                f"{path} has no state of {', '.join(missing)}, which this training has. Use another dirpath, or "
+                "`strict=False` to load what fits."
+            )
+        for name, module in self.modules.items():
+            unwrapped(module).load_state_dict(self._of_module(name, checkpoint["state_dict"]), strict=strict)
+        for optimizer, state in zip(self.inner_optimizers, states, strict=False):
+            optimizer.load_state_dict(state)
+        for scheduler, state in zip(self.schedulers, schedules, strict=False):
+            scheduler.load_state_dict(state)
+        for name, value in self.objects.items():
+            if name in checkpoint["objects"]:
+                value.load_state_dict(checkpoint["objects"][name])
+
+    def _of_module(self, name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        if len(self.modules) == 1:
+            return dict(state_dict)
+        prefix = f"{name}."
+        return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+    # -- its live parts ------------------------------------------------------------------------------------------
+
+    @property
+    def inner_optimizers(self) -> list[Optimizer]:
+        """The optimizers that step."""
+        return [_inner(optimizer) for optimizer in self.optimizers]
+
+    @property
+    def parameters(self) -> Iterator[Tensor]:
+        """Those of all modules."""
+        return chain.from_iterable(module.parameters() for module in self.modules.values())
+
+    @property
+    def live_parts(self) -> dict[str, Any]:
+        """What a save must know of the live training besides the dict.
+
+        See :meth:`~lightning_scar.core.running_checkpoint.RunningCheckpoint.save`.
+        """
+        optimizers: dict[Path, Optimizer] = {("optimizer_states", i): o for i, o in enumerate(self.inner_optimizers)}
+        return {"optimizers": optimizers, "parameters": self.parameters}
+
+
+def unwrapped(module: Module) -> Module:
+    """The user's module inside of wrappers of DDP and ``torch.compile``.
+
+    Example::
+
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> unwrapped(torch.compile(model)) is model
+        True
+
+    """
+    while True:
+        inner = module.module if isinstance(module, DistributedDataParallel) else getattr(module, "_orig_mod", None)
+        if not isinstance(inner, Module):
+            return module
+        module = inner
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    # Accelerate's and Fabric's wrappers have the real one inside; so has, under another name, no optimizer of torch.
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _check_numbers(path: str, what: str, saved: Sequence[Any], live: Sequence[Any], strict: bool) -> None:
+    if strict and len(saved) != len(live):
+        raise ModelMismatchError(
+            f"{path} has {len(saved)} {what}, this training has {len(live)}. Use another dirpath, or `strict=False` to "
+            "load what fits."
+        )
