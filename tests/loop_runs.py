@@ -5,7 +5,6 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_scar.accelerate import SCARAccelerator
 from lightning_scar.loop import SCARLoop
 
-EXACT = {"every_n_steps": 1, "fraction": 1.0, "full_every_n_saves": 1, "save_on_exception": False}
+EXACT = {"fraction": 1.0, "full_every_n_saves": 1}
 
 
 class Net(nn.Module):
@@ -102,9 +101,13 @@ class Ways:
     shuffles = True
     joins = False
 
-    def __init__(self) -> None:
+    def __init__(self, first_values: int | None) -> None:
+        """``first_values`` is a seed of other ones than the models' own."""
         self.accelerator = seedable(gradient_accumulation_steps=self.accumulates, mixed_precision=self.precision)
         self.models = self.make_models()
+        if first_values is not None:
+            for parameter in (parameter for model in self.models for parameter in model.parameters()):
+                parameter.data.normal_(generator=torch.Generator().manual_seed(first_values))
         self.optimizers = self.make_optimizers()
         data = DataLoader(samples(self.batches), batch_size=BATCH_SIZE, shuffle=self.shuffles)
         self.models = [self.accelerator.prepare(model) for model in self.models]
@@ -144,8 +147,8 @@ class HalfPrecision(Ways):
 
 
 class Scheduled(Ways):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, first_values: int | None) -> None:
+        super().__init__(first_values)
         (optimizer,) = self.optimizers
         self.schedulers = [self.accelerator.prepare(torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5))]
 
@@ -159,8 +162,8 @@ class TwoModels(Ways):
 
 
 class Averaged(Ways):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, first_values: int | None) -> None:
+        super().__init__(first_values)
         self.ema = Ema(self.accelerator.unwrap_model(self.models[0]))
         self.accelerator.register_for_checkpointing(self.ema)
 
@@ -182,8 +185,8 @@ class Uneven(Ways):
     batches = 15
     shuffles = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, first_values: int | None) -> None:
+        super().__init__(first_values)
         self.accelerator.even_batches = False
 
 
@@ -191,7 +194,7 @@ class Shuffled(Ways):
     shuffles = True
 
 
-WAYS: dict[str, Callable[[], Ways]] = {
+WAYS: dict[str, type[Ways]] = {
     "Adam": Ways,
     "clipping": Clipped,
     "accumulated gradients": Accumulated,
@@ -211,7 +214,6 @@ def train(
     after: int | None = None,
     scar: dict[str, Any] | None = None,
     epochs: int = 2,
-    **options: Any,
 ) -> Loop:
     """An Accelerate loop as one of the ranks of the default group, or alone.
 
@@ -222,21 +224,17 @@ def train(
         after: The batch before which it crashes.
         scar: Options of :class:`SCARAccelerator`; by default it saves everything at every step.
         epochs: How many.
-        options: Nothing else is known here.
     """
-    assert not options, options
     loop = Loop()
     _be_one_of_several(rank)
     torch.manual_seed(5)
     with warnings.catch_warnings(record=True) as caught, contextlib.suppress(Stopped):
         warnings.simplefilter("always")
-        made = WAYS[way]()
-        if Path(dirpath).exists() or rank:
-            # What would be right by chance must go wrong; and ranks differ in what they begin with.
-            for parameter in (parameter for model in made.models for parameter in model.parameters()):
-                parameter.data.normal_(generator=torch.Generator().manual_seed(rank))
+        # What would be right by chance must go wrong; and ranks differ in what they begin with.
+        made = WAYS[way](rank if Path(dirpath).exists() or rank else None)
         try:
-            _train(made, loop, dirpath, after, epochs, {**EXACT, **(scar or {})})
+            options = {"every_n_steps": 1, "save_on_exception": False, **EXACT, **(scar or {})}
+            _train(made, loop, dirpath, after, epochs, options)
         except Stopped:
             raise
         except Exception as error:

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 import ddp_runs
+import loop_runs
 import pytest
 import torch
 from ddp_runs import SMALL, Run, in_order, kill_oneself, terminate_oneself
@@ -23,18 +24,22 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
 
 
+#: The same trainings through each front door.
+DOORS: dict[str, Any] = {"Trainer": ddp_runs, "Accelerate": loop_runs}
+
+
 def call(dirpath: Path, *callbacks: Any, **options: Any) -> Call:
     return (dirpath, *callbacks), options
 
 
-def trained(world_size: int, *calls: Call) -> list[list[Run]]:
+def trained(world_size: int, *calls: Call, door: str = "Trainer") -> list[list[Any]]:
     """Trainings in the same processes; for every one what each rank saw."""
-    by_rank = run_ranks(ddp_runs.train_in_turn, world_size, *calls)
+    by_rank = run_ranks(DOORS[door].train_in_turn, world_size, *calls)
     return [list(runs) for runs in zip(*by_rank, strict=True)]
 
 
-def train(world_size: int, dirpath: Path, *callbacks: Any, **options: Any) -> list[Run]:
-    (runs,) = trained(world_size, call(dirpath, *callbacks, **options))
+def train(world_size: int, dirpath: Path, *callbacks: Any, door: str = "Trainer", **options: Any) -> list[Any]:
+    (runs,) = trained(world_size, call(dirpath, *callbacks, **options), door=door)
     return runs
 
 
@@ -43,7 +48,8 @@ def train_and_die(world_size: int, dirpath: Path, *callbacks: Any, **options: An
 
 
 def of(checkpoint: dict[str, Any], parts: Sequence[str] = PARTS) -> dict[str, Any]:
-    return {part: checkpoint[part] for part in parts}
+    # A loop has batches in the place of an epoch.
+    return {part: checkpoint[part] for part in parts if part != "epoch" or "loop" not in checkpoint}
 
 
 def assert_done(*runs: Run) -> None:
@@ -110,6 +116,21 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(way: str, tmp_path: Path) ->
     assert_all_agree(seconds, way)
 
 
+@pytest.mark.parametrize("way", [way for way in loop_runs.WAYS if way != "random numbers"])
+def test_a_resumed_loop_ends_as_an_uninterrupted_one(way: str, tmp_path: Path) -> None:
+    calls = [
+        call(tmp_path / "whole", way=way),
+        call(tmp_path / "cut", way=way, after=6),
+        call(tmp_path / "cut", way=way),
+    ]
+    wholes, firsts, seconds = trained(2, *calls, door="Accelerate")
+    for whole, first, second in zip(wholes, firsts, seconds, strict=True):
+        assert_done(whole, first, second)
+        assert first.seen + second.seen == whole.seen, "not this rank's own place in the data"
+        assert_same(of(second.final), of(whole.final))
+    assert seconds[0].seen != seconds[1].seen
+
+
 def assert_all_agree(runs: list[Run], way: str) -> None:
     # Of a sharded optimizer each rank has its own part.
     parts = PARTS if "ZeRO" not in way else ("state_dict", "lr_schedulers", "global_step")
@@ -124,12 +145,13 @@ def assert_all_agree(runs: list[Run], way: str) -> None:
 
 
 @pytest.mark.parametrize(("before", "now", "after"), [(2, 1, 5), (1, 2, 10), (2, 4, 6), (4, 2, 3), (3, 2, 4)])
-def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path, before: int, now: int, after: int) -> None:
-    first = train(before, tmp_path, after=after, scar=SMALL)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path, before: int, now: int, after: int, door: str) -> None:
+    first = train(before, tmp_path, after=after, scar=SMALL, door=door)
     assert_done(*first)
     assert_blocks_as_lived(tmp_path, first[0].live)
     on_disk = load(tmp_path)
-    second = train(now, tmp_path, scar=SMALL)
+    second = train(now, tmp_path, scar=SMALL, door=door)
     assert_resumed(second)
     assert_same(of(second[0].start), of(on_disk))
     assert min(second[0].live) == after + 1
@@ -142,8 +164,11 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path, before: int, n
 
 
 @pytest.mark.parametrize(("before", "now", "after"), [(2, 1, 8), (1, 2, 16), (1, 2, 17)])
-def test_an_epochs_end_is_one_on_any_number_of_ranks(tmp_path: Path, before: int, now: int, after: int) -> None:
-    first, second = train(before, tmp_path, after=after), train(now, tmp_path)
+@pytest.mark.parametrize("door", DOORS)
+def test_an_epochs_end_is_one_on_any_number_of_ranks(
+    tmp_path: Path, before: int, now: int, after: int, door: str
+) -> None:
+    first, second = train(before, tmp_path, after=after, door=door), train(now, tmp_path, door=door)
     assert_resumed(second)
     seen = sum(value for run in (*first, *second) for _, value in run.seen)
     # A lone batch cannot be shared out: its half is drawn once more.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import fault_runs
+import loop_runs
 import pytest
 import torch
 from helpers import TinyModel, assert_same, cut_short, fit, saved_blocks, saver
@@ -33,6 +34,7 @@ def start() -> Iterator[Start]:
     context = multiprocessing.get_context("forkserver")
     # Torch imports its compiler when the first optimizer is made.
     preload = ["lightning_scar.callback", "lightning.pytorch", "torch._dynamo", "torchdata.stateful_dataloader"]
+    preload += ["lightning_scar.accelerate"]
     context.set_forkserver_preload(preload)
     started: list[BaseProcess] = []
 
@@ -91,14 +93,19 @@ def assert_blocks_as_written_down(dirpath: Path, days: dict[int, dict[str, Tenso
         assert torch.equal(values, days[step][f"{name}/{slot}"][span]), f"{key} is not what it was at step {step}"
 
 
+#: The same training through each front door.
+WRITE_DIARY = {"Trainer": fault_runs.write_diary, "Accelerate": loop_runs.write_diary}
+
+
 @pytest.mark.timeout(400)
-def test_twenty_kills_in_a_row_lose_next_to_nothing(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("door", WRITE_DIARY)
+def test_twenty_kills_in_a_row_lose_next_to_nothing(start: Start, tmp_path: Path, door: str) -> None:
     dirpath, chance = tmp_path / "scar", random.Random(7)
     days: dict[int, dict[str, Tensor]] = {}
     resumed_from = reached = 0
     for i in range(20):
         diary = tmp_path / f"diary-{i}"
-        process = start(fault_runs.write_diary, dirpath, diary)
+        process = start(WRITE_DIARY[door], dirpath, diary)
         days_to_live = chance.randrange(20)
         enough = 4 * fault_runs.DIARY_FLOATS * days_to_live
         wait_until(lambda diary=diary, enough=enough: size(diary) >= enough, process)
@@ -115,7 +122,7 @@ def test_twenty_kills_in_a_row_lose_next_to_nothing(start: Start, tmp_path: Path
         resumed_from, reached = step_on_disk(dirpath), max(days, default=0)
     assert resumed_from > 60
     assert reached >= resumed_from
-    process = start(fault_runs.write_diary, dirpath, tmp_path / "last", max_steps=resumed_from + 10)
+    process = start(WRITE_DIARY[door], dirpath, tmp_path / "last", max_steps=resumed_from + 10)
     assert finished(process) == 0
     assert step_on_disk(dirpath) == resumed_from + 10
     assert not list(dirpath.rglob("*.tmp"))
@@ -133,17 +140,16 @@ def test_a_fresh_run_killed_in_its_first_save_leaves_the_older_run_as_it_was(sta
     assert not list((tmp_path / "scar").rglob("*.tmp"))
 
 
-def test_a_live_run_keeps_its_directory_and_a_killed_one_does_not(start: Start, tmp_path: Path) -> None:
-    process = start(fault_runs.write_diary, tmp_path / "scar", tmp_path / "diary")
+@pytest.mark.parametrize("door", WRITE_DIARY)
+def test_a_live_run_keeps_its_directory_and_a_killed_one_does_not(start: Start, tmp_path: Path, door: str) -> None:
+    process = start(WRITE_DIARY[door], tmp_path / "scar", tmp_path / "diary")
     wait_until(lambda: step_on_disk(tmp_path / "scar") > 0, process)
     with pytest.raises(DirectoryInUseError, match=f"in use by process {process.pid} "):
-        fit(saver(tmp_path / "scar"))
+        WRITE_DIARY[door](tmp_path / "scar", tmp_path / "second")
     kill(process)
     assert (tmp_path / "scar" / "lease.json").exists()
-    model = fault_runs.Diary(tmp_path / "second")
-    fault_runs.make_trainer(saver(tmp_path / "scar"), max_steps=step_on_disk(tmp_path / "scar") + 2).fit(
-        model, fault_runs.stateful()
-    )
+    WRITE_DIARY[door](tmp_path / "scar", tmp_path / "third", max_steps=step_on_disk(tmp_path / "scar") + 2)
+    assert fault_runs.read_diary(tmp_path / "third")
     assert not (tmp_path / "scar" / "lease.json").exists()
 
 
