@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_scar import _lightning, joining
+from lightning_scar.calls import calls
 from lightning_scar.checkpoint_io import SCARCheckpointIO, installed_io
 from lightning_scar.core.claim import Seat
 from lightning_scar.core.compatibility import check_ranks_agree
@@ -26,7 +27,6 @@ from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName, Settings
 from lightning_scar.core.stats import Stats
 from lightning_scar.fences import Fences, before_optimizer_steps
-from lightning_scar.kept import calls
 from lightning_scar.refusals import (
     as_misconfiguration,
     check_healing,

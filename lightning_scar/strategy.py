@@ -12,6 +12,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.constants import default_pg_timeout
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -19,11 +20,11 @@ from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_scar import joining
-from lightning_scar.continuation import Continuation
+from lightning_scar.calls import calls
+from lightning_scar.continuation.outage import FlushMode, OnFailure, Outage, OutagePolicy
 from lightning_scar.elastic.membership import Member, hang_timeout
-from lightning_scar.kept import calls
+from lightning_scar.fit import Fit
 from lightning_scar.launcher import SupervisedLauncher
-from lightning_scar.outage import FlushMode, OnFailure, Outage, OutagePolicy
 
 
 class SCARDDPStrategy(DDPStrategy):
@@ -75,17 +76,17 @@ class SCARDDPStrategy(DDPStrategy):
         self._policy = OutagePolicy(on_failure, min_world_size, max_staleness, flush)
         self._max_restarts = max_restarts
         self._member: Member | None = None
-        self._continuation: Continuation | None = None
+        self._fit: Fit | None = None
 
     @property
     def outages(self) -> list[Outage]:
         """The failures that this worker has lived through, in order."""
-        return self._continuation.outages.list if self._continuation is not None else []
+        return self._fit.continuation.outages.list if self._fit is not None else []
 
     @property
     def is_joiner(self) -> bool:
         """Whether this worker is a replacement that has not been taken in yet."""
-        return self._continuation is not None and self._continuation.is_joiner
+        return self._fit is not None and self._fit.continuation.is_joiner
 
     # -- processes and groups ------------------------------------------------------------------------------------
 
@@ -121,11 +122,11 @@ class SCARDDPStrategy(DDPStrategy):
         reset_seed()
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
-        if self._continuation is None:
+        if self._fit is None:
             trainer = self.lightning_module.trainer if self.lightning_module is not None else None
             assert trainer is not None
-            self._continuation = Continuation(self, trainer, self._member, self._policy)
-        self._continuation.set_up()
+            self._fit = Fit(self, trainer, self._member, self._policy)
+        self._fit.set_up()
 
     def group_options(self) -> dict[str, Any]:
         """How the process group of any generation is made."""
@@ -181,14 +182,14 @@ class SCARDDPStrategy(DDPStrategy):
         super().on_train_start()
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module.trainer)
-        if self._continuation is not None:
-            self._continuation.begin()
+        if self._fit is not None:
+            self._fit.begin()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self._continuation is not None:
-            self._continuation.batch = batch
+        if self._fit is not None:
+            self._fit.continuation.batch = batch
 
     @override
     def optimizer_step(
@@ -198,16 +199,16 @@ class SCARDDPStrategy(DDPStrategy):
         model: "pl.LightningModule | Module | None" = None,
         **kwargs: Any,
     ) -> Any:
-        if self._continuation is None:
+        if self._fit is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         step = super().optimizer_step
-        return self._continuation.step(lambda closure: step(optimizer, closure, model, **kwargs), closure)
+        return self._fit.step(lambda closure: step(optimizer, closure, model, **kwargs), closure)
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self._continuation is not None:
-            self._continuation.end()
+        if self._fit is not None:
+            self._fit.continuation.end()
 
     def _begin(self, trainer: "pl.Trainer") -> None:
         if trainer.state.fn == TrainerFn.FITTING:
@@ -221,8 +222,12 @@ class SCARDDPStrategy(DDPStrategy):
             )
 
     def _failed(self, error: BaseException) -> None:
-        if self._continuation is not None:
-            self._continuation.failed(error)
+        if self._fit is None or self._member is None:
+            return
+        if self._fit.continuation.is_due_to_failure(error):
+            self._fit.continuation.restart()
+        elif isinstance(error, SIGTERMException | KeyboardInterrupt):
+            self._member.end()
 
 
 def check_module(module: "pl.LightningModule") -> None:

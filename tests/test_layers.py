@@ -1,4 +1,4 @@
-"""Imports point one way: front doors -> core -> storage, and elastic stands alone."""
+"""Imports point one way: front doors -> continuation -> core -> storage, and elastic stands alone."""
 
 import ast
 import subprocess
@@ -13,7 +13,14 @@ import lightning_scar
 PACKAGE = Path(lightning_scar.__file__).parent
 FRONT_DOORS = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
 FORBIDDEN = {
-    "core": {"lightning", "pytorch_lightning", "accelerate", *(f"lightning_scar.{name}" for name in FRONT_DOORS)},
+    "core": {
+        "lightning",
+        "pytorch_lightning",
+        "accelerate",
+        "lightning_scar.continuation",
+        "lightning_scar.elastic",
+        *(f"lightning_scar.{name}" for name in FRONT_DOORS),
+    },
     "storage": {
         "torch",
         "lightning",
@@ -22,10 +29,17 @@ FORBIDDEN = {
         "lightning_scar.core",
         *(f"lightning_scar.{name}" for name in FRONT_DOORS),
     },
+    "continuation": {
+        "lightning",
+        "pytorch_lightning",
+        "accelerate",
+        *(f"lightning_scar.{name}" for name in FRONT_DOORS),
+    },
     "elastic": {
         "lightning",
         "pytorch_lightning",
         "accelerate",
+        "lightning_scar.continuation",
         "lightning_scar.core",
         "lightning_scar.storage",
         *(f"lightning_scar.{name}" for name in FRONT_DOORS),

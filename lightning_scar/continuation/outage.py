@@ -2,12 +2,10 @@
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import lightning.pytorch as pl
-
-from lightning_scar import _lightning
 from lightning_scar.elastic.membership import Member
 
 OnFailure = Literal["shrink", "buffer", "wait"]
@@ -76,16 +74,16 @@ class Outages:
     """The outages of a training, and the two lines that people read about each.
 
     Args:
-        trainer: Its loggers get the same as metrics.
+        log: Gets the same as metrics.
         member: Who says the lines: the leader.
         policy: What survivors do meanwhile.
 
     """
 
-    def __init__(self, trainer: pl.Trainer, member: Member, policy: OutagePolicy) -> None:
+    def __init__(self, log: Callable[[dict[str, float]], None], member: Member, policy: OutagePolicy) -> None:
         self.list: list[Outage] = []
         self.policy = policy
-        self._trainer = trainer
+        self._log = log
         self._member = member
 
     @property
@@ -134,8 +132,7 @@ class Outages:
             "scar/outage_seconds": outage.seconds,
             "scar/stale_gradients": float(outage.stale_gradients),
         }
-        for logger in self._trainer.loggers:
-            logger.log_metrics(metrics, step=_lightning.logger_step(self._trainer))
+        self._log(metrics)
 
     def _say(self, text: str) -> None:
         if self._member.is_leader:

@@ -1,35 +1,29 @@
 """How a worker goes from one generation to the next: one group, one state."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import lightning.pytorch as pl
 import torch.distributed as dist
 
-from lightning_scar import _lightning, joining
+from lightning_scar.continuation.outage import Outages
+from lightning_scar.continuation.training import Training
 from lightning_scar.core.exchange import receive, send
 from lightning_scar.elastic.membership import Member
-from lightning_scar.outage import Outages
-
-if TYPE_CHECKING:
-    from lightning_scar.strategy import SCARDDPStrategy
 
 
 class Generations:
     """The process groups that a worker is in, one after the other, and the state that it shares with their members.
 
     Args:
-        strategy: Says how groups are made, and wraps the model.
-        trainer: Whose state it is.
+        training: Whose state it is.
         member: This worker, as the supervisor knows it.
         outages: The history that members share.
 
     """
 
-    def __init__(self, strategy: "SCARDDPStrategy", trainer: pl.Trainer, member: Member, outages: Outages) -> None:
+    def __init__(self, training: Training, member: Member, outages: Outages) -> None:
         self._outages = outages
-        self._strategy = strategy
-        self._trainer = trainer
+        self._training = training
         self._member = member
         #: How many optimizer steps this worker has completed; -1 if it has no state of the training yet.
         self.steps = 0
@@ -40,7 +34,7 @@ class Generations:
 
     def enter_first(self) -> None:
         """Enters the generation that all workers start in."""
-        self._member.enter_first(**self._strategy.group_options())
+        self._member.enter_first(**self._training.group_options())
 
     def enter_next(
         self, boundary: bool, closure: Callable[[], Any] | None = None, waited: float = 0.0, ready: bool = False
@@ -65,7 +59,7 @@ class Generations:
                 if self._level(closure, ready):
                     was_behind = True
                 if dist.is_initialized():
-                    self._strategy.wrap()
+                    self._training.wrap()
                     return was_behind
             except Exception as error:
                 if not self._member.is_due_to_failure(error):
@@ -73,11 +67,11 @@ class Generations:
 
     def leave(self) -> None:
         """Closes the group and makes the model compute alone."""
-        self._strategy.unwrap()
+        self._training.unwrap()
         self._member.leave()
 
     def _enter(self, boundary: bool, waited: float) -> None:
-        options = self._strategy.group_options()
+        options = self._training.group_options()
         if self.steps < 0:
             self._member.enter_as_joiner(**options)
         else:
@@ -92,24 +86,22 @@ class Generations:
         source = progress.index(max(progress))
         behind = [rank for rank, completed in enumerate(progress) if completed < progress[source]]
         if dist.get_rank() == source and behind:
-            live = joining.live_state(self._trainer)
-            send([_lightning.dump_checkpoint(self._trainer), live, self._outages.list], behind)
+            send([self._training.state(), self._outages.list], behind)
         if dist.get_rank() not in behind:
             return False
-        checkpoint, live, outages = receive(source)
+        state, outages = receive(source)
         if self.steps < 0:
             self._outages.list = outages
-            joining.take_state(self._trainer, checkpoint, live)
-            joining.place_in_data(self._trainer)
+            self._training.take_state(state)
         else:
             self._run_alone(closure)
-            joining.take_weights(self._trainer, checkpoint)
-        self._trainer.lightning_module.zero_grad()
+            self._training.take_weights(state)
+        self._training.module.zero_grad()
         self.steps, self.substeps = progress[source]
         return True
 
     def _run_alone(self, closure: Callable[[], Any] | None) -> None:
-        """Lightning asks every batch for its loss. What it logs may need a group, so the others must come again."""
+        """Every batch is asked for its loss. What it logs may need a group, so the others must come again."""
         self.leave()
         if closure is not None:
             closure()

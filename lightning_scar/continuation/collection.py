@@ -1,19 +1,18 @@
 """The gradients that a survivor collects while weights wait."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 
-from lightning_scar import joining
+from lightning_scar.continuation.outage import OutagePolicy
+from lightning_scar.continuation.training import Training
 from lightning_scar.core.gradient_buffer import StaleGradientBuffer
-from lightning_scar.outage import OutagePolicy
 
 Closure = Callable[[], Any]
 
@@ -24,20 +23,22 @@ class Collection:
     The loops' own iterator must not move: ranks would end their epoch at different batches.
 
     Args:
-        trainer: Whose model and data.
+        training: Whose model and data.
         policy: How many to collect, and how to apply them.
         batch: The interrupted step's.
 
     """
 
-    def __init__(self, trainer: pl.Trainer, policy: OutagePolicy, batch: Any) -> None:
-        self._trainer = trainer
+    def __init__(self, training: Training, policy: OutagePolicy, batch: Any) -> None:
+        batches = training.extra_batches()
+        assert batches is not None
+        self._training = training
         self._batch = batch
         self._loss: Any = None
         #: How many optimizer steps :meth:`flush` has made.
         self.applied = 0
-        self._batches = extra_batches(trainer)
-        parameters = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
+        self._batches = batches
+        parameters = [p for p in training.module.parameters() if p.requires_grad]
         self._buffer = StaleGradientBuffer(parameters, mode=policy.flush, max_staleness=policy.max_staleness)
 
     @property
@@ -58,15 +59,14 @@ class Collection:
             until: Says so.
 
         """
-        trainer = self._trainer
+        training = self._training
         if self._loss is None:
             self._loss = closure()
-            micro_batches = trainer.accumulate_grad_batches
-            self._buffer.add(micro_batches * joining.batch_size(trainer, self._batch))
+            self._buffer.add(training.micro_batches * training.samples(self._batch))
         while not (self.is_full or until()):
             batch = next(self._batches)
-            joining.compute_gradient(trainer, batch)
-            self._buffer.add(joining.batch_size(trainer, batch))
+            training.compute_gradient(batch)
+            self._buffer.add(training.samples(batch))
 
     def flush(self, attempt: Callable[[Closure], Any]) -> Any:
         """Applies what all members have collected.
@@ -85,44 +85,39 @@ class Collection:
         return output
 
 
-def extra_batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """Batches of the training data in an order of this rank's own, without end."""
-    loader = _only_loader(trainer)
-    assert loader is not None
-    generator = torch.Generator().manual_seed(trainer.global_step * trainer.world_size + trainer.global_rank)
+def shuffled_anew(loader: "DataLoader[Any]", seed: int, batch_size: int | None = None) -> Iterator[Any]:
+    """Batches of a loader's data set in an order of one's own, without end.
+
+    Args:
+        loader: Whose.
+        seed: Of the order.
+        batch_size: Its batch size, where it is not the loader's attribute of this name.
+
+    """
     own = DataLoader(
         loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=RandomSampler(loader.dataset, generator=generator),  # type: ignore[arg-type]
+        batch_size=batch_size or loader.batch_size,
+        sampler=RandomSampler(loader.dataset, generator=torch.Generator().manual_seed(seed)),  # type: ignore[arg-type]
         collate_fn=loader.collate_fn,
         drop_last=loader.drop_last,
     )
     return itertools.chain.from_iterable(itertools.repeat(own))
 
 
-def feasible(policy: OutagePolicy, trainer: pl.Trainer) -> OutagePolicy:
+def feasible(policy: OutagePolicy, training: Training) -> OutagePolicy:
     """The policy, or another one where it is out of the question; says so.
 
     Args:
         policy: What was asked for.
-        trainer: Its data have been set up.
+        training: Its data have been set up.
 
     """
-    if policy.on_failure != "buffer" or can_draw(trainer):
+    if policy.on_failure != "buffer" or training.extra_batches() is not None:
         return policy
-    rank_zero_warn(
-        "lightning-scar: on_failure='buffer' draws extra batches, and so it needs a map-style data set in one "
-        "DataLoader with a batch size; the group shrinks instead after a failure."
-    )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        warnings.warn(
+            "lightning-scar: on_failure='buffer' draws extra batches, and so it needs a map-style data set in one "
+            "DataLoader with a batch size; the group shrinks instead after a failure.",
+            stacklevel=2,
+        )
     return replace(policy, on_failure="shrink")
-
-
-def can_draw(trainer: pl.Trainer) -> bool:
-    """Whether the training data are such that extra batches can be drawn from them."""
-    loader = _only_loader(trainer)
-    return loader is not None and loader.batch_size is not None and not isinstance(loader.dataset, IterableDataset)
-
-
-def _only_loader(trainer: pl.Trainer) -> "DataLoader[Any] | None":
-    loader = trainer.train_dataloader
-    return loader if isinstance(loader, DataLoader) else None
