@@ -6,7 +6,9 @@ Each stands behind one function here, and each function has a test that fails lo
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.data_loader import SeedableRandomSampler, get_sampler
+from accelerate.data_loader import DataLoaderDispatcher, SeedableRandomSampler, get_sampler
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch.utils.data import RandomSampler
 
 from lightning_scar.core.training_state import TrainingState
@@ -60,3 +62,44 @@ def shuffles_anew(loader: Any) -> bool:
     """Whether an epoch's order cannot be had again."""
     sampler = get_sampler(loader)
     return isinstance(sampler, RandomSampler) and not isinstance(sampler, SeedableRandomSampler)
+
+
+# -- continuation ------------------------------------------------------------------------------------------------------
+
+
+def set_processes(rank: int, size: int) -> None:
+    """Tells Accelerate that the process group is another one, or, with a size of 1, that there is none.
+
+    Args:
+        rank: This process's number in it; the first does what only the main process does.
+        size: How many processes it has.
+
+    """
+    for state in (PartialState(), AcceleratorState()):
+        kind = vars(state).setdefault("_scar_distributed_type", state.distributed_type)
+        state.num_processes, state.process_index = size, rank
+        state.distributed_type = kind if size > 1 else DistributedType.NO
+
+
+def mute_loaders(accelerator: Accelerator) -> list[Any]:
+    """Keeps loaders from synchronising their random generators, which is a collective, when they are begun.
+
+    Returns:
+        For :func:`unmute_loaders`.
+
+    """
+    kinds = [getattr(loader, "rng_types", None) for loader in loaders(accelerator)]
+    for loader in loaders(accelerator):
+        loader.rng_types = None
+    return kinds
+
+
+def unmute_loaders(accelerator: Accelerator, kinds: list[Any]) -> None:
+    """Undoes :func:`mute_loaders`."""
+    for loader, kind in zip(loaders(accelerator), kinds, strict=False):
+        loader.rng_types = kind
+
+
+def runs_collectives(loader: Any) -> bool:
+    """Whether each batch of a loader is handed out by the main process."""
+    return isinstance(loader, DataLoaderDispatcher)

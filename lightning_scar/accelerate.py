@@ -5,15 +5,22 @@ Nothing here imports Lightning.
 
 import os
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
+from torch.nn import Module
+from torch.utils.data import IterableDataset
 from typing_extensions import Unpack, override
 
 from lightning_scar import _accelerate
+from lightning_scar.continuation.collection import shuffled_anew
 from lightning_scar.core.training_state import TrainingState
-from lightning_scar.loop import Options, SCARLoop
+from lightning_scar.framework import Framework
+from lightning_scar.loop import SCARLoop
+from lightning_scar.loop_options import Options
 
 #: Of these no process holds the whole state.
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -59,27 +66,39 @@ class SCARAccelerator(SCARLoop):
 
     def __init__(self, accelerator: Accelerator, dirpath: str | os.PathLike[str], **options: Unpack[Options]) -> None:
         check_accelerator(accelerator)
-        super().__init__(dirpath, {}, **options)
+        super().__init__(dirpath, WithAccelerate(accelerator), **options)
+
+
+class WithAccelerate(Framework):
+    """Hugging Face Accelerate, which knows models, optimizers, loaders and accumulation.
+
+    Args:
+        accelerator: The accelerator.
+
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         #: The number of the loader that the loop is over, among the prepared ones.
         self._loader: int | None = None
+        self._muted: list[Any] = []
 
     @override
-    def step(self) -> None:
-        if self._loader is None:
-            self._loader = _accelerate.active_loader(self._accelerator)
-        super().step()
-
-    @override
-    def _training_state(self) -> TrainingState:
+    def training_state(self) -> TrainingState:
         return _accelerate.training_state(self._accelerator)
 
-    # -- the place in the data -----------------------------------------------------------------------------------
+    # -- its data ------------------------------------------------------------------------------------------------
 
     @override
-    def _place(self) -> dict[str, Any]:
+    def look_at_batch(self) -> None:
+        if self._loader is None:
+            self._loader = _accelerate.active_loader(self._accelerator)
+
+    @override
+    def place(self) -> dict[str, Any]:
         loader = self._training_loader()
         return {
+            **super().place(),
             "accumulated": self._accelerator.step,
             "loader": self._loader,
             "epoch_length": _length(loader),
@@ -87,20 +106,18 @@ class SCARAccelerator(SCARLoop):
         }
 
     @override
-    def _take_place(self, checkpoint: dict[str, Any]) -> None:
-        super()._take_place(checkpoint)
-        place = checkpoint["loop"]
+    def take_place(self, batches: int, place: Mapping[str, Any]) -> int:
         self._accelerator.step = place["accumulated"]
         self._loader = place["loader"]
         loader = self._training_loader()
-        before, now = place["epoch_length"], _length(loader)
+        before: int | None = place["epoch_length"]
+        now = _length(loader)
         if loader is None or not before or not now:
-            return
+            return super().take_place(batches, place)
         # Ranks share out each epoch by itself, and the last batches of one may be no multiple of theirs.
-        epoch, batch = divmod(place["batches"], before)
+        epoch, batch = divmod(batches, before)
         if not self._accelerator.split_batches:
-            batch = batch * place["world_size"] // self._accelerator.num_processes
-        self.batches = epoch * now + batch
+            batch = super().take_place(batch, place)
         loader.set_epoch(epoch)
         if place["shuffle_seed"] is not None:
             _accelerate.set_shuffle_seed(loader, place["shuffle_seed"])
@@ -111,10 +128,86 @@ class SCARAccelerator(SCARLoop):
                 "dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True).",
                 stacklevel=4,
             )
+        return epoch * now + batch
 
     def _training_loader(self) -> Any:
         loaders = _accelerate.loaders(self._accelerator)
         return loaders[self._loader] if self._loader is not None and self._loader < len(loaders) else None
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def synchronizes(self) -> bool:
+        return bool(self._accelerator.sync_gradients)
+
+    @property
+    @override
+    def micro_batches(self) -> int:
+        return int(self._accelerator.gradient_accumulation_steps)
+
+    # -- continuation --------------------------------------------------------------------------------------------
+
+    @override
+    def check_continuation(self) -> None:
+        super().check_continuation()
+        if any(map(_accelerate.runs_collectives, _accelerate.loaders(self._accelerator))):
+            raise ValueError(
+                "SCARContinuation does not support loaders whose batches the main process hands out: nobody could go "
+                "on without it. Give the Accelerator dataloader_config=DataLoaderConfiguration(dispatch_batches=False)."
+            )
+
+    @override
+    def set_up_joiner(self, slot: int, size: int) -> None:
+        _accelerate.set_processes(slot, size)
+
+    @override
+    def joins(self) -> None:
+        self._muted = _accelerate.mute_loaders(self._accelerator)
+
+    @override
+    def has_joined(self) -> None:
+        _accelerate.unmute_loaders(self._accelerator, self._muted)
+        self._muted = []
+
+    @override
+    def regroup(self, rank: int, size: int) -> None:
+        _accelerate.set_processes(rank, size)
+
+    @override
+    def register_hooks(self, wrapper: Module) -> None:
+        if self._accelerator.ddp_handler is not None:
+            self._accelerator.ddp_handler.register_comm_hook(wrapper)
+
+    @override
+    @contextmanager
+    def counting_all(self, size: int) -> Iterator[None]:
+        rank, present = self._accelerator.process_index, self._accelerator.num_processes
+        _accelerate.set_processes(rank, size)
+        try:
+            yield
+        finally:
+            _accelerate.set_processes(rank, present)
+
+    @override
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        steps = self._accelerator.gradient_accumulation_steps
+        self._accelerator.gradient_accumulation_steps = 1
+        try:
+            yield
+        finally:
+            self._accelerator.gradient_accumulation_steps = steps
+
+    @override
+    def extra_batches(self, seed: int) -> Iterator[Any] | None:
+        loaders = _accelerate.loaders(self._accelerator)
+        loader = self._training_loader() or next(iter(loaders), None)
+        batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+        if loader is None or batch_size is None or isinstance(loader.dataset, IterableDataset):
+            return None
+        batches = shuffled_anew(loader, seed, batch_size)
+        return (send_to_device(batch, self._accelerator.device) for batch in batches)
 
 
 def _length(loader: Any) -> int | None:

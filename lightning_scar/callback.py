@@ -35,9 +35,9 @@ from lightning_scar.refusals import (
 )
 from lightning_scar.resumption import fit_to_model, unfinished_run
 from lightning_scar.schedule import Schedule, check_intervals
-from lightning_scar.sigterm import DeferredSigterm
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.store import DeltaStore
+from lightning_scar.trainer_sigterm import TrainerSigterm
 
 
 class SCARCheckpoint(Checkpoint):
@@ -122,7 +122,7 @@ class SCARCheckpoint(Checkpoint):
         self.stats = Stats()
         self._running: RunningCheckpoint | None = None
         self._io: SCARCheckpointIO | None = None
-        self._sigterm: DeferredSigterm | None = None
+        self._sigterm: TrainerSigterm | None = None
         self._step_watch: RemovableHandle | None = None
         self._global_step = 0
         self._outside_steps = 0
@@ -235,7 +235,7 @@ class SCARCheckpoint(Checkpoint):
         self._global_step = trainer.global_step
         self._schedule.begin(self._step(trainer))
         if self._running is not None and threading.current_thread() is threading.main_thread():
-            self._sigterm = DeferredSigterm(trainer)
+            self._sigterm = TrainerSigterm(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

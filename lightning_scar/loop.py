@@ -6,16 +6,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from types import FrameType, TracebackType
-from typing import Any, Literal, TypedDict
+from types import TracebackType
+from typing import Any, Literal
 
-import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from lightning_scar.core.claim import Seat
 from lightning_scar.core.compatibility import ModelMismatchError, check_fit, check_ranks_agree
 from lightning_scar.core.random_generators import random_generators, set_random_generators
 from lightning_scar.core.ranks import Ranks
@@ -24,26 +21,12 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName, Settings
 from lightning_scar.core.stats import Stats
-from lightning_scar.core.training_state import TrainingState
+from lightning_scar.framework import Framework
+from lightning_scar.loop_continuation import SCARContinuation
+from lightning_scar.loop_training import LoopTraining
+from lightning_scar.optimizer_watch import OptimizerWatch
 from lightning_scar.schedule import Schedule, check_intervals
-
-
-class Options(TypedDict, total=False):
-    """The options of :class:`SCARLoop`, which tells what they mean."""
-
-    every_n_steps: int | None
-    every_n_seconds: float | None
-    fraction: float
-    policy: PolicyName | Callable[[Candidates], Tensor]
-    block_size: int | None
-    max_age: int | None
-    full_every_n_saves: int | None
-    staging: Literal["lazy", "eager"]
-    resume: bool
-    strict: bool
-    save_on_exception: bool
-    on_write_error: Literal["warn", "raise"]
-    storage_options: dict[str, Any] | None
+from lightning_scar.sigterm import DeferredSigterm
 
 
 class SCARLoop:
@@ -71,6 +54,7 @@ class SCARLoop:
         save_on_exception: Whether to save when the ``with`` block ends with an exception.
         on_write_error: ``"warn"`` goes on training when a save cannot be written, ``"raise"`` stops it.
         storage_options: Passed to the file system of ``dirpath``.
+        continuation: Lets the workers of this loop outlive each other; steps are made by :meth:`training_step` then.
 
     Attributes:
         batches: How often :meth:`step` was called, those calls included that were resumed from.
@@ -103,7 +87,7 @@ class SCARLoop:
     def __init__(
         self,
         dirpath: str | os.PathLike[str],
-        state: Mapping[str, Any],
+        state: Mapping[str, Any] | Framework,
         *,
         every_n_steps: int | None = None,
         every_n_seconds: float | None = None,
@@ -118,6 +102,7 @@ class SCARLoop:
         save_on_exception: bool = True,
         on_write_error: Literal["warn", "raise"] = "warn",
         storage_options: dict[str, Any] | None = None,
+        continuation: SCARContinuation | None = None,
     ) -> None:
         self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error)
         check_intervals(full_every_n_saves, every_n_steps=every_n_steps, every_n_seconds=every_n_seconds)
@@ -125,16 +110,20 @@ class SCARLoop:
         self.batches = 0
         self.steps = 0
         self.stats = Stats()
-        self._state = TrainingState.of(state)
+        #: What the loop is written with.
+        self.framework = state if isinstance(state, Framework) else Framework(state)
         self._schedule = Schedule(every_n_steps, every_n_seconds, full_every_n_saves)
         self._resume = resume
         self._strict = strict
         self._save_on_exception = save_on_exception
         self._storage_options = storage_options
+        self._continuation = continuation
+        self._training: LoopTraining | None = None
         self._running: RunningCheckpoint | None = None
-        self._hooks: list[RemovableHandle] = []
-        self._has_stepped = False
-        self._sigterm: _Sigterm | None = None
+        self._watch: OptimizerWatch | None = None
+        self._sigterm: DeferredSigterm | None = None
+        if continuation is not None and continuation.is_joiner and continuation.member is not None:
+            self.framework.set_up_joiner(continuation.member.slot, continuation.member.world_size)
 
     def __enter__(self) -> Self:
         """Returns itself; the end of the block closes it."""
@@ -147,7 +136,7 @@ class SCARLoop:
         if error is None:
             self.close()
         else:
-            self._abandon()
+            self._abandon(error)
 
     # -- beginning and end ---------------------------------------------------------------------------------------
 
@@ -171,24 +160,37 @@ class SCARLoop:
             RuntimeError: If it was called before.
 
         """
-        if self._running is not None or self._hooks:
+        if self._running is not None or self._watch is not None:
             raise RuntimeError("resume() was called before; make a new object for another loop")
-        ranks = Ranks.of_default_group()
-        self._running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks)
-        self.stats = self._running.stats
-        try:
-            check_ranks_agree(ranks, self._training_state().state_dict())
-            if self._resume and self._is_something_there(ranks):
-                self._restore(weights_only)
-        except BaseException:
-            self._give_up()
-            raise
+        if self._continuation is not None and self._continuation.member is not None:
+            self._training = LoopTraining(self, self._continuation, self._continuation.member)
+        kept = self._training.kept() if self._training is not None else None
+        if self._continuation is None or not self._continuation.is_joiner:
+            self.open(Ranks.of_default_group())
+            self._restore(kept, weights_only)
+        if self._training is not None:
+            self._training.begin(kept)
         self._schedule.begin(self.steps)
-        self._watch()
+        self._watch = OptimizerWatch(self.framework.training_state().inner_optimizers, before_step=self.fence)
+        if self._training is None and threading.current_thread() is threading.main_thread():
+            self._sigterm = DeferredSigterm()
         return self.batches
+
+    def open(self, ranks: Ranks, seat: Seat | None = None) -> None:
+        """Takes the directory.
+
+        Args:
+            ranks: All that save there; a collective without a seat.
+            seat: That of a worker that died, whose place this one takes.
+
+        """
+        self._running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks, seat)
+        self.stats = self._running.stats
 
     def close(self) -> None:
         """Saves everything, waits until it is written, and marks the run as finished.
+
+        With a continuation it waits until nobody is missing: what follows the loop may need all workers.
 
         Raises:
             OSError: If a write failed and ``on_write_error="raise"``.
@@ -197,51 +199,77 @@ class SCARLoop:
         if self._running is None:
             return
         try:
+            if self._training is not None:
+                self._training.finish()
             self._save(full=True, finished=True)
-        finally:
-            self._give_up()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        self.leave()
+        if self._training is not None:
+            self._training.engine.end()
 
-    def _abandon(self) -> None:
+    def _abandon(self, error: BaseException) -> None:
         """Saves what there is while an exception is under way, which is the one that the user must see."""
         if self._running is None:
             return
+        if self._training is not None:
+            self._training.fail(error)
         try:
             # A step that is not counted yet would be made twice.
-            if self._save_on_exception and not self._has_stepped and self.steps != self._schedule.last_full_step:
+            is_between_steps = self._watch is not None and not self._watch.has_stepped
+            if self._save_on_exception and is_between_steps and self.steps != self._schedule.last_full_step:
                 self._save(full=True)
-            self._give_up()
-        except Exception as error:
-            warnings.warn(f"lightning-scar: the last save failed too: {error!r}", stacklevel=3)
+            self.leave()
+        except Exception as second:
+            warnings.warn(f"lightning-scar: the last save failed too: {second!r}", stacklevel=3)
 
-    def _give_up(self) -> None:
+    def leave(self) -> None:
+        """Waits until everything is written, and gives the directory back."""
         running, self._running = self._running, None
-        for hook in self._hooks:
-            hook.remove()
+        if self._watch is not None:
+            self._watch.end()
         if self._sigterm is not None:
             self._sigterm.restore()
         if running is not None:
             running.close()
 
-    def _watch(self) -> None:
-        """Sees optimizers step, whoever calls them, and SIGTERM."""
-        assert self._running is not None
-        running, own = self._running, {id(optimizer) for optimizer in self._training_state().inner_optimizers}
-
-        def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._has_stepped |= id(optimizer) in own
-
-        self._hooks = [
-            register_optimizer_step_pre_hook(lambda *args: running.fence()),
-            register_optimizer_step_post_hook(stepped),
-        ]
-        if threading.current_thread() is threading.main_thread():
-            self._sigterm = _Sigterm()
-
-    def _is_something_there(self, ranks: Ranks) -> bool:
-        heads = ranks.together(lambda: newest_heads(self.dirpath, self._storage_options))
-        return bool(ranks.gather(bool(heads))[0])
+    def save_and_leave(self) -> None:
+        """Saves everything of a run that is not finished, and gives the directory back."""
+        self._save(full=True)
+        self.leave()
 
     # -- a batch -------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self, closure: Callable[..., Any], batch: Any = None, update: Callable[[], Any] | None = None
+    ) -> Any:
+        """Computes the gradient of a batch and makes the optimizer step, whoever dies meanwhile.
+
+        When another worker dies in it, the closure is called again, with gradients, buffers and random generators as
+        they were. :meth:`step` must follow.
+
+        Args:
+            closure: Runs forward and backward, and returns the loss. It must change nothing else that a second call
+                would change again, and it does not step optimizers or clip gradients.
+            batch: Given to the closure; left out, the closure is called without.
+            update: Clips, steps optimizers and schedulers, and sets gradients to zero; it runs no collective. By
+                default it steps all optimizers and schedulers that there are, and sets all gradients to zero.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: If :meth:`resume` was not called before, or :meth:`step` not behind the batch before; or with
+                fewer workers than ``min_world_size``.
+
+        """
+        self._check_open()
+        if self._training is not None:
+            return self._training.step(closure, batch, update or self.framework.update)
+        loss = closure() if batch is None else closure(batch)
+        (update or self.framework.update)()
+        return loss
 
     def step(self) -> None:
         """Counts a batch, and begins a save if one is due. To be called last in the loop's body, for every batch.
@@ -253,20 +281,25 @@ class SCARLoop:
             OSError: If an earlier write failed and ``on_write_error="raise"``.
 
         """
+        self._check_open()
+        self.framework.look_at_batch()
+        self.batches += 1
+        has_stepped = self._watch is not None and self._watch.take()
+        self.steps += has_stepped
+        if self._training is not None:
+            self._training.count()
+        if has_stepped and self._sigterm is not None and self._sigterm.received:
+            self.save_and_leave()
+            signal.raise_signal(signal.SIGTERM)
+        elif has_stepped and self._schedule.is_due(self.steps):
+            self._save(full=self._schedule.is_full(self.steps))
+
+    def _check_open(self) -> None:
         if self._running is None:
             raise RuntimeError(
-                "call resume() once before the loop, and step() not behind close(); to begin anew, give resume=False "
-                f"to {type(self).__name__}"
+                "call resume() once, before the first step, and nothing behind close(). To begin anew over what there "
+                f"is, give resume=False to {type(self).__name__}."
             )
-        self.batches += 1
-        has_stepped, self._has_stepped = self._has_stepped, False
-        if not has_stepped:
-            return
-        self.steps += 1
-        if self._sigterm is not None and self._sigterm.received:
-            self._stop(self._sigterm)
-        elif self._schedule.is_due(self.steps):
-            self._save(full=self._schedule.is_full(self.steps))
 
     def fence(self) -> None:
         """Waits until the save under way is copied.
@@ -281,83 +314,76 @@ class SCARLoop:
         assert self._running is not None
         self._schedule.note(self.steps, full)
         info = {"finished": finished, "global_step": self.steps, "batches": self.batches}
-        parts = self._training_state().live_parts
-        self._running.save(self._dump(), self.steps, **parts, full=full, info=info)
+        parts = self.framework.training_state().live_parts
+        self._running.save(self.dump(), self.steps, **parts, full=full, info=info)
         self._running.stage()
-
-    def _stop(self, sigterm: "_Sigterm") -> None:
-        self._save(full=True)
-        self._give_up()
-        sigterm.proceed()
 
     # -- the state -----------------------------------------------------------------------------------------------
 
-    def _training_state(self) -> TrainingState:
-        return self._state
+    def dump(self, behind: int = 0) -> dict[str, Any]:
+        """The checkpoint dict, with references to live tensors.
 
-    def _dump(self) -> dict[str, Any]:
-        """The checkpoint dict, with references to live tensors."""
+        Args:
+            behind: How many batches, of a step each, are done but not counted yet.
+
+        """
         return {
-            **self._training_state().dump(),
-            "global_step": self.steps,
-            "loop": {"batches": self.batches, "world_size": _world_size(), **self._place()},
+            **self.framework.training_state().dump(),
+            "global_step": self.steps + behind,
+            "loop": {"batches": self.batches + behind, **self.framework.place()},
             "random": random_generators(),
         }
 
-    def _restore(self, weights_only: bool | None) -> None:
+    def take(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Goes on where a checkpoint dict is, but for random numbers."""
+        self.framework.training_state().load(checkpoint, self.dirpath, strict)
+        place = dict(checkpoint["loop"])
+        self.steps = checkpoint["global_step"]
+        self.batches = self.framework.take_place(place.pop("batches"), place)
+
+    def take_step(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the step of the present batch from a checkpoint dict; the batch itself is still to be counted."""
+        self.fence()
+        self.framework.training_state().load(checkpoint, self.dirpath)
+        assert self._watch is not None
+        self._watch.has_stepped = True
+
+    def hand_over(self) -> Seat | None:
+        """What another process needs to save in the place of a worker that died."""
+        return self._running.seat if self._running is not None else None
+
+    def _restore(self, kept: dict[str, Any] | None, weights_only: bool | None) -> None:
+        """Goes on from what was kept in memory, or from what is on disk if that is newer."""
         assert self._running is not None
-        state = self._training_state()
-        restored = self._running.restore(weights_only, initial={"state_dict": state.state_dict()})
+        ranks = self._running.ranks
+        try:
+            check_ranks_agree(ranks, self.framework.training_state().state_dict())
+            heads = ranks.gather(ranks.together(lambda: newest_heads(self.dirpath, self._storage_options)))[0]
+            newest = max((head.step for head in heads.values()), default=-1)
+            if kept is not None and kept["global_step"] >= newest:
+                self.take(kept)
+            elif heads and self._resume:
+                self._restore_from_disk(self._running, weights_only)
+        except BaseException:
+            self.leave()
+            raise
+
+    def _restore_from_disk(self, running: RunningCheckpoint, weights_only: bool | None) -> None:
+        live = self.framework.training_state().state_dict()
+        restored = running.restore(weights_only, initial={"state_dict": live})
         checkpoint = restored.checkpoint
         if "loop" not in checkpoint:
             raise ModelMismatchError(
                 f"{self.dirpath} was written by a Trainer, so it has no place in a loop. Use another dirpath; to start "
                 f"from its weights, `model.load_state_dict(lightning_scar.load({self.dirpath!r})['state_dict'])`."
             )
-        fits = check_fit(self.dirpath, checkpoint, state.state_dict(), self._strict)
-        state.load(checkpoint, self.dirpath, strict=self._strict and fits)
-        if restored.own is not None and restored.world_size == self._running.ranks.world_size:
+        self.take(checkpoint, strict=check_fit(self.dirpath, checkpoint, live, self._strict) and self._strict)
+        if restored.own is not None and restored.world_size == running.ranks.world_size:
             set_random_generators(restored.own["random"])
-        self._take_place(checkpoint)
-        if self._running.ranks.rank == 0:
-            say(f"resuming from the running checkpoint {self.dirpath}: step {self.steps}, {self._running.recovery}")
-
-    def _place(self) -> dict[str, Any]:
-        """What else tells where in its data the loop is."""
-        return {}
-
-    def _take_place(self, checkpoint: dict[str, Any]) -> None:
-        """Goes on where a checkpoint is."""
-        place = checkpoint["loop"]
-        self.steps = checkpoint["global_step"]
-        self.batches = place["batches"] * place["world_size"] // _world_size()
-
-
-class _Sigterm:
-    """Notes SIGTERM in its handler, and leaves everything else to the loop."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._handler = self._note
-        self._previous = signal.signal(signal.SIGTERM, self._handler)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.received = True
-
-    def proceed(self) -> None:
-        """Lets the signal do what it would have done."""
-        signal.raise_signal(signal.SIGTERM)
-
-    def restore(self) -> None:
-        """Puts the previous handler back, unless someone else has taken over since."""
-        if signal.getsignal(signal.SIGTERM) == self._handler:
-            signal.signal(signal.SIGTERM, self._previous)
+        if running.ranks.rank == 0:
+            say(f"resuming from the running checkpoint {self.dirpath}: step {self.steps}, {running.recovery}")
 
 
 def say(text: str) -> None:
     """Tells the user something, in a line of its own."""
     print(f"lightning-scar: {text}", file=sys.stderr, flush=True)
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -20,11 +20,14 @@ from scar_ddp_training import RATE, Model, samples
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-SCRIPT = Path(__file__).with_name("scar_ddp_training.py")
+#: The same training through each front door.
+SCRIPTS = {"Trainer": "scar_ddp_training.py", "Accelerate": "scar_loop_training.py"}
 #: With buffers, a schedule and clipping.
 REFERENCE: dict[str, Any] = {"model": {"rich": True}, "trainer": {"max_epochs": 3, "gradient_clip_val": 0.5}}
 #: With random numbers besides.
 WITH_DROPOUT: dict[str, Any] = {**REFERENCE, "model": {"rich": True, "dropout": True}}
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 #: Where, when, who and how: ``("training_step", 4, 0, "kill")``. See ``place`` in the script.
 Fault = tuple[str, int, int, str]
@@ -62,6 +65,7 @@ def train(
     strategy: str | dict[str, Any] = "scar_ddp",
     run: Sequence[str] | None = ("--max-restarts", "9"),
     command: Sequence[str] = (),
+    door: str = "Trainer",
     limit: float = 110,
     model: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
@@ -78,6 +82,7 @@ def train(
         strategy: Its name, or arguments of ``SCARDDPStrategy``.
         run: Options of ``lightning-scar run``; ``None`` to start the script by itself.
         command: Another command that ends with a script.
+        door: One of :data:`SCRIPTS`.
         limit: Seconds until it is killed.
         model: Arguments of the script's model.
         data: Arguments of its data.
@@ -95,7 +100,8 @@ def train(
     if nodes > 1:
         endpoint = ["--nnodes", str(nodes), "--rdzv-endpoint", f"127.0.0.1:{get_free_port()}"]
         places = [[*endpoint, "--node-rank", str(node)] for node in range(nodes)]
-    commands = [[*command, *place, str(SCRIPT), json.dumps(asked)] for place in places]
+    script = Path(__file__).with_name(SCRIPTS[door])
+    commands = [[*command, *place, str(script), json.dumps(asked)] for place in places]
     code, console, seconds = _run(commands, folder, limit)
     results = {int(p.stem.split("-")[1]): torch.load(p, weights_only=False) for p in folder.glob("result-*.pt")}
     training = Training(folder, code, console, seconds, results, _lines(folder, "steps"), _lines(folder, "processes"))
@@ -204,9 +210,11 @@ def assert_steps_of_what_they_saw(training: Training) -> None:
 
 
 @cache
-def reference(dropout: bool = False) -> dict[str, Any]:
-    """What Lightning's own DDP makes of :data:`REFERENCE` on two ranks, or of :data:`WITH_DROPOUT`."""
+def reference(dropout: bool = False, door: str = "Trainer") -> dict[str, Any]:
+    """What a front door's own DDP makes of :data:`REFERENCE` on two ranks, or of :data:`WITH_DROPOUT`."""
+    options = WITH_DROPOUT if dropout else REFERENCE
+    command = TORCHRUN if door != "Trainer" else []
     with TemporaryDirectory(prefix="reference-") as folder:
-        training = train(Path(folder), strategy="ddp", run=None, **(WITH_DROPOUT if dropout else REFERENCE))
+        training = train(Path(folder), strategy="ddp", run=None, command=command, door=door, **options)
         assert training.code == 0, training.console
         return training.state

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from helpers import assert_same
 from scar_ddp_runs import (
+    SCRIPTS,
     WITH_DROPOUT,
     Fault,
     assert_done,
@@ -17,36 +18,45 @@ from scar_ddp_runs import (
 )
 
 
-def test_without_failures_parameters_are_those_of_ddp_bit_for_bit(tmp_path: Path) -> None:
-    training = train(tmp_path, run=None, **WITH_DROPOUT)
+@pytest.mark.parametrize("door", SCRIPTS)
+def test_without_failures_parameters_are_those_of_ddp_bit_for_bit(tmp_path: Path, door: str) -> None:
+    # Only a Trainer becomes its own supervisor.
+    how: dict[str, Any] = {"run": None} if door == "Trainer" else {}
+    training = train(tmp_path, door=door, **how, **WITH_DROPOUT)
     assert_done(training, steps=36)
     assert training.outages(0) == []
     assert "lightning-scar" not in training.console
-    assert_same(training.state, reference(dropout=True))
+    assert_same(training.state, reference(dropout=True, door=door))
 
 
-def test_the_others_go_on_as_a_smaller_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("door", SCRIPTS)
+def test_the_others_go_on_as_a_smaller_group(tmp_path: Path, door: str) -> None:
     """A death in a step's forward, and one behind a step."""
-    faults = [("training_step", 2, 0, "kill"), ("batch_end", 11, 2, "kill")]
-    training = train(tmp_path, *faults, ranks=3, trainer={"max_epochs": 3})
-    assert_done(training, steps=24, ranks=3)
+    # A Trainer waits for a full group where an epoch ends, a loop where it ends itself.
+    epochs, late = (3, 11) if door == "Trainer" else (9, 60)
+    faults = [("training_step", 2, 0, "kill"), ("batch_end", late, 2, "kill")]
+    training = train(tmp_path, *faults, ranks=3, trainer={"max_epochs": epochs}, door=door)
+    assert_done(training, steps=8 * epochs, ranks=3)
     killed = ["rank 0 was killed by SIGKILL", "rank 2 was killed by SIGKILL"]
     assert_lived_through(training, 1, *killed)
     # Replacements have the history of whoever gave them the state.
     for rank in (0, 2):
         assert [outage["reason"] for outage in training.outages(rank)] == killed
     first, second = (outage["step"] for outage in training.outages(1))
-    assert (first, second) == (2, 12)
+    assert (first, second) == (2, late + 1)
     sizes = world_sizes(training)
-    assert sizes[:2] + sizes[8:12] + sizes[16:] == [3] * 14
+    assert sizes[:2] + [sizes[late]] == [3] * 3
+    if door == "Trainer":
+        assert sizes[8:12] + sizes[16:] == [3] * 12
     assert sizes[first] == sizes[second] == 2
     assert len(training.processes) == 5
     assert_steps_of_what_they_saw(training)
 
 
-def test_one_of_three_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("door", SCRIPTS)
+def test_one_of_three_is_left(tmp_path: Path, door: str) -> None:
     faults = [("backward", 3, 0, "kill"), ("backward", 3, 2, "kill")]
-    training = train(tmp_path, *faults, ranks=3)
+    training = train(tmp_path, *faults, ranks=3, door=door)
     assert_done(training, steps=16, ranks=3)
     assert_lived_through(training, 1, "killed by SIGKILL")
     assert "1 of 3 workers go on" in training.console
@@ -54,10 +64,11 @@ def test_one_of_three_is_left(tmp_path: Path) -> None:
     assert_steps_of_what_they_saw(training)
 
 
-def test_weights_wait_for_the_replacement(tmp_path: Path) -> None:
+@pytest.mark.parametrize("door", SCRIPTS)
+def test_weights_wait_for_the_replacement(tmp_path: Path, door: str) -> None:
     """Each death is of another kind."""
     faults = [("training_step", 3, 0, "error"), ("before_step", 15, 0, "exit"), ("training_step", 30, 0, "memory")]
-    training = train(tmp_path, *faults, strategy={"on_failure": "wait"}, trainer={"max_epochs": 3})
+    training = train(tmp_path, *faults, strategy={"on_failure": "wait"}, trainer={"max_epochs": 3}, door=door)
     assert_done(training, steps=36)
     assert_lived_through(training, 1, "rank 0 exited with code 1", "rank 0 exited with code 3", "rank 0 exited with")
     assert "ValueError: a bug of this rank alone" in training.console
@@ -68,9 +79,10 @@ def test_weights_wait_for_the_replacement(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flush", ["mean", "replay"])
-def test_stale_gradients_are_applied_when_the_replacement_is_there(tmp_path: Path, flush: str) -> None:
+@pytest.mark.parametrize("door", SCRIPTS)
+def test_stale_gradients_are_applied_when_the_replacement_is_there(tmp_path: Path, flush: str, door: str) -> None:
     strategy = {"on_failure": "buffer", "flush": flush, "max_staleness": 4}
-    training = train(tmp_path, ("training_step", 3, 0, "kill"), ranks=3, strategy=strategy)
+    training = train(tmp_path, ("training_step", 3, 0, "kill"), ranks=3, strategy=strategy, door=door)
     assert training.code == 0, training.console
     outages = [training.outages(rank)[0] for rank in (1, 2)]
     assert all(0 < outage["stale_gradients"] <= 4 for outage in outages), outages
@@ -85,10 +97,11 @@ def test_stale_gradients_are_applied_when_the_replacement_is_there(tmp_path: Pat
         assert training.results[0]["global_step"] == 16
 
 
-def test_a_synchronising_micro_batch_is_repeated_with_the_gradients_of_those_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("door", SCRIPTS)
+def test_a_synchronising_micro_batch_is_repeated_with_the_gradients_of_those_before(tmp_path: Path, door: str) -> None:
     faults: list[Fault] = [("training_step", 5, 0, "kill"), ("backward", 17, 1, "kill")]
     trainer = {"accumulate_grad_batches": 3}
-    training = train(tmp_path, *faults, strategy={"on_failure": "wait"}, trainer=trainer)
+    training = train(tmp_path, *faults, strategy={"on_failure": "wait"}, trainer=trainer, door=door)
     assert_done(training, steps=8)
     assert world_sizes(training) == [2, 1, 2, 2, 2, 1, 2, 2]
     # Each rank's three micro-batches are all there, once.
@@ -96,20 +109,24 @@ def test_a_synchronising_micro_batch_is_repeated_with_the_gradients_of_those_bef
     assert_steps_of_what_they_saw(training)
 
 
-@pytest.mark.parametrize("way", ["the strategy's argument", "--hang-timeout"])
-def test_a_worker_that_hangs_is_replaced(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "door"),
+    [("the strategy's argument", "Trainer"), ("--hang-timeout", "Trainer"), ("--hang-timeout", "Accelerate")],
+)
+def test_a_worker_that_hangs_is_replaced(tmp_path: Path, way: str, door: str) -> None:
     by_argument = way == "the strategy's argument"
     how: dict[str, Any] = {"strategy": {"hang_timeout": 3}, "run": None} if by_argument else {}
-    training = train(tmp_path, ("training_step", 4, 0, "stop"), **{"run": ["--hang-timeout", "3"], **how})
+    training = train(tmp_path, ("training_step", 4, 0, "stop"), door=door, **{"run": ["--hang-timeout", "3"], **how})
     assert_done(training, steps=24)
     assert_lived_through(training, 1, "rank 0 hung and was killed")
     assert_steps_of_what_they_saw(training)
 
 
-def test_a_replacement_dies_on_its_way_in(tmp_path: Path) -> None:
-    """In its start-up, and in the step in which it would have joined."""
+@pytest.mark.parametrize("door", SCRIPTS)
+def test_a_replacement_dies_on_its_way_in(tmp_path: Path, door: str) -> None:
+    """In its start-up, and right before it would have joined."""
     faults = [("training_step", 2, 1, "kill"), ("setup", 1, 1, "kill"), ("join", 2, 1, "kill")]
-    training = train(tmp_path, *faults)
+    training = train(tmp_path, *faults, door=door)
     assert_done(training, steps=24)
     assert_lived_through(training, 0, "rank 1 was killed by SIGKILL")
     assert len(training.processes) == 5

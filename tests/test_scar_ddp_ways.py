@@ -2,14 +2,13 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same
-from scar_ddp_runs import REFERENCE, assert_done, assert_lived_through, reference, train, world_sizes
+from scar_ddp_runs import REFERENCE, TORCHRUN, assert_done, assert_lived_through, reference, train, world_sizes
 
 STRATEGIES = {
     "by its name": ["--trainer.strategy=scar_ddp"],
@@ -84,8 +83,7 @@ def test_iterable_data_has_no_extra_batches(tmp_path: Path) -> None:
 
 
 def test_under_torchrun_it_works_as_ddp(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    training = train(tmp_path, command=command, **REFERENCE)
+    training = train(tmp_path, command=TORCHRUN, **REFERENCE)
     assert_done(training, steps=36)
     assert_same(training.state, reference())
     assert training.console.count("was not started by lightning-scar's supervisor") == 1

@@ -104,17 +104,18 @@ def shuffled_anew(loader: "DataLoader[Any]", seed: int, batch_size: int | None =
     return itertools.chain.from_iterable(itertools.repeat(own))
 
 
-def feasible(policy: OutagePolicy, training: Training) -> OutagePolicy:
-    """The policy, or another one where it is out of the question; says so.
+def feasible(policy: OutagePolicy, training: Training, says_so: bool) -> OutagePolicy:
+    """The policy, or another one where it is out of the question.
 
     Args:
         policy: What was asked for.
         training: Its data have been set up.
+        says_so: Whether this process warns of it.
 
     """
     if policy.on_failure != "buffer" or training.extra_batches() is not None:
         return policy
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if says_so:
         warnings.warn(
             "lightning-scar: on_failure='buffer' draws extra batches, and so it needs a map-style data set in one "
             "DataLoader with a batch size; the group shrinks instead after a failure.",

@@ -73,6 +73,11 @@ class Continuation:
         """Whether this worker is a replacement that has not been taken in yet."""
         return self._generations.steps < 0
 
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps this worker has completed."""
+        return self._generations.steps
+
     def begin(self, steps: int, kept: dict[str, Any] | None = None) -> None:
         """The training is about to make its first step here.
 
@@ -84,7 +89,7 @@ class Continuation:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda signum, frame: self._member.ask_to_stop(signum))
         self._start = StepStart(self._training.module)
-        self.outages.policy = feasible(self.outages.policy, self._training)
+        self.outages.policy = feasible(self.outages.policy, self._training, says_so=self._member.is_leader)
         if self.is_joiner:
             return
         self._generations.steps = steps

@@ -1,0 +1,108 @@
+"""DDP wrappers that users hold references to: made anew in place for each process group."""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_scar.core.training_state import unwrapped
+
+#: What a wrapper was made with, and keeps under the same names; and what it is by default.
+_OPTIONS = {
+    "device_ids": None,
+    "output_device": None,
+    "dim": 0,
+    "broadcast_buffers": True,
+    "find_unused_parameters": False,
+    "gradient_as_bucket_view": False,
+    "static_graph": False,
+}
+#: What Accelerate puts on it.
+_MARKS = ("_is_accelerate_prepared",)
+
+
+class Wrappers:
+    """All DDP wrappers of a training's models, whoever holds them.
+
+    Args:
+        modules: The models, wrapped or not.
+        registers_hooks: Registers communication hooks on a wrapper made anew.
+
+    Example::
+
+        >>> import torch, torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> model = DistributedDataParallel(torch.nn.Linear(2, 1))
+        >>> wrappers = Wrappers([model])
+        >>> wrappers.unwrap()
+        >>> dist.destroy_process_group()
+        >>> model(torch.ones(3, 2)).shape  # without a group
+        torch.Size([3, 1])
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> wrappers.wrap()
+        >>> model(torch.ones(3, 2)).shape
+        torch.Size([3, 1])
+        >>> dist.destroy_process_group()
+
+    """
+
+    def __init__(
+        self, modules: Iterable[Module], registers_hooks: Callable[[Module], None] = lambda wrapper: None
+    ) -> None:
+        models = {id(unwrapped(module)) for module in modules}
+        # Accelerate has the bare models only, and nobody else knows who wraps them.
+        found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+        ddp = [wrapper for wrapper in found if id(unwrapped(wrapper)) in models]
+        self._wrappers = [_Wrapper(wrapper, registers_hooks) for wrapper in ddp]
+
+    def wrap(self) -> None:
+        """Makes them compute with the present default group, whose members hold the same weights."""
+        for wrapper in self._wrappers:
+            wrapper.unwrap()
+            wrapper.wrap()
+
+    def unwrap(self) -> None:
+        """Makes them compute alone; no group is needed then."""
+        for wrapper in self._wrappers:
+            wrapper.unwrap()
+
+
+class _Wrapper:
+    def __init__(self, wrapper: DistributedDataParallel, registers_hooks: Callable[[Module], None]) -> None:
+        self._wrapper = wrapper
+        self._registers_hooks = registers_hooks
+        self._module: Module = wrapper.module
+        options = {name: getattr(wrapper, name) for name in _OPTIONS}
+        self._options: dict[str, Any] = {name: value for name, value in options.items() if value != _OPTIONS[name]}
+        self._marks = {name: value for name, value in vars(wrapper).items() if name in _MARKS}
+        self._is_wrapped = True
+
+    def unwrap(self) -> None:
+        if not self._is_wrapped:
+            return
+        self._is_wrapped = False
+        # Its reducer must go, or its hooks would go on to reduce gradients.
+        with self._made_anew():
+            Module.__init__(self._wrapper)
+            self._wrapper.module = self._module
+            self._wrapper.forward = self._module.__call__  # type: ignore[method-assign]
+
+    def wrap(self) -> None:
+        self._is_wrapped = True
+        with self._made_anew():
+            DistributedDataParallel.__init__(self._wrapper, self._module, init_sync=False, **self._options)
+            self._registers_hooks(self._wrapper)
+
+    @contextmanager
+    def _made_anew(self) -> Iterator[None]:
+        is_training = self._wrapper.training
+        # What `no_sync` switches off and on; it may be in one.
+        synchronizes = self._wrapper.require_backward_grad_sync
+        vars(self._wrapper).clear()
+        yield
+        vars(self._wrapper).update(self._marks)
+        self._wrapper.training = is_training
+        self._wrapper.require_backward_grad_sync = synchronizes

@@ -1,0 +1,117 @@
+"""What a loop is written with: plain PyTorch or Lightning Fabric; Accelerate, which knows more, has its own module."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch.distributed as dist
+from torch.nn import Module
+
+from lightning_scar.core.training_state import TrainingState
+from lightning_scar.core.zero import is_sharded
+
+
+class Framework:
+    """Plain PyTorch and Lightning Fabric: the user tells what there is.
+
+    Args:
+        state: By name, as for :class:`~lightning_scar.loop.SCARLoop`.
+
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self._state = TrainingState.of(state)
+
+    def training_state(self) -> TrainingState:
+        """What the training consists of."""
+        return self._state
+
+    # -- its data ------------------------------------------------------------------------------------------------
+
+    def look_at_batch(self) -> None:
+        """A batch is over; its loader is still the active one."""
+
+    def place(self) -> dict[str, Any]:
+        """What else than the number of batches tells where the loop is."""
+        return {"world_size": world_size()}
+
+    def take_place(self, batches: int, place: Mapping[str, Any]) -> int:
+        """Goes on at another's place.
+
+        Args:
+            batches: How many it had done.
+            place: Its :meth:`place`.
+
+        Returns:
+            How many batches that is on the present number of ranks.
+
+        """
+        done: int = batches * place["world_size"] // world_size()
+        return done
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    @property
+    def synchronizes(self) -> bool:
+        """Whether the present batch ends a step, or else its gradients are added up for a later one."""
+        return True
+
+    @property
+    def micro_batches(self) -> int:
+        """How many batches make a step."""
+        return 1
+
+    def update(self) -> None:
+        """Steps everything, and sets gradients to zero."""
+        state = self.training_state()
+        for each in (*state.optimizers, *state.schedulers):
+            each.step()
+        for optimizer in state.optimizers:
+            optimizer.zero_grad()
+
+    # -- continuation --------------------------------------------------------------------------------------------
+
+    def check_continuation(self) -> None:
+        """Refuses what cannot be continued when a worker dies.
+
+        Raises:
+            ValueError: With a remedy.
+
+        """
+        if any(is_sharded(optimizer) for optimizer in self.training_state().inner_optimizers):
+            raise ValueError(
+                "SCARContinuation does not support a ZeroRedundancyOptimizer: what a dead worker alone held of its "
+                "state would be lost. Use another optimizer, or leave the continuation out."
+            )
+
+    def set_up_joiner(self, slot: int, size: int) -> None:
+        """This process takes the place of a worker that died; it is still in a group of its own."""
+
+    def joins(self) -> None:
+        """It has the state of the others; nothing may run a collective until its first step."""
+
+    def has_joined(self) -> None:
+        """Its first step begins."""
+
+    def regroup(self, rank: int, size: int) -> None:
+        """The process group is another one, or, with a size of 1, there may be none."""
+
+    def register_hooks(self, wrapper: Module) -> None:
+        """Registers communication hooks on a DDP wrapper made anew."""
+
+    def counting_all(self, size: int) -> AbstractContextManager[Any]:
+        """While an update is made: schedules advance as if nobody was missing of so many."""
+        return nullcontext()
+
+    def undivided(self) -> AbstractContextManager[Any]:
+        """While the gradient is computed of a batch that is the only one of its step."""
+        return nullcontext()
+
+    def extra_batches(self, seed: int) -> Iterator[Any] | None:
+        """Batches of the training data in an order of this process's own; ``None`` if there are none."""
+        return None
+
+
+def world_size() -> int:
+    """The number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

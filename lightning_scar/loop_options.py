@@ -1,0 +1,29 @@
+"""The options of a loop, for whoever passes them on."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict
+
+from torch import Tensor
+
+from lightning_scar.core.selection import Candidates
+from lightning_scar.core.settings import PolicyName
+from lightning_scar.loop_continuation import SCARContinuation
+
+
+class Options(TypedDict, total=False):
+    """As :class:`~lightning_scar.loop.SCARLoop` describes them."""
+
+    every_n_steps: int | None
+    every_n_seconds: float | None
+    fraction: float
+    policy: PolicyName | Callable[[Candidates], Tensor]
+    block_size: int | None
+    max_age: int | None
+    full_every_n_saves: int | None
+    staging: Literal["lazy", "eager"]
+    resume: bool
+    strict: bool
+    save_on_exception: bool
+    on_write_error: Literal["warn", "raise"]
+    storage_options: dict[str, Any] | None
+    continuation: SCARContinuation | None

@@ -1,0 +1,159 @@
+"""What ``scar_ddp_training`` trains with a Trainer, as a loop of Accelerate."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import scar_ddp_training as script
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from scar_ddp_training import BATCH_SIZE, RATE, asked, place, samples, write_down
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
+
+from lightning_scar import SCARAccelerator
+from lightning_scar.loop_continuation import SCARContinuation
+
+
+class Net(nn.Module):
+    """As the Trainer's model."""
+
+    def __init__(self, rich: bool = False, dropout: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        between = [*([nn.BatchNorm1d(16)] if rich else []), *([nn.Dropout(0.2)] if dropout else [])]
+        self.net = nn.Sequential(nn.Linear(8, 16), *between, nn.ReLU(), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Loop:
+    def __init__(self) -> None:
+        strategy, trainer = asked["strategy"], asked["trainer"]
+        self.continuation = None
+        if strategy != "ddp":
+            self.continuation = SCARContinuation(**(strategy if isinstance(strategy, dict) else {}))
+        config = DataLoaderConfiguration(use_seedable_sampler=True)
+        micro_batches = trainer.get("accumulate_grad_batches", 1)
+        self.accelerator = Accelerator(cpu=True, dataloader_config=config, gradient_accumulation_steps=micro_batches)
+        place("setup", script.predecessors)
+        set_seed(3)
+        self.epochs = trainer.get("max_epochs", 2)
+        self.clip = trainer.get("gradient_clip_val")
+        self.validates = trainer.get("limit_val_batches", 1) > 0
+        self.micro_batches = micro_batches
+        options = {"every_n_steps": 1000, "fraction": 1.0, **asked.get("scar", {})}
+        if "every_n_train_steps" in options:
+            options["every_n_steps"] = options.pop("every_n_train_steps")
+        self.scar = SCARAccelerator(self.accelerator, script.folder / "scar", **options, continuation=self.continuation)
+        model = Net(**asked["model"])
+        optimizer = torch.optim.Adam(model.parameters(), RATE)
+        schedule = StepLR(optimizer, 20, 0.5) if asked["model"].get("rich") else None
+        loader = DataLoader(samples(), batch_size=BATCH_SIZE, shuffle=True)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        self.validation = self.accelerator.prepare(DataLoader(samples(), batch_size=24))
+        self.schedule = self.accelerator.prepare(schedule) if schedule is not None else None
+        self.now: list[int] = []
+        self.used: list[list[int]] = []
+
+    def gradients(self, batch: Any) -> Tensor:
+        x, y, ids = batch
+        batches = self.scar.batches
+        if dist.is_initialized() and dist.get_world_size() < asked["ranks"]:
+            # A loop does not wait for a replacement, which takes its seconds.
+            time.sleep(0.25)
+        place("training_step", batches)
+        if ids.tolist() != self.now:  # an extra batch, of an outage
+            self.used.append(ids.tolist())
+        out = self.model(x)
+        out.register_hook(lambda gradient: place("backward", batches))
+        loss = nn.functional.mse_loss(out, y)
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            place("before_step", batches)
+        return loss
+
+    def update(self) -> None:
+        if self.accelerator.sync_gradients:
+            world_size = dist.get_world_size() if dist.is_initialized() else 1
+            write_down("steps", step=self.scar.steps + 1, used=self.used, world_size=world_size)
+            if self.clip:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        self.optimizer.zero_grad()
+
+    def run(self) -> None:
+        if self.scar._continuation is not None and self.scar._continuation.is_joiner:
+            place("join", script.predecessors)
+        with self.scar:
+            epoch, skip = divmod(self.scar.resume(), len(self.loader))
+            while epoch < self.epochs:
+                self.loader.set_epoch(epoch)
+                loader = self.accelerator.skip_first_batches(self.loader, skip) if skip else self.loader
+                for batch in loader:
+                    with self.accelerator.accumulate(self.model):
+                        self.train(batch)
+                epoch, skip = epoch + 1, 0
+                self.validate(epoch - 1)
+
+    def train(self, batch: Any) -> None:
+        if self.scar.batches % len(self.loader) % self.micro_batches == 0:
+            self.used = []
+        self.now = batch[2].tolist()
+        self.used.append(self.now)
+        loss = self.scar.training_step(self.gradients, batch, self.update)
+        assert loss.isfinite()
+        self.scar.step()
+        place("batch_end", self.scar.batches - 1)
+
+    def validate(self, epoch: int) -> None:
+        place("epoch_end", epoch)
+        if not self.validates:
+            return
+        place("validation", epoch)
+        self.model.eval()
+        with torch.no_grad():
+            for x, y, _ in self.validation:
+                errors = self.accelerator.gather_for_metrics((self.model(x) - y).square())
+                assert errors.isfinite().all()
+        self.model.train()
+
+    def write_result(self) -> None:
+        result = {
+            "rank": self.accelerator.process_index,
+            "global_step": self.scar.steps,
+            "state": {
+                "state_dict": self.accelerator.unwrap_model(self.model).state_dict(),
+                "optimizer_states": [self.optimizer.state_dict()],
+                "schedules": [self.schedule.state_dict()] if self.schedule is not None else [],
+            },
+            "outages": [vars(outage) for outage in self.continuation.outages] if self.continuation else [],
+            "is_global_zero": self.accelerator.is_main_process,
+        }
+        torch.save(result, script.folder / f"result-{script.slot}.pt")
+
+
+def main() -> None:
+    asked.update(json.loads(sys.argv[1]))
+    script.folder = Path(asked["folder"])
+    log = script.folder / f"processes-{script.slot}.jsonl"
+    script.predecessors = len(log.read_text().splitlines()) if log.exists() else 0
+    write_down("processes", state=os.environ.get("LIGHTNING_SCAR_STATE"))
+    place("start", script.predecessors)
+    loop = Loop()
+    loop.run()
+    loop.write_result()
+    loop.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
