@@ -81,6 +81,8 @@ class WithAccelerate(Framework):
         self._accelerator = accelerator
         #: The number of the loader that the loop is over, among the prepared ones.
         self._loader: int | None = None
+        #: How many batches have been accumulated.
+        self._accumulated = accelerator.step
         self._muted: list[Any] = []
 
     @override
@@ -91,6 +93,7 @@ class WithAccelerate(Framework):
 
     @override
     def look_at_batch(self) -> None:
+        self._accumulated = self._accelerator.step
         if self._loader is None:
             self._loader = _accelerate.active_loader(self._accelerator)
 
@@ -99,7 +102,7 @@ class WithAccelerate(Framework):
         loader = self._training_loader()
         return {
             **super().place(),
-            "accumulated": self._accelerator.step,
+            "accumulated": self._accumulated,
             "loader": self._loader,
             "epoch_length": _length(loader),
             "shuffle_seed": None if loader is None else _accelerate.shuffle_seed(loader),
@@ -107,7 +110,7 @@ class WithAccelerate(Framework):
 
     @override
     def take_place(self, batches: int, place: Mapping[str, Any]) -> int:
-        self._accelerator.step = place["accumulated"]
+        self._accelerator.step = self._accumulated = place["accumulated"]
         self._loader = place["loader"]
         loader = self._training_loader()
         before: int | None = place["epoch_length"]

@@ -29,10 +29,10 @@ class Framework:
     # -- its data ------------------------------------------------------------------------------------------------
 
     def look_at_batch(self) -> None:
-        """A batch is over; its loader is still the active one."""
+        """A batch is over, or its step; its loader is still the active one."""
 
     def place(self) -> dict[str, Any]:
-        """What else than the number of batches tells where the loop is."""
+        """What else than the number of batches tells where the loop was when it looked at a batch last."""
         return {"world_size": world_size()}
 
     def take_place(self, batches: int, place: Mapping[str, Any]) -> int:

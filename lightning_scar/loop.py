@@ -327,6 +327,8 @@ class SCARLoop:
             behind: How many batches, of a step each, are done but not counted yet.
 
         """
+        if behind:
+            self.framework.look_at_batch()
         return {
             **self.framework.training_state().dump(),
             "global_step": self.steps + behind,

@@ -127,7 +127,8 @@ class LoopTraining:
         if self._framework.synchronizes:
             self.engine.step(attempt, gradients)
         else:
-            gradients()
+            with self._wrappers.no_sync():
+                gradients()
             update()
         return losses[-1]
 

@@ -76,14 +76,13 @@ class Loop:
         out.register_hook(lambda gradient: place("backward", batches))
         loss = nn.functional.mse_loss(out, y)
         self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            place("before_step", batches)
         return loss
 
     def update(self) -> None:
         if self.accelerator.sync_gradients:
             world_size = dist.get_world_size() if dist.is_initialized() else 1
             write_down("steps", step=self.scar.steps + 1, used=self.used, world_size=world_size)
+            place("before_step", self.scar.batches)
             if self.clip:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()

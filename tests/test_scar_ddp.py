@@ -45,7 +45,7 @@ def test_the_others_go_on_as_a_smaller_group(tmp_path: Path, door: str) -> None:
     first, second = (outage["step"] for outage in training.outages(1))
     assert (first, second) == (2, late + 1)
     sizes = world_sizes(training)
-    assert sizes[:2] + [sizes[late]] == [3] * 3
+    assert [*sizes[:2], sizes[late]] == [3] * 3
     if door == "Trainer":
         assert sizes[8:12] + sizes[16:] == [3] * 12
     assert sizes[first] == sizes[second] == 2

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch.nn import Module
@@ -69,10 +69,18 @@ class Wrappers:
         for wrapper in self._wrappers:
             wrapper.unwrap()
 
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """While gradients are added up for a later batch, also where the group changed since the user said so."""
+        with ExitStack() as stack:
+            for wrapper in self._wrappers:
+                stack.enter_context(wrapper.ddp.no_sync())
+            yield
+
 
 class _Wrapper:
     def __init__(self, wrapper: DistributedDataParallel, registers_hooks: Callable[[Module], None]) -> None:
-        self._wrapper = wrapper
+        self.ddp = wrapper
         self._registers_hooks = registers_hooks
         self._module: Module = wrapper.module
         options = {name: getattr(wrapper, name) for name in _OPTIONS}
@@ -86,23 +94,22 @@ class _Wrapper:
         self._is_wrapped = False
         # Its reducer must go, or its hooks would go on to reduce gradients.
         with self._made_anew():
-            Module.__init__(self._wrapper)
-            self._wrapper.module = self._module
-            self._wrapper.forward = self._module.__call__  # type: ignore[method-assign]
+            Module.__init__(self.ddp)
+            self.ddp.module = self._module
+            self.ddp.forward = self._module.__call__  # type: ignore[method-assign]
+            # What `no_sync` switches off and on.
+            self.ddp.require_backward_grad_sync = True
 
     def wrap(self) -> None:
         self._is_wrapped = True
         with self._made_anew():
-            DistributedDataParallel.__init__(self._wrapper, self._module, init_sync=False, **self._options)
-            self._registers_hooks(self._wrapper)
+            DistributedDataParallel.__init__(self.ddp, self._module, init_sync=False, **self._options)
+            self._registers_hooks(self.ddp)
 
     @contextmanager
     def _made_anew(self) -> Iterator[None]:
-        is_training = self._wrapper.training
-        # What `no_sync` switches off and on; it may be in one.
-        synchronizes = self._wrapper.require_backward_grad_sync
-        vars(self._wrapper).clear()
+        is_training = self.ddp.training
+        vars(self.ddp).clear()
         yield
-        vars(self._wrapper).update(self._marks)
-        self._wrapper.training = is_training
-        self._wrapper.require_backward_grad_sync = synchronizes
+        vars(self.ddp).update(self._marks)
+        self.ddp.training = is_training
