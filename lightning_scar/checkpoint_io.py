@@ -1,5 +1,6 @@
 """``SCARCheckpointIO``: how a checkpoint is saved and loaded; the callback says when."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,8 @@ class SCARCheckpointIO(CheckpointIO):
         self._attached: dict[str, RunningCheckpoint] = {}
         self._initial: dict[str, Callable[[], dict[str, Any]]] = {}
         self._opened: dict[str, RunningCheckpoint] = {}
+        # Fabric never tears a strategy down.
+        weakref.finalize(self, _close_all, self._opened)
 
     def attach(self, path: _PATH, running: RunningCheckpoint, initial: Callable[[], dict[str, Any]]) -> None:
         """Routes a directory to a running checkpoint that the caller opened, and will close.
@@ -79,7 +82,8 @@ class SCARCheckpointIO(CheckpointIO):
             path: A directory for a running checkpoint, or a file.
             storage_options: For a running checkpoint the arguments of
                 :meth:`~lightning_scar.core.running_checkpoint.RunningCheckpoint.save` beside the dict; without them it
-                is saved eagerly, with ``checkpoint["global_step"]`` as its step. For a file, the wrapped IO's.
+                is saved eagerly, with ``checkpoint["global_step"]`` or ``checkpoint["step"]`` as its step. For a file,
+                the wrapped IO's.
 
         Raises:
             ValueError: If several ranks save to that directory, and this is a save of one alone.
@@ -94,7 +98,7 @@ class SCARCheckpointIO(CheckpointIO):
             )
         elif attached is not None or self._is_running(path):
             running = attached or self._open(path)
-            running.save_now(checkpoint, **(storage_options or {"step": int(checkpoint.get("global_step", 0))}))
+            running.save_now(checkpoint, **(storage_options or {"step": _step(checkpoint)}))
         else:
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
@@ -108,6 +112,8 @@ class SCARCheckpointIO(CheckpointIO):
             restored = attached.restore(weights_only, initial=self._initial[self._key(path)]())
             _lightning.take_loader_states(restored.checkpoint, restored.own)
             return restored.checkpoint
+        if self._key(path) in self._opened:
+            self._opened[self._key(path)].flush()
         if is_running_checkpoint(path, self._storage_options):
             return load(
                 path, map_location=map_location, weights_only=weights_only, storage_options=self._storage_options
@@ -125,9 +131,7 @@ class SCARCheckpointIO(CheckpointIO):
     @override
     def teardown(self) -> None:
         """Finishes the saves of running checkpoints that this object opened, and raises or warns about failed ones."""
-        opened, self._opened = self._opened, {}
-        for running in opened.values():
-            running.close()
+        _close_all(self._opened)
         self.checkpoint_io.teardown()
 
     def _is_running(self, path: _PATH) -> bool:
@@ -142,6 +146,16 @@ class SCARCheckpointIO(CheckpointIO):
 
     def _key(self, path: _PATH) -> str:
         return Directory(path, self._storage_options).path
+
+
+def _close_all(opened: dict[str, RunningCheckpoint]) -> None:
+    while opened:
+        opened.popitem()[1].close()
+
+
+def _step(checkpoint: dict[str, Any]) -> int:
+    """That of the Trainer, or else what a user of Fabric calls so."""
+    return int(checkpoint.get("global_step", checkpoint.get("step", 0)))
 
 
 def installed_io(trainer: pl.Trainer, storage_options: dict[str, Any] | None = None) -> SCARCheckpointIO:

@@ -21,7 +21,11 @@ from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 #: The same training through each front door.
-SCRIPTS = {"Trainer": "scar_ddp_training.py", "Accelerate": "scar_loop_training.py"}
+SCRIPTS = {
+    "Trainer": "scar_ddp_training.py",
+    "Accelerate": "scar_loop_training.py",
+    "Fabric": "scar_loop_training.py",
+}
 #: With buffers, a schedule and clipping.
 REFERENCE: dict[str, Any] = {"model": {"rich": True}, "trainer": {"max_epochs": 3, "gradient_clip_val": 0.5}}
 #: With random numbers besides.
@@ -90,7 +94,14 @@ def train(
         more: What else the script knows: ``callbacks``, ``logs``, ``scar``, ``test``, ``cli``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    asked = {"folder": str(folder), "faults": faults, "ranks": ranks // nodes, "strategy": strategy, **more}
+    asked = {
+        "folder": str(folder),
+        "faults": faults,
+        "ranks": ranks // nodes,
+        "strategy": strategy,
+        "door": door,
+        **more,
+    }
     asked |= {"model": model or {}, "data": data or {}, "trainer": {**(trainer or {}), "num_nodes": nodes}}
     if not command and run is None:
         command = [sys.executable]

@@ -1,9 +1,11 @@
-"""What ``scar_ddp_training`` trains with a Trainer, as a loop of Accelerate."""
+"""What ``scar_ddp_training`` trains with a Trainer, as a loop of Accelerate or Fabric."""
 
+import itertools
 import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
+from lightning.fabric import Fabric
 from scar_ddp_training import BATCH_SIZE, RATE, asked, place, samples, write_down
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
-from lightning_scar import SCARAccelerator
-from lightning_scar.loop_continuation import SCARContinuation
+from lightning_scar import SCARAccelerator, SCARContinuation, SCARLoop
 
 
 class Net(nn.Module):
@@ -34,34 +36,73 @@ class Net(nn.Module):
         return self.net(x)
 
 
+def options_of_scar() -> dict[str, Any]:
+    options = {"every_n_steps": 1000, "fraction": 1.0, **asked.get("scar", {})}
+    if "every_n_train_steps" in options:
+        options["every_n_steps"] = options.pop("every_n_train_steps")
+    return options
+
+
 class Loop:
+    """In Accelerate's words."""
+
     def __init__(self) -> None:
         strategy, trainer = asked["strategy"], asked["trainer"]
         self.continuation = None
         if strategy != "ddp":
             self.continuation = SCARContinuation(**(strategy if isinstance(strategy, dict) else {}))
-        config = DataLoaderConfiguration(use_seedable_sampler=True)
-        micro_batches = trainer.get("accumulate_grad_batches", 1)
-        self.accelerator = Accelerator(cpu=True, dataloader_config=config, gradient_accumulation_steps=micro_batches)
         place("setup", script.predecessors)
-        set_seed(3)
         self.epochs = trainer.get("max_epochs", 2)
         self.clip = trainer.get("gradient_clip_val")
         self.validates = trainer.get("limit_val_batches", 1) > 0
-        self.micro_batches = micro_batches
-        options = {"every_n_steps": 1000, "fraction": 1.0, **asked.get("scar", {})}
-        if "every_n_train_steps" in options:
-            options["every_n_steps"] = options.pop("every_n_train_steps")
-        self.scar = SCARAccelerator(self.accelerator, script.folder / "scar", **options, continuation=self.continuation)
+        self.micro_batches = trainer.get("accumulate_grad_batches", 1)
+        self.now: list[int] = []
+        self.used: list[list[int]] = []
         model = Net(**asked["model"])
         optimizer = torch.optim.Adam(model.parameters(), RATE)
         schedule = StepLR(optimizer, 20, 0.5) if asked["model"].get("rich") else None
-        loader = DataLoader(samples(), batch_size=BATCH_SIZE, shuffle=True)
+        self.set_up(model, optimizer, schedule, DataLoader(samples(), batch_size=BATCH_SIZE, shuffle=True))
+
+    def set_up(self, model: Any, optimizer: Any, schedule: Any, loader: Any) -> None:
+        config = DataLoaderConfiguration(use_seedable_sampler=True)
+        self.accelerator = Accelerator(
+            cpu=True, dataloader_config=config, gradient_accumulation_steps=self.micro_batches
+        )
+        set_seed(3)
+        self.scar: SCARLoop = SCARAccelerator(
+            self.accelerator, script.folder / "scar", **options_of_scar(), continuation=self.continuation
+        )
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.validation = self.accelerator.prepare(DataLoader(samples(), batch_size=24))
         self.schedule = self.accelerator.prepare(schedule) if schedule is not None else None
-        self.now: list[int] = []
-        self.used: list[list[int]] = []
+
+    # -- what each of the frameworks calls otherwise
+
+    @property
+    def synchronizes(self) -> bool:
+        return bool(self.accelerator.sync_gradients)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def clip_gradients(self) -> None:
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+
+    def epoch(self, number: int, skip: int) -> Any:
+        self.loader.set_epoch(number)
+        return self.accelerator.skip_first_batches(self.loader, skip) if skip else self.loader
+
+    def accumulating(self) -> Any:
+        return self.accelerator.accumulate(self.model)
+
+    def gather(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather_for_metrics(values)
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    # -- the same for all
 
     def gradients(self, batch: Any) -> Tensor:
         x, y, ids = batch
@@ -75,31 +116,29 @@ class Loop:
         out = self.model(x)
         out.register_hook(lambda gradient: place("backward", batches))
         loss = nn.functional.mse_loss(out, y)
-        self.accelerator.backward(loss)
+        self.backward(loss)
         return loss
 
     def update(self) -> None:
-        if self.accelerator.sync_gradients:
+        if self.synchronizes:
             world_size = dist.get_world_size() if dist.is_initialized() else 1
             write_down("steps", step=self.scar.steps + 1, used=self.used, world_size=world_size)
             place("before_step", self.scar.batches)
             if self.clip:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
+                self.clip_gradients()
         self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
         self.optimizer.zero_grad()
 
     def run(self) -> None:
-        if self.scar._continuation is not None and self.scar._continuation.is_joiner:
+        if self.continuation is not None and self.continuation.is_joiner:
             place("join", script.predecessors)
         with self.scar:
             epoch, skip = divmod(self.scar.resume(), len(self.loader))
             while epoch < self.epochs:
-                self.loader.set_epoch(epoch)
-                loader = self.accelerator.skip_first_batches(self.loader, skip) if skip else self.loader
-                for batch in loader:
-                    with self.accelerator.accumulate(self.model):
+                for batch in self.epoch(epoch, skip):
+                    with self.accumulating():
                         self.train(batch)
                 epoch, skip = epoch + 1, 0
                 self.validate(epoch - 1)
@@ -118,27 +157,67 @@ class Loop:
         place("epoch_end", epoch)
         if not self.validates:
             return
-        place("validation", epoch)
         self.model.eval()
         with torch.no_grad():
             for x, y, _ in self.validation:
-                errors = self.accelerator.gather_for_metrics((self.model(x) - y).square())
+                out = self.model(x)  # which gives all ranks the buffers of the first
+                place("validation", epoch)
+                errors = self.gather((out - y).square())
                 assert errors.isfinite().all()
         self.model.train()
 
     def write_result(self) -> None:
+        state = self.scar.dump()
         result = {
-            "rank": self.accelerator.process_index,
+            "rank": self.rank,
             "global_step": self.scar.steps,
             "state": {
-                "state_dict": self.accelerator.unwrap_model(self.model).state_dict(),
-                "optimizer_states": [self.optimizer.state_dict()],
-                "schedules": [self.schedule.state_dict()] if self.schedule is not None else [],
+                "state_dict": state["state_dict"],
+                "optimizer_states": state["optimizer_states"],
+                "schedules": state["lr_schedulers"],
             },
             "outages": [vars(outage) for outage in self.continuation.outages] if self.continuation else [],
-            "is_global_zero": self.accelerator.is_main_process,
+            "is_global_zero": self.rank == 0,
         }
         torch.save(result, script.folder / f"result-{script.slot}.pt")
+
+
+class OfFabric(Loop):
+    """In Fabric's words."""
+
+    synchronizes = True
+
+    def set_up(self, model: Any, optimizer: Any, schedule: Any, loader: Any) -> None:
+        self.fabric = Fabric(accelerator="cpu", devices=asked["ranks"], strategy="ddp")
+        self.fabric.launch()
+        torch.manual_seed(3)
+        self.model, self.optimizer = self.fabric.setup(model, optimizer)
+        self.loader = self.fabric.setup_dataloaders(loader)
+        self.validation = self.fabric.setup_dataloaders(DataLoader(samples(), batch_size=24))
+        self.schedule = schedule
+        state = {"model": self.model, "optimizer": self.optimizer}
+        state |= {"schedule": schedule} if schedule is not None else {}
+        self.scar = SCARLoop(script.folder / "scar", state, **options_of_scar(), continuation=self.continuation)
+
+    def backward(self, loss: Tensor) -> None:
+        self.fabric.backward(loss)
+
+    def clip_gradients(self) -> None:
+        self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip)
+
+    def epoch(self, number: int, skip: int) -> Any:
+        self.loader.sampler.set_epoch(number)
+        return itertools.islice(self.loader, skip, None)
+
+    def accumulating(self) -> Any:
+        return nullcontext()
+
+    def gather(self, values: Tensor) -> Tensor:
+        return self.fabric.all_gather(values)
+
+    @property
+    def rank(self) -> int:
+        return self.fabric.global_rank
 
 
 def main() -> None:
@@ -148,10 +227,9 @@ def main() -> None:
     script.predecessors = len(log.read_text().splitlines()) if log.exists() else 0
     write_down("processes", state=os.environ.get("LIGHTNING_SCAR_STATE"))
     place("start", script.predecessors)
-    loop = Loop()
+    loop = OfFabric() if asked["door"] == "Fabric" else Loop()
     loop.run()
     loop.write_result()
-    loop.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,16 @@ import lightning.pytorch as pl
 import pytest
 from helpers import TinyModel, assert_same, loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from scar_ddp_runs import REFERENCE, Training, assert_done, reference, train
+from scar_ddp_runs import REFERENCE, SCRIPTS, Training, assert_done, reference, train
 
 from lightning_scar import SCARDDPStrategy, load
 from lightning_scar.core.restoration import restore
 from lightning_scar.storage.store import DeltaStore
 
 SCAR = {"every_n_train_steps": 4, "fraction": 0.5}
+
+
+in_each_door = pytest.mark.parametrize("door", SCRIPTS)
 
 
 def saved_state(training: Training) -> dict[str, Any]:
@@ -32,8 +35,11 @@ def last_steps(training: Training) -> set[int]:
 
 
 @pytest.mark.parametrize(("how", "code"), [("terminate the job", 143), ("interrupt the job", 130)])
-def test_a_signal_stops_all_behind_one_step_and_the_next_start_resumes(tmp_path: Path, how: str, code: int) -> None:
-    options: dict[str, Any] = {"scar": SCAR, "trainer": {"max_epochs": 30, "limit_val_batches": 0}}
+@in_each_door
+def test_a_signal_stops_all_behind_one_step_and_the_next_start_resumes(
+    tmp_path: Path, how: str, code: int, door: str
+) -> None:
+    options: dict[str, Any] = {"scar": SCAR, "trainer": {"max_epochs": 30, "limit_val_batches": 0}, "door": door}
     stopped = train(tmp_path, ("training_step", 5, 1, how), **options)
     assert stopped.code == code, stopped.console
     assert not stopped.results
@@ -50,35 +56,43 @@ def test_a_signal_stops_all_behind_one_step_and_the_next_start_resumes(tmp_path:
 # -- with a running checkpoint ---------------------------------------------------------------------------------------
 
 
-def test_the_running_checkpoint_goes_on_in_a_replacement(tmp_path: Path) -> None:
-    training = train(tmp_path, ("backward", 6, 0, "kill"), scar=SCAR)
+@in_each_door
+def test_the_running_checkpoint_goes_on_in_a_replacement(tmp_path: Path, door: str) -> None:
+    training = train(tmp_path, ("backward", 6, 0, "kill"), scar=SCAR, door=door)
     assert_done(training, steps=24)
     assert_same(saved_state(training), training.state)
 
 
-def test_when_every_worker_dies_the_running_checkpoint_is_what_is_left(tmp_path: Path) -> None:
+@in_each_door
+def test_when_every_worker_dies_the_running_checkpoint_is_what_is_left(tmp_path: Path, door: str) -> None:
     # Lightning's own loaders cannot begin in the middle of an epoch.
     faults = [("training_step", 13, 0, "kill"), ("training_step", 13, 1, "kill")]
-    training = train(tmp_path, *faults, scar={"every_n_train_steps": 12, "fraction": 1.0}, **REFERENCE)
+    training = train(tmp_path, *faults, scar={"every_n_train_steps": 12, "fraction": 1.0}, **REFERENCE, door=door)
     assert training.code == 0, training.console
     assert [result["global_step"] for result in training.results.values()] == [36, 36]
-    assert_same(training.state["state_dict"], reference()["state_dict"])
-    assert "Resuming from the running checkpoint" in training.console
+    assert_same(training.state["state_dict"], reference(door=door)["state_dict"])
+    assert "esuming from the running checkpoint" in training.console
 
 
-def test_a_single_worker_is_started_again(tmp_path: Path) -> None:
+@in_each_door
+def test_a_single_worker_is_started_again(tmp_path: Path, door: str) -> None:
     faults = [("training_step", 10, 0, "kill")]
-    training = train(tmp_path, *faults, ranks=1, run=None, scar=SCAR)
+    how: dict[str, Any] = {"run": None} if door == "Trainer" else {}
+    training = train(tmp_path, *faults, ranks=1, scar=SCAR, door=door, **how)
     assert training.code == 0, training.console
     assert training.results[0]["global_step"] == 48
-    assert "Resuming from the running checkpoint" in training.console
+    assert "esuming from the running checkpoint" in training.console
 
 
 # -- too many failures -----------------------------------------------------------------------------------------------
 
 
-def test_without_restarts_the_others_save_and_the_cause_is_shown(tmp_path: Path) -> None:
-    training = train(tmp_path, ("training_step", 5, 1, "error"), strategy={"max_restarts": 0}, run=None, scar=SCAR)
+@in_each_door
+def test_without_restarts_the_others_save_and_the_cause_is_shown(tmp_path: Path, door: str) -> None:
+    how: dict[str, Any] = {"strategy": {"max_restarts": 0}, "run": None}
+    if door != "Trainer":
+        how = {"run": ["--max-restarts", "0"]}
+    training = train(tmp_path, ("training_step", 5, 1, "error"), scar=SCAR, door=door, **how)
     assert training.code == 1
     assert not training.results
     before, _, report = training.console.partition("lightning-scar: the job failed: ")
@@ -89,8 +103,10 @@ def test_without_restarts_the_others_save_and_the_cause_is_shown(tmp_path: Path)
     assert load(tmp_path / "scar")["global_step"] == 6
 
 
-def test_with_fewer_workers_than_min_world_size_they_save_and_stop(tmp_path: Path) -> None:
-    training = train(tmp_path, ("training_step", 5, 0, "kill"), strategy={"min_world_size": 2}, scar=SCAR)
+@in_each_door
+def test_with_fewer_workers_than_min_world_size_they_save_and_stop(tmp_path: Path, door: str) -> None:
+    faults = [("training_step", 5, 0, "kill")]
+    training = train(tmp_path, *faults, strategy={"min_world_size": 2}, scar=SCAR, door=door)
     assert training.code == 1
     assert not training.results
     assert "1 workers are left, fewer than min_world_size=2" in training.console

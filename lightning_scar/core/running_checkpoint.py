@@ -170,7 +170,7 @@ class RunningCheckpoint:
         lost = self.ranks.gather(non_finite_blocks(state))
         if not any(lost):
             return None
-        self._writer.drain()
+        self.flush()
         # All ranks are done with writing, so that all see the same.
         self.ranks.gather(None)
         self.store.look_around()
@@ -265,6 +265,11 @@ class RunningCheckpoint:
         """Saves and returns when the copy is made; arguments as in :meth:`save`. Never skipped."""
         self.save(checkpoint, step, wait=True, **options)
         self.fence()
+
+    def flush(self) -> None:
+        """Waits until all saves are written."""
+        self.fence()
+        self._writer.drain()
 
     def close(self) -> None:
         """Finishes what is under way, gives the directory back, and raises or warns about failed writes."""

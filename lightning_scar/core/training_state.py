@@ -7,7 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -32,7 +31,7 @@ class TrainingState:
     """What a training consists of. Its checkpoint dict has the layout of Lightning's where both have the same.
 
     Attributes:
-        modules: The models, by name, as they are called; wrappers of DDP and ``torch.compile`` are looked through.
+        modules: The models, by name, as they are called; wrappers are looked through.
         optimizers: The optimizers; those inside of wrappers with an attribute ``optimizer`` are looked up.
         schedulers: The learning rate schedulers.
         objects: What else has a state, by name.
@@ -160,7 +159,7 @@ class TrainingState:
 
 
 def unwrapped(module: Module) -> Module:
-    """The user's module inside of wrappers of DDP and ``torch.compile``.
+    """The user's module inside of wrappers of DDP, ``torch.compile`` and Lightning Fabric.
 
     Example::
 
@@ -170,11 +169,13 @@ def unwrapped(module: Module) -> Module:
         True
 
     """
-    while True:
-        inner = module.module if isinstance(module, DistributedDataParallel) else getattr(module, "_orig_mod", None)
-        if not isinstance(inner, Module):
-            return module
-        module = inner
+    while (name := _LOOKED_THROUGH.get(type(module).__name__)) is not None:
+        module = getattr(module, name)
+    return module
+
+
+#: Wrappers, by the names of their classes, and where they have what they wrap.
+_LOOKED_THROUGH = {"DistributedDataParallel": "module", "OptimizedModule": "_orig_mod", "_FabricModule": "module"}
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:
