@@ -1,10 +1,9 @@
 """Train a CNN on MNIST digits with Accelerate. Kill it whenever you like and run it again: it goes on where it was.
 
 python examples/accelerate_mnist.py
-accelerate launch --cpu --num_processes 2 examples/accelerate_mnist.py     # each process saves its half
+torchrun --nproc-per-node 2 examples/accelerate_mnist.py     # or accelerate launch; each process saves its half
 """
 
-import logging
 from argparse import ArgumentParser
 
 import torch
@@ -62,5 +61,4 @@ def accuracy(accelerator: Accelerator, model: torch.nn.Module, loader: "DataLoad
 
 
 if __name__ == "__main__":
-    logging.basicConfig()
     main()

@@ -67,17 +67,19 @@ def shuffles_anew(loader: Any) -> bool:
 # -- continuation ------------------------------------------------------------------------------------------------------
 
 
-def set_processes(rank: int, size: int) -> None:
+def set_processes(rank: int, size: int, local_rank: int | None = None) -> None:
     """Tells Accelerate that the process group is another one, or, with a size of 1, that there is none.
 
     Args:
         rank: This process's number in it; the first does what only the main process does.
         size: How many processes it has.
+        local_rank: Its number among those of its node; the first prints. ``None`` leaves it as it is.
 
     """
     for state in (PartialState(), AcceleratorState()):
         kind = vars(state).setdefault("_scar_distributed_type", state.distributed_type)
         state.num_processes, state.process_index = size, rank
+        state.local_process_index = state.local_process_index if local_rank is None else local_rank
         state.distributed_type = kind if size > 1 else DistributedType.NO
 
 

@@ -101,7 +101,6 @@ class WithAccelerate(Framework):
     def place(self) -> dict[str, Any]:
         loader = self._training_loader()
         return {
-            **super().place(),
             "accumulated": self._accumulated,
             "loader": self._loader,
             "epoch_length": _length(loader),
@@ -109,18 +108,17 @@ class WithAccelerate(Framework):
         }
 
     @override
-    def take_place(self, batches: int, place: Mapping[str, Any]) -> int:
+    def take_place(self, batches: int, place: Mapping[str, Any], before: int, now: int) -> int:
         self._accelerator.step = self._accumulated = place["accumulated"]
         self._loader = place["loader"]
         loader = self._training_loader()
-        before: int | None = place["epoch_length"]
-        now = _length(loader)
-        if loader is None or not before or not now:
-            return super().take_place(batches, place)
+        epoch_length: int = _length(loader) or 0
+        if loader is None or not place["epoch_length"] or not epoch_length:
+            return super().take_place(batches, place, before, now)
         # Ranks share out each epoch by itself, and the last batches of one may be no multiple of theirs.
-        epoch, batch = divmod(batches, before)
+        epoch, batch = divmod(batches, place["epoch_length"])
         if not self._accelerator.split_batches:
-            batch = super().take_place(batch, place)
+            batch = super().take_place(batch, place, before, now)
         loader.set_epoch(epoch)
         if place["shuffle_seed"] is not None:
             _accelerate.set_shuffle_seed(loader, place["shuffle_seed"])
@@ -131,7 +129,7 @@ class WithAccelerate(Framework):
                 "dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True).",
                 stacklevel=4,
             )
-        return epoch * now + batch
+        return epoch * epoch_length + batch
 
     def _training_loader(self) -> Any:
         loaders = _accelerate.loaders(self._accelerator)
@@ -174,8 +172,10 @@ class WithAccelerate(Framework):
         self._muted = []
 
     @override
-    def regroup(self, rank: int, size: int) -> None:
-        _accelerate.set_processes(rank, size)
+    def regroup(self, rank: int, size: int, local_rank: int) -> None:
+        # Where there are devices, it is the number of this process's own, for barriers among others.
+        is_free = self._accelerator.device.type == "cpu"
+        _accelerate.set_processes(rank, size, local_rank if is_free else None)
 
     @override
     def register_hooks(self, wrapper: Module) -> None:

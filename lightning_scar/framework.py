@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch.distributed as dist
 from torch.nn import Module
 
 from lightning_scar.core.training_state import TrainingState
@@ -33,21 +32,22 @@ class Framework:
 
     def place(self) -> dict[str, Any]:
         """What else than the number of batches tells where the loop was when it looked at a batch last."""
-        return {"world_size": world_size()}
+        return {}
 
-    def take_place(self, batches: int, place: Mapping[str, Any]) -> int:
+    def take_place(self, batches: int, place: Mapping[str, Any], before: int, now: int) -> int:
         """Goes on at another's place.
 
         Args:
-            batches: How many it had done.
+            batches: How many each of its ranks had done.
             place: Its :meth:`place`.
+            before: How many ranks it had.
+            now: How many there are.
 
         Returns:
-            How many batches that is on the present number of ranks.
+            How many batches that is for each of the present ranks.
 
         """
-        done: int = batches * place["world_size"] // world_size()
-        return done
+        return batches * before // now
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -93,8 +93,15 @@ class Framework:
     def has_joined(self) -> None:
         """Its first step begins."""
 
-    def regroup(self, rank: int, size: int) -> None:
-        """The process group is another one, or, with a size of 1, there may be none."""
+    def regroup(self, rank: int, size: int, local_rank: int) -> None:
+        """The process group is another one, or, with a size of 1, there may be none.
+
+        Args:
+            rank: This process's number in it.
+            size: How many processes it has.
+            local_rank: This process's number among those of its node.
+
+        """
 
     def register_hooks(self, wrapper: Module) -> None:
         """Registers communication hooks on a DDP wrapper made anew."""
@@ -110,8 +117,3 @@ class Framework:
     def extra_batches(self, seed: int) -> Iterator[Any] | None:
         """Batches of the training data in an order of this process's own; ``None`` if there are none."""
         return None
-
-
-def world_size() -> int:
-    """The number of ranks, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

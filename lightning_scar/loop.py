@@ -119,6 +119,8 @@ class SCARLoop:
         self._storage_options = storage_options
         self._continuation = continuation
         self._training: LoopTraining | None = None
+        #: Those that the data are shared out among, dead ones included.
+        self._ranks = Ranks()
         self._running: RunningCheckpoint | None = None
         self._watch: OptimizerWatch | None = None
         self._sigterm: DeferredSigterm | None = None
@@ -165,8 +167,12 @@ class SCARLoop:
         if self._continuation is not None and self._continuation.member is not None:
             self._training = LoopTraining(self, self._continuation, self._continuation.member)
         kept = self._training.kept() if self._training is not None else None
-        if self._continuation is None or not self._continuation.is_joiner:
-            self.open(Ranks.of_default_group())
+        if self._training is not None and self._training.engine.is_joiner:
+            # The first collective of this process is the one in which it is taken in.
+            self._ranks = self._training.ranks
+        else:
+            self._ranks = Ranks.of_default_group()
+            self.open()
             self._restore(kept, weights_only)
         if self._training is not None:
             self._training.begin(kept)
@@ -176,15 +182,14 @@ class SCARLoop:
             self._sigterm = DeferredSigterm()
         return self.batches
 
-    def open(self, ranks: Ranks, seat: Seat | None = None) -> None:
-        """Takes the directory.
+    def open(self, seat: Seat | None = None) -> None:
+        """Takes the directory; a collective without a seat.
 
         Args:
-            ranks: All that save there; a collective without a seat.
             seat: That of a worker that died, whose place this one takes.
 
         """
-        self._running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks, seat)
+        self._running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, self._ranks, seat)
         self.stats = self._running.stats
 
     def close(self) -> None:
@@ -332,16 +337,17 @@ class SCARLoop:
         return {
             **self.framework.training_state().dump(),
             "global_step": self.steps + behind,
-            "loop": {"batches": self.batches + behind, **self.framework.place()},
+            "loop": {"batches": self.batches + behind, "ranks": self._ranks.world_size, **self.framework.place()},
             "random": random_generators(),
         }
 
     def take(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Goes on where a checkpoint dict is, but for random numbers."""
         self.framework.training_state().load(checkpoint, self.dirpath, strict)
-        place = dict(checkpoint["loop"])
+        place = checkpoint["loop"]
         self.steps = checkpoint["global_step"]
-        self.batches = self.framework.take_place(place.pop("batches"), place)
+        now = self._ranks.world_size
+        self.batches = self.framework.take_place(place["batches"], place, before=place["ranks"], now=now)
 
     def take_step(self, checkpoint: dict[str, Any]) -> None:
         """Takes the step of the present batch from a checkpoint dict; the batch itself is still to be counted."""
@@ -357,7 +363,7 @@ class SCARLoop:
     def _restore(self, kept: dict[str, Any] | None, weights_only: bool | None) -> None:
         """Goes on from what was kept in memory, or from what is on disk if that is newer."""
         assert self._running is not None
-        ranks = self._running.ranks
+        ranks = self._ranks
         try:
             check_ranks_agree(ranks, self.framework.training_state().state_dict())
             heads = ranks.gather(ranks.together(lambda: newest_heads(self.dirpath, self._storage_options)))[0]
@@ -380,9 +386,9 @@ class SCARLoop:
                 f"from its weights, `model.load_state_dict(lightning_scar.load({self.dirpath!r})['state_dict'])`."
             )
         self.take(checkpoint, strict=check_fit(self.dirpath, checkpoint, live, self._strict) and self._strict)
-        if restored.own is not None and restored.world_size == running.ranks.world_size:
+        if restored.own is not None and restored.world_size == self._ranks.world_size:
             set_random_generators(restored.own["random"])
-        if running.ranks.rank == 0:
+        if self._ranks.rank == 0:
             say(f"resuming from the running checkpoint {self.dirpath}: step {self.steps}, {running.recovery}")
 
 

@@ -56,6 +56,11 @@ class LoopTraining:
         self._is_updating = False
         self.engine = continuation.engine = Continuation(self, member, continuation.policy)
 
+    @property
+    def ranks(self) -> Ranks:
+        """This worker among all that there should be."""
+        return Ranks(self._member.slot, self._member.world_size)
+
     # -- the beginning and the end -------------------------------------------------------------------------------
 
     def kept(self) -> dict[str, Any] | None:
@@ -165,12 +170,12 @@ class LoopTraining:
     def wrap(self) -> None:
         """Makes the wrappers anew that the user holds."""
         self._wrappers.wrap()
-        self._framework.regroup(dist.get_rank(), dist.get_world_size())
+        self._framework.regroup(dist.get_rank(), dist.get_world_size(), self._member.local_rank)
 
     def unwrap(self) -> None:
         """Makes the wrappers pass everything through."""
         self._wrappers.unwrap()
-        self._framework.regroup(0, 1)
+        self._framework.regroup(0, 1, 0)
 
     @property
     def module(self) -> Module:
@@ -185,7 +190,7 @@ class LoopTraining:
         """Takes another's place behind its step."""
         checkpoint, seat = state
         self._loop.take(checkpoint)
-        self._loop.open(Ranks(self._member.slot, self._member.world_size), seat)
+        self._loop.open(seat)
         self._framework.joins()
 
     def take_weights(self, state: Any) -> None:

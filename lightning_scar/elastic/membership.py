@@ -201,6 +201,13 @@ class Member:
         return self.generation is not None and self.generation.members[0] == self.slot
 
     @property
+    def local_rank(self) -> int:
+        """How many of its generation have lower slots on this node."""
+        members = self.generation.members if self.generation is not None else []
+        first = self.slot - int(os.environ.get("LOCAL_RANK", "0"))
+        return sum(first <= slot < self.slot for slot in members)
+
+    @property
     def is_full(self) -> bool:
         """Whether nobody is missing from its generation."""
         return self.generation is not None and len(self.generation.spawns) == self.world_size
