@@ -116,7 +116,7 @@ class WithAccelerate(Framework):
         if loader is None or not place["epoch_length"] or not epoch_length:
             return super().take_place(batches, place, before, now)
         # Ranks share out each epoch by itself, and the last batches of one may be no multiple of theirs.
-        epoch, batch = divmod(batches, place["epoch_length"])
+        epoch, batch = divmod(batches, int(place["epoch_length"]))
         if not self._accelerator.split_batches:
             batch = super().take_place(batch, place, before, now)
         loader.set_epoch(epoch)

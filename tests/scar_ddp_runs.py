@@ -31,6 +31,8 @@ REFERENCE: dict[str, Any] = {"model": {"rich": True}, "trainer": {"max_epochs": 
 #: With random numbers besides.
 WITH_DROPOUT: dict[str, Any] = {**REFERENCE, "model": {"rich": True, "dropout": True}}
 
+#: Where nothing depends on the words of Fabric, the other two tell enough.
+DOORS = ["Trainer", "Accelerate"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 #: Where, when, who and how: ``("training_step", 4, 0, "kill")``. See ``place`` in the script.

@@ -206,7 +206,8 @@ class OfFabric(Loop):
         self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip)
 
     def epoch(self, number: int, skip: int) -> Any:
-        self.loader.sampler.set_epoch(number)
+        # Fabric tells the sampler itself, and counts from where this process began.
+        self.loader._num_iter_calls = number
         return itertools.islice(self.loader, skip, None)
 
     def accumulating(self) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from helpers import assert_same
 from scar_ddp_runs import (
+    DOORS,
     SCRIPTS,
     WITH_DROPOUT,
     Fault,
@@ -53,7 +54,7 @@ def test_the_others_go_on_as_a_smaller_group(tmp_path: Path, door: str) -> None:
     assert_steps_of_what_they_saw(training)
 
 
-@pytest.mark.parametrize("door", SCRIPTS)
+@pytest.mark.parametrize("door", DOORS)
 def test_one_of_three_is_left(tmp_path: Path, door: str) -> None:
     faults = [("backward", 3, 0, "kill"), ("backward", 3, 2, "kill")]
     training = train(tmp_path, *faults, ranks=3, door=door)
@@ -64,7 +65,7 @@ def test_one_of_three_is_left(tmp_path: Path, door: str) -> None:
     assert_steps_of_what_they_saw(training)
 
 
-@pytest.mark.parametrize("door", SCRIPTS)
+@pytest.mark.parametrize("door", DOORS)
 def test_weights_wait_for_the_replacement(tmp_path: Path, door: str) -> None:
     """Each death is of another kind."""
     faults = [("training_step", 3, 0, "error"), ("before_step", 15, 0, "exit"), ("training_step", 30, 0, "memory")]
@@ -79,7 +80,7 @@ def test_weights_wait_for_the_replacement(tmp_path: Path, door: str) -> None:
 
 
 @pytest.mark.parametrize("flush", ["mean", "replay"])
-@pytest.mark.parametrize("door", SCRIPTS)
+@pytest.mark.parametrize("door", DOORS)
 def test_stale_gradients_are_applied_when_the_replacement_is_there(tmp_path: Path, flush: str, door: str) -> None:
     strategy = {"on_failure": "buffer", "flush": flush, "max_staleness": 4}
     training = train(tmp_path, ("training_step", 3, 0, "kill"), ranks=3, strategy=strategy, door=door)
@@ -97,7 +98,7 @@ def test_stale_gradients_are_applied_when_the_replacement_is_there(tmp_path: Pat
         assert training.results[0]["global_step"] == 16
 
 
-@pytest.mark.parametrize("door", SCRIPTS)
+@pytest.mark.parametrize("door", DOORS)
 def test_a_synchronising_micro_batch_is_repeated_with_the_gradients_of_those_before(tmp_path: Path, door: str) -> None:
     faults: list[Fault] = [("training_step", 5, 0, "kill"), ("backward", 17, 1, "kill")]
     trainer = {"accumulate_grad_batches": 3}
@@ -122,7 +123,7 @@ def test_a_worker_that_hangs_is_replaced(tmp_path: Path, way: str, door: str) ->
     assert_steps_of_what_they_saw(training)
 
 
-@pytest.mark.parametrize("door", SCRIPTS)
+@pytest.mark.parametrize("door", DOORS)
 def test_a_replacement_dies_on_its_way_in(tmp_path: Path, door: str) -> None:
     """In its start-up, and right before it would have joined."""
     faults = [("training_step", 2, 1, "kill"), ("setup", 1, 1, "kill"), ("join", 2, 1, "kill")]

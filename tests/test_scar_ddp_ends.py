@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 from helpers import TinyModel, assert_same, loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from scar_ddp_runs import REFERENCE, SCRIPTS, Training, assert_done, reference, train
+from scar_ddp_runs import DOORS, REFERENCE, SCRIPTS, Training, assert_done, reference, train
 
 from lightning_scar import SCARDDPStrategy, load
 from lightning_scar.core.restoration import restore
@@ -17,7 +17,7 @@ from lightning_scar.storage.store import DeltaStore
 SCAR = {"every_n_train_steps": 4, "fraction": 0.5}
 
 
-in_each_door = pytest.mark.parametrize("door", SCRIPTS)
+in_each_door = pytest.mark.parametrize("door", DOORS)
 
 
 def saved_state(training: Training) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_the_running_checkpoint_goes_on_in_a_replacement(tmp_path: Path, door: s
     assert_same(saved_state(training), training.state)
 
 
-@in_each_door
+@pytest.mark.parametrize("door", SCRIPTS)
 def test_when_every_worker_dies_the_running_checkpoint_is_what_is_left(tmp_path: Path, door: str) -> None:
     # Lightning's own loaders cannot begin in the middle of an epoch.
     faults = [("training_step", 13, 0, "kill"), ("training_step", 13, 1, "kill")]

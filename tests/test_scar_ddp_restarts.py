@@ -18,8 +18,8 @@ CASES: dict[str, list[Fault]] = {
 @pytest.mark.parametrize("door", SCRIPTS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_failure_outside_of_steps_costs_nothing_but_time(tmp_path: Path, case: str, door: str) -> None:
-    if case == "in a save" and door != "Trainer":
-        pytest.skip("the hook of a save is the Trainer's")
+    if (case == "in a save" and door != "Trainer") or (case == "at start-up" and door == "Fabric"):
+        pytest.skip("the hook of a save is the Trainer's, and a start-up the same for all loops")
     callbacks = ["ModelCheckpoint"] if case == "in a save" else []
     training = train(tmp_path, *CASES[case], **REFERENCE, callbacks=callbacks, door=door)
     assert_done(training, steps=36)
