@@ -21,6 +21,7 @@ from lightning_scar.core.training_state import TrainingState
 from lightning_scar.framework import Framework
 from lightning_scar.loop import SCARLoop
 from lightning_scar.loop_options import Options
+from lightning_scar.state_folders import watch_state_folders
 
 #: Of these no process holds the whole state.
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -31,7 +32,7 @@ class SCARAccelerator(SCARLoop):
 
     Takes models, optimizers, schedulers, the scaler and everything given to ``register_for_checkpointing`` from the
     accelerator: what is there when :meth:`resume` is called. ``accelerator.save_state`` and ``load_state`` work beside
-    it.
+    it, and what a ``save_state`` left unfinished is not loaded.
 
     Args:
         accelerator: The accelerator; its ``prepare`` may come later.
@@ -67,6 +68,7 @@ class SCARAccelerator(SCARLoop):
     def __init__(self, accelerator: Accelerator, dirpath: str | os.PathLike[str], **options: Unpack[Options]) -> None:
         check_accelerator(accelerator)
         super().__init__(dirpath, WithAccelerate(accelerator), **options)
+        watch_state_folders(accelerator)
 
 
 class WithAccelerate(Framework):

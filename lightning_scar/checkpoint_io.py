@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -111,13 +112,14 @@ class SCARCheckpointIO(CheckpointIO):
         if attached is not None:
             restored = attached.restore(weights_only, initial=self._initial[self._key(path)]())
             _lightning.take_loader_states(restored.checkpoint, restored.own)
-            return restored.checkpoint
+            return _as_a_trainers(restored.checkpoint)
         if self._key(path) in self._opened:
             self._opened[self._key(path)].flush()
         if is_running_checkpoint(path, self._storage_options):
-            return load(
+            checkpoint = load(
                 path, map_location=map_location, weights_only=weights_only, storage_options=self._storage_options
             )
+            return _as_a_trainers(checkpoint)
         options = {"map_location": map_location} if map_location is not None else {}
         # Lightning 2.5 does not know the argument.
         options |= {"weights_only": weights_only} if weights_only is not None else {}
@@ -146,6 +148,13 @@ class SCARCheckpointIO(CheckpointIO):
 
     def _key(self, path: _PATH) -> str:
         return Directory(path, self._storage_options).path
+
+
+def _as_a_trainers(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Of what a loop wrote, a Trainer can take the weights, if it is told that there is nothing to migrate."""
+    if "loop" in checkpoint:
+        checkpoint.setdefault("pytorch-lightning_version", lightning.__version__)
+    return checkpoint
 
 
 def _close_all(opened: dict[str, RunningCheckpoint]) -> None:

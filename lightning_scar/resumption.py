@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_scar.core.compatibility import check_fit
+from lightning_scar.core.compatibility import ModelMismatchError, check_fit
 from lightning_scar.core.resumption import newest_heads
 
 
@@ -40,9 +40,14 @@ def fit_to_model(path: str, checkpoint: dict[str, Any], module: pl.LightningModu
         strict: Whether a difference is an error.
 
     Raises:
-        ModelMismatchError: If it does not fit; every difference is listed.
+        ModelMismatchError: If it does not fit; every difference is listed. Or if a loop wrote it.
 
     """
+    if "loop" in checkpoint:
+        raise ModelMismatchError(
+            f"{path} was written by a loop, so a Trainer cannot go on from it. Use another dirpath; to start from its "
+            f"weights, `model.load_state_dict(lightning_scar.load({path!r})['state_dict'])`."
+        )
     if is_overridden("on_load_checkpoint", module):
         return  # The user's hook may be there to make it fit.
     live = module.state_dict()

@@ -1,13 +1,24 @@
 """Loops of Accelerate in one process: saved, cut short, resumed; and what is refused."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import loop_runs
 import pytest
-from helpers import assert_blocks_as_lived, assert_same
-from loop_runs import WAYS, Loop, train
+import torch
+from helpers import TinyModel, assert_blocks_as_lived, assert_same, fit, loader, make_trainer, saver
+from loop_runs import WAYS, Loop, Net, train
+from safetensors.torch import load_file
+from test_cli import Command
+
+from lightning_scar import SCARAccelerator, SCARCheckpointIO, load
+from lightning_scar.core.compatibility import ModelMismatchError
+from lightning_scar.core.restoration import restore
+from lightning_scar.storage.delta import StorageError
+from lightning_scar.storage.store import DeltaStore
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "objects", "global_step")
 
@@ -56,3 +67,123 @@ def test_blocks_are_as_they_were_at_their_steps(tmp_path: Path) -> None:
     loop = train(0, tmp_path, after=20, way="an average of the weights", scar=options)
     assert_done(loop)
     assert len(assert_blocks_as_lived(tmp_path, loop.live)) > 1
+
+
+# -- what is beside it ---------------------------------------------------------------------------------------------
+
+
+def small(tmp_path: Path, **options: Any) -> tuple[Any, Any, Any, SCARAccelerator]:
+    """An accelerator with one model and optimizer."""
+    accelerator = loop_runs.seedable()
+    model = Net()
+    model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=0.01))
+    scar = SCARAccelerator(accelerator, tmp_path / "scar", **{"every_n_steps": 2, **options})
+    return accelerator, model, optimizer, scar
+
+
+def step(accelerator: Any, model: Any, optimizer: Any) -> None:
+    accelerator.backward(model(torch.ones(2, 8)).square().sum())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_save_state_and_load_state_work_beside_it(tmp_path: Path, steps: int) -> None:
+    accelerator, model, optimizer, scar = small(tmp_path)
+    ema = loop_runs.Ema(model)
+    accelerator.register_for_checkpointing(ema)
+    with scar:
+        scar.resume()
+        for _ in range(steps):
+            step(accelerator, model, optimizer)
+            scar.step()
+        accelerator.save_state(str(tmp_path / "state"))
+        saved = {name: value.clone() for name, value in model.state_dict().items()}
+        step(accelerator, model, optimizer)
+        scar.step()
+        accelerator.load_state(str(tmp_path / "state"))
+        assert_same(dict(model.state_dict()), saved)
+        step(accelerator, model, optimizer)
+        scar.step()
+    assert_same(load(tmp_path / "scar")["state_dict"], dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("lost", ["random_states_0.pkl", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("how", ["missing", "cut short", "of an older save"])
+def test_what_save_state_did_not_finish_is_not_loaded(tmp_path: Path, lost: str, how: str) -> None:
+    accelerator, model, *_ = small(tmp_path)
+    accelerator.register_for_checkpointing(loop_runs.Ema(model))
+    folder = tmp_path / "state"
+    accelerator.save_state(str(folder))
+    if how == "missing":
+        (folder / lost).unlink()
+    elif how == "cut short":
+        (folder / lost).write_bytes((folder / lost).read_bytes()[:-30])
+    else:
+        os.utime(folder / lost, (0, 0))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(StorageError, match=f"cut short before it had written {lost}"):
+        accelerator.load_state(str(folder))
+    assert_same(dict(model.state_dict()), before)
+    accelerator.save_state(str(folder))
+    accelerator.load_state(str(folder))
+
+
+def test_a_folder_of_save_state_is_one_for_accelerate_alone(tmp_path: Path) -> None:
+    accelerator, model, *_ = small(tmp_path)
+    accelerator.save_state(str(tmp_path / "state"))
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    other = loop_runs.accelerator()
+    model = Net(width=32)
+    model, _ = other.prepare(model, torch.optim.Adam(model.parameters()))
+    torch.nn.init.zeros_(model.net[0].weight)
+    other.load_state(str(tmp_path / "state"))
+    assert_same(dict(model.state_dict()), saved)
+
+
+# -- one format ----------------------------------------------------------------------------------------------------
+
+
+def test_a_trainers_and_a_loops_running_checkpoints_are_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inspect, verify and export read both, and weights go from one to the other."""
+    command = Command(monkeypatch, capsys)
+    module = fit(saver(tmp_path / "trainer"))
+    loop = train(0, tmp_path / "loop")
+    assert_done(loop)
+    for name, steps in (("trainer", 16), ("loop", 32)):
+        assert command("verify", tmp_path / name).returncode == 0
+        assert command("inspect", tmp_path / name).returncode == 0
+        assert command("export", tmp_path / name, tmp_path / f"{name}.safetensors").returncode == 0
+        assert command("export", tmp_path / name, tmp_path / f"{name}.ckpt").returncode == 0
+        assert torch.load(tmp_path / f"{name}.ckpt", weights_only=False)["global_step"] == steps
+    ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("loop", "trainer"))
+    assert {name: value.shape for name, value in ours.items()} == {name: v.shape for name, v in theirs.items()}
+    net = Net()
+    net.load_state_dict(load(tmp_path / "trainer")["state_dict"])
+    assert_same(dict(net.state_dict()), dict(module.state_dict()))
+    module.load_state_dict(load(tmp_path / "loop")["state_dict"])
+    assert_same(dict(module.state_dict()), loop.final["state_dict"])
+    other = TinyModel()
+    tester = make_trainer(plugins=[SCARCheckpointIO()])
+    tester.test(other, loader(), ckpt_path=str(tmp_path / "loop"))
+    assert_same(dict(other.state_dict()), loop.final["state_dict"])
+    groups = [
+        {(group.name, tuple(slot.name for slot in group.slots)) for group in restore(DeltaStore(folder)).map.groups}
+        for folder in (tmp_path / "trainer", tmp_path / "loop")
+    ]
+    assert groups[0] == groups[1]
+
+
+def test_each_front_door_refuses_to_resume_the_others_run(tmp_path: Path) -> None:
+    fit(saver(tmp_path / "trainer"))
+    train(0, tmp_path / "loop", after=3)
+    loop = train(0, tmp_path / "trainer")
+    assert loop.error is not None
+    assert "was written by a Trainer, so it has no place in a loop" in loop.error[1]
+    with pytest.raises(ModelMismatchError, match="was written by a loop"):
+        fit(saver(tmp_path / "loop"))
+    # Nothing was lost by it.
+    assert load(tmp_path / "loop")["global_step"] == 3
+    assert load(tmp_path / "trainer")["global_step"] == 16
