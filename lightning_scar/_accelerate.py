@@ -3,6 +3,7 @@
 Each stands behind one function here, and each function has a test that fails loudly when Accelerate changes.
 """
 
+import os
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,6 +13,21 @@ from accelerate.utils import DistributedType
 from torch.utils.data import RandomSampler
 
 from lightning_scar.core.training_state import TrainingState
+
+#: Of these no process holds the whole state.
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+def sharding(accelerator: Accelerator) -> str | None:
+    """What shards the state over the processes, by its name; ``None`` if each process holds all of it."""
+    if accelerator.distributed_type in _SHARDED:
+        return str(accelerator.distributed_type.value)
+    # A plugin is of no effect in a single process, but it was asked for.
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true":
+            return name
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    return "tensor parallelism" if parallelism is not None and parallelism.tp_enabled else None
 
 
 def training_state(accelerator: Accelerator) -> TrainingState:

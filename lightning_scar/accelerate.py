@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from torch.nn import Module
 from torch.utils.data import IterableDataset
 from typing_extensions import Unpack, override
@@ -22,9 +22,6 @@ from lightning_scar.framework import Framework
 from lightning_scar.loop import SCARLoop
 from lightning_scar.loop_options import Options
 from lightning_scar.state_folders import watch_state_folders
-
-#: Of these no process holds the whole state.
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class SCARAccelerator(SCARLoop):
@@ -233,9 +230,7 @@ def check_accelerator(accelerator: Accelerator) -> None:
         ValueError: For FSDP, DeepSpeed, Megatron-LM and tensor parallelism.
 
     """
-    kind, parallelism = accelerator.distributed_type, getattr(accelerator, "parallelism_config", None)
-    if kind in _SHARDED or (parallelism is not None and parallelism.tp_enabled):
-        name = kind.value if kind in _SHARDED else "tensor parallelism"
+    if name := _accelerate.sharding(accelerator):
         raise ValueError(
             f"SCARAccelerator does not support {name}: it shards the state over the processes. Use plain DDP or a "
             "single process; with this one, accelerator.save_state."

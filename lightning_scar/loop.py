@@ -366,11 +366,13 @@ class SCARLoop:
         ranks = self._ranks
         try:
             check_ranks_agree(ranks, self.framework.training_state().state_dict())
-            heads = ranks.gather(ranks.together(lambda: newest_heads(self.dirpath, self._storage_options)))[0]
-            newest = max((head.step for head in heads.values()), default=-1)
+            # All workers may have been started again: what there is now is of this very job.
+            goes_on = self._resume or (self._training is not None and self._training.is_restart)
+            heads = ranks.together(lambda: newest_heads(self.dirpath, self._storage_options) if goes_on else {})
+            newest = max((head.step for head in ranks.gather(heads)[0].values()), default=-1)
             if kept is not None and kept["global_step"] >= newest:
                 self.take(kept)
-            elif heads and self._resume:
+            elif newest >= 0:
                 self._restore_from_disk(self._running, weights_only)
         except BaseException:
             self.leave()

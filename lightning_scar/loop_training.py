@@ -61,11 +61,16 @@ class LoopTraining:
         """This worker among all that there should be."""
         return Ranks(self._member.slot, self._member.world_size)
 
+    @property
+    def is_restart(self) -> bool:
+        """Whether all workers were started again because one died."""
+        return self._member.attempt > 0
+
     # -- the beginning and the end -------------------------------------------------------------------------------
 
     def kept(self) -> dict[str, Any] | None:
         """The state that was kept when all workers were started again; ``None`` if there is none. A collective."""
-        if self._member.attempt > 0:
+        if self.is_restart:
             share_kept(self._number)
         kept = newest_kept(self._number)
         if kept is None:

@@ -1,0 +1,192 @@
+"""What loops are refused, and what is said."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import loop_runs
+import pytest
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from helpers import samples
+from loop_runs import Net, train
+from torch.utils.data import DataLoader
+
+from lightning_scar import SCARAccelerator, SCARContinuation, SCARLoop, load
+from lightning_scar.core.compatibility import ModelMismatchError
+from lightning_scar.core.restoration import NoCheckpointError
+from lightning_scar.storage.delta import StorageError
+
+
+def loop(dirpath: Any, **options: Any) -> SCARLoop:
+    model = Net()
+    state = {"model": model, "optimizer": torch.optim.Adam(model.parameters())}
+    return SCARLoop(dirpath, state, **{"every_n_steps": 1, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"every_n_steps": None},
+            "every_n_steps=None and every_n_seconds=None; set exactly one of them",
+        ),
+        ({"every_n_seconds": 3.0}, "every_n_steps=1 and every_n_seconds=3.0; set exactly one"),
+        ({"every_n_steps": 0}, "every_n_steps=0 must be positive"),
+        ({"full_every_n_saves": -1}, "full_every_n_saves=-1 must be positive"),
+        ({"fraction": 0.0}, r"fraction=0.0 must be in \(0, 1\]"),
+        ({"policy": "best"}, "policy='best' must be one of"),
+        ({"staging": "slow"}, "staging='slow' must be"),
+    ],
+)
+def test_values_out_of_range(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loop(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        SCARAccelerator(loop_runs.accelerator(), tmp_path, **{"every_n_steps": 1, **options})
+
+
+def test_what_has_no_state(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=re.escape("state['epoch'] is a int, which has no state_dict()")):
+        SCARLoop(tmp_path, {"model": Net(), "epoch": 3}, every_n_steps=1)
+
+
+def test_fsdp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # Accelerate sets it, and leaves it.
+    accelerator = loop_runs.accelerator(fsdp_plugin=FullyShardedDataParallelPlugin())
+    with pytest.raises(ValueError, match="does not support FSDP: it shards the state over the processes"):
+        SCARAccelerator(accelerator, tmp_path, every_n_steps=1)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM])
+def test_whatever_shards_the_state_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DistributedType
+) -> None:
+    """As an accelerator says that has several devices, which there are not here."""
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
+    with pytest.raises(ValueError, match=f"does not support {kind.value}"):
+        SCARAccelerator(loop_runs.accelerator(), tmp_path, every_n_steps=1)
+
+
+def test_steps_before_and_behind(tmp_path: Path) -> None:
+    scar = loop(tmp_path)
+    for call in (scar.step, lambda: scar.training_step(lambda: None)):
+        with pytest.raises(RuntimeError, match=r"call resume\(\) once, before the first step"):
+            call()
+    scar.close()  # nothing was begun
+    scar.resume()
+    with pytest.raises(RuntimeError, match=r"resume\(\) was called before"):
+        scar.resume()
+    scar.close()
+    scar.close()
+    with pytest.raises(RuntimeError, match=r"nothing behind close\(\)"):
+        scar.step()
+
+
+def test_another_model(tmp_path: Path) -> None:
+    train(0, tmp_path, after=3)
+    model = Net(width=16)
+    state = {"model": model, "optimizer": torch.optim.Adam(model.parameters())}
+    with pytest.raises(ModelMismatchError, match=r"reshaped: net.0.weight is \(32, 8\) in the checkpoint, \(16, 8\)"):
+        SCARLoop(tmp_path, state, every_n_steps=1).resume()
+    with SCARLoop(tmp_path, state, every_n_steps=1, strict=False) as scar:
+        with pytest.warns(UserWarning, match="what fits is loaded"):
+            assert scar.resume() == 3
+        assert torch.equal(model.net[2].bias, load(tmp_path)["state_dict"]["net.2.bias"])
+    assert load(tmp_path)["state_dict"]["net.0.weight"].shape == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"second": torch.optim.SGD([torch.ones(1)], lr=1.0)}, "has 1 optimizers, this training has 2"),
+        ({"ema": loop_runs.Ema(Net())}, "has no state of ema, which this training has"),
+    ],
+)
+def test_other_parts(tmp_path: Path, more: dict[str, Any], message: str) -> None:
+    with loop(tmp_path) as scar:
+        scar.resume()
+    model = Net()
+    state = {"model": model, "optimizer": torch.optim.Adam(model.parameters()), **more}
+    with pytest.raises(ModelMismatchError, match=message):
+        SCARLoop(tmp_path, state, every_n_steps=1).resume()
+    with SCARLoop(tmp_path, state, every_n_steps=1, strict=False) as scar:
+        assert scar.resume() == 0
+
+
+def test_something_else_in_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match="holds something else than a running checkpoint"):
+        loop(tmp_path).resume()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_nothing_but_damaged_files(tmp_path: Path) -> None:
+    train(0, tmp_path, after=1)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(NoCheckpointError, match="nothing but damaged files"):
+        loop(tmp_path).resume()
+    with loop(tmp_path, resume=False) as scar:
+        assert scar.resume() == 0
+    assert load(tmp_path)["global_step"] == 0
+
+
+def test_a_loader_that_cannot_shuffle_again_is_told_of(tmp_path: Path) -> None:
+    def make(dirpath: Path) -> tuple[Any, Any, Any, SCARAccelerator]:
+        accelerator = loop_runs.accelerator()
+        model = Net()
+        model, optimizer, loader = accelerator.prepare(
+            model, torch.optim.Adam(model.parameters()), DataLoader(samples(), batch_size=4, shuffle=True)
+        )
+        return accelerator, optimizer, loader, SCARAccelerator(accelerator, dirpath, every_n_steps=1, fraction=1.0)
+
+    _, optimizer, loader, scar = make(tmp_path)
+    scar.resume()
+    for batches, _ in enumerate(loader):
+        if batches == 3:
+            break
+        optimizer.step()
+        scar.step()
+    scar.close()
+    *_, scar = make(tmp_path)
+    with pytest.warns(UserWarning, match="cannot shuffle .*use_seedable_sampler=True"):
+        assert scar.resume() == 3
+    scar.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_failure": "pray"}, "on_failure='pray' is not one of 'shrink', 'buffer', 'wait'"),
+        ({"max_staleness": -1}, "max_staleness=-1 must not be negative"),
+    ],
+)
+def test_a_continuation_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SCARContinuation(**options)
+
+
+def test_without_a_supervisor_a_continuation_makes_plain_steps(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no replacement will come .*lightning-scar run --nproc-per-node N"):
+        continuation = SCARContinuation()
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+
+    def gradients(x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    with SCARLoop(tmp_path, state, every_n_steps=1, continuation=continuation) as scar:
+        scar.resume()
+        before = model.net[0].weight.clone()
+        assert scar.training_step(gradients, torch.ones(2, 8)) > 0
+        scar.step()
+    assert not torch.equal(before, model.net[0].weight)
+    assert model.net[0].weight.grad is None
+    assert schedule.get_last_lr() == [0.05]
+    assert (scar.batches, scar.steps, continuation.outages) == (1, 1, [])
