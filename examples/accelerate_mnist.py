@@ -49,7 +49,7 @@ def main() -> None:
                     optimizer.zero_grad()
                     scar.step()
                 if scar.steps == options.steps:
-                    raise SystemExit(f"stopped at step {scar.steps}")
+                    return
             accelerator.print(f"epoch {epoch}: accuracy {accuracy(accelerator, model, test):.3f}, step {scar.steps}")
     accelerator.end_training()
 

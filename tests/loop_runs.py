@@ -99,11 +99,16 @@ class Ways:
     clips = False
     batches = 16
     shuffles = True
-    joins = False
+    evens_out = True
 
     def __init__(self, first_values: int | None) -> None:
         """``first_values`` is a seed of other ones than the models' own."""
-        self.accelerator = seedable(gradient_accumulation_steps=self.accumulates, mixed_precision=self.precision)
+        config = DataLoaderConfiguration(use_seedable_sampler=True, even_batches=self.evens_out)
+        self.accelerator = accelerator(
+            dataloader_config=config,
+            gradient_accumulation_steps=self.accumulates,
+            mixed_precision=self.precision,
+        )
         self.models = self.make_models()
         if first_values is not None:
             for parameter in (parameter for model in self.models for parameter in model.parameters()):
@@ -180,18 +185,15 @@ class RandomInTheLoop(Ways):
 
 
 class Uneven(Ways):
-    """One rank has a batch more than the other."""
+    """One rank has a batch more than the other, and makes a step more, by itself."""
 
     batches = 15
-    shuffles = False
+    evens_out = False
 
-    def __init__(self, first_values: int | None) -> None:
-        super().__init__(first_values)
-        self.accelerator.even_batches = False
-
-
-class Shuffled(Ways):
-    shuffles = True
+    def batch(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        # Without a wrapper: whoever has no batch left would be missed in the others' steps.
+        self.models = [self.accelerator.unwrap_model(model) for model in self.models]
+        super().batch(x, y)
 
 
 WAYS: dict[str, type[Ways]] = {
@@ -203,6 +205,7 @@ WAYS: dict[str, type[Ways]] = {
     "two models": TwoModels,
     "an average of the weights": Averaged,
     "random numbers": RandomInTheLoop,
+    "uneven": Uneven,
 }
 
 
@@ -316,3 +319,30 @@ def write_diary(dirpath: Path, path: Path, max_steps: int = 100_000, **options: 
                 )
             ]
             file.write(torch.cat([torch.tensor([float(scar.steps)]), *tensors]).numpy().tobytes())
+
+
+def train_counted(dirpath: Path, path: Path, seen: Path, accumulates: int = 1) -> None:
+    """A training that saves only when it is told to stop."""
+    made = Slow(None) if accumulates == 1 else SlowAndAccumulated(None)
+    loop = Loop()
+    made.path = path
+    try:
+        _train(made, loop, dirpath, None, 4, {"every_n_steps": 1000, "fraction": 1.0})
+    finally:
+        torch.save(loop.seen, seen)
+
+
+class Slow(Ways):
+    """Adds a byte to a file for every batch."""
+
+    path: Path
+
+    def batch(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        super().batch(x, y)
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(b".")
+        time.sleep(0.02)
+
+
+class SlowAndAccumulated(Slow, Accumulated):
+    """Both."""

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from lightning_scar import load
 ROOT = Path(__file__).parents[1]
 
 
-def run(name: str, *options: str | Path) -> str:
+def run(name: str, *options: str | Path, by: Sequence[str] = ()) -> str:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *map(str, options)],
+        [sys.executable, *by, str(ROOT / "examples" / name), *map(str, options)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
@@ -54,3 +55,38 @@ def test_survive(tmp_path: Path) -> None:
     (end,) = re.findall(r"Rank 0 ends at step 46. Outages: \[(.*)\]", printed)
     assert "reason='rank 0 was killed by SIGKILL'" in end
     assert "steps_lost=0" in end
+
+
+@pytest.mark.timeout(300)
+def test_accelerate_mnist_is_cut_short_on_two_processes_and_goes_on_on_one(tmp_path: Path) -> None:
+    options = ("--dir", tmp_path / "scar", "--epochs", "1")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    first = run("accelerate_mnist.py", *options, "--steps", "30", by=torchrun)
+    assert "resuming" not in first
+    assert sorted(path.name for path in (tmp_path / "scar").iterdir() if path.is_dir()) == ["rank-0000", "rank-0001"]
+    second = run("accelerate_mnist.py", *options)
+    assert f"lightning-scar: resuming from the running checkpoint {tmp_path / 'scar'}: step 30," in second
+    # 30 steps of two processes are 60 of the 140 batches of one.
+    assert re.search(r"epoch 0: accuracy 0\.\d+, step 110", second)
+
+
+@pytest.mark.timeout(300)
+def test_accelerate_survive(tmp_path: Path) -> None:
+    supervisor = ["-m", "lightning_scar", "run", "--nproc-per-node", "3"]
+    printed = run("accelerate_survive.py", "--epochs", "2", "--dir", tmp_path / "scar", by=supervisor)
+    assert "rank 0 was killed by SIGKILL in step 21; 2 of 3 workers go on" in printed
+    assert "all 3 workers are there again at step" in printed
+    (end,) = re.findall(r"The first worker ends at step 92. Outages: \[(.*)\]", printed)
+    assert "reason='rank 0 was killed by SIGKILL'" in end
+    assert "steps_lost=0" in end
+
+
+@pytest.mark.timeout(300)
+def test_fabric_mnist(tmp_path: Path) -> None:
+    first = run("fabric_mnist.py", "--dir", tmp_path, "--epochs", "1")
+    assert "epoch 0: accuracy 0." in first
+    second = run("fabric_mnist.py", "--dir", tmp_path, "--epochs", "2")
+    assert "lightning-scar: resuming from the running checkpoint" in second
+    assert "epoch 0" not in second
+    assert "epoch 1: accuracy 0." in second
+    assert load(tmp_path / "epochs")["step"] == load(tmp_path / "scar")["global_step"] == 280

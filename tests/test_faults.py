@@ -176,6 +176,21 @@ def test_nothing_is_lost_when_a_process_is_told_to_stop(
         assert_same(resumed.final[part], whole.final[part])
 
 
+@pytest.mark.parametrize("accumulates", [1, 3])
+def test_nothing_is_lost_when_a_loop_is_told_to_stop(start: Start, tmp_path: Path, accumulates: int) -> None:
+    options = {"accumulates": accumulates}
+    process = start(loop_runs.train_counted, tmp_path / "scar", tmp_path / "count", tmp_path / "seen", **options)
+    wait_until(lambda: size(tmp_path / "count") >= 5, process)
+    # As if nobody had taken the signal up: batch systems look at it.
+    assert kill(process, signal.SIGTERM) == -signal.SIGTERM
+    made, way = size(tmp_path / "count"), "Adam" if accumulates == 1 else "accumulated gradients"
+    resumed = loop_runs.train(0, tmp_path / "scar", way=way, epochs=4)
+    whole = loop_runs.train(0, tmp_path / "whole", way=way, epochs=4)
+    assert whole.seen[made:] == resumed.seen, "it did not stop behind a step"
+    for part in ("state_dict", "optimizer_states", "global_step"):
+        assert_same(resumed.final[part], whole.final[part])
+
+
 def test_the_exit_code_is_lightnings(start: Start, tmp_path: Path) -> None:
     plain = start(fault_runs.train_plainly, tmp_path / "plain")
     ours = start(fault_runs.train_counted, tmp_path / "scar", tmp_path / "count", tmp_path / "seen")
