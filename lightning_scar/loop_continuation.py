@@ -99,7 +99,8 @@ class SCARContinuation:
 
 
 def _warn_of_missing_supervisor() -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if rank == 0:
         warnings.warn(
             "lightning-scar: SCARContinuation was not started by lightning-scar's supervisor: no replacement will come "
             "for a worker that dies. Use `lightning-scar run --nproc-per-node N script.py` in the place of torchrun, "

@@ -2,13 +2,18 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same
-from scar_ddp_runs import REFERENCE, TORCHRUN, assert_done, assert_lived_through, reference, train, world_sizes
+from scar_ddp_runs import DOORS, REFERENCE, TORCHRUN, assert_done, assert_lived_through, reference, train, world_sizes
+
+from lightning_scar import load
 
 STRATEGIES = {
     "by its name": ["--trainer.strategy=scar_ddp"],
@@ -82,8 +87,67 @@ def test_iterable_data_has_no_extra_batches(tmp_path: Path) -> None:
         assert all(i % 2 == step["slot"] for batch in step["used"] for i in batch), json.dumps(step)
 
 
-def test_under_torchrun_it_works_as_ddp(tmp_path: Path) -> None:
-    training = train(tmp_path, command=TORCHRUN, **REFERENCE)
+@pytest.mark.parametrize("door", DOORS)
+def test_under_torchrun_it_works_as_ddp(tmp_path: Path, door: str) -> None:
+    training = train(tmp_path, command=TORCHRUN, door=door, **REFERENCE)
     assert_done(training, steps=36)
-    assert_same(training.state, reference())
+    assert_same(training.state, reference(door=door))
     assert training.console.count("was not started by lightning-scar's supervisor") == 1
+
+
+LAUNCHED = """
+import sys
+import torch
+from accelerate import Accelerator, {launcher}
+from lightning_scar import SCARAccelerator, SCARContinuation
+
+def train():
+    continuation = SCARContinuation()
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(2, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def gradients(x):
+        loss = model(x).square().mean()
+        accelerator.backward(loss)
+        return loss
+
+    with SCARAccelerator(accelerator, sys.argv[1], every_n_steps=1, continuation=continuation) as scar:
+        scar.resume()
+        for _ in range(3):
+            scar.training_step(gradients, torch.ones(2, 2))
+            scar.step()
+    print("ends with", accelerator.num_processes, flush=True)
+
+{call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "launcher", "call", "size"),
+    [
+        ([sys.executable], "notebook_launcher", "notebook_launcher(train, (), num_processes=1)", 1),
+        ([sys.executable], "debug_launcher", "debug_launcher(train, num_processes=2)", 2),
+        ([sys.executable, "-m", "accelerate.commands.launch", "--cpu"], "utils", "train()", 1),
+    ],
+)
+def test_accelerates_own_launchers_work_without_replacements(
+    tmp_path: Path, command: list[str], launcher: str, call: str, size: int
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED.format(launcher=launcher, call=call))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "scar")],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count(f"ends with {size}") == size
+    assert done.stdout.count("no replacement will come for a worker that dies") == 1, done.stdout
+    assert load(tmp_path / "scar")["global_step"] == 3
