@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,8 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_scar.core.claim import Seat
-from lightning_scar.core.compatibility import ModelMismatchError, check_fit, check_ranks_agree
-from lightning_scar.core.random_generators import random_generators, set_random_generators
+from lightning_scar.core.compatibility import check_ranks_agree
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.resumption import newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
@@ -23,6 +21,7 @@ from lightning_scar.core.settings import PolicyName, Settings
 from lightning_scar.core.stats import Stats
 from lightning_scar.framework import Framework
 from lightning_scar.loop_continuation import SCARContinuation
+from lightning_scar.loop_state import LoopState
 from lightning_scar.loop_training import LoopTraining
 from lightning_scar.optimizer_watch import OptimizerWatch
 from lightning_scar.schedule import Schedule, check_intervals
@@ -57,8 +56,6 @@ class SCARLoop:
         continuation: Lets the workers of this loop outlive each other; steps are made by :meth:`training_step` then.
 
     Attributes:
-        batches: How often :meth:`step` was called, those calls included that were resumed from.
-        steps: In how many of them an optimizer made a step.
         stats: Counters of this run, see :class:`~lightning_scar.core.stats.Stats`.
 
     Raises:
@@ -107,25 +104,31 @@ class SCARLoop:
         self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error)
         check_intervals(full_every_n_saves, every_n_steps=every_n_steps, every_n_seconds=every_n_seconds)
         self.dirpath = os.fspath(dirpath)
-        self.batches = 0
-        self.steps = 0
         self.stats = Stats()
-        #: What the loop is written with.
-        self.framework = state if isinstance(state, Framework) else Framework(state)
+        framework = state if isinstance(state, Framework) else Framework(state)
+        #: Where the loop is.
+        self.state = LoopState(framework, self.dirpath, strict)
         self._schedule = Schedule(every_n_steps, every_n_seconds, full_every_n_saves)
         self._resume = resume
-        self._strict = strict
         self._save_on_exception = save_on_exception
         self._storage_options = storage_options
         self._continuation = continuation
         self._training: LoopTraining | None = None
-        #: Those that the data are shared out among, dead ones included.
-        self._ranks = Ranks()
         self._running: RunningCheckpoint | None = None
         self._watch: OptimizerWatch | None = None
         self._sigterm: DeferredSigterm | None = None
         if continuation is not None and continuation.is_joiner and continuation.member is not None:
-            self.framework.set_up_joiner(continuation.member.slot, continuation.member.world_size)
+            framework.set_up_joiner(continuation.member.slot, continuation.member.world_size)
+
+    @property
+    def batches(self) -> int:
+        """How often :meth:`step` was called, those calls included that were resumed from."""
+        return self.state.batches
+
+    @property
+    def steps(self) -> int:
+        """In how many of them an optimizer made a step."""
+        return self.state.steps
 
     def __enter__(self) -> Self:
         """Returns itself; the end of the block closes it."""
@@ -164,33 +167,54 @@ class SCARLoop:
         """
         if self._running is not None or self._watch is not None:
             raise RuntimeError("resume() was called before; make a new object for another loop")
-        if self._continuation is not None and self._continuation.member is not None:
-            self._training = LoopTraining(self, self._continuation, self._continuation.member)
-        kept = self._training.kept() if self._training is not None else None
-        if self._training is not None and self._training.engine.is_joiner:
-            # The first collective of this process is the one in which it is taken in.
-            self._ranks = self._training.ranks
-        else:
-            self._ranks = Ranks.of_default_group()
-            self.open()
-            self._restore(kept, weights_only)
-        if self._training is not None:
-            self._training.begin(kept)
+        try:
+            self._begin(weights_only)
+        except BaseException as error:
+            if self._training is not None:
+                self._training.fail(error)
+            self.leave()
+            raise
         self._schedule.begin(self.steps)
-        self._watch = OptimizerWatch(self.framework.training_state().inner_optimizers, before_step=self.fence)
+        optimizers = self.state.framework.training_state().inner_optimizers
+        self._watch = OptimizerWatch(optimizers, before_step=self.fence)
         if self._training is None and threading.current_thread() is threading.main_thread():
             self._sigterm = DeferredSigterm()
         return self.batches
 
-    def open(self, seat: Seat | None = None) -> None:
-        """Takes the directory; a collective without a seat.
+    def _begin(self, weights_only: bool | None) -> None:
+        training, kept = None, None
+        if self._continuation is not None and self._continuation.member is not None:
+            training = self._training = LoopTraining(self, self._continuation, self._continuation.member)
+            kept = training.kept()
+        if training is not None and training.engine.is_joiner:
+            # The first collective of this process is the one in which it is taken in.
+            self.state.ranks = training.ranks
+        else:
+            self.state.ranks = Ranks.of_default_group()
+            # All workers may have been started again: what there is now is of this very job.
+            goes_on = self._resume or (training is not None and training.is_restart)
+            self._go_on(self._open(), kept, goes_on, weights_only)
+        if training is not None:
+            training.begin(kept)
 
-        Args:
-            seat: That of a worker that died, whose place this one takes.
+    def _open(self, seat: Seat | None = None) -> RunningCheckpoint:
+        ranks = self.state.ranks
+        running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks, seat)
+        self._running, self.stats = running, running.stats
+        return running
 
-        """
-        self._running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, self._ranks, seat)
-        self.stats = self._running.stats
+    def _go_on(
+        self, running: RunningCheckpoint, kept: dict[str, Any] | None, from_disk: bool, weights_only: bool | None
+    ) -> None:
+        """Goes on from what was kept in memory, or from what is on disk if that is newer."""
+        ranks = self.state.ranks
+        check_ranks_agree(ranks, self.state.framework.training_state().state_dict())
+        heads = ranks.together(lambda: newest_heads(self.dirpath, self._storage_options) if from_disk else {})
+        newest = max((head.step for head in ranks.gather(heads)[0].values()), default=-1)
+        if kept is not None and kept["global_step"] >= newest:
+            self.state.take(kept)
+        elif newest >= 0:
+            self.state.restore(running, weights_only)
 
     def close(self) -> None:
         """Saves everything, waits until it is written, and marks the run as finished.
@@ -271,9 +295,9 @@ class SCARLoop:
         """
         self._check_open()
         if self._training is not None:
-            return self._training.step(closure, batch, update or self.framework.update)
+            return self._training.step(closure, batch, update or self.state.framework.update)
         loss = closure() if batch is None else closure(batch)
-        (update or self.framework.update)()
+        (update or self.state.framework.update)()
         return loss
 
     def step(self) -> None:
@@ -287,10 +311,10 @@ class SCARLoop:
 
         """
         self._check_open()
-        self.framework.look_at_batch()
-        self.batches += 1
+        self.state.framework.look_at_batch()
+        self.state.batches += 1
         has_stepped = self._watch is not None and self._watch.take()
-        self.steps += has_stepped
+        self.state.steps += has_stepped
         if self._training is not None:
             self._training.count()
         if has_stepped and self._sigterm is not None and self._sigterm.received:
@@ -319,81 +343,23 @@ class SCARLoop:
         assert self._running is not None
         self._schedule.note(self.steps, full)
         info = {"finished": finished, "global_step": self.steps, "batches": self.batches}
-        parts = self.framework.training_state().live_parts
-        self._running.save(self.dump(), self.steps, **parts, full=full, info=info)
+        parts = self.state.framework.training_state().live_parts
+        self._running.save(self.state.dump(), self.steps, **parts, full=full, info=info)
         self._running.stage()
 
-    # -- the state -----------------------------------------------------------------------------------------------
-
-    def dump(self, behind: int = 0) -> dict[str, Any]:
-        """The checkpoint dict, with references to live tensors.
-
-        Args:
-            behind: How many batches, of a step each, are done but not counted yet.
-
-        """
-        if behind:
-            self.framework.look_at_batch()
-        return {
-            **self.framework.training_state().dump(),
-            "global_step": self.steps + behind,
-            "loop": {"batches": self.batches + behind, "ranks": self._ranks.world_size, **self.framework.place()},
-            "random": random_generators(),
-        }
-
-    def take(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        """Goes on where a checkpoint dict is, but for random numbers."""
-        self.framework.training_state().load(checkpoint, self.dirpath, strict)
-        place = checkpoint["loop"]
-        self.steps = checkpoint["global_step"]
-        now = self._ranks.world_size
-        self.batches = self.framework.take_place(place["batches"], place, before=place["ranks"], now=now)
+    # -- for its continuation ------------------------------------------------------------------------------------
 
     def take_step(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the step of the present batch from a checkpoint dict; the batch itself is still to be counted."""
+        """Takes the step of the present batch from another rank; the batch itself is still to be counted."""
         self.fence()
-        self.framework.training_state().load(checkpoint, self.dirpath)
-        assert self._watch is not None
-        self._watch.has_stepped = True
+        self.state.take_step(checkpoint)
+        if self._watch is not None:
+            self._watch.has_stepped = True
 
     def hand_over(self) -> Seat | None:
         """What another process needs to save in the place of a worker that died."""
         return self._running.seat if self._running is not None else None
 
-    def _restore(self, kept: dict[str, Any] | None, weights_only: bool | None) -> None:
-        """Goes on from what was kept in memory, or from what is on disk if that is newer."""
-        assert self._running is not None
-        ranks = self._ranks
-        try:
-            check_ranks_agree(ranks, self.framework.training_state().state_dict())
-            # All workers may have been started again: what there is now is of this very job.
-            goes_on = self._resume or (self._training is not None and self._training.is_restart)
-            heads = ranks.together(lambda: newest_heads(self.dirpath, self._storage_options) if goes_on else {})
-            newest = max((head.step for head in ranks.gather(heads)[0].values()), default=-1)
-            if kept is not None and kept["global_step"] >= newest:
-                self.take(kept)
-            elif newest >= 0:
-                self._restore_from_disk(self._running, weights_only)
-        except BaseException:
-            self.leave()
-            raise
-
-    def _restore_from_disk(self, running: RunningCheckpoint, weights_only: bool | None) -> None:
-        live = self.framework.training_state().state_dict()
-        restored = running.restore(weights_only, initial={"state_dict": live})
-        checkpoint = restored.checkpoint
-        if "loop" not in checkpoint:
-            raise ModelMismatchError(
-                f"{self.dirpath} was written by a Trainer, so it has no place in a loop. Use another dirpath; to start "
-                f"from its weights, `model.load_state_dict(lightning_scar.load({self.dirpath!r})['state_dict'])`."
-            )
-        self.take(checkpoint, strict=check_fit(self.dirpath, checkpoint, live, self._strict) and self._strict)
-        if restored.own is not None and restored.world_size == self._ranks.world_size:
-            set_random_generators(restored.own["random"])
-        if self._ranks.rank == 0:
-            say(f"resuming from the running checkpoint {self.dirpath}: step {self.steps}, {running.recovery}")
-
-
-def say(text: str) -> None:
-    """Tells the user something, in a line of its own."""
-    print(f"lightning-scar: {text}", file=sys.stderr, flush=True)
+    def take_over(self, seat: Seat | None) -> None:
+        """Saves in the place of a worker that died; ``seat`` is another rank's :meth:`hand_over`."""
+        self._open(seat)

@@ -41,12 +41,12 @@ class LoopTraining:
     _begun = 0
 
     def __init__(self, loop: "SCARLoop", continuation: "SCARContinuation", member: Member) -> None:
-        state = loop.framework.training_state()
-        loop.framework.check_continuation()
+        state = loop.state.framework.training_state()
+        loop.state.framework.check_continuation()
         LoopTraining._begun += 1
         self._number = LoopTraining._begun
         self._loop = loop
-        self._framework = loop.framework
+        self._framework = loop.state.framework
         self._continuation = continuation
         self._member = member
         self._module = ModuleList(map(unwrapped, state.modules.values()))
@@ -189,13 +189,13 @@ class LoopTraining:
 
     def state(self) -> Any:
         """The checkpoint dict behind the last step, and the seat."""
-        return [self._loop.dump(behind=self._uncounted), self._loop.hand_over()]
+        return [self._loop.state.dump(behind=self._uncounted), self._loop.hand_over()]
 
     def take_state(self, state: Any) -> None:
         """Takes another's place behind its step."""
         checkpoint, seat = state
-        self._loop.take(checkpoint)
-        self._loop.open(seat)
+        self._loop.state.take(checkpoint)
+        self._loop.take_over(seat)
         self._framework.joins()
 
     def take_weights(self, state: Any) -> None:
@@ -256,7 +256,7 @@ class LoopTraining:
 
     def keep(self, more: dict[str, Any]) -> None:
         """Writes the state behind the last step."""
-        keep({**self._loop.dump(behind=self._uncounted), _KEY: more}, self._number, self.engine.steps)
+        keep({**self._loop.state.dump(behind=self._uncounted), _KEY: more}, self._number, self.engine.steps)
 
     def release(self) -> None:
         """Finishes the saves under way."""

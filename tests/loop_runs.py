@@ -66,7 +66,7 @@ class Loop:
 
     def dump(self) -> dict[str, Any]:
         assert self.scar is not None
-        return copy.deepcopy(self.scar.dump())
+        return copy.deepcopy(self.scar.state.dump())
 
 
 # -- Accelerate ----------------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ class Loop:
         self.model.train()
 
     def write_result(self) -> None:
-        state = self.scar.dump()
+        state = self.scar.state.dump()
         result = {
             "rank": self.rank,
             "global_step": self.scar.steps,

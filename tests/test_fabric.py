@@ -80,7 +80,7 @@ def train(dirpath: Path, after: int | None = None, precision: Any = "32-true") -
             step(fabric, model, optimizer, x)
             schedule.step()
             scar.step()
-    return scar.dump()
+    return scar.state.dump()
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
