@@ -158,7 +158,7 @@ class LoopTraining:
         """
         if self.engine.is_due_to_failure(error) and not self._is_updating:
             self.engine.restart()
-        elif isinstance(error, KeyboardInterrupt):
+        elif isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code):
             self._member.end()
 
     # -- what the engine asks for --------------------------------------------------------------------------------
