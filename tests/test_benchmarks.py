@@ -24,6 +24,11 @@ PROMISED = {
         *(f"{prefix}{what}" for prefix in ("", "one_rank_") for what in ("eager_blocked_s", "full_blocked_s")),
         *(f"{what}_over_one_rank" for what in ("eager_blocked", "full_blocked", "copy_bytes", "written_bytes")),
     ],
+    "loops": [
+        *(f"{method}_{what}_s" for method in ("scar", "save_state") for what in ("blocked", "added")),
+        "floor_s",
+        "scar_blocked_over_save_state",
+    ],
     "resume": [f"{source}_{what}" for source in ("scar", "torch", "safetensors") for what in ("s", "cold_s")],
     "rework": [
         *(f"{task}_measured_steps" for task in ("sgd", "adam")),
