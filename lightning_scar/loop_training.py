@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from lightning_scar.continuation.engine import Continuation
 from lightning_scar.continuation.kept import keep, newest_kept, share_kept
 from lightning_scar.continuation.wrappers import Wrappers
 from lightning_scar.core.ranks import Ranks
-from lightning_scar.core.training_state import unwrapped
 from lightning_scar.elastic.membership import Member
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class LoopTraining:
         self._framework = loop.state.framework
         self._continuation = continuation
         self._member = member
-        self._module = ModuleList(map(unwrapped, state.modules.values()))
+        self._module = state.module
         self._wrappers = Wrappers(state.modules.values(), self._framework.register_hooks)
         self._closure: Callable[..., Any] | None = None
         self._steps_before = 0

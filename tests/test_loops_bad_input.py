@@ -52,6 +52,12 @@ def test_what_has_no_state(tmp_path: Path) -> None:
         SCARLoop(tmp_path, {"model": Net(), "epoch": 3}, every_n_steps=1)
 
 
+@pytest.mark.parametrize("name", ["train", "a.b"])
+def test_names_that_a_module_cannot_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"state[{name!r}]: torch has no room for a module of this name")):
+        SCARLoop(tmp_path, {name: Net(), "other": Net()}, every_n_steps=1)
+
+
 def test_fsdp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # Accelerate sets it, and leaves it.
     accelerator = loop_runs.accelerator(fsdp_plugin=FullyShardedDataParallelPlugin())

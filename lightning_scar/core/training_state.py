@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, ModuleDict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -60,11 +60,14 @@ class TrainingState:
 
         Raises:
             TypeError: If something has no state; it is named.
+            ValueError: If a module's name is none that ``torch.nn.ModuleDict`` takes.
 
         """
         sorted_out = cls()
         for name, value in state.items():
             if isinstance(value, Module):
+                if "." in name or hasattr(ModuleDict, name):
+                    raise ValueError(f"state[{name!r}]: torch has no room for a module of this name; choose another")
                 sorted_out.modules[name] = value
             elif isinstance(value, Optimizer):
                 sorted_out.optimizers.append(value)
@@ -93,12 +96,15 @@ class TrainingState:
             "objects": {name: value.state_dict() for name, value in self.objects.items()},
         }
 
+    @property
+    def module(self) -> Module:
+        """The only module, without wrappers; or all in one, below their names."""
+        plain = {name: unwrapped(module) for name, module in self.modules.items()}
+        return next(iter(plain.values())) if len(plain) == 1 else ModuleDict(plain)
+
     def state_dict(self) -> dict[str, Any]:
         """The tensors of all modules: of a single one under its own names, of several below the module's name."""
-        plain = [(name, unwrapped(module)) for name, module in self.modules.items()]
-        if len(plain) == 1:
-            return dict(plain[0][1].state_dict())
-        return {f"{name}.{key}": value for name, module in plain for key, value in module.state_dict().items()}
+        return self.module.state_dict()
 
     def load(self, checkpoint: Mapping[str, Any], path: str = "the checkpoint", strict: bool = True) -> None:
         """Takes a checkpoint dict.
@@ -120,8 +126,7 @@ class TrainingState:
                 f"{path} has no state of {', '.join(missing)}, which this training has. Use another dirpath, or "
                 "`strict=False` to load what fits."
             )
-        for name, module in self.modules.items():
-            unwrapped(module).load_state_dict(self._of_module(name, checkpoint["state_dict"]), strict=strict)
+        self.module.load_state_dict(checkpoint["state_dict"], strict=strict)
         for optimizer, state in zip(self.inner_optimizers, states, strict=False):
             optimizer.load_state_dict(state)
         for scheduler, state in zip(self.schedulers, schedules, strict=False):
@@ -129,12 +134,6 @@ class TrainingState:
         for name, value in self.objects.items():
             if name in checkpoint["objects"]:
                 value.load_state_dict(checkpoint["objects"][name])
-
-    def _of_module(self, name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        if len(self.modules) == 1:
-            return dict(state_dict)
-        prefix = f"{name}."
-        return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
     # -- its live parts ------------------------------------------------------------------------------------------
 
