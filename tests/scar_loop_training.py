@@ -109,7 +109,8 @@ class Loop:
         batches = self.scar.batches
         if dist.is_initialized() and dist.get_world_size() < asked["ranks"]:
             # A loop does not wait for a replacement, which takes its seconds.
-            time.sleep(0.25)
+            time.sleep(0.8)
+        time.sleep(0.02)  # Nor for its first save, which has to be there before anybody dies.
         place("training_step", batches)
         if ids.tolist() != self.now:  # an extra batch, of an outage
             self.used.append(ids.tolist())

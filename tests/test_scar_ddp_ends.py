@@ -105,12 +105,12 @@ def test_without_restarts_the_others_save_and_the_cause_is_shown(tmp_path: Path,
 
 @in_each_door
 def test_with_fewer_workers_than_min_world_size_they_save_and_stop(tmp_path: Path, door: str) -> None:
-    faults = [("training_step", 5, 0, "kill")]
+    faults = [("training_step", 11, 0, "kill")]
     training = train(tmp_path, *faults, strategy={"min_world_size": 2}, scar=SCAR, door=door)
     assert training.code == 1
     assert not training.results
     assert "1 workers are left, fewer than min_world_size=2" in training.console
-    assert load(tmp_path / "scar")["global_step"] == 5
+    assert load(tmp_path / "scar")["global_step"] == 11
 
 
 # -- what cannot be started ------------------------------------------------------------------------------------------
