@@ -69,6 +69,14 @@ def active_loader(accelerator: Accelerator) -> int | None:
     return next((i for i, loader in enumerate(loaders(accelerator)) if loader.dataset is data), None)
 
 
+def total_batch_size(loader: Any) -> int | None:
+    """Samples in a batch of all processes together; ``None`` where that cannot be told."""
+    try:
+        return int(loader.total_batch_size)
+    except (AttributeError, TypeError):
+        return None
+
+
 def shuffle_seed(loader: Any) -> int | None:
     """What the order of a loader's epochs is made from, beside their number; ``None`` where it is not made so."""
     sampler = get_sampler(loader)

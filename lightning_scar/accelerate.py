@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from torch.nn import Module
 from torch.utils.data import IterableDataset
 from typing_extensions import Unpack, override
 
@@ -76,6 +75,8 @@ class WithAccelerate(Framework):
 
     """
 
+    remedy = "call resume() behind accelerator.prepare(...)"
+
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         #: The number of the loader that the loop is over, among the prepared ones.
@@ -103,6 +104,7 @@ class WithAccelerate(Framework):
             "accumulated": self._accumulated,
             "loader": self._loader,
             "epoch_length": _length(loader),
+            "samples": _accelerate.total_batch_size(loader),
             "shuffle_seed": None if loader is None else _accelerate.shuffle_seed(loader),
         }
 
@@ -116,8 +118,11 @@ class WithAccelerate(Framework):
             return super().take_place(batches, place, before, now)
         # Ranks share out each epoch by itself, and the last batches of one may be no multiple of theirs.
         epoch, batch = divmod(batches, int(place["epoch_length"]))
-        if not self._accelerator.split_batches:
-            batch = super().take_place(batch, place, before, now)
+        total = _accelerate.total_batch_size(loader)
+        if total and place["samples"]:
+            # The size of a batch may have changed, too.
+            before, now = int(place["samples"]), total
+        batch = min(super().take_place(batch, place, before, now), epoch_length)
         loader.set_epoch(epoch)
         if place["shuffle_seed"] is not None:
             _accelerate.set_shuffle_seed(loader, place["shuffle_seed"])
@@ -158,6 +163,14 @@ class WithAccelerate(Framework):
             )
 
     @override
+    def check_beginning(self) -> None:
+        if _accelerate.loaders(self._accelerator) or self.training_state().modules:
+            raise ValueError(
+                "with a SCARContinuation, make SCARAccelerator before accelerator.prepare(...): a replacement must "
+                "know its place before data are shared out"
+            )
+
+    @override
     def set_up_joiner(self, slot: int, size: int) -> None:
         _accelerate.set_processes(slot, size)
 
@@ -175,11 +188,6 @@ class WithAccelerate(Framework):
         # Where there are devices, it is the number of this process's own, for barriers among others.
         is_free = self._accelerator.device.type == "cpu"
         _accelerate.set_processes(rank, size, local_rank if is_free else None)
-
-    @override
-    def register_hooks(self, wrapper: Module) -> None:
-        if self._accelerator.ddp_handler is not None:
-            self._accelerator.ddp_handler.register_comm_hook(wrapper)
 
     @override
     @contextmanager

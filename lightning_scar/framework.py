@@ -4,8 +4,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch.nn import Module
-
 from lightning_scar.core.training_state import TrainingState
 from lightning_scar.core.zero import is_sharded
 
@@ -16,7 +14,12 @@ class Framework:
     Args:
         state: By name, as for :class:`~lightning_scar.loop.SCARLoop`.
 
+    Attributes:
+        remedy: What to do if a model or an optimizer is missing.
+
     """
+
+    remedy = "put it into `state`"
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         self._state = TrainingState.of(state)
@@ -84,6 +87,14 @@ class Framework:
                 "state would be lost. Use another optimizer, or leave the continuation out."
             )
 
+    def check_beginning(self) -> None:
+        """Refuses what was set up too early for a continuation, on every worker.
+
+        Raises:
+            ValueError: With a remedy.
+
+        """
+
     def set_up_joiner(self, slot: int, size: int) -> None:
         """This process takes the place of a worker that died; it is still in a group of its own."""
 
@@ -102,9 +113,6 @@ class Framework:
             local_rank: This process's number among those of its node.
 
         """
-
-    def register_hooks(self, wrapper: Module) -> None:
-        """Registers communication hooks on a DDP wrapper made anew."""
 
     def counting_all(self, size: int) -> AbstractContextManager[Any]:
         """While an update is made: schedules advance as if nobody was missing of so many."""

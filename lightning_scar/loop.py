@@ -1,7 +1,6 @@
 """``SCARLoop``: priority checkpoints for a training written as a loop, in plain PyTorch or in Lightning Fabric."""
 
 import os
-import signal
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -117,8 +116,10 @@ class SCARLoop:
         self._running: RunningCheckpoint | None = None
         self._watch: OptimizerWatch | None = None
         self._sigterm: DeferredSigterm | None = None
-        if continuation is not None and continuation.is_joiner and continuation.member is not None:
-            framework.set_up_joiner(continuation.member.slot, continuation.member.world_size)
+        if continuation is not None and continuation.member is not None:
+            framework.check_beginning()
+            if continuation.is_joiner:
+                framework.set_up_joiner(continuation.member.slot, continuation.member.world_size)
 
     @property
     def batches(self) -> int:
@@ -155,11 +156,13 @@ class SCARLoop:
             weights_only: As in ``torch.load``, for everything but large tensors, which are never unpickled.
 
         Returns:
-            How many batches are done: calls of :meth:`step`. 0 if the directory is new. On another number of ranks it
-            is what these would have done; rather too few than too many.
+            How many batches are done: calls of :meth:`step`, up to the last optimizer step. 0 if the directory is new.
+            On another number of ranks it is what these would have done: with Accelerate epoch by epoch, and rather too
+            few than too many; else in proportion, which is right where epochs have the same samples on any number.
 
         Raises:
             StorageError: If the directory holds something else, a newer format, or is not the same on all ranks.
+            ValueError: If there is no model or no optimizer, or a continuation cannot have them.
             DirectoryInUseError: If another live run uses it.
             ModelMismatchError: If another model wrote it, or a Lightning Trainer, or the ranks' models differ.
             RuntimeError: If it was called before.
@@ -175,13 +178,13 @@ class SCARLoop:
             self.leave()
             raise
         self._schedule.begin(self.steps)
-        optimizers = self.state.framework.training_state().inner_optimizers
-        self._watch = OptimizerWatch(optimizers, before_step=self.fence)
+        self._watch = OptimizerWatch(self.state.parts.inner_optimizers, before_step=self.fence)
         if self._training is None and threading.current_thread() is threading.main_thread():
             self._sigterm = DeferredSigterm()
         return self.batches
 
     def _begin(self, weights_only: bool | None) -> None:
+        self.state.begin()
         training, kept = None, None
         if self._continuation is not None and self._continuation.member is not None:
             training = self._training = LoopTraining(self, self._continuation, self._continuation.member)
@@ -191,9 +194,8 @@ class SCARLoop:
             self.state.ranks = training.ranks
         else:
             self.state.ranks = Ranks.of_default_group()
-            # All workers may have been started again: what there is now is of this very job.
-            goes_on = self._resume or (training is not None and training.is_restart)
-            self._go_on(self._open(), kept, goes_on, weights_only)
+            self.state.note()
+            self._go_on(self._open(), kept, weights_only)
         if training is not None:
             training.begin(kept)
 
@@ -203,18 +205,25 @@ class SCARLoop:
         self._running, self.stats = running, running.stats
         return running
 
-    def _go_on(
-        self, running: RunningCheckpoint, kept: dict[str, Any] | None, from_disk: bool, weights_only: bool | None
-    ) -> None:
+    def _go_on(self, running: RunningCheckpoint, kept: dict[str, Any] | None, weights_only: bool | None) -> None:
         """Goes on from what was kept in memory, or from what is on disk if that is newer."""
         ranks = self.state.ranks
-        check_ranks_agree(ranks, self.state.framework.training_state().state_dict())
-        heads = ranks.together(lambda: newest_heads(self.dirpath, self._storage_options) if from_disk else {})
-        newest = max((head.step for head in ranks.gather(heads)[0].values()), default=-1)
+        check_ranks_agree(ranks, self.state.parts.state_dict())
+        first = self._first_incarnation(running)
+        heads = ranks.together(lambda: newest_heads(self.dirpath, self._storage_options) if first is not None else {})
+        counting = [head.step for head in ranks.gather(heads)[0].values() if head.incarnation >= (first or 0)]
+        newest = max(counting, default=-1)
         if kept is not None and kept["global_step"] >= newest:
             self.state.take(kept)
         elif newest >= 0:
             self.state.restore(running, weights_only)
+
+    def _first_incarnation(self, running: RunningCheckpoint) -> int | None:
+        """The first start whose saves count; ``None`` if none on disk does."""
+        if self._resume:
+            return 0
+        # All workers may have been started again: what this very job has saved is not to be replaced.
+        return self._training.first_incarnation(running.seat.incarnation) if self._training is not None else None
 
     def close(self) -> None:
         """Saves everything, waits until it is written, and marks the run as finished.
@@ -249,19 +258,25 @@ class SCARLoop:
             is_between_steps = self._watch is not None and not self._watch.has_stepped
             if self._save_on_exception and is_between_steps and self.steps != self._schedule.last_full_step:
                 self._save(full=True)
-            self.leave()
         except Exception as second:
             warnings.warn(f"lightning-scar: the last save failed too: {second!r}", stacklevel=3)
+        try:
+            self.leave()
+        except Exception as second:
+            warnings.warn(f"lightning-scar: an earlier save failed too: {second!r}", stacklevel=3)
 
     def leave(self) -> None:
-        """Waits until everything is written, and gives the directory back."""
+        """Waits until everything is written, and gives the directory back. A SIGTERM that was put off does its work."""
         running, self._running = self._running, None
         if self._watch is not None:
             self._watch.end()
-        if self._sigterm is not None:
-            self._sigterm.restore()
-        if running is not None:
-            running.close()
+        try:
+            if running is not None:
+                running.close()
+        finally:
+            sigterm, self._sigterm = self._sigterm, None
+            if sigterm is not None:
+                sigterm.proceed()
 
     def save_and_leave(self) -> None:
         """Saves everything of a run that is not finished, and gives the directory back."""
@@ -275,8 +290,9 @@ class SCARLoop:
     ) -> Any:
         """Computes the gradient of a batch and makes the optimizer step, whoever dies meanwhile.
 
-        When another worker dies in it, the closure is called again, with gradients, buffers and random generators as
-        they were. :meth:`step` must follow.
+        When another worker dies in it, the closure is called again, with gradients, buffers and torch's random
+        generators as they were. :meth:`step` must follow. In :class:`SCARLoop` it is one optimizer step: where several
+        batches make one, the closure computes all of them. :class:`~lightning_scar.SCARAccelerator` knows accumulation.
 
         Args:
             closure: Runs forward and backward, and returns the loss. It must change nothing else that a second call
@@ -310,25 +326,30 @@ class SCARLoop:
             OSError: If an earlier write failed and ``on_write_error="raise"``.
 
         """
-        self._check_open()
+        running = self._check_open()
         self.state.framework.look_at_batch()
         self.state.batches += 1
         has_stepped = self._watch is not None and self._watch.take()
         self.state.steps += has_stepped
         if self._training is not None:
             self._training.count()
+        if has_stepped:
+            self.state.note()
         if has_stepped and self._sigterm is not None and self._sigterm.received:
-            self.save_and_leave()
-            signal.raise_signal(signal.SIGTERM)
+            self._save(full=True)
+            running.flush()
+            # Whoever has a handler of his own may go on.
+            self._sigterm.proceed()
         elif has_stepped and self._schedule.is_due(self.steps):
             self._save(full=self._schedule.is_full(self.steps))
 
-    def _check_open(self) -> None:
+    def _check_open(self) -> RunningCheckpoint:
         if self._running is None:
             raise RuntimeError(
                 "call resume() once, before the first step, and nothing behind close(). To begin anew over what there "
                 f"is, give resume=False to {type(self).__name__}."
             )
+        return self._running
 
     def fence(self) -> None:
         """Waits until the save under way is copied.
@@ -343,8 +364,7 @@ class SCARLoop:
         assert self._running is not None
         self._schedule.note(self.steps, full)
         info = {"finished": finished, "global_step": self.steps, "batches": self.batches}
-        parts = self.state.framework.training_state().live_parts
-        self._running.save(self.state.dump(), self.steps, **parts, full=full, info=info)
+        self._running.save(self.state.dump(), self.steps, **self.state.parts.live_parts, full=full, info=info)
         self._running.stage()
 
     # -- for its continuation ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from lightning_scar.core.compatibility import ModelMismatchError, check_fit
 from lightning_scar.core.random_generators import random_generators, set_random_generators
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.core.training_state import TrainingState
 from lightning_scar.framework import Framework
 
 
@@ -20,6 +21,7 @@ class LoopState:
 
     Attributes:
         framework: As given.
+        parts: What it consists of, once :meth:`begin` has looked.
         ranks: Those that the data are shared out among, dead ones included.
         batches: How many are done, for each rank.
         steps: In how many of them an optimizer made a step.
@@ -28,25 +30,51 @@ class LoopState:
 
     def __init__(self, framework: Framework, dirpath: str, strict: bool) -> None:
         self.framework = framework
+        self.parts = TrainingState()
         self.ranks = Ranks()
         self.batches = 0
         self.steps = 0
         self._dirpath = dirpath
         self._strict = strict
+        self._place: dict[str, Any] = {}
 
-    def dump(self, behind: int = 0) -> dict[str, Any]:
-        """The checkpoint dict, with references to live tensors.
+    def begin(self) -> None:
+        """Looks at what there is: what is made or thrown away later does not change what is saved.
 
-        Args:
-            behind: How many batches, of a step each, are done but not counted yet.
+        Raises:
+            ValueError: If there is no model or no optimizer.
 
         """
+        self.parts = self.framework.training_state()
+        if not self.parts.modules or not self.parts.inner_optimizers:
+            raise ValueError(
+                f"there is no {'optimizer' if self.parts.modules else 'model'} to save; {self.framework.remedy}"
+            )
+
+    def note(self) -> None:
+        """A step is counted: this is the place that belongs to the weights, until the next one."""
+        self._place = self._present_place()
+
+    def _present_place(self) -> dict[str, Any]:
+        return {"batches": self.batches, "ranks": self.ranks.world_size, **self.framework.place()}
+
+    def dump(self, behind: int = 0) -> dict[str, Any]:
+        """The checkpoint dict behind the last step, with references to live tensors.
+
+        Of batches whose gradients are still being added up it knows nothing: they are in no checkpoint.
+
+        Args:
+            behind: 1 if the batch that made the last step is not counted yet.
+
+        """
+        place = self._place
         if behind:
             self.framework.look_at_batch()
+            place = {**self._present_place(), "batches": self.batches + 1}
         return {
-            **self.framework.training_state().dump(),
+            **self.parts.dump(),
             "global_step": self.steps + behind,
-            "loop": {"batches": self.batches + behind, "ranks": self.ranks.world_size, **self.framework.place()},
+            "loop": place,
             "random": random_generators(),
         }
 
@@ -56,10 +84,11 @@ class LoopState:
         place, now = checkpoint["loop"], self.ranks.world_size
         self.steps = checkpoint["global_step"]
         self.batches = self.framework.take_place(place["batches"], place, before=place["ranks"], now=now)
+        self.note()
 
     def take_step(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Takes what a step changes from a checkpoint dict, and nothing else."""
-        self.framework.training_state().load(checkpoint, self._dirpath, strict)
+        self.parts.load(checkpoint, self._dirpath, strict)
 
     def restore(self, running: RunningCheckpoint, weights_only: bool | None) -> None:
         """Goes on where a running checkpoint is, and says so. A collective.
@@ -72,7 +101,7 @@ class LoopState:
             ModelMismatchError: If another model wrote it, or a Trainer.
 
         """
-        live = self.framework.training_state().state_dict()
+        live = self.parts.state_dict()
         restored = running.restore(weights_only, initial={"state_dict": live})
         checkpoint = restored.checkpoint
         if "loop" not in checkpoint:

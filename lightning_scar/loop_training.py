@@ -10,7 +10,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from lightning_scar.continuation.engine import Continuation
-from lightning_scar.continuation.kept import keep, newest_kept, share_kept
+from lightning_scar.continuation.kept import keep, newest_kept, note_start, noted_start, share_kept
 from lightning_scar.continuation.wrappers import Wrappers
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.elastic.membership import Member
@@ -40,7 +40,7 @@ class LoopTraining:
     _begun = 0
 
     def __init__(self, loop: "SCARLoop", continuation: "SCARContinuation", member: Member) -> None:
-        state = loop.state.framework.training_state()
+        state = loop.state.parts
         loop.state.framework.check_continuation()
         LoopTraining._begun += 1
         self._number = LoopTraining._begun
@@ -49,7 +49,7 @@ class LoopTraining:
         self._continuation = continuation
         self._member = member
         self._module = state.module
-        self._wrappers = Wrappers(state.modules.values(), self._framework.register_hooks)
+        self._wrappers = Wrappers(state.modules.values())
         self._closure: Callable[..., Any] | None = None
         self._steps_before = 0
         self._is_updating = False
@@ -64,6 +64,18 @@ class LoopTraining:
     def is_restart(self) -> bool:
         """Whether all workers were started again because one died."""
         return self._member.attempt > 0
+
+    def first_incarnation(self, present: int) -> int | None:
+        """The first start of this job; ``None`` if this is it, or it has left no word.
+
+        Args:
+            present: The number of this start.
+
+        """
+        if not self.is_restart:
+            note_start(self._number, present)
+            return None
+        return noted_start(self._number)
 
     # -- the beginning and the end -------------------------------------------------------------------------------
 

@@ -24,3 +24,10 @@ class DeferredSigterm:
         """Puts the previous handler back, unless someone else has taken over since."""
         if signal.getsignal(signal.SIGTERM) == self._handler:
             signal.signal(signal.SIGTERM, self._previous)
+
+    def proceed(self) -> None:
+        """Puts the previous handler back, and lets a signal that came do what it would have done."""
+        self.restore()
+        received, self.received = self.received, False
+        if received:
+            signal.raise_signal(signal.SIGTERM)

@@ -16,8 +16,6 @@ from lightning_scar import _accelerate
 from lightning_scar.storage.delta import StorageError
 
 MARK = "lightning_scar.json"
-#: Seconds by which the clocks of those who write may differ.
-_CLOCKS = 2.0
 
 
 def watch_state_folders(accelerator: Accelerator) -> None:
@@ -30,9 +28,13 @@ def watch_state_folders(accelerator: Accelerator) -> None:
     """
 
     def before_save(models: list[Any], weights: list[Any], folder: str) -> None:
+        objects = len(_accelerate.custom_objects(accelerator))
+        mark = {"processes": accelerator.num_processes, "objects": objects if accelerator.is_main_process else 0}
+        # What an older save left there would look as if this one had come so far.
+        for name in _last_files(mark, accelerator.process_index):
+            (Path(folder) / name).unlink(missing_ok=True)
         if accelerator.is_main_process:
-            objects = len(_accelerate.custom_objects(accelerator))
-            (Path(folder) / MARK).write_text(json.dumps({"processes": accelerator.num_processes, "objects": objects}))
+            (Path(folder) / MARK).write_text(json.dumps(mark))
 
     def before_load(models: list[Any], folder: str) -> None:
         for name in unfinished(Path(folder), accelerator.process_index):
@@ -46,7 +48,7 @@ def watch_state_folders(accelerator: Accelerator) -> None:
 
 
 def unfinished(folder: Path, process: int) -> Iterator[str]:
-    """The files that should have come last in a folder, but are missing, cut short or older than the save.
+    """The files that should have come last in a folder, but are missing or cut short.
 
     Args:
         folder: Of ``save_state``; one without a mark passes.
@@ -56,11 +58,11 @@ def unfinished(folder: Path, process: int) -> Iterator[str]:
     mark = folder / MARK
     if not mark.exists():
         return
-    said = json.loads(mark.read_text())
-    names = [f"random_states_{process}.pkl"] if process < said["processes"] else []
-    names += [f"custom_checkpoint_{i}.pkl" for i in range(said["objects"])]
-    for name in names:
-        path = folder / name
-        is_new = path.exists() and path.stat().st_mtime > mark.stat().st_mtime - _CLOCKS
-        if not (is_new and zipfile.is_zipfile(path)):
+    for name in _last_files(json.loads(mark.read_text()), process):
+        if not ((folder / name).exists() and zipfile.is_zipfile(folder / name)):
             yield name
+
+
+def _last_files(mark: dict[str, int], process: int) -> list[str]:
+    own = [f"random_states_{process}.pkl"] if process < mark["processes"] else []
+    return own + [f"custom_checkpoint_{i}.pkl" for i in range(mark["objects"])]

@@ -30,6 +30,7 @@ class TrainerSigterm(DeferredSigterm):
         if first and launcher is not None:
             launcher.kill(signum)
 
+    @override
     def proceed(self) -> None:
         """Does what was put off: the training loop ends after this batch.
 

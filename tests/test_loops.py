@@ -1,6 +1,7 @@
 """Loops of Accelerate in one process: saved, cut short, resumed; and what is refused."""
 
-import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 import loop_runs
 import pytest
 import torch
-from helpers import TinyModel, assert_blocks_as_lived, assert_same, fit, loader, make_trainer, saver
+from accelerate import accelerator as accelerator_module
+from helpers import TinyModel, assert_blocks_as_lived, assert_same, fit, loader, make_trainer, samples, saver
 from loop_runs import WAYS, Loop, Net, train
 from safetensors.torch import load_file
 from test_cli import Command
+from torch.utils.data import DataLoader
 
-from lightning_scar import SCARAccelerator, SCARCheckpointIO, load
+from lightning_scar import SCARAccelerator, SCARCheckpointIO, SCARLoop, load
 from lightning_scar.core.compatibility import ModelMismatchError
 from lightning_scar.core.restoration import restore
 from lightning_scar.storage.delta import StorageError
@@ -109,7 +112,7 @@ def test_save_state_and_load_state_work_beside_it(tmp_path: Path, steps: int) ->
 
 
 @pytest.mark.parametrize("lost", ["random_states_0.pkl", "custom_checkpoint_0.pkl"])
-@pytest.mark.parametrize("how", ["missing", "cut short", "of an older save"])
+@pytest.mark.parametrize("how", ["missing", "cut short"])
 def test_what_save_state_did_not_finish_is_not_loaded(tmp_path: Path, lost: str, how: str) -> None:
     accelerator, model, *_ = small(tmp_path)
     accelerator.register_for_checkpointing(loop_runs.Ema(model))
@@ -117,16 +120,33 @@ def test_what_save_state_did_not_finish_is_not_loaded(tmp_path: Path, lost: str,
     accelerator.save_state(str(folder))
     if how == "missing":
         (folder / lost).unlink()
-    elif how == "cut short":
-        (folder / lost).write_bytes((folder / lost).read_bytes()[:-30])
     else:
-        os.utime(folder / lost, (0, 0))
+        (folder / lost).write_bytes((folder / lost).read_bytes()[:-30])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(StorageError, match=f"cut short before it had written {lost}"):
         accelerator.load_state(str(folder))
     assert_same(dict(model.state_dict()), before)
     accelerator.save_state(str(folder))
     accelerator.load_state(str(folder))
+
+
+def test_a_save_state_that_fails_half_way_does_not_look_like_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator, *_ = small(tmp_path)
+    folder = tmp_path / "state"
+    accelerator.save_state(str(folder))
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    monkeypatch.setattr(accelerator_module, "save_accelerator_state", _no_space)
+    with pytest.raises(OSError, match="No space left"):
+        accelerator.save_state(str(folder))
+    with pytest.raises(StorageError, match=r"cut short before it had written random_states_0\.pkl"):
+        accelerator.load_state(str(folder))
+    accelerator.load_state(str(tmp_path / "copy"))
+
+
+def _no_space(*args: Any, **kwargs: Any) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_a_folder_of_save_state_is_one_for_accelerate_alone(tmp_path: Path) -> None:
@@ -187,3 +207,126 @@ def test_each_front_door_refuses_to_resume_the_others_run(tmp_path: Path) -> Non
     # Nothing was lost by it.
     assert load(tmp_path / "loop")["global_step"] == 3
     assert load(tmp_path / "trainer")["global_step"] == 16
+
+
+# -- found by looking for trouble ------------------------------------------------------------------------------------
+
+
+def test_a_run_that_fails_between_micro_batches_goes_on_behind_its_last_step(tmp_path: Path) -> None:
+    """The gradients of the first ones are in no checkpoint."""
+    whole = train(0, tmp_path / "whole", way="accumulated gradients")
+    train(0, tmp_path / "cut", way="accumulated gradients", after=8, scar={"save_on_exception": True})
+    assert load(tmp_path / "cut")["loop"]["batches"] == 6
+    resumed = train(0, tmp_path / "cut", way="accumulated gradients")
+    assert_same(of(resumed.final), of(whole.final))
+
+
+@pytest.mark.parametrize("how", ["free_memory", "another model"])
+def test_what_is_saved_is_what_there_was_at_resume(tmp_path: Path, how: str) -> None:
+    accelerator, model, optimizer, scar = small(tmp_path)
+    with scar:
+        scar.resume()
+        step(accelerator, model, optimizer)
+        scar.step()
+        if how == "free_memory":
+            accelerator.free_memory()
+        else:
+            accelerator.prepare(torch.nn.Linear(3, 3))
+    assert list(load(tmp_path / "scar")["state_dict"]) == list(model.state_dict())
+
+
+@pytest.mark.parametrize(("before", "now", "batches"), [(4, 8, 4), (8, 4, 10), (4, 16, 2)])
+def test_another_batch_size_goes_on_at_the_same_sample(tmp_path: Path, before: int, now: int, batches: int) -> None:
+    def loop(size: int) -> tuple[Any, ...]:
+        accelerator = loop_runs.seedable()
+        model = Net()
+        optimizer = torch.optim.Adam(model.parameters())
+        loader = DataLoader(samples(16), batch_size=size, shuffle=True)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        return accelerator, model, optimizer, loader, SCARAccelerator(accelerator, tmp_path, every_n_steps=1)
+
+    accelerator, model, optimizer, loader, scar = loop(before)
+    with scar:
+        scar.resume()
+        for done, _ in enumerate(loader):
+            if done * before == 40 or (before == 4 and done == 9):
+                break
+            step(accelerator, model, optimizer)
+            scar.step()
+    *_, scar = loop(now)
+    with scar:
+        assert scar.resume() == batches
+
+
+def test_a_lookahead_is_saved_with_its_own_state(tmp_path: Path) -> None:
+    class Lookahead(torch.optim.SGD):
+        """Has an optimizer of its own inside."""
+
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            super().__init__(optimizer.param_groups[0]["params"], lr=0.1, momentum=0.9)
+            self.optimizer = optimizer
+
+    model = Net()
+    optimizer = Lookahead(torch.optim.Adam(model.parameters()))
+    with SCARLoop(tmp_path, {"model": model, "optimizer": optimizer}, every_n_steps=1) as scar:
+        scar.resume()
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        scar.step()
+    assert scar.steps == 1
+    assert set(load(tmp_path)["optimizer_states"][0]["state"][0]) == {"momentum_buffer"}
+
+
+def test_a_last_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Broken(loop_runs.Ema):
+        def state_dict(self) -> dict[str, Any]:
+            raise RuntimeError("no state to be had")
+
+    model = Net()
+    state: dict[str, Any] = {"model": model, "optimizer": torch.optim.Adam(model.parameters())}
+
+    def fail() -> None:
+        with SCARLoop(tmp_path, {**state, "ema": Broken(model)}, every_n_steps=1) as scar:
+            scar.resume()
+            scar.state.steps = 1
+            raise KeyError
+
+    with pytest.warns(UserWarning, match="the last save failed too: RuntimeError"):  # noqa: SIM117
+        with pytest.raises(KeyError):
+            fail()
+    with SCARLoop(tmp_path, state, every_n_steps=1) as scar:
+        assert scar.resume() == 0
+
+
+def test_a_sigterm_behind_the_last_step_is_not_swallowed(tmp_path: Path) -> None:
+    called: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: called.append(signum))
+    try:
+        accelerator, model, optimizer, scar = small(tmp_path)
+        with scar:
+            scar.resume()
+            step(accelerator, model, optimizer)
+            scar.step()
+            signal.raise_signal(signal.SIGTERM)
+            assert called == []
+        assert called == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def test_whoever_handles_sigterm_himself_may_go_on(tmp_path: Path) -> None:
+    called: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda signum, frame: called.append(signum))
+    try:
+        accelerator, model, optimizer, scar = small(tmp_path, every_n_steps=100)
+        with scar:
+            scar.resume()
+            signal.raise_signal(signal.SIGTERM)
+            for i in range(1, 4):
+                step(accelerator, model, optimizer)
+                scar.step()
+                assert called == [signal.SIGTERM]
+                assert load(tmp_path / "scar")["global_step"] == 1, "it was saved once, before the handler was called"
+                assert scar.steps == i
+    finally:
+        signal.signal(signal.SIGTERM, previous)

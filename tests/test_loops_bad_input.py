@@ -14,6 +14,7 @@ from loop_runs import Net, train
 from torch.utils.data import DataLoader
 
 from lightning_scar import SCARAccelerator, SCARContinuation, SCARLoop, load
+from lightning_scar.accelerate import WithAccelerate
 from lightning_scar.core.compatibility import ModelMismatchError
 from lightning_scar.core.restoration import NoCheckpointError
 from lightning_scar.storage.delta import StorageError
@@ -88,6 +89,22 @@ def test_steps_before_and_behind(tmp_path: Path) -> None:
     scar.close()
     with pytest.raises(RuntimeError, match=r"nothing behind close\(\)"):
         scar.step()
+
+
+def test_nothing_to_save(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no optimizer to save; put it into `state`"):
+        SCARLoop(tmp_path, {"model": Net()}, every_n_steps=1).resume()
+    with pytest.raises(ValueError, match=r"there is no model to save; call resume\(\) behind accelerator.prepare"):
+        SCARAccelerator(loop_runs.accelerator(), tmp_path, every_n_steps=1).resume()
+
+
+def test_a_continuation_of_what_was_prepared_before(tmp_path: Path) -> None:
+    accelerator = loop_runs.accelerator()
+    framework = WithAccelerate(accelerator)
+    framework.check_beginning()
+    accelerator.prepare(DataLoader(samples(), batch_size=4))
+    with pytest.raises(ValueError, match=r"make SCARAccelerator before accelerator.prepare\(...\)"):
+        framework.check_beginning()
 
 
 def test_another_model(tmp_path: Path) -> None:

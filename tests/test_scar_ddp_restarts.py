@@ -1,5 +1,6 @@
 """Where no step can be made again in the same process, all workers start again from the exact state."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,17 @@ def test_the_state_that_one_node_keeps_goes_to_the_others(tmp_path: Path) -> Non
     assert training.console.count("starting all workers again") == 2
     assert len({process["state"] for process in training.processes}) == 2
     assert world_sizes(training)[15] == 1
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_a_job_that_began_anew_does_not_restart_with_an_older_ones_state(tmp_path: Path, when: str) -> None:
+    """A death in an epoch's evaluation, before and behind the first save of the job itself."""
+    older = train(tmp_path / "older", door="Accelerate", trainer={"max_epochs": 4}, scar={"every_n_train_steps": 4})
+    assert_done(older, steps=48)
+    shutil.copytree(tmp_path / "older" / "scar", tmp_path / "newer" / "scar")
+    every = 1000 if when == "before" else 4
+    options = {"every_n_train_steps": every, "resume": False}
+    newer = train(tmp_path / "newer", ("validation", 0, 1, "kill"), door="Accelerate", scar=options)
+    assert_done(newer, steps=24)
+    assert "starting all workers again" in newer.console
+    assert "resuming from the running checkpoint" not in newer.console

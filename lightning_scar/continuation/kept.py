@@ -94,3 +94,23 @@ def take_random(slot: int) -> list[Any] | None:
     state: list[Any] = torch.load(path, weights_only=True)
     path.unlink()
     return state
+
+
+def note_start(training: int, incarnation: int) -> None:
+    """Tells later starts of this job which saves on disk are its own.
+
+    Args:
+        training: The number of the training.
+        incarnation: The number of its first start.
+
+    """
+    path = state_folder() / f"start-{training:04d}"
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(str(incarnation))
+    partial.replace(path)
+
+
+def noted_start(training: int) -> int | None:
+    """What :func:`note_start` was told; ``None`` if nothing."""
+    path = state_folder() / f"start-{training:04d}"
+    return int(path.read_text()) if path.exists() else None

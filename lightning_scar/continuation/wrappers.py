@@ -1,7 +1,7 @@
 """DDP wrappers that users hold references to: made anew in place for each process group."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,8 +20,8 @@ _OPTIONS = {
     "gradient_as_bucket_view": False,
     "static_graph": False,
 }
-#: What Accelerate puts on it.
-_MARKS = ("_is_accelerate_prepared",)
+#: What others put on it: Accelerate's mark, and users' hooks.
+_MARKS = ("_is_accelerate_prepared", "_forward_hooks", "_forward_pre_hooks")
 
 
 class Wrappers:
@@ -29,7 +29,6 @@ class Wrappers:
 
     Args:
         modules: The models, wrapped or not.
-        registers_hooks: Registers communication hooks on a wrapper made anew.
 
     Example::
 
@@ -49,14 +48,12 @@ class Wrappers:
 
     """
 
-    def __init__(
-        self, modules: Iterable[Module], registers_hooks: Callable[[Module], None] = lambda wrapper: None
-    ) -> None:
+    def __init__(self, modules: Iterable[Module]) -> None:
         models = {id(unwrapped(module)) for module in modules}
         # Accelerate has the bare models only, and nobody else knows who wraps them.
         found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
         ddp = [wrapper for wrapper in found if id(unwrapped(wrapper)) in models]
-        self._wrappers = [_Wrapper(wrapper, registers_hooks) for wrapper in ddp]
+        self._wrappers = [_Wrapper(wrapper) for wrapper in ddp]
 
     def wrap(self) -> None:
         """Makes them compute with the present default group, whose members hold the same weights."""
@@ -79,12 +76,13 @@ class Wrappers:
 
 
 class _Wrapper:
-    def __init__(self, wrapper: DistributedDataParallel, registers_hooks: Callable[[Module], None]) -> None:
+    def __init__(self, wrapper: DistributedDataParallel) -> None:
         self.ddp = wrapper
-        self._registers_hooks = registers_hooks
         self._module: Module = wrapper.module
         options = {name: getattr(wrapper, name) for name in _OPTIONS}
         self._options: dict[str, Any] = {name: value for name, value in options.items() if value != _OPTIONS[name]}
+        self._options["bucket_cap_mb"] = wrapper.bucket_bytes_cap / (1 << 20)
+        self._comm_hooks = list(getattr(wrapper, "_comm_hooks", ()))
         self._marks = {name: value for name, value in vars(wrapper).items() if name in _MARKS}
         self._is_wrapped = True
 
@@ -104,7 +102,8 @@ class _Wrapper:
         self._is_wrapped = True
         with self._made_anew():
             DistributedDataParallel.__init__(self.ddp, self._module, init_sync=False, **self._options)
-            self._registers_hooks(self.ddp)
+            for hook, state in self._comm_hooks:
+                self.ddp.register_comm_hook(state, hook)
 
     @contextmanager
     def _made_anew(self) -> Iterator[None]:

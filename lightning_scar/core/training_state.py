@@ -32,7 +32,7 @@ class TrainingState:
 
     Attributes:
         modules: The models, by name, as they are called; wrappers are looked through.
-        optimizers: The optimizers; those inside of wrappers with an attribute ``optimizer`` are looked up.
+        optimizers: The optimizers; the wrappers of Accelerate and Fabric are looked through.
         schedulers: The learning rate schedulers.
         objects: What else has a state, by name.
 
@@ -178,10 +178,14 @@ _LOOKED_THROUGH = {"DistributedDataParallel": "module", "OptimizedModule": "_ori
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:
-    # Accelerate's and Fabric's wrappers have the real one inside; so has, under another name, no optimizer of torch.
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
+    # Others, like Lookahead, have an attribute of this name, too, and a state of their own beside it.
+    while _FRAMEWORKS & {base.__name__ for base in type(optimizer).__mro__}:
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
+
+
+#: Wrappers of optimizers, by the names of their classes.
+_FRAMEWORKS = {"AcceleratedOptimizer", "_FabricOptimizer"}
 
 
 def _check_numbers(path: str, what: str, saved: Sequence[Any], live: Sequence[Any], strict: bool) -> None:
