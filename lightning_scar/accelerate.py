@@ -211,8 +211,10 @@ class WithAccelerate(Framework):
 
     @override
     def extra_batches(self, seed: int) -> Iterator[Any] | None:
-        loaders = _accelerate.loaders(self._accelerator)
-        loader = self._training_loader() or next(iter(loaders), None)
+        loader = self._training_loader()
+        if loader is None:
+            # Before the first batch; the first that was prepared is as good a guess as any.
+            loader = next(iter(_accelerate.loaders(self._accelerator)), None)
         batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
         if loader is None or batch_size is None or isinstance(loader.dataset, IterableDataset):
             return None

@@ -11,7 +11,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from helpers import samples
 from loop_runs import Net, train
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_scar import SCARAccelerator, SCARContinuation, SCARLoop, load
 from lightning_scar.accelerate import WithAccelerate
@@ -105,6 +105,27 @@ def test_a_continuation_of_what_was_prepared_before(tmp_path: Path) -> None:
     accelerator.prepare(DataLoader(samples(), batch_size=4))
     with pytest.raises(ValueError, match=r"make SCARAccelerator before accelerator.prepare\(...\)"):
         framework.check_beginning()
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Any:
+        yield from torch.ones(8, 2)
+
+
+def test_extra_batches_are_drawn_from_data_sets_with_a_length(tmp_path: Path) -> None:
+    accelerator = loop_runs.accelerator()
+    framework = WithAccelerate(accelerator)
+    assert framework.extra_batches(0) is None
+    accelerator.prepare(DataLoader(Stream(), batch_size=4))
+    assert framework.extra_batches(0) is None
+    framework = WithAccelerate(loop_runs.accelerator())
+    framework._accelerator.prepare(DataLoader(samples(2), batch_size=4))
+    first, second = framework.extra_batches(0), framework.extra_batches(1)
+    assert first is not None
+    assert second is not None
+    epochs = [torch.cat([next(batches)[0] for _ in range(2)]) for batches in (first, first, second)]
+    assert len({float(epoch[0, 0]) for epoch in epochs}) > 1, "one order for all"
+    assert all(torch.allclose(epoch.sum(0), samples(2).tensors[0].sum(0), atol=1e-5) for epoch in epochs)
 
 
 def test_another_model(tmp_path: Path) -> None:
