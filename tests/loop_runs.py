@@ -15,6 +15,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration
 from helpers import BATCH_SIZE, Stopped, samples
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
@@ -282,6 +284,24 @@ def _be_one_of_several(rank: int) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         size = str(torch.distributed.get_world_size())
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+
+
+def train_zero(rank: int, dirpath: Path, after: int | None = None) -> dict[str, Any]:
+    """A plain loop with a sharded optimizer, which Accelerate cannot prepare; returns its last checkpoint dict."""
+    model = DistributedDataParallel(Net())
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=Adam, lr=0.01)
+    data = [x for x, _ in DataLoader(samples(), batch_size=BATCH_SIZE)]
+    state = {"model": model, "optimizer": optimizer}
+    options: dict[str, Any] = {"every_n_steps": 1, "fraction": 1.0, "full_every_n_saves": 1}
+    with contextlib.suppress(Stopped), SCARLoop(dirpath, state, **options, save_on_exception=False) as scar:
+        for batch in range(scar.resume(), 8):
+            if batch == after:
+                raise Stopped
+            optimizer.zero_grad()
+            model(data[batch] + rank).square().mean().backward()
+            optimizer.step()
+            scar.step()
+    return {part: scar.state.dump()[part] for part in ("state_dict", "optimizer_states")}
 
 
 # -- killed from outside -------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Trainings on several real processes. What happens in them is in ``ddp_runs``."""
 
 import math
+import shutil
 import signal
 import warnings
 from collections.abc import Sequence
@@ -322,11 +323,12 @@ LOSSES = {
 @pytest.mark.parametrize(
     ("loss", "world_size"), [("a folder", 2), ("a folder", 3), ("the end of a delta", 2), ("a bit", 3)]
 )
-def test_what_is_lost_is_lost_alone(tmp_path: Path, loss: str, world_size: int) -> None:
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_lost_is_lost_alone(tmp_path: Path, loss: str, world_size: int, door: str) -> None:
     lose, word = LOSSES[loss]
-    first = train(2, tmp_path, after=6, scar=SMALL | {"full_every_n_saves": 3})
+    first = train(2, tmp_path, after=6, scar=SMALL | {"full_every_n_saves": 3}, door=door)
     lose(tmp_path)
-    second = train(world_size, tmp_path, scar=SMALL)
+    second = train(world_size, tmp_path, scar=SMALL, door=door)
     assert_resumed(second)
     (report,) = reports(second)
     assert word in report
@@ -450,6 +452,18 @@ def test_zero_goes_on_without_sharding_and_back(tmp_path: Path) -> None:
     third = train(2, tmp_path, model="ZeRO")
     assert_resumed(third, ("state_dict", "global_step"))
     assert_same(all_moments(third), moments(second[0].live[6]))
+
+
+def test_zero_in_a_loop(tmp_path: Path) -> None:
+    whole = run_ranks(loop_runs.train_zero, 2, tmp_path / "whole")
+    run_ranks(loop_runs.train_zero, 2, tmp_path / "cut", after=5)
+    on_one = shutil.copytree(tmp_path / "cut", tmp_path / "on one")
+    resumed = run_ranks(loop_runs.train_zero, 2, tmp_path / "cut")
+    for now, then in zip(resumed, whole, strict=True):
+        assert_same(now, then)
+        assert now["optimizer_states"][0]["state"]
+    run_ranks(loop_runs.train_zero, 1, on_one)
+    assert sorted(moments(load(on_one))) == [0, 1, 2, 3]
 
 
 def test_the_saves_of_zero_wait_for_no_other_rank(tmp_path: Path) -> None:
