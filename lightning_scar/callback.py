@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, Timer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,6 +20,7 @@ from lightning_scar.calls import calls
 from lightning_scar.checkpoint_io import SCARCheckpointIO, installed_io
 from lightning_scar.core.claim import Seat
 from lightning_scar.core.compatibility import check_ranks_agree
+from lightning_scar.core.healer import Healer
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.resumption import newest_step
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
@@ -29,8 +30,6 @@ from lightning_scar.core.stats import Stats
 from lightning_scar.fences import Fences, before_optimizer_steps
 from lightning_scar.refusals import (
     as_misconfiguration,
-    check_healing,
-    check_max_heals,
     check_strategy,
 )
 from lightning_scar.resumption import fit_to_model, unfinished_run
@@ -110,11 +109,9 @@ class SCARCheckpoint(Checkpoint):
             self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error)
             intervals = {"every_n_train_steps": every_n_train_steps, "every_n_seconds": every_n_seconds}
             check_intervals(full_every_n_saves, **intervals)
-        check_max_heals(max_heals)
+            self._healer = Healer(heal_non_finite, max_heals)
         self.dirpath = os.fspath(dirpath)
         self._schedule = Schedule(every_n_train_steps, every_n_seconds, full_every_n_saves)
-        self._heal_non_finite = heal_non_finite
-        self._max_heals = max_heals
         self._resume = resume
         self._strict = strict
         self._save_on_exception = save_on_exception
@@ -192,7 +189,8 @@ class SCARCheckpoint(Checkpoint):
     def _open(self, trainer: pl.Trainer, seat: Seat | None = None) -> None:
         assert self._io is not None
         ranks = Ranks.of_default_group() if seat is None else Ranks(trainer.global_rank, trainer.world_size)
-        check_healing(self._heal_non_finite, self._schedule.every_n_steps, ranks.world_size)
+        with as_misconfiguration():
+            self._healer.check(ranks.world_size, every_n_train_steps=self._schedule.every_n_steps)
         running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks, seat)
         self._running, self.stats = running, running.stats
         self._io.attach(self.dirpath, running, lambda: {"state_dict": trainer.lightning_module.state_dict()})
@@ -310,7 +308,7 @@ class SCARCheckpoint(Checkpoint):
         elif trainer.should_stop and self._time_is_up(trainer):
             self._begin(trainer, full=True)
         elif self._schedule.is_due(step):
-            if self._heal_non_finite and self._running.ranks.all_here:
+            if self._healer.is_due(self._running):
                 self.heal(trainer)
             self._begin(trainer, full=self._schedule.is_full(step))
 
@@ -347,17 +345,8 @@ class SCARCheckpoint(Checkpoint):
 
         """
         assert self._running is not None, "heal() needs a fit under way"
-        plan = self._running.heal(_lightning.dump_checkpoint(trainer), **_live_parts(trainer))
-        if plan is None:
-            return False
-        self.stats.heals += 1
-        if self.stats.heals > self._max_heals:
-            raise RuntimeError(
-                f"training turned NaN or Inf again after {self._max_heals} heals (max_heals); find the cause first, "
-                f"e.g. too high a learning rate. The last good state is in {self.dirpath}."
-            )
-        rank_zero_warn(f"lightning-scar: NaN or Inf at step {self._step(trainer)}, healed: {plan}")
-        return True
+        checkpoint, step = _lightning.dump_checkpoint(trainer), self._step(trainer)
+        return self._healer.heal(self._running, checkpoint, step, **_live_parts(trainer))
 
     def _step(self, trainer: pl.Trainer) -> int:
         return trainer.global_step + self._outside_steps

@@ -11,9 +11,8 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_scar.core.claim import Seat
-from lightning_scar.core.compatibility import check_ranks_agree
+from lightning_scar.core.healer import Healer
 from lightning_scar.core.ranks import Ranks
-from lightning_scar.core.resumption import newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName, Settings
@@ -51,6 +50,9 @@ class SCARLoop:
         strict: Whether a running checkpoint of another model is an error; ``False`` loads what fits.
         save_on_exception: Whether to save when the ``with`` block ends with an exception.
         on_write_error: ``"warn"`` goes on training when a save cannot be written, ``"raise"`` stops it.
+        heal_non_finite: Whether to look for NaN and Inf before every save, and to restore the blocks that hold any, on
+            all ranks at the same step; see :meth:`heal`.
+        max_heals: How often that may happen; after that it is an error.
         storage_options: Passed to the file system of ``dirpath``.
         continuation: Lets the workers of this loop outlive each other; steps are made by :meth:`training_step` then.
 
@@ -97,16 +99,19 @@ class SCARLoop:
         strict: bool = True,
         save_on_exception: bool = True,
         on_write_error: Literal["warn", "raise"] = "warn",
+        heal_non_finite: bool = False,
+        max_heals: int = 3,
         storage_options: dict[str, Any] | None = None,
         continuation: SCARContinuation | None = None,
     ) -> None:
         self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error)
         check_intervals(full_every_n_saves, every_n_steps=every_n_steps, every_n_seconds=every_n_seconds)
+        self._healer = Healer(heal_non_finite, max_heals)
         self.dirpath = os.fspath(dirpath)
         self.stats = Stats()
         framework = state if isinstance(state, Framework) else Framework(state)
         #: Where the loop is.
-        self.state = LoopState(framework, self.dirpath, strict)
+        self.state = LoopState(framework, self.dirpath, strict, storage_options)
         self._schedule = Schedule(every_n_steps, every_n_seconds, full_every_n_saves)
         self._resume = resume
         self._save_on_exception = save_on_exception
@@ -195,28 +200,17 @@ class SCARLoop:
         else:
             self.state.ranks = Ranks.of_default_group()
             self.state.note()
-            self._go_on(self._open(), kept, weights_only)
+            running = self._open()
+            self.state.go_on(running, kept, self._first_incarnation(running), weights_only)
         if training is not None:
             training.begin(kept)
 
     def _open(self, seat: Seat | None = None) -> RunningCheckpoint:
         ranks = self.state.ranks
+        self._healer.check(ranks.world_size, every_n_steps=self._schedule.every_n_steps)
         running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks, seat)
         self._running, self.stats = running, running.stats
         return running
-
-    def _go_on(self, running: RunningCheckpoint, kept: dict[str, Any] | None, weights_only: bool | None) -> None:
-        """Goes on from what was kept in memory, or from what is on disk if that is newer."""
-        ranks = self.state.ranks
-        check_ranks_agree(ranks, self.state.parts.state_dict())
-        first = self._first_incarnation(running)
-        heads = ranks.together(lambda: newest_heads(self.dirpath, self._storage_options) if first is not None else {})
-        counting = [head.step for head in ranks.gather(heads)[0].values() if head.incarnation >= (first or 0)]
-        newest = max(counting, default=-1)
-        if kept is not None and kept["global_step"] >= newest:
-            self.state.take(kept)
-        elif newest >= 0:
-            self.state.restore(running, weights_only)
 
     def _first_incarnation(self, running: RunningCheckpoint) -> int | None:
         """The first start whose saves count; ``None`` if none on disk does."""
@@ -341,7 +335,24 @@ class SCARLoop:
             # Whoever has a handler of his own may go on.
             self._sigterm.proceed()
         elif has_stepped and self._schedule.is_due(self.steps):
+            if self._healer.is_due(running):
+                self.heal()
             self._save(full=self._schedule.is_full(self.steps))
+
+    def heal(self) -> bool:
+        """Restores the blocks of the live run that turned NaN or Inf, with their optimizer rows, and warns of it.
+
+        With several ranks a collective, to be called by all behind the same :meth:`step`.
+
+        Returns:
+            Whether anything had to be restored, on any rank.
+
+        Raises:
+            IncompleteError: If there is no finite version of a block.
+            RuntimeError: If it happened more than ``max_heals`` times, or :meth:`resume` was not called before.
+
+        """
+        return self._healer.heal(self._check_open(), self.state.dump(), self.steps, **self.state.parts.live_parts)
 
     def _check_open(self) -> RunningCheckpoint:
         if self._running is None:

@@ -25,5 +25,7 @@ class Options(TypedDict, total=False):
     strict: bool
     save_on_exception: bool
     on_write_error: Literal["warn", "raise"]
+    heal_non_finite: bool
+    max_heals: int
     storage_options: dict[str, Any] | None
     continuation: SCARContinuation | None

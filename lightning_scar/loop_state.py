@@ -3,9 +3,10 @@
 import sys
 from typing import Any
 
-from lightning_scar.core.compatibility import ModelMismatchError, check_fit
+from lightning_scar.core.compatibility import ModelMismatchError, check_fit, check_ranks_agree
 from lightning_scar.core.random_generators import random_generators, set_random_generators
 from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.resumption import newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.training_state import TrainingState
 from lightning_scar.framework import Framework
@@ -18,6 +19,7 @@ class LoopState:
         framework: What it is written with.
         dirpath: Its running checkpoint, for errors.
         strict: Whether a checkpoint of another model is an error.
+        storage_options: Passed to the file system.
 
     Attributes:
         framework: As given.
@@ -28,7 +30,9 @@ class LoopState:
 
     """
 
-    def __init__(self, framework: Framework, dirpath: str, strict: bool) -> None:
+    def __init__(
+        self, framework: Framework, dirpath: str, strict: bool, storage_options: dict[str, Any] | None = None
+    ) -> None:
         self.framework = framework
         self.parts = TrainingState()
         self.ranks = Ranks()
@@ -36,6 +40,7 @@ class LoopState:
         self.steps = 0
         self._dirpath = dirpath
         self._strict = strict
+        self._storage_options = storage_options
         self._place: dict[str, Any] = {}
 
     def begin(self) -> None:
@@ -90,17 +95,37 @@ class LoopState:
         """Takes what a step changes from a checkpoint dict, and nothing else."""
         self.parts.load(checkpoint, self._dirpath, strict)
 
-    def restore(self, running: RunningCheckpoint, weights_only: bool | None) -> None:
-        """Goes on where a running checkpoint is, and says so. A collective.
+    def go_on(
+        self,
+        running: RunningCheckpoint,
+        kept: dict[str, Any] | None,
+        first_incarnation: int | None,
+        weights_only: bool | None,
+    ) -> None:
+        """Goes on from what was kept in memory, or from what is on disk if that is newer. A collective.
 
         Args:
-            running: The running checkpoint; saves continue it.
+            running: The running checkpoint; saves continue what is restored from it.
+            kept: From memory; ``None`` for nothing.
+            first_incarnation: The first start whose saves on disk count; ``None`` if none do.
             weights_only: As in ``torch.load``.
 
         Raises:
-            ModelMismatchError: If another model wrote it, or a Trainer.
+            ModelMismatchError: If another model wrote it, or a Trainer, or the ranks' models differ.
+            NoCheckpointError: If there is nothing left but damaged files.
 
         """
+        check_ranks_agree(self.ranks, self.parts.state_dict())
+        counts = first_incarnation is not None
+        heads = self.ranks.together(lambda: newest_heads(self._dirpath, self._storage_options) if counts else {})
+        all_heads = self.ranks.gather(heads)[0].values()
+        newest = max((head.step for head in all_heads if head.incarnation >= (first_incarnation or 0)), default=-1)
+        if kept is not None and kept["global_step"] >= newest:
+            self.take(kept)
+        elif newest >= 0:
+            self._restore(running, weights_only)
+
+    def _restore(self, running: RunningCheckpoint, weights_only: bool | None) -> None:
         live = self.parts.state_dict()
         restored = running.restore(weights_only, initial={"state_dict": live})
         checkpoint = restored.checkpoint

@@ -10,33 +10,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
-def check_max_heals(max_heals: int) -> None:
-    """Refuses a limit below one.
-
-    Raises:
-        MisconfigurationException: Naming the value and what is allowed.
-
-    """
-    if max_heals < 1:
-        raise MisconfigurationException(
-            f"SCARCheckpoint: max_heals={max_heals} must be at least 1; `heal_non_finite=False` switches healing off"
-        )
-
-
-def check_healing(heal_non_finite: bool, every_n_train_steps: int | None, world_size: int) -> None:
-    """Refuses healing on several ranks at times of their own: they must heal at the same step.
-
-    Raises:
-        MisconfigurationException: With a remedy.
-
-    """
-    if heal_non_finite and every_n_train_steps is None and world_size > 1:
-        raise MisconfigurationException(
-            f"SCARCheckpoint: heal_non_finite=True on {world_size} ranks needs every_n_train_steps in the place of "
-            "every_n_seconds: clocks differ, and all ranks must look at the same step"
-        )
-
-
 @contextmanager
 def as_misconfiguration() -> Iterator[None]:
     """Makes what is out of range an error of Lightning's.

@@ -186,6 +186,19 @@ class RandomInTheLoop(Ways):
         super().batch(x + torch.randn(x.shape), y)
 
 
+class Poisoned(Ways):
+    """A row of the weights turns NaN on the first rank, behind the sixth batch."""
+
+    seen = 0
+
+    def batch(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        super().batch(x, y)
+        self.seen += 1
+        if self.seen == 6 and self.accelerator.process_index == 0:
+            weight = self.accelerator.unwrap_model(self.models[0]).net[0].weight
+            weight.data[3] = torch.nan
+
+
 class Uneven(Ways):
     """One rank has a batch more than the other, and makes a step more, by itself."""
 
@@ -208,7 +221,12 @@ WAYS: dict[str, type[Ways]] = {
     "an average of the weights": Averaged,
     "random numbers": RandomInTheLoop,
     "uneven": Uneven,
+    "poisoned": Poisoned,
 }
+
+
+#: Those of which a resumed training does not end as an uninterrupted one.
+SPECIAL = ("random numbers", "uneven", "poisoned")
 
 
 def train(

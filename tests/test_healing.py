@@ -6,6 +6,7 @@ from typing import Any
 
 import ddp_runs
 import lightning.pytorch as pl
+import loop_runs
 import pytest
 import torch
 from ddp_runs import SMALL, Patient, Poison, Run
@@ -219,3 +220,26 @@ def test_clocks_of_several_ranks_differ(tmp_path: Path) -> None:
         assert run.error[0] == MisconfigurationException.__name__
         assert "needs every_n_train_steps" in run.error[1]
     fit(saver(tmp_path / "alone", every_n_seconds=1.0, heal_non_finite=True), max_epochs=1)
+
+
+# -- in a loop -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loop_is_healed(tmp_path: Path, world_size: int) -> None:
+    options = {"heal_non_finite": True, "fraction": 0.3, "block_size": 64}
+    runs = run_ranks(loop_runs.train, world_size, tmp_path, way="poisoned", scar=options)
+    for rank, run in enumerate(runs):
+        assert run.error is None
+        assert run.stats["heals"] == 1
+        assert is_finite(run.final)
+        assert [text for text in run.warned if "healed" in text][:1] == run.warned[: int(rank == 0)]
+    assert_same(runs[0].final["state_dict"], runs[-1].final["state_dict"])
+    assert is_finite(load(tmp_path))
+
+
+def test_a_loop_is_left_as_it_is_without_healing(tmp_path: Path) -> None:
+    (run,) = run_ranks(loop_runs.train, 1, tmp_path, way="poisoned")
+    assert run.stats["heals"] == 0
+    assert not is_finite(run.final)
+    assert is_finite(load(tmp_path))

@@ -38,6 +38,7 @@ def loop(dirpath: Any, **options: Any) -> SCARLoop:
         ({"full_every_n_saves": -1}, "full_every_n_saves=-1 must be positive"),
         ({"fraction": 0.0}, r"fraction=0.0 must be in \(0, 1\]"),
         ({"policy": "best"}, "policy='best' must be one of"),
+        ({"max_heals": 0}, "max_heals=0 must be at least 1"),
         ({"staging": "slow"}, "staging='slow' must be"),
     ],
 )
