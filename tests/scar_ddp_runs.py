@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import torch
 from helpers import assert_same
-from scar_ddp_training import RATE, Model, samples
+from scar_ddp_training import Model
+from scar_job import RATE, samples
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 

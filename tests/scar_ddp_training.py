@@ -1,12 +1,7 @@
 """The script that ``scar_ddp_runs`` starts, with what that asks for as JSON. A worker hurts itself at its time."""
 
-import json
 import os
-import resource
-import signal
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,74 +11,11 @@ import torchmetrics
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from scar_job import BATCH_SIZE, RATE, SAMPLES, asked, begin, folder, place, samples, slot, write_down
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_scar import SCARCheckpoint, SCARDDPStrategy
-
-SAMPLES, BATCH_SIZE = 96, 4
-RATE = 0.01
-
-#: What :func:`scar_ddp_runs.train` asks for.
-asked: dict[str, Any] = {}
-folder = Path()
-slot = int(os.environ.get("LIGHTNING_SCAR_SLOT", os.environ.get("LOCAL_RANK", "0")))
-#: How many processes had this slot before.
-predecessors = 0
-
-
-# -- faults --------------------------------------------------------------------------------------------------------
-
-
-def _raise() -> None:
-    raise ValueError("a bug of this rank alone")
-
-
-def _run_out_of_memory() -> None:
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, limits[1]))
-    try:
-        bytearray(1 << 40)
-    finally:
-        # Or the process could not even end.
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
-WAYS: dict[str, Callable[[], Any]] = {
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "error": _raise,
-    "exit": lambda: os._exit(3),
-    "memory": _run_out_of_memory,
-    "terminate the job": lambda: os.kill(os.getppid(), signal.SIGTERM),
-    "interrupt the job": lambda: os.kill(os.getppid(), signal.SIGINT),
-}
-
-
-def place(name: str, number: int) -> None:
-    """Here a fault may be due; every one comes once."""
-    for i, (where, at, rank, how) in enumerate(asked["faults"]):
-        if (where, at, rank) == (name, number, slot):
-            try:
-                (folder / f"fault-{i}").touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            WAYS[how]()
-
-
-def write_down(name: str, **values: Any) -> None:
-    """What outlives this process."""
-    with (folder / f"{name}-{slot}.jsonl").open("a") as file:
-        file.write(json.dumps({"slot": slot, "pid": os.getpid(), **values}) + "\n")
-
-
-# -- data and models -----------------------------------------------------------------------------------------------
-
-
-def samples() -> TensorDataset:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(SAMPLES, 8, generator=generator)
-    return TensorDataset(x, x.sum(1, keepdim=True), torch.arange(SAMPLES))
 
 
 class Stream(IterableDataset[Any]):
@@ -117,7 +49,7 @@ class Model(pl.LightningModule):
         self.used: list[list[int]] = []
 
     def setup(self, stage: str) -> None:
-        place("setup", predecessors)
+        place("setup", asked["predecessors"])
 
     @property
     def batches_done(self) -> int:
@@ -132,7 +64,7 @@ class Model(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         strategy = self.trainer.strategy
         is_joiner = isinstance(strategy, SCARDDPStrategy) and strategy.is_joiner
-        place(*(("join", predecessors) if is_joiner else ("training_step", self.batches_done)))
+        place(*(("join", asked["predecessors"]) if is_joiner else ("training_step", self.batches_done)))
         x, y, ids = batch
         if ids.tolist() != self.now:  # an extra batch, of an outage
             self.used.append(ids.tolist())
@@ -207,11 +139,11 @@ def make_trainer() -> pl.Trainer:
     strategy = asked["strategy"]
     callbacks = [CALLBACKS[name]() for name in asked.get("callbacks", [])]
     if "scar" in asked:
-        callbacks.append(SCARCheckpoint(folder / "scar", **asked["scar"]))
+        callbacks.append(SCARCheckpoint(folder() / "scar", **asked["scar"]))
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
-    options = {"accelerator": "cpu", "devices": asked["ranks"], "default_root_dir": folder, **quiet}
+    options = {"accelerator": "cpu", "devices": asked["ranks"], "default_root_dir": folder(), **quiet}
     options |= {"enable_checkpointing": bool(callbacks), "max_epochs": 2, **asked["trainer"]}
-    options |= {"logger": CSVLogger(folder, name="logs") if asked.get("logs") else False, "callbacks": callbacks}
+    options |= {"logger": CSVLogger(folder(), name="logs") if asked.get("logs") else False, "callbacks": callbacks}
     if isinstance(strategy, dict):
         strategy = SCARDDPStrategy(**strategy)
     return pl.Trainer(strategy=strategy, **options)
@@ -232,19 +164,11 @@ def write_result(trainer: pl.Trainer, module: pl.LightningModule, **more: Any) -
         "is_global_zero": trainer.is_global_zero,
         **more,
     }
-    torch.save(result, folder / f"result-{slot}.pt")
+    torch.save(result, folder() / f"result-{slot}.pt")
 
 
 def main() -> None:
-    global folder, predecessors
-    asked.update(json.loads(sys.argv[1]))
-    folder = Path(asked["folder"])
-    # `python train.py` has a life before the supervisor's.
-    if "LIGHTNING_SCAR_SLOT" in os.environ or asked["strategy"] == "ddp":
-        log = folder / f"processes-{slot}.jsonl"
-        predecessors = len(log.read_text().splitlines()) if log.exists() else 0
-        write_down("processes", state=os.environ.get("LIGHTNING_SCAR_STATE"))
-        place("start", predecessors)
+    begin()
     if "cli" in asked:
         cli = LightningCLI(Model, Data, args=asked["cli"], run=False)
         cli.trainer.fit(cli.model, cli.datamodule)
@@ -255,8 +179,8 @@ def main() -> None:
     if asked.get("test"):
         fitted = module.state_dict()
         tested = trainer.test(module, data)
-        result = torch.load(folder / f"result-{slot}.pt", weights_only=False)
-        torch.save({**result, "tested": tested, "fitted": fitted}, folder / f"result-{slot}.pt")
+        result = torch.load(folder() / f"result-{slot}.pt", weights_only=False)
+        torch.save({**result, "tested": tested, "fitted": fitted}, folder() / f"result-{slot}.pt")
     return None
 
 

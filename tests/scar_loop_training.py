@@ -1,21 +1,15 @@
 """What ``scar_ddp_training`` trains with a Trainer, as a loop of Accelerate or Fabric."""
 
 import itertools
-import json
-import os
-import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import scar_ddp_training as script
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from lightning.fabric import Fabric
-from scar_ddp_training import BATCH_SIZE, RATE, asked, place, samples, write_down
+from scar_job import BATCH_SIZE, RATE, asked, begin, folder, place, samples, slot, write_down
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
@@ -51,7 +45,7 @@ class Loop:
         self.continuation = None
         if strategy != "ddp":
             self.continuation = SCARContinuation(**(strategy if isinstance(strategy, dict) else {}))
-        place("setup", script.predecessors)
+        place("setup", asked["predecessors"])
         self.epochs = trainer.get("max_epochs", 2)
         self.clip = trainer.get("gradient_clip_val")
         self.validates = trainer.get("limit_val_batches", 1) > 0
@@ -70,7 +64,7 @@ class Loop:
         )
         set_seed(3)
         self.scar: SCARLoop = SCARAccelerator(
-            self.accelerator, script.folder / "scar", **options_of_scar(), continuation=self.continuation
+            self.accelerator, folder() / "scar", **options_of_scar(), continuation=self.continuation
         )
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.validation = self.accelerator.prepare(DataLoader(samples(), batch_size=24))
@@ -134,7 +128,7 @@ class Loop:
 
     def run(self) -> None:
         if self.continuation is not None and self.continuation.is_joiner:
-            place("join", script.predecessors)
+            place("join", asked["predecessors"])
         with self.scar:
             epoch, skip = divmod(self.scar.resume(), len(self.loader))
             while epoch < self.epochs:
@@ -180,7 +174,7 @@ class Loop:
             "outages": [vars(outage) for outage in self.continuation.outages] if self.continuation else [],
             "is_global_zero": self.rank == 0,
         }
-        torch.save(result, script.folder / f"result-{script.slot}.pt")
+        torch.save(result, folder() / f"result-{slot}.pt")
 
 
 class OfFabric(Loop):
@@ -189,6 +183,8 @@ class OfFabric(Loop):
     synchronizes = True
 
     def set_up(self, model: Any, optimizer: Any, schedule: Any, loader: Any) -> None:
+        from lightning.fabric import Fabric
+
         self.fabric = Fabric(accelerator="cpu", devices=asked["ranks"], strategy="ddp")
         self.fabric.launch()
         torch.manual_seed(3)
@@ -198,7 +194,7 @@ class OfFabric(Loop):
         self.schedule = schedule
         state = {"model": self.model, "optimizer": self.optimizer}
         state |= {"schedule": schedule} if schedule is not None else {}
-        self.scar = SCARLoop(script.folder / "scar", state, **options_of_scar(), continuation=self.continuation)
+        self.scar = SCARLoop(folder() / "scar", state, **options_of_scar(), continuation=self.continuation)
 
     def backward(self, loss: Tensor) -> None:
         self.fabric.backward(loss)
@@ -223,12 +219,7 @@ class OfFabric(Loop):
 
 
 def main() -> None:
-    asked.update(json.loads(sys.argv[1]))
-    script.folder = Path(asked["folder"])
-    log = script.folder / f"processes-{script.slot}.jsonl"
-    script.predecessors = len(log.read_text().splitlines()) if log.exists() else 0
-    write_down("processes", state=os.environ.get("LIGHTNING_SCAR_STATE"))
-    place("start", script.predecessors)
+    begin()
     loop = OfFabric() if asked["door"] == "Fabric" else Loop()
     loop.run()
     loop.write_result()

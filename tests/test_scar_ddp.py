@@ -19,7 +19,7 @@ from scar_ddp_runs import (
 )
 
 
-@pytest.mark.parametrize("door", SCRIPTS)
+@pytest.mark.parametrize("door", DOORS)
 def test_without_failures_parameters_are_those_of_ddp_bit_for_bit(tmp_path: Path, door: str) -> None:
     # Only a Trainer becomes its own supervisor.
     how: dict[str, Any] = {"run": None} if door == "Trainer" else {}

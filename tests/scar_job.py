@@ -1,0 +1,92 @@
+"""What all scripts have in common that ``scar_ddp_runs`` starts: what is asked for, faults at their time, and data."""
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import TensorDataset
+
+SAMPLES, BATCH_SIZE = 96, 4
+RATE = 0.01
+
+#: What :func:`scar_ddp_runs.train` asks for.
+asked: dict[str, Any] = {}
+slot = int(os.environ.get("LIGHTNING_SCAR_SLOT", os.environ.get("LOCAL_RANK", "0")))
+
+
+def begin() -> None:
+    """Takes what is asked for from the command line, and notes that this process has begun."""
+    asked.update(json.loads(sys.argv[1]))
+    #: How many processes had this slot before.
+    asked["predecessors"] = 0
+    # `python train.py` has a life before the supervisor's.
+    if "LIGHTNING_SCAR_SLOT" in os.environ or asked["strategy"] == "ddp":
+        log = folder() / f"processes-{slot}.jsonl"
+        asked["predecessors"] = len(log.read_text().splitlines()) if log.exists() else 0
+        write_down("processes", state=os.environ.get("LIGHTNING_SCAR_STATE"))
+        place("start", asked["predecessors"])
+
+
+def folder() -> Path:
+    """Where everything is written."""
+    return Path(asked["folder"])
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+def _raise() -> None:
+    raise ValueError("a bug of this rank alone")
+
+
+def _run_out_of_memory() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, limits[1]))
+    try:
+        bytearray(1 << 40)
+    finally:
+        # Or the process could not even end.
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+WAYS: dict[str, Callable[[], Any]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "error": _raise,
+    "exit": lambda: os._exit(3),
+    "memory": _run_out_of_memory,
+    "terminate the job": lambda: os.kill(os.getppid(), signal.SIGTERM),
+    "interrupt the job": lambda: os.kill(os.getppid(), signal.SIGINT),
+}
+
+
+def place(name: str, number: int) -> None:
+    """Here a fault may be due; every one comes once."""
+    for i, (where, at, rank, how) in enumerate(asked["faults"]):
+        if (where, at, rank) == (name, number, slot):
+            try:
+                (folder() / f"fault-{i}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            WAYS[how]()
+
+
+def write_down(name: str, **values: Any) -> None:
+    """What outlives this process."""
+    with (folder() / f"{name}-{slot}.jsonl").open("a") as file:
+        file.write(json.dumps({"slot": slot, "pid": os.getpid(), **values}) + "\n")
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def samples() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, 8, generator=generator)
+    return TensorDataset(x, x.sum(1, keepdim=True), torch.arange(SAMPLES))
