@@ -249,9 +249,12 @@ class Continuation:
             if not is_full:
                 member.wait_for_joiners()
             # All go on together, whoever had a reason first; after another death they hold on.
-            is_ready = is_full or member.joiners_are_ready() or member.is_stopping
-            self._generations.enter_next(boundary=False, ready=is_ready)
+            joins = member.joiners_are_ready()
+            self._generations.enter_next(boundary=False, ready=is_full or joins or member.is_stopping)
             self.outages.regrouped()
+            if joins and not member.is_full:
+                # The news was of the generation before; without it nobody would be told to join behind this step.
+                member.wait_for_joiners()
         self._collection = collection
         if collection is not None and self.outages.present is not None:
             self.outages.present.stale_gradients += collection.stale
