@@ -67,7 +67,7 @@ class SCARContinuation:
                 "there is a process group already; make SCARContinuation() first, before Accelerator(), Fabric or "
                 "torch.distributed.init_process_group"
             )
-        elif self.member.is_replacement and self.member.generation is None:
+        elif self.member.is_joiner:
             # It has its set-up to itself, whatever collectives are in it.
             dist.init_process_group(store=HashStore(), rank=0, world_size=1, **self.group_options())
         elif not dist.is_initialized():
@@ -81,7 +81,7 @@ class SCARContinuation:
     @property
     def is_joiner(self) -> bool:
         """Whether this worker is a replacement that has not been taken in yet."""
-        return self.member is not None and self.member.is_replacement and self.member.generation is None
+        return self.member is not None and self.member.is_joiner
 
     @property
     def timeout(self) -> timedelta:

@@ -52,7 +52,7 @@ class Continuation:
         self._training = training
         self._member = member
         self._generations = Generations(training, member, self.outages)
-        if member.is_replacement and member.generation is None:
+        if member.is_joiner:
             self._generations.steps = -1
         self._start = StepStart()
         self._collection: Collection | None = None

@@ -201,6 +201,11 @@ class Member:
         return self.generation is not None and self.generation.members[0] == self.slot
 
     @property
+    def is_joiner(self) -> bool:
+        """Whether this process took the place of one that died, and has not been taken in yet."""
+        return self.is_replacement and self.generation is None
+
+    @property
     def local_rank(self) -> int:
         """How many of its generation have lower slots on this node."""
         members = self.generation.members if self.generation is not None else []
