@@ -93,7 +93,7 @@ class StoredBlock:
         """Memory to read the block into."""
         return {slot: memoryview(bytearray(entry.stop - entry.start)) for slot, entry in self.slots.items()}
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the block's entries."""
         return sum(entry.stop - entry.start for entry in self.slots.values())
@@ -112,6 +112,11 @@ class Delta:
     nbytes: int
     head: Head
     blocks: tuple[StoredBlock, ...]
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Bytes of its blocks, without the header."""
+        return sum(block.nbytes for block in self.blocks)
 
 
 @dataclass(frozen=True)

