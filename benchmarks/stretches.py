@@ -47,6 +47,7 @@ class Stretch:
 
     Attributes:
         method: Who saved at its beginning; ``None`` for nobody.
+        steps: Its optimizer steps.
         wall: Seconds from its first to its last step, and on until everything is written.
         idle: Seconds in which the training thread neither went forward, backward nor updated; without that wait.
         forward_backward: Seconds of forward and backward of one step, on average.
@@ -54,6 +55,7 @@ class Stretch:
     """
 
     method: str | None
+    steps: int
     wall: float
     idle: float
     forward_backward: float
@@ -102,7 +104,7 @@ class StretchTimer(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, GPTModule)
         self._batches += 1
-        if self._batches % self._steps:
+        if self._batches < self._steps or self._goes_on():
             return
         if self._started is not None:
             self._finish(pl_module, self._started)
@@ -112,9 +114,14 @@ class StretchTimer(Callback):
             return
         self._between()
         os.sync()
+        self._batches = 0
         self._started = _Clocks.now(pl_module)
         if self._method is not None:
             self._method.save(trainer)
+
+    def _goes_on(self) -> bool:
+        """Whether the stretch is longer than its steps."""
+        return False
 
     def _finish(self, module: GPTModule, started: _Clocks) -> None:
         looped = _Clocks.now(module)
@@ -123,9 +130,10 @@ class StretchTimer(Callback):
         written = _Clocks.now(module)
         stretch = Stretch(
             method=self._method.name if self._method is not None else None,
+            steps=self._batches,
             wall=written.wall - started.wall,
             idle=(looped.wall - started.wall) - (looped.computing - started.computing),
-            forward_backward=(looped.forward_backward - started.forward_backward) / self._steps,
+            forward_backward=(looped.forward_backward - started.forward_backward) / self._batches,
         )
         counts = written.others - started.others <= QUIET * stretch.wall or self.repeated == self._patience
         if self._method is not None:
@@ -138,14 +146,14 @@ class StretchTimer(Callback):
 
 def blocked(stretches: Sequence[Stretch], method: str) -> list[float]:
     """How much longer the training thread stood still in each stretch with a save of the method than in one without."""
-    usual = median([stretch.idle for stretch in stretches if stretch.method is None])
-    return [stretch.idle - usual for stretch in stretches if stretch.method == method]
+    usual = median([stretch.idle / stretch.steps for stretch in stretches if stretch.method is None])
+    return [stretch.idle - stretch.steps * usual for stretch in stretches if stretch.method == method]
 
 
 def added(stretches: Sequence[Stretch], method: str) -> list[float]:
-    """How much longer each stretch with a save of the method took than its two neighbours without one."""
+    """How much longer each stretch with a save of the method took than as many steps of its neighbours without one."""
     return [
-        here.wall - (before.wall + after.wall) / 2
+        here.wall - here.steps * (before.wall + after.wall) / (before.steps + after.steps)
         for before, here, after in zip(stretches, stretches[1:], stretches[2:], strict=False)
         if here.method == method and before.method is None and after.method is None
     ]

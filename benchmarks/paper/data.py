@@ -72,13 +72,11 @@ def movielens(path: Path | None = None) -> Ratings:
         path: The file ``u.data`` of GroupLens or ``ml-100k.inter`` of RecBole; ``None`` downloads the package.
 
     """
-    if path is None:
-        text = packaged("recbole", "recbole/dataset_example/ml-100k/ml-100k.inter")
-    else:
-        text = path.read_bytes()
+    inside = "recbole/dataset_example/ml-100k/ml-100k.inter"
+    text = path.read_bytes() if path is not None else packaged("recbole", inside)
     lines = [line.split() for line in text.splitlines() if line[:1].isdigit()]
     table = torch.tensor([[int(user), int(film), round(float(stars))] for user, film, stars, *_ in lines])
-    users, films = (table[:, column].unique(return_inverse=True)[1] for column in (0, 1))
+    users, films = (torch.unique(table[:, column], return_inverse=True)[1] for column in (0, 1))
     return Ratings(users, films, table[:, 2].float())
 
 

@@ -14,7 +14,7 @@ MAX_STATES = 3
 
 
 class Usage(NamedTuple):
-    """How much of a delta is still needed: bytes in all, and bytes less those of blocks that are not kept."""
+    """How much of a delta is still needed: bytes in all, and those of blocks that are kept."""
 
     nbytes: int
     live: int
@@ -41,13 +41,20 @@ def worth_merging(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> 
     if len(usage) > _MERGE_FROM_FILES:
         smallest = sorted(range(len(usage)), key=lambda i: usage[i].live)
         return _filled(smallest, usage, state_bytes, at_least=2)
-    if sum(nbytes for nbytes, _ in usage) > MAX_STATES * state_bytes - save_bytes:
+    if sum(nbytes for nbytes, _ in usage) > _limit(usage, state_bytes, save_bytes):
         emptiest = sorted(
             (i for i in range(len(usage)) if usage[i].live < usage[i].nbytes * 0.9),
             key=lambda i: usage[i].live / usage[i].nbytes,
         )
         return _filled(emptiest, usage, state_bytes, at_least=1)
     return []
+
+
+def _limit(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> float:
+    limit = MAX_STATES * state_bytes - save_bytes
+    live = sum(each.live for each in usage)
+    # Where what is kept breaks the bound by itself (the headers of tiny blocks), merging at every save would not help.
+    return limit if live < 0.9 * limit else max(limit, live / 0.75)
 
 
 def _filled(order: list[int], usage: Sequence[Usage], state_bytes: int, at_least: int) -> list[int]:

@@ -132,11 +132,13 @@ class RankStore(DeltaStore):
 
     def _mergeable(self, state_bytes: int, save_bytes: int) -> list[Delta]:
         own = [delta for delta in self._own() if delta.name not in self._unmergeable]
-        usage = [Usage(delta.nbytes, delta.nbytes - self._dead_bytes(delta)) for delta in own]
+        usage = [Usage(delta.nbytes, self._live_bytes(delta)) for delta in own]
         return [own[i] for i in worth_merging(usage, state_bytes, save_bytes)]
 
-    def _dead_bytes(self, delta: Delta) -> int:
-        return delta.block_bytes - sum(block.nbytes for block in self.index.live(delta))
+    def _live_bytes(self, delta: Delta) -> int:
+        live = sum(block.nbytes for block in self.index.live(delta))
+        # With their share of the header, which outweighs the data of tiny blocks.
+        return delta.nbytes * live // delta.block_bytes
 
     def _merge(self, head: Head, sources: list[Delta]) -> int:
         name = f"{self.folder}/merged-{head.incarnation:05d}-{head.sequence:08d}-{self._merges:04d}{SUFFIX}"

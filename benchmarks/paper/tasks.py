@@ -1,0 +1,37 @@
+"""The tasks by name: those of the paper, and two that it lacks."""
+
+from functools import partial
+from pathlib import Path
+
+from benchmarks.paper import data, networks
+from benchmarks.paper.factorization import Factorization
+from benchmarks.paper.topics import TopicModel
+from benchmarks.paper.trials import Task
+
+#: So large that no tensor is cut.
+_WHOLE = 1 << 30
+
+
+def tasks(movielens: Path | None = None) -> dict[str, Task]:
+    """All tasks.
+
+    Args:
+        movielens: The ratings' file; ``None`` downloads the package that holds it.
+
+    """
+    ratings = partial(data.movielens, movielens)
+    found = [
+        # A block is a pixel.
+        Task("mlr_mnist", partial(networks.regression, data.mnist, 0.5), 60, 40),
+        Task("mlr_digits", partial(networks.regression, data.digits, 0.5), 60, 40),
+        # A user, a film.
+        Task("mf", partial(Factorization, ratings), 30, 20),
+        # A document.
+        Task("lda", TopicModel, 40, _WHOLE),
+        Task("cnn_layers", networks.cnn, 60, _WHOLE),
+        Task("cnn_shards", networks.cnn, 60, 1024),
+        Task("gpt", networks.gpt, 60, 1024),
+        # A user, a film; so many rows of the perceptron.
+        Task("recommender", partial(networks.recommender, ratings), 60, 64),
+    ]
+    return {task.name: task for task in found}

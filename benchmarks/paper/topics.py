@@ -1,0 +1,134 @@
+"""Latent Dirichlet allocation by collapsed Gibbs sampling."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from benchmarks.paper import data
+from benchmarks.paper.training import Training
+from lightning_scar.core.skeleton import Path
+
+_TOPICS = 20
+#: The Dirichlet priors of a document's topics, and of a topic's words.
+_ALPHA, _ETA = 0.1, 0.01
+#: Words that are drawn at once, by what the others were before (Newman et al. 2009, AD-LDA): a quarter of them.
+_PARTS = 4
+
+
+class _Corpus(NamedTuple):
+    """Which word stands in which document.
+
+    Attributes:
+        starts: The first pair of each document, and behind the last.
+        documents: The document of each pair of a document and a word.
+        words: Its word.
+        pairs: The pair of each token, ascending.
+        parts: The documents and the words of the tokens of each part.
+        vocabulary: The number of words.
+
+    """
+
+    starts: list[int]
+    documents: Tensor
+    words: Tensor
+    pairs: Tensor
+    parts: list[tuple[Tensor, Tensor]]
+    vocabulary: int
+
+
+class TopicModel(Training):
+    """How many of each word's tokens in each document belong to each topic; an iteration draws all of them anew.
+
+    The state is a matrix for each document, with a row for each of its words. Tokens of one word in one document are
+    interchangeable, so it is all there is to know.
+
+    Args:
+        seed: Of the initial topics and of all draws.
+
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.iteration = 0
+        self._seed = seed
+        corpus = _corpus()
+        self.counts = torch.zeros(len(corpus.words), _TOPICS)
+        drawn = torch.randint(_TOPICS, (len(corpus.pairs),), generator=torch.Generator().manual_seed(seed))
+        _count(self.counts, corpus.pairs, drawn, 1.0)
+        self.recovered()
+
+    @override
+    def step(self) -> None:
+        corpus = _corpus()
+        generator = torch.Generator().manual_seed((self._seed << 32) + self.iteration + 1)
+        rows, columns = self.counts.nonzero(as_tuple=True)
+        topics = columns.repeat_interleave(self.counts[rows, columns].long())
+        chances = torch.rand(len(topics), generator=generator)
+        for part, (documents, words) in enumerate(corpus.parts):
+            old = topics[part::_PARTS]
+            new = self._drawn(documents, words, old, chances[part::_PARTS])
+            for totals, rows in ((self._by_document, documents), (self._by_word, words)):
+                _count(totals, rows, old, -1.0)
+                _count(totals, rows, new, 1.0)
+            topics[part::_PARTS] = new
+        _count(self.counts.zero_(), corpus.pairs, topics, 1.0)
+        self.iteration += 1
+
+    def _drawn(self, documents: Tensor, words: Tensor, old: Tensor, chances: Tensor) -> Tensor:
+        by_topic = self._by_word.sum(0) + _corpus().vocabulary * _ETA
+        own = old.unsqueeze(1)
+        less_one = -torch.ones(own.shape)
+        shares = self._by_document.index_select(0, documents).scatter_add_(1, own, less_one).add_(_ALPHA)
+        shares *= self._by_word.index_select(0, words).scatter_add_(1, own, less_one).add_(_ETA)
+        shares /= by_topic
+        # The share of the token's own topic still needs its token taken out of that topic's total.
+        at_own = shares.gather(1, own) * (by_topic[old] / (by_topic[old] - 1)).unsqueeze(1)
+        sums = shares.scatter_(1, own, at_own).cumsum_(1)
+        return (sums < (chances * sums[:, -1]).unsqueeze(1)).sum(1).clamp_(max=_TOPICS - 1)
+
+    @override
+    def loss(self) -> float:
+        """Minus the log-likelihood of words and topics, a token (Griffiths and Steyvers 2004, equations 2 and 3)."""
+        by_topic, by_document = self._by_word.double(), self._by_document.double()
+        words = (by_topic + _ETA).lgamma().sum() - (by_topic.sum(0) + len(by_topic) * _ETA).lgamma().sum()
+        likelihood = words + (by_document + _ALPHA).lgamma().sum()
+        return -float(likelihood) / len(_corpus().pairs)
+
+    @override
+    def checkpoint(self) -> dict[str, Any]:
+        return {"state_dict": {f"document {i}": part for i, part in enumerate(self.parameters())}}
+
+    @override
+    def optimizers(self) -> Mapping[Path, Optimizer]:
+        return {}
+
+    @override
+    def parameters(self) -> list[Tensor]:
+        return [self.counts[start:stop] for start, stop in pairwise(_corpus().starts)]
+
+    @override
+    def recovered(self) -> None:
+        corpus = _corpus()
+        self._by_document = torch.zeros(len(corpus.starts) - 1, _TOPICS).index_add_(0, corpus.documents, self.counts)
+        self._by_word = torch.zeros(corpus.vocabulary, _TOPICS).index_add_(0, corpus.words, self.counts)
+
+
+def _count(totals: Tensor, rows: Tensor, topics: Tensor, worth: float) -> None:
+    totals.view(-1).scatter_add_(0, rows * _TOPICS + topics, torch.full((len(rows),), worth))
+
+
+@lru_cache
+def _corpus() -> _Corpus:
+    documents = data.reuters()
+    pairs = [(d, word, count) for d, counts in enumerate(documents) for word, count in sorted(counts.items())]
+    table = torch.tensor(pairs)
+    starts = [0, *torch.tensor([len(counts) for counts in documents]).cumsum(0).tolist()]
+    documents_of, words_of = table[:, 0].contiguous(), table[:, 1].contiguous()
+    tokens = torch.arange(len(table)).repeat_interleave(table[:, 2])
+    parts = [(documents_of[tokens[i::_PARTS]], words_of[tokens[i::_PARTS]]) for i in range(_PARTS)]
+    return _Corpus(starts, documents_of, words_of, tokens, parts, int(words_of.max()) + 1)
