@@ -78,6 +78,9 @@ def write(path: str | None, figures: Mapping[str, Any], targets: Sequence[Target
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], targets: Sequence[Target]) -> None:
     """Prints the figures and how they compare with the targets."""
     console = Console()
+    if not console.is_terminal:
+        # Of a file the width is not known; cells should not be cut.
+        console.width = 160
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*row)

@@ -70,12 +70,15 @@ def figures(after_save: float) -> dict[str, Any]:
     found = rows(COSTS, step=1.0, after_save=lambda interval: after_save * interval)
     estimates = [{"interval": 2, "steps": 2 * after_save, "saves": 16, "skipped": 0}]
     costs = {method: asdict(cost) for method, cost in COSTS.items()}
-    return {"gpt": {"costs": costs, "estimates": estimates, "rows": [asdict(row) for row in found]}}
+    samples = {method: {kind: [getattr(cost, kind) / 2, 3.0] for kind in KINDS} for method, cost in COSTS.items()}
+    shown = {"costs": costs, "samples": samples, "estimates": estimates, "rows": [asdict(row) for row in found]}
+    return {"gpt": shown}
 
 
 def test_conclusions_name_who_loses_least() -> None:
     stall, loop = conclusions(figures(after_save=2.0))
     assert "SCAR loses least; a crash costs, in steps: scar 6.0, async 58.0, torch 500.0." in stall
+    assert "One save cost 0.01 to 3 s (scar), 0.5 to 3 s (async)." in stall
     assert "slowed by more than the budget: async 4%, scar 20%" in stall
     assert "16 saves, one every 2 steps; without priority it would be 9.0." in stall
     assert "one every 2 steps, taken to one every 40; without priority it would be 161.0." in loop

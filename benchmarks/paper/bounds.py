@@ -180,8 +180,9 @@ def _perturbed(kind: str, start: Tensor, point: Tensor, chance: torch.Generator)
     if kind == "reset":
         return _reset(start, point, chance)
     direction = _normal(chance) if kind == "random" else point
-    size = point.norm() * 10 ** (3 * torch.rand((), generator=chance, dtype=torch.float64) - 1.5)
-    return point + size * direction / direction.norm()
+    size = float(point.norm()) * 10 ** (3 * float(torch.rand((), generator=chance)) - 1.5)
+    disturbed: Tensor = point + size * direction / direction.norm()
+    return disturbed
 
 
 def _reset(start: Tensor, point: Tensor, chance: torch.Generator) -> Tensor:

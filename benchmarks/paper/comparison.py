@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -14,37 +15,36 @@ import torch
 
 from benchmarks import report
 from benchmarks.paper import trials
-from benchmarks.paper.strategies import FULL, LOST, STRATEGIES
+from benchmarks.paper.strategies import FULL, LOST, POLICIES, STRATEGIES, Strategy
 from benchmarks.paper.trials import Task, Trial
 
-_POLICIES = ("distance", "round_robin", "random")
-_FRACTIONS = ("1/2", "1/4", "1/8")
 _RESAMPLES = 2000
 
 
-def measure(task: Task, count: int, seed: int, processes: int | None = None) -> dict[str, Any]:
+def measure(task: Task, count: int, seed: int, strategies: Sequence[Strategy] = STRATEGIES) -> dict[str, Any]:
     """Runs trials on all processors.
 
     Args:
         task: What is trained.
         count: How many trials.
         seed: Of the first; every trial has the next.
-        processes: How many run at once; ``None`` for one a processor.
+        strategies: What is compared.
 
     Returns:
         For every strategy and share of lost blocks the mean rework cost and its reduction with 95 % intervals, the
         mean squared distance, and the bytes and saves of an iteration; and the samples.
 
     """
-    with ProcessPoolExecutor(
-        processes or os.cpu_count(), multiprocessing.get_context("spawn"), _use_one_thread
-    ) as pool:
-        found = list(pool.map(partial(trials.run, task), range(seed, seed + count)))
-    return figures(found)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), spawn, _prepare) as pool:
+        return figures(list(pool.map(partial(trials.run, task, strategies=strategies), range(seed, seed + count))))
 
 
-def _use_one_thread() -> None:
+def _prepare() -> None:
     torch.set_num_threads(1)
+    # Torch warns where this is left open, and that its sparse matrices are new.
+    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", message="Sparse CSR")
 
 
 def figures(found: Sequence[Trial]) -> dict[str, Any]:
@@ -57,6 +57,7 @@ def figures(found: Sequence[Trial]) -> dict[str, Any]:
     chosen = np.random.default_rng(0).integers(len(found), size=(_RESAMPLES, len(found)))
     summary: dict[str, Any] = {
         "trials": len(found),
+        "strategies": list(found[0].saves),
         "converged": float(np.mean([trial.converged for trial in found])),
         "failed": float(np.mean([trial.failed for trial in found])),
         "never_back": sum(not outcome.is_back for trial in found for outcome in trial.outcomes),
@@ -67,18 +68,20 @@ def figures(found: Sequence[Trial]) -> dict[str, Any]:
         summary[f"{name}/rework_cost_interval"] = _interval(own[chosen].mean(1))
         summary[f"{name}/reduction"] = float(1 - own.mean() / base.mean())
         # Of the same trials for both, since they share their failures.
-        summary[f"{name}/reduction_interval"] = _interval(1 - own[chosen].mean(1) / base[chosen].mean(1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            summary[f"{name}/reduction_interval"] = _interval(1 - own[chosen].mean(1) / base[chosen].mean(1))
         distances = [trial.outcomes[i].squared_distance for trial in found]
         summary[f"{name}/squared_distance"] = float(np.mean(distances))
-    for strategy in dict.fromkeys(name for name, _ in costs):
-        iterations = sum(trial.failed for trial in found)
+    iterations = sum(trial.failed for trial in found)
+    for strategy in found[0].saves:
         summary[f"{strategy}/bytes"] = sum(trial.nbytes[strategy] for trial in found) / iterations
         summary[f"{strategy}/saves"] = sum(trial.saves[strategy] for trial in found) / iterations
     return {**summary, "samples": [asdict(trial) for trial in found]}
 
 
 def _interval(values: "np.ndarray[Any, Any]") -> list[float]:
-    low, high = np.quantile(values, (0.025, 0.975))
+    # Of few trials a sample may hold no failure that costs anything, and no share of it.
+    low, high = np.nanquantile(values, (0.025, 0.975))
     return [float(low), float(high)]
 
 
@@ -87,12 +90,12 @@ def show(name: str, found: Mapping[str, Any]) -> None:
     columns = ["saved", "full recovery", *(f"{lost:.0%} lost" for lost in LOST[:-1]), "reduction (50%)"]
     columns += ["‖δ‖²", "saves", "kB"]
     rows = []
-    for strategy in STRATEGIES:
-        cells = [_with_margin(found, f"{strategy.name}/{lost:g}/rework_cost") for lost in (1.0, *LOST[:-1])]
-        cells.append(_with_interval(found, f"{strategy.name}/0.5/reduction"))
-        cells.append(f"{found[f'{strategy.name}/1/squared_distance']:.3g}")
-        cells += [f"{found[f'{strategy.name}/saves']:.2f}", f"{found[f'{strategy.name}/bytes'] / 1e3:.1f}"]
-        rows.append([strategy.name, *cells])
+    for strategy in found["strategies"]:
+        cells = [_with_margin(found, f"{strategy}/{lost:g}/rework_cost") for lost in (1.0, *LOST[:-1])]
+        cells.append(_with_interval(found, f"{strategy}/0.5/reduction"))
+        cells.append(f"{found[f'{strategy}/1/squared_distance']:.3g}")
+        cells += [f"{found[f'{strategy}/saves']:.2f}", f"{found[f'{strategy}/bytes'] / 1e3:.1f}"]
+        rows.append([strategy, *cells])
     title = f"{name}: rework cost in iterations, {found['trials']} failures"
     report.show(f"{title}; saves and bytes an iteration", columns, rows, [])
 
@@ -111,7 +114,7 @@ def conclusions(name: str, found: Mapping[str, Any]) -> list[str]:
     """In plain words: what both strategies save together, and whether priority beats round robin."""
     both = _with_interval(found, "distance 1/8/0.5/reduction")
     partial_alone, priority_alone = found["full/0.5/reduction"], found["distance 1/8/1/reduction"]
-    cost, round_robin, chance = (found[f"{policy} 1/8/0.5/rework_cost"] for policy in _POLICIES)
+    cost, round_robin, chance = (found[f"{policy} 1/8/0.5/rework_cost"] for policy in POLICIES)
     low, high = difference(found, "distance 1/8", "round_robin 1/8")
     verdict = "beats" if high < 0 else "loses to" if low > 0 else "is not told from"
     return [
@@ -151,14 +154,14 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     panels = figure.subplots(rows, min(len(results), 4), squeeze=False).flat
     for axes, (name, found) in zip(panels, results.items(), strict=False):
         for lost, style in ((1.0, "--"), (0.5, "-")):
-            for policy, color in zip(_POLICIES, ("tab:red", "tab:blue", "tab:gray"), strict=True):
-                names = [FULL.name, *(f"{policy} {fraction}" for fraction in _FRACTIONS)]
+            for policy, color in zip(POLICIES, ("tab:red", "tab:blue", "tab:gray"), strict=True):
+                names = [name for name in found["strategies"] if name.split()[0] in (FULL.name, policy)]
                 means = [found[f"{each}/{lost:g}/rework_cost"] for each in names]
                 intervals = np.array([found[f"{each}/{lost:g}/rework_cost_interval"] for each in names])
                 label = f"{policy.replace('_', ' ')}, {'full' if lost == 1 else 'partial'} recovery"
-                axes.plot(range(4), means, style, color=color, label=label)
-                axes.fill_between(range(4), intervals[:, 0], intervals[:, 1], color=color, alpha=0.15)
-        axes.set_xticks(range(4), ["full", *_FRACTIONS])
+                axes.plot(range(len(names)), means, style, color=color, label=label)
+                axes.fill_between(range(len(names)), intervals[:, 0], intervals[:, 1], color=color, alpha=0.15)
+        axes.set_xticks(range(len(names)), [name.split()[-1] for name in names])
         axes.set(title=name, ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.supylabel("rework cost, iterations")

@@ -46,7 +46,7 @@ class Setup:
         steps: Optimizer steps of a stretch, at least; one with a save goes on until it is written.
         rounds: Saves of each method.
         patience: How many disturbed stretches are repeated.
-        limit: Steps of a training that measures the rework cost; what longer intervals cost is extrapolated.
+        limit: Steps of a training that measures the rework cost; to longer intervals it is extrapolated in proportion.
 
     """
 
@@ -61,7 +61,7 @@ class Setup:
 SETUPS = {
     "tiny": Setup(TINY, steps=40, rounds=20, patience=0, limit=4000),
     "gpt_5m": Setup(Size(4, 256, 4, 8192, 256, 128), steps=10, rounds=9, patience=20, limit=1200),
-    "gpt2_small": Setup(GPT2_SMALL, steps=3, rounds=3, patience=8, limit=100),
+    "gpt2_small": Setup(GPT2_SMALL, steps=3, rounds=3, patience=8, limit=150),
 }
 QUICK = {"tiny": Setup(TINY, steps=4, rounds=2, patience=0, limit=75)}
 
@@ -263,8 +263,12 @@ def _sentences(of_model: dict[str, Any], kind: str) -> list[str]:
     scar = own["scar"]
     best = min((row for row in own.values() if row is not scar), key=lambda row: row.rework)
     pays = "SCAR loses least" if scar.rework < best.rework else f"SCAR does not pay, {best.method} loses least"
-    lost = ", ".join(f"{row.method} {row.rework:.1f}" for row in (scar, best, own["torch"]))
+    named = dict.fromkeys(["scar", best.method, "torch"])
+    lost = ", ".join(f"{method} {own[method].rework:.1f}" for method in named)
     found = [f"{pays}; a crash costs, in steps: {lost}."]
+    samples = {row.method: of_model["samples"][row.method][kind] for row in (scar, best)}
+    ranges = (f"{min(seconds):.3g} to {max(seconds):.3g} s ({method})" for method, seconds in samples.items())
+    found.append(f"One save cost {', '.join(ranges)}.")
     after = max(
         (each for each in of_model["estimates"] if each["interval"] <= scar.interval), key=lambda each: each["interval"]
     )

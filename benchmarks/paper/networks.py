@@ -1,6 +1,7 @@
 """Models in torch: the paper's regression and CNN, and two that it lacks, a small GPT and a recommender."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +9,11 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from benchmarks.gpt import GPT, Size
 from benchmarks.paper import data
-from benchmarks.paper.data import Images, Ratings
+from benchmarks.paper.data import Images
 from benchmarks.paper.training import Batch, ModuleTraining
 
 #: Samples over which losses are taken.
-_HELD = 1000
+_HELD = 250
 _SMALL_GPT = Size(layers=2, width=64, heads=2, vocabulary=128, positions=64, sequence=64)
 
 
@@ -55,11 +56,11 @@ def cnn(seed: int) -> ModuleTraining:
     """Two convolutions and three linear layers on MNIST by Adam."""
     torch.manual_seed(seed)
     model = nn.Sequential(
-        *(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 8, 5, stride=2, padding=2), nn.ReLU()),
-        *(nn.Conv2d(8, 16, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten()),
-        *(nn.Linear(16 * 7 * 7, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
+        *(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
     )
-    return _classification(model, data.mnist(), lambda parameters: torch.optim.Adam(parameters, lr=1e-3), 128, seed)
+    return _classification(model, data.mnist(), lambda parameters: torch.optim.Adam(parameters, lr=1e-3), 64, seed)
 
 
 def gpt(seed: int) -> ModuleTraining:
@@ -78,16 +79,16 @@ def gpt(seed: int) -> ModuleTraining:
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         lambda generator: sequences(torch.randint(len(text) - length, (12,), generator=generator)),
         objective,
-        sequences(torch.arange(24) * (len(text) // 25)),
+        sequences(torch.arange(12) * (len(text) // 13)),
         seed,
     )
 
 
-def recommender(ratings: Callable[[], Ratings], seed: int) -> ModuleTraining:
-    """Embeddings and a perceptron on MovieLens by Adagrad, 512 ratings at a time."""
+def recommender(movielens: Path | None, seed: int) -> ModuleTraining:
+    """Embeddings and a perceptron on MovieLens by Adagrad, 1,024 ratings at a time."""
     torch.manual_seed(seed)
-    users, films, stars = ratings()
-    held = torch.arange(10 * _HELD) * (len(stars) // (10 * _HELD))
+    users, films, stars = data.movielens(movielens)
+    held = torch.arange(20 * _HELD) * (len(stars) // (20 * _HELD))
 
     def rated(chosen: Tensor) -> Batch:
         return users[chosen], films[chosen], stars[chosen]
@@ -95,7 +96,7 @@ def recommender(ratings: Callable[[], Ratings], seed: int) -> ModuleTraining:
     return ModuleTraining(
         Recommender(int(users.max()) + 1, int(films.max()) + 1, 16),
         lambda parameters: torch.optim.Adagrad(parameters, lr=0.05),
-        lambda generator: rated(torch.randint(len(stars), (512,), generator=generator)),
+        lambda generator: rated(torch.randint(len(stars), (1024,), generator=generator)),
         lambda model, batch: mse_loss(model(batch[0], batch[1]), batch[2]),
         rated(held),
         seed,

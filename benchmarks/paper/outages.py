@@ -81,11 +81,9 @@ def _training(
     model: nn.Module, optimizer: "Callable[..., torch.optim.Optimizer]", stride: int, seed: int
 ) -> ModuleTraining:
     pixels, labels = data.mnist()
-    # A generator heeds the low 32 bits of its seed only, where ModuleTraining puts the number of the batch.
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
 
     def batch(generator: torch.Generator) -> Batch:
-        chosen = order[torch.randint(len(labels), (32,), generator=generator)]
+        chosen = torch.randint(len(labels), (32,), generator=generator)
         return pixels[chosen], labels[chosen]
 
     def objective(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from benchmarks.gpt import GPTModule, new_trainer, state_bytes
-from benchmarks.methods import SCAR, GatedSCARCheckpoint, Method, peers
+from benchmarks.methods import SCAR, Async, GatedSCARCheckpoint, Method, Torch, peers
 from benchmarks.report import median
 from benchmarks.stall import FRACTION, plan
 from benchmarks.stretches import StretchTimer, added, blocked
@@ -63,13 +64,13 @@ class _Watched:
     def save(self, trainer: pl.Trainer) -> None:
         self._before, self._started, self._written = self._total(), time.perf_counter(), None
         self._method.save(trainer)
-        if not isinstance(self._method, SCAR):
+        if isinstance(self._method, Torch | Async):
+            # The others may still be staging, up to their fence, which two threads must not wait at.
             self._watch()
 
     def fence(self) -> None:
         self._method.fence()
         if self._written is None:
-            # The callback has saved since, and its own fence came first.
             self._watch()
 
     def _watch(self) -> None:
@@ -105,7 +106,7 @@ class _UntilWritten(StretchTimer):
 
 def measure(
     module: GPTModule, loader: "DataLoader[Tensor]", folder: Path, rounds: int, steps: int, patience: int
-) -> tuple[dict[str, Cost], dict[str, float]]:
+) -> tuple[dict[str, Cost], dict[str, Any]]:
     """Trains, with a save of each method in every round.
 
     Args:
@@ -130,15 +131,17 @@ def measure(
     trainer.fit(module, loader)
     stretches = timer.stretches[2 * len(watched) :]
     step = median([stretch.wall / stretch.steps for stretch in stretches if stretch.method is None])
-    found = {}
+    found, samples = {}, {}
     for method in watched:
         method.close()
-        stall = max(0.0, median(blocked(stretches, method.name)))
-        loop = max(stall, median(added(stretches, method.name)))
-        written = median(method.seconds[2:])
-        found[method.name] = Cost(stall, loop, written, max(0.0, written - loop) / step, median(method.bytes[2:]))
+        name, seconds = method.name, method.seconds[2:]
+        samples[name] = {"stall": blocked(stretches, name), "loop": added(stretches, name), "written": seconds}
+        stall, loop, written = (median(values) for values in samples[name].values())
+        loop = max(0.0, stall, loop)
+        found[name] = Cost(max(0.0, stall), loop, written, max(0.0, written - loop) / step, median(method.bytes[2:]))
     parameters, state = state_bytes(module, trainer.optimizers[0])
-    return found, {"step_s": step, "parameter_bytes": parameters, "state_bytes": state, "repeated": timer.repeated}
+    facts = {"step_s": step, "parameter_bytes": parameters, "state_bytes": state, "repeated": timer.repeated}
+    return found, {**facts, "samples": samples}
 
 
 def _size(folder: Path) -> int:

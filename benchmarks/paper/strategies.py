@@ -8,7 +8,7 @@ from lightning_scar.core.settings import PolicyName
 PERIOD = 8
 #: Shares of the blocks that are lost. With all of them a recovery is a full one, whatever was really lost.
 LOST = (0.25, 0.5, 0.75, 1.0)
-_POLICIES: tuple[PolicyName, ...] = ("distance", "round_robin", "random")
+POLICIES: tuple[PolicyName, ...] = ("distance", "round_robin", "random")
 
 
 @dataclass(frozen=True)
@@ -36,4 +36,6 @@ class Strategy:
 
 
 FULL = Strategy(1.0)
-STRATEGIES = [FULL, *(Strategy(fraction, policy) for fraction in (1 / 2, 1 / 4, 1 / 8) for policy in _POLICIES)]
+STRATEGIES = [FULL, *(Strategy(fraction, policy) for fraction in (1 / 2, 1 / 4, 1 / 8) for policy in POLICIES)]
+#: The extremes only.
+FEW = [FULL, *STRATEGIES[-len(POLICIES) :]]

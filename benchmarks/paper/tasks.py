@@ -19,19 +19,19 @@ def tasks(movielens: Path | None = None) -> dict[str, Task]:
         movielens: The ratings' file; ``None`` downloads the package that holds it.
 
     """
-    ratings = partial(data.movielens, movielens)
     found = [
         # A block is a pixel.
-        Task("mlr_mnist", partial(networks.regression, data.mnist, 0.5), 60, 40),
-        Task("mlr_digits", partial(networks.regression, data.digits, 0.5), 60, 40),
-        # A user, a film.
-        Task("mf", partial(Factorization, ratings), 30, 20),
+        Task("mlr_mnist", partial(networks.regression, data.mnist, 0.15), 40, 40),
+        Task("mlr_digits", partial(networks.regression, data.digits, 0.5), 40, 40),
+        # Four users, four films.
+        Task("mf", partial(Factorization, movielens, True), 30, 80),
+        Task("mf_plain", partial(Factorization, movielens, False), 30, 80),
         # A document.
-        Task("lda", TopicModel, 40, _WHOLE),
-        Task("cnn_layers", networks.cnn, 60, _WHOLE),
-        Task("cnn_shards", networks.cnn, 60, 1024),
-        Task("gpt", networks.gpt, 60, 1024),
+        Task("lda", TopicModel, 30, _WHOLE),
+        Task("cnn_layers", networks.cnn, 40, _WHOLE),
+        Task("cnn_shards", networks.cnn, 40, 1024),
+        Task("gpt", networks.gpt, 40, 2048),
         # A user, a film; so many rows of the perceptron.
-        Task("recommender", partial(networks.recommender, ratings), 60, 64),
+        Task("recommender", partial(networks.recommender, movielens), 30, 256),
     ]
     return {task.name: task for task in found}

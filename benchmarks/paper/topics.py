@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from benchmarks.paper import data
-from benchmarks.paper.training import Training
+from benchmarks.paper.training import Training, chance
 from lightning_scar.core.skeleton import Path
 
-_TOPICS = 20
+_TOPICS = 10
 #: The Dirichlet priors of a document's topics, and of a topic's words.
 _ALPHA, _ETA = 0.1, 0.01
 #: Words that are drawn at once, by what the others were before (Newman et al. 2009, AD-LDA): a quarter of them.
@@ -65,10 +65,9 @@ class TopicModel(Training):
     @override
     def step(self) -> None:
         corpus = _corpus()
-        generator = torch.Generator().manual_seed((self._seed << 32) + self.iteration + 1)
         rows, columns = self.counts.nonzero(as_tuple=True)
         topics = columns.repeat_interleave(self.counts[rows, columns].long())
-        chances = torch.rand(len(topics), generator=generator)
+        chances = torch.rand(len(topics), generator=chance(self._seed, self.iteration))
         for part, (documents, words) in enumerate(corpus.parts):
             old = topics[part::_PARTS]
             new = self._drawn(documents, words, old, chances[part::_PARTS])

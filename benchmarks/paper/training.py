@@ -13,6 +13,12 @@ from lightning_scar.core.skeleton import Path
 Batch = tuple[Tensor, ...]
 
 
+def chance(seed: int, number: int) -> torch.Generator:
+    """The chances of one iteration."""
+    # A generator heeds the lower 32 bits only, and iterations of one seed must not be those of the next.
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
 class Training(Protocol):
     """What is perturbed by failures.
 
@@ -91,7 +97,7 @@ class ModuleTraining(Training):
             How many samples the gradients are a mean over.
 
         """
-        batch = self._batch(torch.Generator().manual_seed((self._seed << 32) + number))
+        batch = self._batch(chance(self._seed, number))
         self.optimizer.zero_grad()
         self._objective(self.model, batch).backward()  # type: ignore[no-untyped-call]
         return len(batch[0])

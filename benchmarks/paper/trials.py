@@ -21,6 +21,9 @@ from lightning_scar.core.settings import Settings
 _FIRST = 1
 #: A recovered training that has not come back after so many times the undisturbed one's iterations is given up.
 _PATIENCE = 3
+#: How many iterations before the undisturbed training's convergence a recovered one is first looked at: that it would
+#: be so much faster is not to be expected, and on some tasks a loss costs more than an iteration.
+_EARLY = 5
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def run(task: Task, seed: int, strategies: Sequence[Strategy] = STRATEGIES) -> T
     with ExitStack() as stack:
         runs = [(strategy, stack.enter_context(_running(task, seed, strategy))) for strategy in strategies]
         first_bytes = _train(training, runs, failed)
-        failure = Failure(task, training, losses[: failed + 1], losses[-1], converged, chance)
+        failure = Failure(task, training, losses[-1], converged, chance)
         outcomes = [failure.recover(strategy, running, lost) for strategy, running in runs for lost in LOST]
         saves = {strategy.name: running.stats.saves for strategy, running in runs}
         nbytes = {
@@ -109,7 +112,6 @@ class Failure:
     Args:
         task: Its task.
         training: The training.
-        losses: From its beginning to now.
         threshold: The loss at which it counts as converged.
         converged: When the undisturbed one does.
         chance: Chooses the order in which blocks are lost.
@@ -120,14 +122,12 @@ class Failure:
         self,
         task: Task,
         training: Training,
-        losses: Sequence[float],
         threshold: float,
         converged: float,
         chance: torch.Generator,
     ) -> None:
         self._task = task
         self._training = training
-        self._losses = losses
         self._threshold = threshold
         self._converged = converged
         keys = list(_taken_apart(training, task).map.numbers)
@@ -141,9 +141,11 @@ class Failure:
         training.recovered()
         pairs = zip(training.parameters(), self._training.parameters(), strict=True)
         squared_distance = sum(float((here - there).detach().double().square().sum()) for here, there in pairs)
-        # The loss right after the recovery belongs to the iteration of the failure.
+        while training.iteration < self._converged - _EARLY:
+            training.step()
+        looked_from = training.iteration
         rest = descent(training, self._task.iterations * _PATIENCE, self._threshold)
-        needed = len(self._losses) - 1 + first_below(rest, self._threshold)
+        needed = looked_from + first_below(rest, self._threshold)
         is_back = rest[-1] <= self._threshold
         return Outcome(strategy.name, lost, needed - self._converged, squared_distance, is_back)
 
