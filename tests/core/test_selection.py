@@ -47,14 +47,14 @@ def test_nothing_that_still_fits_is_left_out(blocks: Blocks, policy: Policy, bud
 
 
 @given(BLOCKS, BUDGET, MAX_AGE)
-def test_blocks_are_taken_greedily_overdue_ones_first_then_by_distance_per_byte(
+def test_blocks_are_taken_greedily_overdue_ones_first_then_by_squared_distance_per_byte(
     blocks: Blocks, budget: int, max_age: int | None
 ) -> None:
     def rank(i: int) -> tuple[float, ...]:
         moved, nbytes, age = blocks[i]
         if max_age is not None and age > max_age:
             return 0, -age, 0, i
-        return 1, -moved / nbytes, -age, i
+        return 1, -moved * moved / nbytes, -age, i
 
     expected, left = [], budget
     for i in sorted(range(len(blocks)), key=rank):

@@ -76,3 +76,10 @@ def test_a_merge_of_several_deltas_copies_no_more_than_an_eighth_of_the_state(
     chosen = worth_merging(usage, STATE, save_bytes)
     few = 2 if len(usage) > MAX_FILES * 3 // 4 else 1
     assert len(chosen) <= few or sum(usage[i].live for i in chosen) <= STATE / 8
+
+
+def test_where_headers_outweigh_the_state_a_quarter_may_be_dead() -> None:
+    # Of 1,000 bytes of tiny blocks, two versions with their headers.
+    usage = [Usage(4000, 3500), Usage(4000, 3700)]
+    assert worth_merging(usage, STATE, 100) == []
+    assert worth_merging([*usage, Usage(4000, 1000)], STATE, 100) == [2]
