@@ -21,8 +21,8 @@ def tasks(movielens: Path | None = None) -> dict[str, Task]:
     """
     found = [
         # A block is a pixel.
-        Task("mlr_mnist", partial(networks.regression, data.mnist, 0.15), 40, 40),
-        Task("mlr_digits", partial(networks.regression, data.digits, 0.5), 40, 40),
+        Task("mlr_mnist", partial(networks.regression, data.mnist, 0.1), 60, 40),
+        Task("mlr_digits", partial(networks.regression, data.digits, 0.5), 60, 40),
         # Four users, four films.
         Task("mf", partial(Factorization, movielens, True), 30, 80),
         Task("mf_plain", partial(Factorization, movielens, False), 30, 80),

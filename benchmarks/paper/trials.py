@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import fsspec
 import torch
 
-from benchmarks.paper.strategies import LOST, STRATEGIES, Strategy
+from benchmarks.paper.strategies import LOST, PERIOD, STRATEGIES, Strategy
 from benchmarks.paper.training import Training
 from benchmarks.rework import first_below
 from lightning_scar.core.live_state import Dissection, LiveState
@@ -91,7 +91,8 @@ def run(task: Task, seed: int, strategies: Sequence[Strategy] = STRATEGIES) -> T
     losses = descent(task.start(seed), task.iterations)
     converged = first_below(losses, losses[-1])
     chance = torch.Generator().manual_seed(seed)
-    failed = geometric(_FIRST, math.ceil(converged) - 1, chance)
+    # Before the first period is over strategies hardly differ in what they have saved.
+    failed = geometric(PERIOD, math.ceil(converged) - 1, chance)
     training = task.start(seed)
     with ExitStack() as stack:
         runs = [(strategy, stack.enter_context(_running(task, seed, strategy))) for strategy in strategies]
@@ -162,8 +163,8 @@ def descent(training: Training, iterations: int, threshold: float = -math.inf) -
 def geometric(first: int, last: int, chance: torch.Generator) -> int:
     """A whole number in a range, from a geometric distribution whose mean is the middle of it but for the range."""
     while True:
-        drawn = int(torch.empty(1).geometric_(2 / (first + last), generator=chance))
-        if first <= drawn <= last:
+        drawn = first - 1 + int(torch.empty(1).geometric_(2 / (2 + last - first), generator=chance))
+        if drawn <= last:
             return drawn
 
 
