@@ -51,10 +51,11 @@ def worth_merging(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> 
 
 
 def _limit(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> float:
-    limit = MAX_STATES * state_bytes - save_bytes
     live = sum(each.live for each in usage)
-    # Where what is kept breaks the bound by itself (the headers of tiny blocks), merging at every save would not help.
-    return limit if live < 0.9 * limit else max(limit, live / 0.75)
+    if live > MAX_STATES * state_bytes:
+        # What is kept breaks the bound by itself (headers of tiny blocks), and merging at every save would not help.
+        return live / 0.75
+    return MAX_STATES * state_bytes - save_bytes
 
 
 def _filled(order: list[int], usage: Sequence[Usage], state_bytes: int, at_least: int) -> list[int]:

@@ -57,7 +57,7 @@ def test_merging_ends_and_leaves_room_for_the_next_save(usage: list[Usage], save
     assert len(after) < MAX_FILES
     assert sum(each.live for each in after) == live
     if live <= 2 * STATE:
-        assert sum(each.nbytes for each in after) <= max(MAX_STATES * STATE - save_bytes, live / 0.75)
+        assert sum(each.nbytes for each in after) <= max(MAX_STATES * STATE - save_bytes, live / 0.9)
 
 
 @given(usage=usages, save_bytes=st.integers(0, STATE))
