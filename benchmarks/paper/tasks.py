@@ -21,7 +21,7 @@ def tasks(movielens: Path | None = None) -> dict[str, Task]:
     """
     found = [
         # A block is a pixel.
-        Task("mlr_mnist", partial(networks.regression, data.mnist, 0.1), 60, 40),
+        Task("mlr_mnist", partial(networks.regression, data.mnist, 0.03), 60, 40),
         Task("mlr_digits", partial(networks.regression, data.digits, 0.5), 60, 40),
         # Four users, four films.
         Task("mf", partial(Factorization, movielens, True), 30, 80),
@@ -31,7 +31,7 @@ def tasks(movielens: Path | None = None) -> dict[str, Task]:
         Task("cnn_layers", networks.cnn, 40, _WHOLE),
         Task("cnn_shards", networks.cnn, 40, 1024),
         Task("gpt", networks.gpt, 40, 2048),
-        # A user, a film; so many rows of the perceptron.
+        # Four users, four films.
         Task("recommender", partial(networks.recommender, movielens), 30, 256),
     ]
     return {task.name: task for task in found}

@@ -92,7 +92,10 @@ class TopicModel(Training):
 
     @override
     def loss(self) -> float:
-        """Minus the log-likelihood of words and topics, a token (Griffiths and Steyvers 2004, equations 2 and 3)."""
+        """Minus the log-likelihood of words and topics, a token (Griffiths and Steyvers 2004, equations 2 and 3).
+
+        But for a constant, so that it may be negative.
+        """
         by_topic, by_document = self._by_word.double(), self._by_document.double()
         words = (by_topic + _ETA).lgamma().sum() - (by_topic.sum(0) + len(by_topic) * _ETA).lgamma().sum()
         likelihood = words + (by_document + _ALPHA).lgamma().sum()

@@ -14,9 +14,14 @@ Batch = tuple[Tensor, ...]
 
 
 def chance(seed: int, number: int) -> torch.Generator:
-    """The chances of one iteration."""
-    # A generator heeds the lower 32 bits only, and iterations of one seed must not be those of the next.
-    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+    """The chances of one iteration, other than those of any other and of the initial values.
+
+    Args:
+        seed: Of the training, less than 4,000, since a generator heeds 32 bits only.
+        number: Of the iteration, at most a million.
+
+    """
+    return torch.Generator().manual_seed((seed + 1) * 1_000_003 + number)
 
 
 class Training(Protocol):

@@ -4,23 +4,30 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import fsspec
 import torch
+from torch import Tensor
 
 from benchmarks.paper.strategies import LOST, PERIOD, STRATEGIES, Strategy
-from benchmarks.paper.training import Training
+from benchmarks.paper.training import Training, chance
 from benchmarks.rework import first_below
 from lightning_scar.core.live_state import Dissection, LiveState
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.core.selection import Candidates, random
 from lightning_scar.core.settings import Settings
 
 #: The first save, a full one, comes after this iteration: optimizer state is there by then.
 _FIRST = 1
 #: A recovered training that has not come back after so many times the undisturbed one's iterations is given up.
 _PATIENCE = 3
+#: Iterations since the last full checkpoint, in an order whose beginnings are balanced, too.
+_PLACES = (5, 2, 7, 0, 4, 3, 6, 1)
+#: Numbers no iteration: the place of the failure's draws among those of a seed.
+_FATE = 1_000_000
 #: How many iterations before the undisturbed training's convergence a recovered one is first looked at: that it would
 #: be so much faster is not to be expected, and on some tasks a loss costs more than an iteration.
 _EARLY = 5
@@ -46,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A recovery.
+    """A recovery: of the blocks that were lost, with their optimizer rows. What is no block stays (Adam's counters).
 
     Attributes:
         strategy: How the state had been saved.
@@ -72,8 +79,9 @@ class Trial:
         seed: Of the training and of the failure.
         converged: Iterations of the undisturbed training to the threshold, interpolated.
         failed: The iteration after which the failure came.
-        saves: How often each strategy had saved.
-        nbytes: What it had written in partial and full saves after the first.
+        saves: How often each strategy had saved, after the first time.
+        nbytes: What it had written then, with headers, skeletons and merging.
+        largest_block: Its share of the state.
         outcomes: Of every strategy with every share of lost blocks.
 
     """
@@ -83,6 +91,7 @@ class Trial:
     failed: int
     saves: dict[str, int]
     nbytes: dict[str, int]
+    largest_block: float
     outcomes: list[Outcome]
 
 
@@ -90,21 +99,20 @@ def run(task: Task, seed: int, strategies: Sequence[Strategy] = STRATEGIES) -> T
     """Trains undisturbed, then again up to a failure, and on from there after each recovery."""
     losses = descent(task.start(seed), task.iterations)
     converged = first_below(losses, losses[-1])
-    chance = torch.Generator().manual_seed(seed)
-    # Before the first period is over strategies hardly differ in what they have saved.
-    failed = geometric(PERIOD, math.ceil(converged) - 1, chance)
+    fate = chance(seed, _FATE)
+    failed = strikes_after(seed, math.ceil(converged) - 1, fate)
     training = task.start(seed)
     with ExitStack() as stack:
         runs = [(strategy, stack.enter_context(_running(task, seed, strategy))) for strategy in strategies]
         first_bytes = _train(training, runs, failed)
-        failure = Failure(task, training, losses[-1], converged, chance)
+        failure = Failure(task, training, losses[-1], converged, fate)
         outcomes = [failure.recover(strategy, running, lost) for strategy, running in runs for lost in LOST]
-        saves = {strategy.name: running.stats.saves for strategy, running in runs}
+        saves = {strategy.name: running.stats.saves - 1 for strategy, running in runs}
         nbytes = {
             strategy.name: running.stats.bytes_written - first
             for (strategy, running), first in zip(runs, first_bytes, strict=True)
         }
-    return Trial(seed, converged, failed, saves, nbytes, outcomes)
+    return Trial(seed, converged, failed, saves, nbytes, failure.largest_block, outcomes)
 
 
 class Failure:
@@ -115,7 +123,7 @@ class Failure:
         training: The training.
         threshold: The loss at which it counts as converged.
         converged: When the undisturbed one does.
-        chance: Chooses the order in which blocks are lost.
+        fate: Chooses the order in which blocks are lost.
 
     """
 
@@ -125,14 +133,16 @@ class Failure:
         training: Training,
         threshold: float,
         converged: float,
-        chance: torch.Generator,
+        fate: torch.Generator,
     ) -> None:
         self._task = task
         self._training = training
         self._threshold = threshold
         self._converged = converged
-        keys = list(_taken_apart(training, task).map.numbers)
-        self._order = [keys[i] for i in torch.randperm(len(keys), generator=chance).tolist()]
+        block_map = _taken_apart(training, task).map
+        self.largest_block = int(block_map.nbytes.max()) / block_map.state_bytes
+        keys = list(block_map.numbers)
+        self._order = [keys[i] for i in torch.randperm(len(keys), generator=fate).tolist()]
 
     def recover(self, strategy: Strategy, running: RunningCheckpoint, lost: float) -> Outcome:
         """What the rest of the training is like if a share of the blocks is lost and restored."""
@@ -160,22 +170,42 @@ def descent(training: Training, iterations: int, threshold: float = -math.inf) -
     return losses
 
 
-def geometric(first: int, last: int, chance: torch.Generator) -> int:
-    """A whole number in a range, from a geometric distribution whose mean is the middle of it but for the range."""
+def strikes_after(seed: int, last: int, fate: torch.Generator) -> int:
+    """The iteration after which a failure comes.
+
+    The period is drawn from a geometric distribution whose mean is the middle of the training, but for its end; not the
+    first one, in which strategies hardly differ in what they have saved. The place within the period goes round from
+    trial to trial, so that a full checkpoint is as old in the mean of few trials as it is of many.
+
+    Args:
+        seed: Of the trial.
+        last: The last iteration that may be chosen.
+        fate: Draws.
+
+    """
+    periods = max(1, (last + 1) // PERIOD - 1)
     while True:
-        drawn = first - 1 + int(torch.empty(1).geometric_(2 / (2 + last - first), generator=chance))
-        if drawn <= last:
-            return drawn
+        period = int(torch.empty(1).geometric_(2 / (1 + periods), generator=fate))
+        if period <= periods:
+            return period * PERIOD + _PLACES[seed % PERIOD]
 
 
 @contextmanager
 def _running(task: Task, seed: int, strategy: Strategy) -> Iterator[RunningCheckpoint]:
     """A running checkpoint in memory, for as long as it is needed."""
     folder = f"/paper/{task.name}/{seed}/{strategy.name}"
-    settings = Settings(strategy.fraction, strategy.policy, task.block_size, staging="eager", on_write_error="raise")
-    with RunningCheckpoint(f"memory:/{folder}", settings) as running:
-        yield running
-    fsspec.filesystem("memory").rm(folder, recursive=True)
+    # By itself the policy draws the same for the same step, whatever the trial.
+    policy = partial(_at_random, seed) if strategy.policy == "random" else strategy.policy
+    settings = Settings(strategy.fraction, policy, task.block_size, staging="eager", on_write_error="raise")
+    try:
+        with RunningCheckpoint(f"memory:/{folder}", settings) as running:
+            yield running
+    finally:
+        fsspec.filesystem("memory").rm(folder, recursive=True)
+
+
+def _at_random(seed: int, candidates: Candidates) -> Tensor:
+    return random(replace(candidates, step=chance(seed, _FATE - candidates.step).initial_seed()))
 
 
 def _train(training: Training, runs: Sequence[tuple[Strategy, RunningCheckpoint]], iterations: int) -> list[int]:

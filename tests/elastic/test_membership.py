@@ -41,7 +41,7 @@ _FORK = multiprocessing.get_context("fork")
 #: Nobody may have to wait for it.
 TIMEOUT = timedelta(seconds=60)
 #: How soon whoever is blocked is to be woken; less than the timeout by far, and enough for a loaded machine.
-SOON = 50.0
+SOON = 40.0
 
 
 class Crew:
