@@ -159,8 +159,10 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = -(-len(results) // 4)
-    figure = Figure(figsize=(3.2 * min(len(results), 4), 2.9 * rows), layout="constrained")
-    panels = figure.subplots(rows, min(len(results), 4), squeeze=False).flat
+    figure = Figure(figsize=(max(3.2 * min(len(results), 4), 11), 2.9 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, min(len(results), 4), squeeze=False).flat)
+    for axes in panels[len(results) :]:
+        axes.set_axis_off()
     for axes, (name, found) in zip(panels, results.items(), strict=False):
         for lost, style in ((1.0, "--"), (0.5, "-")):
             for policy, color in zip(POLICIES, ("tab:red", "tab:blue", "tab:gray"), strict=True):
@@ -175,5 +177,5 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.supylabel("rework cost, iterations")
     figure.supxlabel("share of the state in a save; half the blocks lost")
-    figure.axes[0].legend(fontsize=6)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=120)
