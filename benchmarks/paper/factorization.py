@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from benchmarks.paper import data
+from benchmarks import data
 from benchmarks.paper.training import Training
 from lightning_scar.core.skeleton import Path as Place
 
@@ -50,7 +50,7 @@ class Factorization(Training):
     and a user's by almost nothing, as it is solved for anew before anything depends on it.
 
     Args:
-        movielens: The ratings' file, as in :func:`~benchmarks.paper.data.movielens`.
+        movielens: The ratings' file, as in :func:`~benchmarks.data.movielens`.
         scaled: Whether the state is; else all vectors are kept as they are, as in the paper.
         seed: Of the initial vectors.
 

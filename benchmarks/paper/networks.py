@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from benchmarks import data
+from benchmarks.data import Images
 from benchmarks.gpt import GPT, Size
-from benchmarks.paper import data
-from benchmarks.paper.data import Images
 from benchmarks.paper.training import Batch, ModuleTraining
 
 #: Samples over which losses are taken.

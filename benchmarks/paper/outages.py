@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks import report
-from benchmarks.paper import data, networks
+from benchmarks import data, report
+from benchmarks.paper import networks
 from benchmarks.paper.outage_ways import GROUP, SERVER, WAYS, Schedule, simulate
 from benchmarks.paper.training import Batch, ModuleTraining
 

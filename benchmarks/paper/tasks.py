@@ -3,7 +3,8 @@
 from functools import partial
 from pathlib import Path
 
-from benchmarks.paper import data, networks
+from benchmarks import data
+from benchmarks.paper import networks
 from benchmarks.paper.factorization import Factorization
 from benchmarks.paper.topics import TopicModel
 from benchmarks.paper.trials import Task

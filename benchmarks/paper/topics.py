@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from benchmarks.paper import data
+from benchmarks import data
 from benchmarks.paper.training import Training, chance
 from lightning_scar.core.skeleton import Path
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+_CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning-scar"
 
 
