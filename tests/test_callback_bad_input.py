@@ -235,7 +235,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_keeps_the_last_good_state(tiny_disk: Path) -> None:
     model = TinyModel(width=512)  # 60 KB with its state
     scar = saver(tiny_disk / "scar", full_every_n_saves=1)
-    hog = _Fills(tiny_disk / "hog", after=3)
+    hog = _Fills(tiny_disk / "hog", after=3, scar=scar)
     with pytest.warns(UserWarning, match="No space left on device"):
         cut_short(scar, hog, after=10, model=model)
     assert scar.stats.failed_saves > 0
@@ -243,11 +243,13 @@ def test_a_disk_that_fills_up_keeps_the_last_good_state(tiny_disk: Path) -> None
 
 
 class _Fills(Callback):
-    def __init__(self, path: Path, after: int) -> None:
-        self.path, self.after = path, after
+    def __init__(self, path: Path, after: int, scar: SCARCheckpoint) -> None:
+        self.path, self.after, self.scar = path, after, scar
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_step == self.after:
+            # What a commit deletes afterwards would make room again.
+            self.scar._running.flush()  # type: ignore[union-attr]
             with suppress(OSError), open(self.path, "wb", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
