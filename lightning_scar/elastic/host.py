@@ -93,7 +93,9 @@ class _Watch:
 
     def all_left(self) -> bool:
         """Whether no other node's agent needs the store any more."""
-        return all(self._store.check([left_key(node)]) for node, beat in self._beats.items() if beat)
+        # Who has just come may not have been looked at yet.
+        there = [node for node in self._beats if self._store.add(heartbeat_key(node), 0)]
+        return all(self._store.check([left_key(node)]) for node in there)
 
     def _is_silent(self, node: int, now: float) -> bool:
         beat = self._store.add(heartbeat_key(node), 0)
