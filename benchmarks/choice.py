@@ -8,7 +8,7 @@ save, in a training of a CNN on handwritten digits, over that of one ranking. Al
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
@@ -20,6 +20,7 @@ from lightning_scar.core.last_saved import LastSaved
 from lightning_scar.core.live_state import Dissection, LiveState
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.scoring import Scorer
+from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.shares import shares
 from lightning_scar.core.skeleton import Path
@@ -28,6 +29,11 @@ from lightning_scar.storage.store import DeltaStore
 
 WORLD_SIZES = (1, 2, 4, 8)
 EVERY = 5
+
+
+def _furthest(candidates: Candidates) -> Tensor:
+    """By L2 distance only, as that is compared, and not in the metric of Adam's preconditioner."""
+    return candidates.distance.square() / candidates.nbytes
 
 
 class Shared:
@@ -40,7 +46,7 @@ class Shared:
 
     def __init__(self, world_size: int) -> None:
         self._ranks = [LastSaved() for _ in range(world_size)]
-        self._scorer = Scorer(Settings(fraction=FRACTION), DeltaStore("memory://choice"))
+        self._scorer = Scorer(Settings(fraction=FRACTION, policy=_furthest), DeltaStore("memory://choice"))
         self.distances: list[float] = []
 
     def save(self, state: LiveState, step: int) -> None:

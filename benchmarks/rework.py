@@ -47,9 +47,9 @@ SLOW = 1 - 1e-6
 class Regression(nn.Module):
     """Multinomial logistic regression; a row of its weight is a pixel."""
 
-    def __init__(self) -> None:
+    def __init__(self, pixels: int = 784) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(784, 10))
+        self.weight = nn.Parameter(torch.zeros(pixels, 10))
         self.bias = nn.Parameter(torch.zeros(10))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -241,12 +241,12 @@ def killed(task: Task, digits: Images, seed: int, folder: Path) -> list[Kill]:
                 before = score(training, folder) if last_save > task.every else None
                 training.save(running)
                 if before is not None:
-                    moved = motion(before.distance, before.age, rest=score(training, folder).age > 0)
+                    moved = motion(before.distance, before.age, rest=before.age > 0)
                 if step in task.saves:
                     held[step] = load(folder)
             if last_save in task.saves and step - last_save in (0, task.every // 2):
                 distance, speed = float(score(training, folder).distance.norm()), math.sqrt(moved.squared_speed)
-                estimate = moved.rework_cost + step - last_save
+                estimate = running.stats.rework_cost + step - last_save
                 bound = rework_bound(distance, speed / (1 - SLOW), SLOW)
                 kills.append(Kill(task.name, seed, step, step - last_save, distance, estimate, bound))
             losses[step] = training.loss()

@@ -55,7 +55,6 @@ def figures(found: Sequence[Trial]) -> dict[str, Any]:
         for i, outcome in enumerate(found[0].outcomes)
     }
     base = costs[FULL.name, 1.0]
-    chosen = np.random.default_rng(0).integers(len(found), size=(_RESAMPLES, len(found)))
     summary: dict[str, Any] = {
         "trials": len(found),
         "strategies": list(found[0].saves),
@@ -66,11 +65,11 @@ def figures(found: Sequence[Trial]) -> dict[str, Any]:
     for i, ((strategy, lost), own) in enumerate(costs.items()):
         name = f"{strategy}/{lost:g}"
         summary[f"{name}/rework_cost"] = float(own.mean())
-        summary[f"{name}/rework_cost_interval"] = _interval(own[chosen].mean(1))
+        summary[f"{name}/rework_cost_interval"] = _interval(_resampled(own))
         # Of the same trials for both, since they share their failures.
         with np.errstate(divide="ignore", invalid="ignore"):
             summary[f"{name}/reduction"] = float(1 - own.mean() / base.mean())
-            summary[f"{name}/reduction_interval"] = _interval(1 - own[chosen].mean(1) / base[chosen].mean(1))
+            summary[f"{name}/reduction_interval"] = _interval(1 - _resampled(own) / _resampled(base))
         distances = [trial.outcomes[i].squared_distance for trial in found]
         summary[f"{name}/squared_distance"] = float(np.mean(distances))
     iterations = sum(trial.failed for trial in found)
@@ -78,6 +77,13 @@ def figures(found: Sequence[Trial]) -> dict[str, Any]:
         summary[f"{strategy}/bytes"] = sum(trial.nbytes[strategy] for trial in found) / iterations
         summary[f"{strategy}/saves"] = sum(trial.saves[strategy] for trial in found) / iterations
     return {**summary, "samples": [asdict(trial) for trial in found]}
+
+
+def _resampled(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Means of samples of the trials, the same trials whatever the values."""
+    chosen = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    means: np.ndarray[Any, Any] = values[chosen].mean(1)
+    return means
 
 
 def _interval(values: "np.ndarray[Any, Any]") -> list[float]:
@@ -125,10 +131,9 @@ def conclusions(name: str, found: Mapping[str, Any]) -> list[str]:
     ]
     largest = found["samples"][0]["largest_block"]
     if largest > _SMALLEST:
-        more = found["distance 1/8/bytes"] / found["full/bytes"]
         said.append(
-            f"{name}: not at equal bytes but {more:.1f} times as many: a save holds at least one block, and the "
-            f"largest is {largest:.0%} of the state."
+            f"{name}: the largest block is {largest:.0%} of the state, and no save holds less; at equal bytes partial "
+            f"saves come every {Strategy(_SMALLEST).every(largest)} iterations."
         )
     return said
 
@@ -144,8 +149,7 @@ def difference(found: Mapping[str, Any], strategy: str, other: str, lost: float 
         )
         for name in (strategy, other)
     }
-    chosen = np.random.default_rng(0).integers(len(found["samples"]), size=(_RESAMPLES, len(found["samples"])))
-    return _interval((costs[strategy] - costs[other])[chosen].mean(1))
+    return _interval(_resampled(costs[strategy] - costs[other]))
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:

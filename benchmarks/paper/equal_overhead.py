@@ -2,8 +2,8 @@
 
 One Trainer measures what a save of each method costs, as :mod:`benchmarks.stall` does. Intervals follow from that, and
 from these what is lost when everything must be read from disk again at a random moment: of whole checkpoints by
-arithmetic, of partial saves by the library's own live estimate, taken from a training that saves at that interval. For
-Adam, which trains here, the estimate errs on the high side (``docs/benchmarks.md``).
+arithmetic, of partial saves by the library's own live estimate, taken from a training that saves at that interval. How
+far that is off on real failures is in ``docs/benchmarks.md``.
 """
 
 import re

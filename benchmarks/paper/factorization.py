@@ -1,18 +1,15 @@
 """Matrix factorisation by alternating least squares."""
 
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from benchmarks import data
 from benchmarks.paper.training import Training
-from lightning_scar.core.skeleton import Path as Place
 
 _RANK = 5
 #: Of the regularisation, a rating (Zhou et al. 2008, section 3.1).
@@ -89,16 +86,8 @@ class Factorization(Training):
         return {"state_dict": {"users": self.users, "films": self.films}}
 
     @override
-    def optimizers(self) -> Mapping[Place, Optimizer]:
-        return {}
-
-    @override
     def parameters(self) -> list[Tensor]:
         return [self.users, self.films]
-
-    @override
-    def recovered(self) -> None:
-        pass
 
 
 @lru_cache

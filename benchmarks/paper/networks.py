@@ -11,22 +11,11 @@ from benchmarks import data
 from benchmarks.data import Images
 from benchmarks.gpt import GPT, Size
 from benchmarks.paper.training import Batch, ModuleTraining
+from benchmarks.rework import Regression
 
 #: Samples over which losses are taken.
 _HELD = 250
 _SMALL_GPT = Size(layers=2, width=64, heads=2, vocabulary=128, positions=64, sequence=64)
-
-
-class Regression(nn.Module):
-    """Multinomial logistic regression; a row of its weight is a pixel."""
-
-    def __init__(self, pixels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(pixels, 10))
-        self.bias = nn.Parameter(torch.zeros(10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images @ self.weight + self.bias
 
 
 class Recommender(nn.Module):
@@ -49,7 +38,7 @@ def regression(images: Callable[[], Images], rate: float, seed: int) -> ModuleTr
     """Logistic regression on digits by minibatch SGD, 1,000 of them at a time."""
     torch.manual_seed(seed)
     model = Regression(images().pixels.shape[1])
-    return _classification(model, images(), lambda parameters: torch.optim.SGD(parameters, lr=rate), 1000, seed)
+    return classification(model, images(), lambda parameters: torch.optim.SGD(parameters, lr=rate), 1000, _HELD, seed)
 
 
 def cnn(seed: int) -> ModuleTraining:
@@ -60,7 +49,9 @@ def cnn(seed: int) -> ModuleTraining:
         *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
         *(nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
     )
-    return _classification(model, data.mnist(), lambda parameters: torch.optim.Adam(parameters, lr=1e-3), 64, seed)
+    return classification(
+        model, data.mnist(), lambda parameters: torch.optim.Adam(parameters, lr=1e-3), 64, _HELD, seed
+    )
 
 
 def gpt(seed: int) -> ModuleTraining:
@@ -103,18 +94,31 @@ def recommender(movielens: Path | None, seed: int) -> ModuleTraining:
     )
 
 
-def _classification(
+def classification(
     model: nn.Module,
     images: Images,
     optimizer: "Callable[..., torch.optim.Optimizer]",
     size: int,
+    held: int,
     seed: int,
 ) -> ModuleTraining:
+    """Trains a model to tell digits.
+
+    Args:
+        model: Gives the logits of pictures, one a row.
+        images: The pictures.
+        optimizer: Makes its optimizer.
+        size: Pictures in a batch.
+        held: About how many pictures the loss is taken over.
+        seed: Of the batches.
+
+    """
+
     def batch(generator: torch.Generator) -> Batch:
         chosen = torch.randint(len(images.labels), (size,), generator=generator)
         return images.pixels[chosen], images.labels[chosen]
 
-    stride = max(1, len(images.labels) // _HELD)
+    stride = max(1, len(images.labels) // held)
     return ModuleTraining(
         model,
         optimizer,

@@ -18,13 +18,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from benchmarks import data, report
 from benchmarks.paper import networks
+from benchmarks.paper.networks import classification
 from benchmarks.paper.outage_ways import GROUP, SERVER, WAYS, Schedule, simulate
-from benchmarks.paper.training import Batch, ModuleTraining
+from benchmarks.paper.training import ModuleTraining
+from benchmarks.rework import Regression
 
+#: Pictures in the batch of one worker, the paper's.
+_BATCH = 32
 #: Those that the others are compared with.
 _RIVALS = ("wait", "checkpoint", "shrink")
 _COLORS = {
@@ -59,8 +62,7 @@ class Case:
 def regression(seed: int) -> ModuleTraining:
     """Logistic regression on MNIST by SGD."""
     torch.manual_seed(seed)
-    model = networks.Regression(data.mnist().pixels.shape[1])
-    return _training(model, partial(torch.optim.SGD, lr=0.1), 10, seed)
+    return classification(Regression(), data.mnist(), partial(torch.optim.SGD, lr=0.1), _BATCH, 500, seed)
 
 
 def cnn(seed: int) -> ModuleTraining:
@@ -69,27 +71,13 @@ def cnn(seed: int) -> ModuleTraining:
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    return _training(model, partial(torch.optim.SGD, lr=0.03), 20, seed)
+    return classification(model, data.mnist(), partial(torch.optim.SGD, lr=0.03), _BATCH, 250, seed)
 
 
 def adam(seed: int) -> ModuleTraining:
     """The CNN on MNIST by Adam."""
-    return _training(networks.cnn(seed).model, partial(torch.optim.Adam, lr=1e-3), 20, seed)
-
-
-def _training(
-    model: nn.Module, optimizer: "Callable[..., torch.optim.Optimizer]", stride: int, seed: int
-) -> ModuleTraining:
-    pixels, labels = data.mnist()
-
-    def batch(generator: torch.Generator) -> Batch:
-        chosen = torch.randint(len(labels), (32,), generator=generator)
-        return pixels[chosen], labels[chosen]
-
-    def objective(model: nn.Module, batch: Batch) -> torch.Tensor:
-        return cross_entropy(model(batch[0]), batch[1])
-
-    return ModuleTraining(model, optimizer, batch, objective, (pixels[::stride], labels[::stride]), seed)
+    model = networks.cnn(seed).model
+    return classification(model, data.mnist(), partial(torch.optim.Adam, lr=1e-3), _BATCH, 250, seed)
 
 
 #: After 20 or 18 units 60 or 54 gradients of three workers are pending, and the paper's sum lowers the rate; after 16

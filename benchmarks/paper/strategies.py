@@ -29,10 +29,14 @@ class Strategy:
         """E.g. ``distance 1/8``."""
         return "full" if self.fraction == 1 else f"{self.policy} 1/{round(1 / self.fraction)}"
 
-    @property
-    def every(self) -> int:
-        """Iterations from save to save: for all strategies the same bytes in the same time."""
-        return max(1, round(PERIOD * self.fraction))
+    def every(self, largest_block: float) -> int:
+        """Iterations from save to save: for all strategies the same bytes in the same time.
+
+        Args:
+            largest_block: Its share of the state: no save holds less.
+
+        """
+        return max(1, round(PERIOD * max(self.fraction, largest_block)))
 
 
 FULL = Strategy(1.0)

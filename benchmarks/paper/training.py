@@ -47,13 +47,15 @@ class Training(Protocol):
         """The state in the shape of Lightning's checkpoint dict; its tensors are the live ones."""
 
     def optimizers(self) -> Mapping[Path, Optimizer]:
-        """The optimizers by the places of their states in the checkpoint."""
+        """The optimizers by the places of their states in the checkpoint; by default there are none."""
+        return {}
 
     def parameters(self) -> list[Tensor]:
         """The live tensors whose distance counts."""
 
     def recovered(self) -> None:
-        """Follows a change of the live tensors by a recovery."""
+        """Follows a change of the live tensors by a recovery; by default nothing depends on them."""
+        return
 
 
 class ModuleTraining(Training):
@@ -123,7 +125,3 @@ class ModuleTraining(Training):
     @override
     def parameters(self) -> list[Tensor]:
         return list(self.model.parameters())
-
-    @override
-    def recovered(self) -> None:
-        pass

@@ -104,7 +104,9 @@ def run(task: Task, seed: int, strategies: Sequence[Strategy] = STRATEGIES) -> T
     training = task.start(seed)
     with ExitStack() as stack:
         runs = [(strategy, stack.enter_context(_running(task, seed, strategy))) for strategy in strategies]
-        first_bytes = _train(training, runs, failed)
+        block_map = _taken_apart(training, task).map
+        largest_block = int(block_map.nbytes.max()) / block_map.state_bytes
+        first_bytes = _train(training, [(running, strategy.every(largest_block)) for strategy, running in runs], failed)
         failure = Failure(task, training, losses[-1], converged, fate)
         outcomes = [failure.recover(strategy, running, lost) for strategy, running in runs for lost in LOST]
         saves = {strategy.name: running.stats.saves - 1 for strategy, running in runs}
@@ -112,7 +114,7 @@ def run(task: Task, seed: int, strategies: Sequence[Strategy] = STRATEGIES) -> T
             strategy.name: running.stats.bytes_written - first
             for (strategy, running), first in zip(runs, first_bytes, strict=True)
         }
-    return Trial(seed, converged, failed, saves, nbytes, failure.largest_block, outcomes)
+    return Trial(seed, converged, failed, saves, nbytes, largest_block, outcomes)
 
 
 class Failure:
@@ -139,9 +141,7 @@ class Failure:
         self._training = training
         self._threshold = threshold
         self._converged = converged
-        block_map = _taken_apart(training, task).map
-        self.largest_block = int(block_map.nbytes.max()) / block_map.state_bytes
-        keys = list(block_map.numbers)
+        keys = list(_taken_apart(training, task).map.numbers)
         self._order = [keys[i] for i in torch.randperm(len(keys), generator=fate).tolist()]
 
     def recover(self, strategy: Strategy, running: RunningCheckpoint, lost: float) -> Outcome:
@@ -208,18 +208,18 @@ def _at_random(seed: int, candidates: Candidates) -> Tensor:
     return random(replace(candidates, step=chance(seed, _FATE - candidates.step).initial_seed()))
 
 
-def _train(training: Training, runs: Sequence[tuple[Strategy, RunningCheckpoint]], iterations: int) -> list[int]:
-    """Trains and saves in all ways at once; returns the bytes of their first saves."""
+def _train(training: Training, runs: Sequence[tuple[RunningCheckpoint, int]], iterations: int) -> list[int]:
+    """Trains and saves in all ways at once, each in its interval; returns the bytes of their first saves."""
     first_bytes: list[int] = []
     for iteration in range(1, iterations + 1):
         training.step()
-        for strategy, running in runs:
-            if iteration == _FIRST or iteration % strategy.every == 0:
+        for running, every in runs:
+            if iteration == _FIRST or iteration % every == 0:
                 state = training.checkpoint()
                 running.save_now(state, iteration, optimizers=training.optimizers(), parameters=training.parameters())
                 running.flush()
         if iteration == _FIRST:
-            first_bytes = [running.stats.bytes_written for _, running in runs]
+            first_bytes = [running.stats.bytes_written for running, _ in runs]
     return first_bytes
 
 

@@ -118,14 +118,16 @@ class Motion:
     back by its age :math:`a`. The rework cost is estimated as the mean age over all blocks, weighted by :math:`v^2`,
     where blocks that were just saved have age 0. So it is to first order where steps follow the gradient: by
     :math:`a` older values of a block raise the loss by :math:`a v^2`, and a step of all blocks lowers it by
-    :math:`\sum v^2`, up to the learning rate. No contraction rate is needed.
+    :math:`\sum v^2`, up to the learning rate. No contraction rate is needed. Of an optimizer that scales gradients
+    (Adam) that is true in the metric of its preconditioner, so distances are taken in that. Ranks scale it each by
+    their own mean; the estimate of all lies between theirs still.
 
     It is never above distance over speed, the limit of :func:`rework_bound` for slow convergence, and never above the
-    age of the oldest block. Where steps are scaled gradients (Adam) it errs on the high side. Where steps are mostly
-    noise it means little: there old values may be as good as new ones, and nothing is lost.
+    age of the oldest block. Where steps are mostly noise it means little: there old values may be as good as new ones,
+    and nothing is lost.
 
     Attributes:
-        squared_speed: Sum of :math:`v^2`, in squared L2 distance per squared step.
+        squared_speed: Sum of :math:`v^2`, in squared distance per squared step.
         squared_speed_steps: Sum of :math:`a v^2` over the blocks that a crash would set back.
 
     Example::
@@ -155,8 +157,9 @@ def motion(distance: Tensor, age: Tensor, rest: Tensor) -> Motion:
     """What the scores of a save tell of the blocks' motion.
 
     Args:
-        distance: L2 distance of every block to its last saved values before this save, shape ``(blocks,)``, float64.
-            Blocks at no finite distance (NaN or Inf in them, a failed write) are left out.
+        distance: How far every block was from its last saved values before this save, shape ``(blocks,)``, float64: L2
+            times the root of its preconditioner. Blocks at no finite distance (NaN or Inf in them, a failed write) are
+            left out.
         age: Steps since then, shape ``(blocks,)``. Blocks of age 0 are left out: they show no speed.
         rest: Which blocks this save leaves out, shape ``(blocks,)``, bool.
 

@@ -10,6 +10,7 @@ from lightning_scar.core.blocks import BlockMap
 from lightning_scar.core.distance import Compared, block_distances
 from lightning_scar.core.last_saved import NEVER, LastSaved
 from lightning_scar.core.memory import memory
+from lightning_scar.core.preconditioner import preconditioners
 from lightning_scar.core.rework import Motion, motion
 from lightning_scar.core.selection import Candidates, select
 from lightning_scar.core.settings import Settings
@@ -98,23 +99,25 @@ class Scorer:
         age = step - last.steps[blocks]
         eligible = ~(never | non_finite | unchanged)
         chosen = never.clone()
-        candidates = Candidates(distance[eligible], block_map.nbytes[blocks][eligible], age[eligible], step)
-        chosen[eligible.nonzero().flatten()[self._selected(candidates, block_map.nbytes[blocks], budget)]] = True
+        preconditioner = preconditioners([block_map.groups[g] for g in groups], [live[g] for g in groups], step)
+        nbytes = block_map.nbytes[blocks]
+        candidates = Candidates(distance[eligible], nbytes[eligible], age[eligible], step, preconditioner[eligible])
+        chosen[eligible.nonzero().flatten()[self._selected(candidates, budget)]] = True
         rest = eligible & ~chosen
         return Choice(
             blocks=blocks[chosen],
-            nbytes=int(block_map.nbytes[blocks][chosen].sum()),
+            nbytes=int(nbytes[chosen].sum()),
             non_finite=int(non_finite.sum()),
             squared_rest=float(distance[rest & distance.isfinite()].square().sum()),
             oldest_age=int(age[rest].max()) if bool(rest.any()) else 0,
-            motion=motion(distance, age.masked_fill(never, 0), rest),
+            motion=motion(distance * preconditioner.sqrt(), age.masked_fill(never, 0), rest),
         )
 
-    def _selected(self, candidates: Candidates, nbytes: Tensor, budget: int | None) -> Tensor:
-        if budget is None:
+    def _selected(self, candidates: Candidates, budget: int | None) -> Tensor:
+        if budget is None or not len(candidates):
             return torch.arange(len(candidates))
-        # At least one block: a row larger than the budget must not wait for ever.
-        budget = max(budget, int(nbytes.max()))
+        # A row larger than the budget must not wait for ever.
+        budget = max(budget, int(candidates.nbytes.max()))
         return select(candidates, self._settings.policy_function, budget, self._settings.max_age)
 
     def _distances(

@@ -16,6 +16,8 @@ class Candidates:
         nbytes: Bytes of the block over all slots, int64.
         age: Steps since the block was last saved, int64.
         step: The present optimizer step.
+        preconditioner: How steep the loss is in the block, relative to the others, float64; see
+            :func:`~lightning_scar.core.preconditioner.preconditioners`.
 
     """
 
@@ -23,6 +25,7 @@ class Candidates:
     nbytes: Tensor
     age: Tensor
     step: int
+    preconditioner: Tensor
 
     def __len__(self) -> int:
         """The number of blocks."""
@@ -34,20 +37,21 @@ Policy = Callable[[Candidates], Tensor]
 
 
 def distance(candidates: Candidates) -> Tensor:
-    """The blocks that moved furthest, by squared distance per byte.
+    """The blocks that moved furthest, by squared distance per byte in the metric of the optimizer's preconditioner.
 
-    The greedy choice of what leaves least of the squared distance between the live state and the running checkpoint.
-    Where all blocks have the same size it is the paper's priority (SCAR, section 4.2). By plain distance per byte small
-    blocks would come first again and again: a block of four times the size that moves alike is twice as far away.
+    The greedy choice of what leaves least of that distance between the live state and the running checkpoint. Where all
+    blocks have the same size and the optimizer has no preconditioner (SGD) it is the paper's priority (SCAR, section
+    4.2). By plain distance per byte small blocks would come first again and again: a block of four times the size that
+    moves alike is twice as far away.
 
     Example::
 
-        >>> moved = Candidates(torch.tensor([2.0, 4.0]), torch.tensor([1, 4]), torch.tensor([5, 5]), step=9)
-        >>> distance(moved)
-        tensor([4., 4.])
+        >>> moved, nbytes, age = torch.tensor([2.0, 4.0]), torch.tensor([1, 4]), torch.tensor([5, 5])
+        >>> distance(Candidates(moved, nbytes, age, step=9, preconditioner=torch.tensor([1.0, 0.5])))
+        tensor([4., 2.])
 
     """
-    return candidates.distance.square() / candidates.nbytes
+    return candidates.preconditioner * candidates.distance.square() / candidates.nbytes
 
 
 def round_robin(candidates: Candidates) -> Tensor:
@@ -55,7 +59,7 @@ def round_robin(candidates: Candidates) -> Tensor:
 
     Example::
 
-        >>> waited = Candidates(torch.zeros(2), torch.ones(2), torch.tensor([5, 8]), step=9)
+        >>> waited = Candidates(torch.zeros(2), torch.ones(2), torch.tensor([5, 8]), 9, torch.ones(2))
         >>> round_robin(waited)
         tensor([5, 8])
 
@@ -91,8 +95,8 @@ def select(candidates: Candidates, policy: Policy, budget: int, max_age: int | N
 
     Example::
 
-        >>> blocks = Candidates(torch.tensor([1.0, 9.0, 5.0]), torch.tensor([4, 4, 4]), torch.tensor([0, 0, 0]), step=7)
-        >>> select(blocks, distance, budget=8)
+        >>> moved, nbytes, age = torch.tensor([[1.0, 9.0, 5.0], [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]])
+        >>> select(Candidates(moved, nbytes, age, 7, torch.ones(3)), distance, budget=8)
         tensor([1, 2])
 
     """

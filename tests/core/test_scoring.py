@@ -116,6 +116,7 @@ def test_the_policy_sees_distance_bytes_age_and_step_of_the_blocks_that_changed(
     assert candidates.nbytes.tolist() == [8, 8]
     assert candidates.age.tolist() == [4, 4]
     assert candidates.step == 5
+    assert candidates.preconditioner.tolist() == [1.0, 1.0]
 
 
 def test_overdue_blocks_come_first(saved: Saved) -> None:

@@ -27,6 +27,7 @@ def candidates(blocks: Blocks, step: int = 9) -> Candidates:
         torch.tensor(nbytes, dtype=torch.int64),
         torch.tensor(age, dtype=torch.int64),
         step,
+        torch.ones(len(blocks), dtype=torch.float64),
     )
 
 
