@@ -1,4 +1,4 @@
-"""A worker's part in the generations: forked processes and gloo groups, told what to do by the notices of the test."""
+"""A worker's part in the generations: processes and gloo groups, told what to do by the notices of the test."""
 
 import multiprocessing
 import os
@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import PRELOAD
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.coordinator import Coordinator
@@ -37,7 +38,9 @@ from lightning_scar.elastic.restarts import Policy
 
 Work: TypeAlias = Callable[[Member, Callable[[Any], None]], None]
 
-_FORK = multiprocessing.get_context("fork")
+#: Not forked from here: a lock that a thread of this test's store holds at that moment would never be released there.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(PRELOAD)
 #: Nobody may have to wait for it.
 TIMEOUT = timedelta(seconds=60)
 #: How soon whoever is blocked is to be woken; less than the timeout by far, and enough for a loaded machine.
@@ -65,9 +68,9 @@ class Crew:
         return formed
 
     def start(self, slot: int, work: Work, spawn: int | None = None, generation: int = 0, world_size: int = 4) -> None:
-        ear, mouth = _FORK.Pipe(duplex=False)
+        ear, mouth = _CONTEXT.Pipe(duplex=False)
         fields = (slot, slot if spawn is None else spawn, generation, world_size)
-        self.processes[slot] = _FORK.Process(target=_work, args=(self.store.port, fields, work, mouth), daemon=True)
+        self.processes[slot] = _CONTEXT.Process(target=_work, args=(self.store.port, fields, work, mouth), daemon=True)
         self.processes[slot].start()
         mouth.close()
         self.ears[slot] = ear
@@ -107,7 +110,7 @@ def _work(port: int, fields: tuple[int, int, int, int], work: Work, mouth: Conne
         work(Member("127.0.0.1", port, *fields), mouth.send)
     except BaseException as error:
         mouth.send(f"{type(error).__name__}: {error}")
-    # What runs at the end of a test is not for a fork.
+    # The group and the store are there still: what runs at the end of an interpreter would wait for them.
     os._exit(0)
 
 
@@ -396,8 +399,8 @@ def _serve(mouth: Connection) -> None:
 @pytest.fixture
 def server() -> Iterator[tuple[Any, int]]:
     """A process with a store, and its port."""
-    ear, mouth = _FORK.Pipe(duplex=False)
-    process = _FORK.Process(target=_serve, args=(mouth,), daemon=True)
+    ear, mouth = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_serve, args=(mouth,), daemon=True)
     process.start()
     yield process, ear.recv()
     process.kill()
@@ -444,9 +447,9 @@ def stay(member: Member, say: Callable[[Any], None]) -> None:
 
 def test_a_member_in_a_collective_is_woken_when_the_supervisor_is_killed(server: tuple[Any, int]) -> None:
     process, port = server
-    pipes = [_FORK.Pipe(duplex=False) for _ in range(2)]
+    pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(2)]
     workers = [
-        _FORK.Process(target=_work, args=(port, (slot, slot, 0, 2), stay, pipes[slot][1]), daemon=True)
+        _CONTEXT.Process(target=_work, args=(port, (slot, slot, 0, 2), stay, pipes[slot][1]), daemon=True)
         for slot in range(2)
     ]
     for worker in workers:
