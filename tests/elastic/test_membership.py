@@ -257,7 +257,7 @@ def test_who_forms_a_group_with_one_that_died_is_woken(crew: Crew) -> None:
 def test_a_group_that_is_broken_before_it_is_formed_keeps_nobody(crew: Crew) -> None:
     form_with_a_dead_one(crew)
     crew.post(Broken(1, "rank 2 was killed"))
-    assert [crew.says(slot, within=5) for slot in (0, 1)] == ["failed"] * 2
+    assert [crew.says(slot) for slot in (0, 1)] == ["failed"] * 2
 
 
 # -- what is told -----------------------------------------------------------------------------------------------------
