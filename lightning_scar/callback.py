@@ -35,7 +35,7 @@ from lightning_scar.refusals import (
 from lightning_scar.resumption import fit_to_model, unfinished_run
 from lightning_scar.schedule import Schedule, check_intervals
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.tiers import open_store
 from lightning_scar.trainer_sigterm import TrainerSigterm
 
 
@@ -132,7 +132,7 @@ class SCARCheckpoint(Checkpoint):
     @property
     def best_model_path(self) -> str:
         """What ``ckpt_path="best"`` loads when this is the Trainer's only checkpoint callback."""
-        return "" if DeltaStore(self.dirpath, self._storage_options).is_empty() else self.dirpath
+        return "" if open_store(self.dirpath, self._storage_options).is_empty() else self.dirpath
 
     @best_model_path.setter
     def best_model_path(self, path: str) -> None:

@@ -21,6 +21,7 @@ from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.delta import StorageError, StoredBlock
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of, retry_vanished
+from lightning_scar.storage.tiers import open_store
 
 
 def run() -> int:
@@ -116,7 +117,7 @@ def main() -> None:
 
 
 def _opened(dir: str, storage_options: dict[str, Any] | None) -> DeltaStore:
-    store = DeltaStore(dir, storage_options)
+    store = open_store(dir, storage_options)
     retry_vanished(store.refresh)
     if not list(store.index.keys()):
         reasons = "".join(f"\n  {damage}" for damage in store.damaged)

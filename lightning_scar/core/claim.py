@@ -6,7 +6,7 @@ from typing import NamedTuple
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.lease import Lease
-from lightning_scar.storage.rank_store import RankStore
+from lightning_scar.storage.tiered_rank_store import TieredRankStore
 
 
 class Seat(NamedTuple):
@@ -46,7 +46,7 @@ class Claim:
 
     """
 
-    def __init__(self, store: RankStore, ranks: Ranks, seat: Seat | None = None) -> None:
+    def __init__(self, store: TieredRankStore, ranks: Ranks, seat: Seat | None = None) -> None:
         self._store = store
         self._ranks = ranks
         self._lease = Lease(store.directory)
@@ -55,11 +55,11 @@ class Claim:
             self._sit_down(seat)
             return
         try:
-            token, host, trouble = ranks.gather(ranks.together(self._take))[0]
+            token, previous, host, trouble = ranks.gather(ranks.together(self._take))[0]
             if trouble is not None and self.trouble is None:
                 self.trouble = OSError(trouble)
             ranks.together(lambda: self._follow(token, host))
-            self.incarnation = 1 + max(ranks.gather(ranks.together(self._clean_up)))
+            self.incarnation = 1 + max(ranks.gather(ranks.together(lambda: self._enter(token, previous))))
         except BaseException:
             self.release()
             raise
@@ -74,21 +74,26 @@ class Claim:
         """Whether another run has taken the directory over."""
         return self._lease.lost
 
-    def release(self) -> None:
-        """Gives the directory back."""
-        self._lease.release()
+    def release(self, for_good: bool = True) -> None:
+        """Gives the directory back.
+
+        Args:
+            for_good: ``False`` if the next start has to find what this one could not bring to it.
+
+        """
+        self._lease.release(for_good)
 
     def _sit_down(self, seat: Seat) -> None:
         self.incarnation = seat.incarnation
-        self._store.refresh()
         if seat.token is None:
             self.trouble = OSError("the run could not write to it before")
         elif self._ranks.rank == 0:
             self._lease.succeed(seat.token)
         else:
             self._lease.watch(seat.token)
+        self._enter(seat.token, None)
 
-    def _take(self) -> tuple[str | None, str, str | None]:
+    def _take(self) -> tuple[str | None, str | None, str, str | None]:
         if foreign := self._store.foreign_names():
             raise StorageError(
                 f"{self._store.directory} holds something else than a running checkpoint ({', '.join(foreign[:3])}"
@@ -101,8 +106,8 @@ class Claim:
             except OSError as error:
                 self.trouble = error
         if self.trouble is not None:
-            return None, socket.gethostname(), str(self.trouble)
-        return self._lease.token, socket.gethostname(), None
+            return None, None, socket.gethostname(), str(self.trouble)
+        return self._lease.token, self._lease.previous, socket.gethostname(), None
 
     def _follow(self, token: str | None, host: str) -> None:
         if self._ranks.rank == 0 or token is None:
@@ -115,8 +120,8 @@ class Claim:
             )
         self._lease.watch(token)
 
-    def _clean_up(self) -> int:
-        if self.trouble is None:
-            self._store.sweep()
+    def _enter(self, token: str | None, previous: str | None) -> int:
+        if token is not None:
+            self._store.enter(token, previous)
         self._store.refresh()
         return max((delta.head.incarnation for delta in self._store.deltas), default=0)

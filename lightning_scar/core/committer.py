@@ -15,8 +15,7 @@ from lightning_scar.core.staging import payload
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.delta import BlockData, StorageError
 from lightning_scar.storage.head import Head, Mark, Version
-from lightning_scar.storage.index import Index
-from lightning_scar.storage.rank_store import RankStore
+from lightning_scar.storage.tiered_rank_store import TieredRankStore
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Committer:
 
     """
 
-    def __init__(self, store: RankStore, stager: Stager, stats: Stats, ranks: Ranks, incarnation: int) -> None:
+    def __init__(self, store: TieredRankStore, stager: Stager, stats: Stats, ranks: Ranks, incarnation: int) -> None:
         self._store = store
         self._stager = stager
         self._stats = stats
@@ -65,7 +64,7 @@ class Committer:
     def _begin(self, lineage: Sequence[int]) -> None:
         self._lineage = (*lineage, self._incarnation)
         # A fresh start has no versions until its first save is durable: an older training's do not count for it.
-        self._store.index = Index(self._lineage, self._store.deltas)
+        self._store.count(self._lineage)
 
     def is_stored(self, key: str) -> bool:
         """Whether some version of a block is on disk, with all the slots that it has now."""
@@ -99,11 +98,12 @@ class Committer:
             skeleton = torch.frombuffer(save.skeleton, dtype=torch.uint8)
             slots = {"bytes": payload(skeleton, torch.uint8, skeleton.shape)}
             data.append(BlockData(self.skeleton_key, save.version, slots))
-            self._stats.bytes_written += self._store.commit(self._head(save, is_complete, promised), data)
+            self._store.commit(self._head(save, is_complete, promised), data)
         except Exception:
             self._stats.failed_saves += 1
             self._stager.fail(keys, save.version.step)
             raise
+        self._stats.memory_bytes = self._store.memory_bytes
         self._promised = promised
         self._stager.succeed(keys - bad, save.version.step)
 

@@ -11,7 +11,8 @@ from lightning_scar.core.blocks import BlockMap
 from lightning_scar.core.memory import readable
 from lightning_scar.core.rework import Motion
 from lightning_scar.storage.delta import StorageError
-from lightning_scar.storage.head import Head, Mark
+from lightning_scar.storage.directory import Tier
+from lightning_scar.storage.head import Head, Mark, Version
 from lightning_scar.storage.index import Index, Located
 from lightning_scar.storage.store import Damage
 
@@ -21,12 +22,17 @@ class IncompleteError(StorageError):
 
 
 class Source(Enum):
-    """Where a block comes from, the freshest first."""
+    """Where a block comes from, the nearest and freshest first."""
 
     SURVIVOR = "survivors"
+    MEMORY = "this host's memory"
+    NEIGHBOUR = "a neighbour's memory"
     NEWEST = "newest versions"
     OLDER = "older versions"
     INITIAL = "initial values"
+
+
+_OF_TIERS = {Tier.MEMORY: Source.MEMORY, Tier.NEIGHBOUR: Source.NEIGHBOUR, Tier.STORAGE: Source.NEWEST}
 
 
 @dataclass
@@ -50,9 +56,10 @@ class Planned:
 class RecoveryPlan:
     """Where every block of a training state comes from, from what is alive, what is on disk and what is damaged.
 
-    A block that some rank still holds comes from there, every other one from its newest version on disk. When that
-    turns out to be damaged, :meth:`fall_back` goes on to an older version, and in the end to the initial value. A fresh
-    process is the case in which nothing is alive.
+    A block that some rank still holds comes from there, every other one from its newest version, in the nearest tier
+    that has it: this host's memory, a neighbour's, or storage. When that turns out to be damaged, :meth:`fall_back`
+    goes on to the next tier, to an older version, and in the end to the initial value. A fresh process is the case in
+    which nothing is alive.
 
     Partial recovery is SCAR's (section 3.2): the less is lost, the smaller the perturbation.
 
@@ -89,6 +96,7 @@ class RecoveryPlan:
         self.heads = index.heads
         self._initial = {group.key(i) for group in block_map.groups if group.name in initial for i in range(len(group))}
         self._planned: dict[str, Planned] = {}
+        self._newest: dict[str, Version | None] = {}
         for key, nbytes in zip(block_map.numbers, block_map.nbytes.tolist(), strict=True):
             rank = (alive or {}).get(key)
             if rank is not None:
@@ -96,6 +104,7 @@ class RecoveryPlan:
                 continue
             versions = [at for at in index.versions(key) if limit is None or at.block.version.mark <= limit]
             self._planned[key] = Planned(Source.NEWEST, nbytes, versions=versions)
+            self._newest[key] = versions[0].block.version if versions else None
             self._settle(key)
 
     def __iter__(self) -> Iterator[str]:
@@ -120,12 +129,14 @@ class RecoveryPlan:
         planned = self._planned[key]
         self.damages.append((planned.versions[0], damage))
         del planned.versions[0]
-        planned.source = Source.OLDER
         self._settle(key)
 
     def _settle(self, key: str) -> None:
         planned = self._planned[key]
         if planned.versions:
+            delta, block = planned.versions[0]
+            is_newest = block.version == self._newest[key]
+            planned.source = _OF_TIERS[delta.directory.tier] if is_newest else Source.OLDER
             return
         if key not in self._initial:
             raise IncompleteError(
@@ -143,7 +154,7 @@ class RecoveryPlan:
     @property
     def is_whole(self) -> bool:
         """Whether every block comes from a survivor or from its newest version."""
-        return all(planned.source in (Source.SURVIVOR, Source.NEWEST) for planned in self._planned.values())
+        return not any(planned.source in (Source.OLDER, Source.INITIAL) for planned in self._planned.values())
 
     @property
     def distance(self) -> float | None:

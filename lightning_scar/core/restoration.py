@@ -20,6 +20,7 @@ from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.head import Mark
 from lightning_scar.storage.index import Located
 from lightning_scar.storage.store import Damage, DeltaStore, retry_vanished
+from lightning_scar.storage.tiers import open_store
 
 
 class NoCheckpointError(StorageError):
@@ -99,7 +100,7 @@ def load(
         {'state_dict': {'weight': tensor([1., 1.])}}
 
     """
-    store = DeltaStore(url, storage_options)
+    store = open_store(url, storage_options)
     restored = restore(store, consistent=consistent, into=into, weights_only=weights_only)
     if map_location is None:
         return restored.checkpoint
@@ -120,7 +121,7 @@ def is_running_checkpoint(url: str | os.PathLike[str], storage_options: dict[str
     """Whether a path is the directory of a running checkpoint (files and other directories are not)."""
     if FilePath(os.fspath(url)).is_file():
         return False
-    return not DeltaStore(url, storage_options).is_empty()
+    return not open_store(url, storage_options).is_empty()
 
 
 def restore(

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_scar.core.restoration import NoCheckpointError
 from lightning_scar.storage.head import Head
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.tiers import open_store
 
 
 def newest_heads(url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> dict[int, Head]:
@@ -19,7 +19,7 @@ def newest_heads(url: str | os.PathLike[str], storage_options: dict[str, Any] | 
         NoCheckpointError: If there is nothing left but damaged files: beginning anew must be asked for.
 
     """
-    store = DeltaStore(url, storage_options)
+    store = open_store(url, storage_options)
     store.refresh()
     heads = dict(store.index.heads)
     if not heads and store.damaged:
@@ -39,6 +39,6 @@ def newest_step(url: str | os.PathLike[str], storage_options: dict[str, Any] | N
         storage_options: Passed to the file system.
 
     """
-    store = DeltaStore(url, storage_options)
+    store = open_store(url, storage_options)
     store.refresh()
     return max((head.step for head in store.index.heads.values()), default=-1)

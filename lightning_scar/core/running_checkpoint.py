@@ -32,7 +32,7 @@ from lightning_scar.core.staging import StagingBuffer
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.head import Version
-from lightning_scar.storage.rank_store import RankStore
+from lightning_scar.storage.tiered_rank_store import TieredRankStore
 from lightning_scar.storage.writer import DEPTH, BackgroundWriter
 
 
@@ -77,7 +77,9 @@ class RunningCheckpoint:
     ) -> None:
         self.settings = settings or Settings()
         self.ranks = ranks or Ranks()
-        self.store = RankStore(url, storage_options, self.ranks.rank, self.ranks.world_size)
+        every = self.settings.durable_every_n_saves if self.settings.memory else None
+        members = self.ranks.rank, self.ranks.world_size
+        self.store = TieredRankStore(url, storage_options, *members, every, self.settings.memory_limit)
         self.stats = Stats()
         self._notices = Notices()
         self._claim = Claim(self.store, self.ranks, seat)
@@ -96,6 +98,7 @@ class RunningCheckpoint:
             self._committer.go_on_from(seat.lineage)
         self._buffers = [StagingBuffer() for _ in range(DEPTH)]
         self._writer = BackgroundWriter()
+        self._late_errors: list[Exception] = []
 
     def __enter__(self) -> Self:
         """Returns itself; the end of the block closes it."""
@@ -131,8 +134,10 @@ class RunningCheckpoint:
             self.store.index.discard(located)
         self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
         self.restored_ranks = restored.world_size
-        self._has_base = True
-        self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
+        # With all that it restored, or memory would not hold what does not change any more.
+        self._has_base = not self.store.begins_with_all
+        if self._has_base:
+            self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
         if self.settings.block_size not in (None, restored.map.block_size):
             self._notices.warn(
                 "block_size",
@@ -270,6 +275,7 @@ class RunningCheckpoint:
         """Waits until all saves are written."""
         self.fence()
         self._writer.drain()
+        self.store.drain()
 
     def close(self) -> None:
         """Finishes what is under way, gives the directory back, and raises or warns about failed writes."""
@@ -278,7 +284,7 @@ class RunningCheckpoint:
         finally:
             self._stager.close()
             self._writer.drain()
-            self._claim.release()
+            self._give_back()
         self._settle_failures()
 
     # -- its parts -----------------------------------------------------------------------------------------------
@@ -298,6 +304,16 @@ class RunningCheckpoint:
         self._buffers.append(buffer)
         buffer.reset()
         return buffer
+
+    def _give_back(self) -> None:
+        try:
+            self.store.close(self._claim.is_lost)
+        except Exception as error:
+            self._claim.release(for_good=False)
+            self._late_errors.append(error)
+        else:
+            self._claim.release()
+        self.stats.bytes_written = self.store.stored_bytes
 
     def _hand_over(self, save: Save) -> None:
         stats, staging = self.stats, save.staging
@@ -321,7 +337,17 @@ class RunningCheckpoint:
             self._stager.forget(lost)
             self._has_base = self.store.index.newest(self._committer.skeleton_key) is not None
         self._warn_of_non_finite()
-        errors = self._writer.take_errors()
+        self.stats.bytes_written = self.store.stored_bytes
+        late = [*self.store.take_errors(), *self._late_errors]
+        self._late_errors.clear()
+        self.stats.failed_saves += len(late)
+        errors = [*self._writer.take_errors(), *late]
+        if self.store.trouble is not None:
+            self._notices.warn(
+                "memory",
+                f"a save found no room in memory ({self.store.trouble!r}) and went to storage, as others will. Give "
+                "memory more room (--shm-size for a container), or leave memory out",
+            )
         if errors and self.settings.on_write_error == "raise":
             raise errors[0]
         if errors:

@@ -21,6 +21,9 @@ class Settings:
         max_age: Steps after which a block is due whatever its priority; ``None`` for never.
         staging: ``"lazy"`` scores and copies beside the next forward and backward, ``"eager"`` at once.
         on_write_error: ``"warn"`` goes on training, ``"raise"`` stops it.
+        memory: Whether saves go to this host's memory first, which outlives the processes.
+        durable_every_n_saves: With it, every how-manieth save goes to storage, too.
+        memory_limit: Bytes of it that each rank may take; ``None`` for what there is.
 
     Raises:
         ValueError: If a value is out of range; the message names it and what is allowed.
@@ -38,6 +41,9 @@ class Settings:
     max_age: int | None = None
     staging: Literal["lazy", "eager"] = "lazy"
     on_write_error: Literal["warn", "raise"] = "warn"
+    memory: bool = False
+    durable_every_n_saves: int = 8
+    memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         """Checks every value."""
@@ -49,7 +55,7 @@ class Settings:
             self.policy in POLICIES or isinstance(self.policy, Callable),  # type: ignore[arg-type]
             f"policy={self.policy!r} must be one of {', '.join(POLICIES)}, or a function of the candidates",
         )
-        for name, least in (("block_size", 1), ("max_age", 0)):
+        for name, least in (("block_size", 1), ("max_age", 0), ("durable_every_n_saves", 1), ("memory_limit", 1)):
             value = getattr(self, name)
             _require(
                 value is None or (isinstance(value, int) and value >= least),

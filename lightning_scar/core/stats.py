@@ -18,7 +18,8 @@ class Stats:
         failed_saves: Saves that could not be written.
         non_finite_blocks: Blocks of the last save that hold NaN or Inf and were not written over a good version.
         heals: How often non-finite blocks of the live run were restored.
-        bytes_written: Bytes of all files written, those included that hold what is left of older ones.
+        bytes_written: Bytes of all files written to storage, those included that hold what is left of older ones.
+        memory_bytes: Bytes that this rank holds in memory.
         stall_seconds: How long the training thread stood still for the last partial save, fence included.
         full_stall_seconds: The same for the last full save.
         distance: L2 distance between the live state and the running checkpoint after the last save.
@@ -37,6 +38,7 @@ class Stats:
     non_finite_blocks: int = 0
     heals: int = 0
     bytes_written: int = 0
+    memory_bytes: int = 0
     stall_seconds: float = 0.0
     full_stall_seconds: float = 0.0
     distance: float = 0.0

@@ -9,8 +9,25 @@ MAX_FILES = 64
 _MERGE_FROM_FILES = 48
 #: A merged delta is at most this share of the state, if it is made of more than one file.
 _MERGED_SHARE = 1 / 8
-#: The bound on bytes at rest, in states; two versions of every block make two.
-MAX_STATES = 3
+
+
+class Retention(NamedTuple):
+    """How much of the past a store keeps.
+
+    Attributes:
+        older: Whether to keep an older version of every block beside the newest, to fall back to.
+        states: The bound on bytes at rest, in states.
+
+    """
+
+    older: bool
+    states: int
+
+
+#: Two versions of every block make two states.
+WITH_OLDER = Retention(older=True, states=3)
+#: During a full save the state is there twice.
+NEWEST_ONLY = Retention(older=False, states=2)
 
 
 class Usage(NamedTuple):
@@ -20,13 +37,16 @@ class Usage(NamedTuple):
     live: int
 
 
-def worth_merging(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> list[int]:
+def worth_merging(
+    usage: Sequence[Usage], state_bytes: int, save_bytes: int, states: int = WITH_OLDER.states
+) -> list[int]:
     """Which deltas to replace by one that holds only what they still have to offer.
 
     Args:
         usage: Every delta of the rank, none of them wholly dead.
         state_bytes: Bytes of the rank's share of the training state.
         save_bytes: Bytes of one partial save, kept free for the next.
+        states: The bound on the bytes of all, in states.
 
     Returns:
         Indices into ``usage``; empty when the store is within its bounds.
@@ -41,7 +61,7 @@ def worth_merging(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> 
     if len(usage) > _MERGE_FROM_FILES:
         smallest = sorted(range(len(usage)), key=lambda i: usage[i].live)
         return _filled(smallest, usage, state_bytes, at_least=2)
-    if sum(nbytes for nbytes, _ in usage) > _limit(usage, state_bytes, save_bytes):
+    if sum(nbytes for nbytes, _ in usage) > _limit(usage, state_bytes, save_bytes, states):
         emptiest = sorted(
             (i for i in range(len(usage)) if usage[i].live < usage[i].nbytes * 0.9),
             key=lambda i: usage[i].live / usage[i].nbytes,
@@ -50,12 +70,12 @@ def worth_merging(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> 
     return []
 
 
-def _limit(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> float:
+def _limit(usage: Sequence[Usage], state_bytes: int, save_bytes: int, states: int) -> float:
     live = sum(each.live for each in usage)
-    if live > MAX_STATES * state_bytes:
+    if live > states * state_bytes:
         # What is kept breaks the bound by itself (headers of tiny blocks), and merging at every save would not help.
         return live / 0.75
-    return MAX_STATES * state_bytes - save_bytes
+    return states * state_bytes - save_bytes
 
 
 def _filled(order: list[int], usage: Sequence[Usage], state_bytes: int, at_least: int) -> list[int]:

@@ -106,12 +106,27 @@ class StoredBlock:
 
 @dataclass(frozen=True)
 class Delta:
-    """A delta file whose header is intact."""
+    """A delta file whose header is intact.
 
+    Attributes:
+        directory: Where it lies; the same name may mean another file elsewhere.
+        name: Its name there.
+        nbytes: Its size.
+        head: What it says about itself.
+        blocks: What it holds.
+
+    """
+
+    directory: Directory
     name: str
     nbytes: int
     head: Head
     blocks: tuple[StoredBlock, ...]
+
+    @property
+    def file(self) -> str:
+        """Its full path."""
+        return self.directory.file(self.name)
 
     @cached_property
     def block_bytes(self) -> int:
@@ -235,7 +250,7 @@ def read_delta(directory: Directory, name: str) -> Delta:
     end = 8 + len(text) + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if end > size:
         raise DamagedError(f"{directory.file(name)} is damaged: {size} bytes long, its data end at {end}")
-    return Delta(name, size, head, blocks)
+    return Delta(directory, name, size, head, blocks)
 
 
 def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:

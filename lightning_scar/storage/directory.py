@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
+from enum import IntEnum
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, cast
@@ -29,12 +30,21 @@ def _as_os_errors() -> Iterator[None]:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
+class Tier(IntEnum):
+    """How near a folder is, the nearest first."""
+
+    MEMORY = 0
+    NEIGHBOUR = 1
+    STORAGE = 2
+
+
 class Directory:
     """A folder of small immutable files on an fsspec file system.
 
     Args:
         url: Any fsspec URL or local path, e.g. ``"runs/a/scar"``, ``"memory://a"`` or ``"s3://bucket/a"``.
         storage_options: Passed to the file system, e.g. ``{"anon": True}``.
+        tier: How near it is.
 
     Example::
 
@@ -45,8 +55,14 @@ class Directory:
 
     """
 
-    def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        storage_options: dict[str, Any] | None = None,
+        tier: Tier = Tier.STORAGE,
+    ) -> None:
         self.url = os.fspath(url)
+        self.tier = tier
         self.fs, path = url_to_fs(self.url, **(storage_options or {}))
         # A remembered listing hides what other processes, and other threads, have written or deleted since.
         self.fs.dircache = DirCache(use_listings_cache=False)

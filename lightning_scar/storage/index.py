@@ -47,16 +47,28 @@ class Index:
     Args:
         lineage: The incarnations that count.
         deltas: Intact deltas, in any order.
+        older: Whether to keep older versions at all.
 
     """
 
-    def __init__(self, lineage: Sequence[int], deltas: Iterable[Delta] = ()) -> None:
-        self.lineage = tuple(lineage)
-        self.heads: dict[int, Head] = {}
+    def __init__(self, lineage: Sequence[int], deltas: Iterable[Delta] = (), older: bool = True) -> None:
+        self._lineage = tuple(lineage)
+        self._heads: dict[int, Head] = {}
+        self._keeps_older = older
         self._marks: list[Mark] = []
         self._versions: dict[str, list[Located]] = {}
         self._live: dict[str, dict[tuple[str, Version], StoredBlock]] = {}
         self._take(deltas)
+
+    @property
+    def lineage(self) -> tuple[int, ...]:
+        """The incarnations that count."""
+        return self._lineage
+
+    @property
+    def heads(self) -> dict[int, Head]:
+        """The newest head of every rank of the newest incarnation."""
+        return self._heads
 
     @property
     def consistent(self) -> Mark | None:
@@ -68,46 +80,50 @@ class Index:
         self._take([delta])
 
     def _take(self, deltas: Iterable[Delta]) -> None:
-        counting = [delta for delta in deltas if delta.head.incarnation in self.lineage]
+        counting = [delta for delta in deltas if delta.head.incarnation in self._lineage]
         found: dict[str, dict[Version, Located]] = {}
         for delta in sorted(counting, key=lambda delta: (delta.head.incarnation, delta.head.sequence)):
             for block in delta.blocks:
-                if block.version.incarnation in self.lineage:
+                if block.version.incarnation in self._lineage:
                     found.setdefault(block.key, {})[block.version] = Located(delta, block)
-        self.heads = newest_heads([*self.heads.values(), *(delta.head for delta in counting)])
-        marks = sorted({mark for head in self.heads.values() for mark in head.consistent}, reverse=True)
+        self._heads = newest_heads([*self._heads.values(), *(delta.head for delta in counting)])
+        marks = sorted({mark for head in self._heads.values() for mark in head.consistent}, reverse=True)
         if marks != self._marks:
             self._marks = marks
             found = {key: {} for key in self._versions} | found
         for key, by_version in found.items():
             known = {at.block.version: at for at in self._versions.get(key, ())}
-            self._settle(key, sorted((known | by_version).values(), key=_recency, reverse=True))
+            self._settle(key, sorted((known | by_version).values(), key=recency, reverse=True))
 
     def remove(self, delta: Delta) -> None:
         """Forgets a file that another rank has deleted."""
         for block in self.live(delta):
-            self._settle(block.key, [at for at in self._versions[block.key] if at.delta.name != delta.name])
+            self._settle(block.key, [at for at in self._versions[block.key] if at.delta.file != delta.file])
 
     def discard(self, located: Located) -> None:
         """Drops a version that turned out to be damaged, lest it take the place of a good one."""
         key, version = located.block.key, located.block.version
-        remaining = [at for at in self._versions[key] if at.block.version != version]
+        remaining = [
+            at for at in self.versions(key) if (at.delta.file, at.block.version) != (located.delta.file, version)
+        ]
         if remaining:
             self._settle(key, remaining)
 
     def _settle(self, key: str, located: list[Located]) -> None:
         for delta, block in self._versions.get(key, []):
-            del self._live[delta.name][key, block.version]
+            del self._live[delta.file][key, block.version]
         if not located:
             self._versions.pop(key, None)
             return
         # Never without an entry in between: the training thread looks blocks up meanwhile.
         self._versions[key] = kept = self._kept(located)
         for delta, block in kept:
-            self._live.setdefault(delta.name, {})[key, block.version] = block
+            self._live.setdefault(delta.file, {})[key, block.version] = block
 
     def _kept(self, located: list[Located]) -> list[Located]:
         newest, *older = located
+        if not self._keeps_older:
+            return [newest]
         marks = [mark for mark in self._marks if mark < newest.block.version.mark]
         served = [next((at for at in older if at.block.version.mark <= mark), newest) for mark in marks]
         kept = [newest, *(at for at in older if at in served)]
@@ -128,9 +144,10 @@ class Index:
 
     def live(self, delta: Delta) -> list[StoredBlock]:
         """The blocks for whose sake a delta is still needed."""
-        return list(self._live.get(delta.name, {}).values())
+        return list(self._live.get(delta.file, {}).values())
 
 
-def _recency(located: Located) -> tuple[int, int]:
+def recency(located: Located) -> tuple[int, int]:
+    """What versions are ordered by."""
     version = located.block.version
     return version.incarnation, version.sequence

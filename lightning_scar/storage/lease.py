@@ -42,6 +42,8 @@ class Lease:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self.token = uuid.uuid4().hex
+        #: The token of the holder before, if it died.
+        self.previous: str | None = None
         self._beat = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -55,12 +57,13 @@ class Lease:
             OSError: If the directory cannot be written to.
 
         """
-        holder = self._read()
+        holder = _holder(self._directory)
         if holder is not None and self._lives(holder):
             raise DirectoryInUseError(
                 f"{self._directory} is in use by process {holder['pid']} on {holder['host']}. Give this run another "
                 f"dirpath, or end that process; if it is gone for certain, delete {self._directory.file(FILE)}."
             )
+        self.previous = holder["token"] if holder is not None else None
         self._directory.create()
         self._write()
         _held_here.add(self.token)
@@ -92,21 +95,25 @@ class Lease:
 
     def is_visible(self, token: str) -> bool:
         """Whether this process sees the lease file that another one wrote."""
-        holder = self._read()
-        return holder is not None and holder["token"] == token
+        return token_of(self._directory) == token
 
     def _start(self, loop: Callable[[], None]) -> None:
         self._thread = threading.Thread(target=loop, name="scar-lease", daemon=True)
         self._thread.start()
 
-    def release(self) -> None:
-        """Gives the directory back. Never raises: a file that stays behind names a process that is gone."""
+    def release(self, for_good: bool = True) -> None:
+        """Gives the directory back. Never raises: a file that stays behind names a process that is gone.
+
+        Args:
+            for_good: ``False`` leaves the file, so that the next holder knows whom it follows.
+
+        """
         if self._thread is None:
             return
         self._stop.set()
         self._thread.join()
         self._thread = None
-        if self.token in _held_here and not self.lost:
+        if for_good and self.token in _held_here and not self.lost:
             with suppress(OSError):
                 self._directory.delete(FILE)
         _held_here.discard(self.token)
@@ -127,16 +134,9 @@ class Lease:
                     return
 
     def _is_lost(self) -> bool:
-        holder = self._read()
-        self.lost = holder is not None and holder["token"] != self.token
+        token = token_of(self._directory)
+        self.lost = token is not None and token != self.token
         return self.lost
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            holder: dict[str, Any] = json.loads(self._directory.read(FILE))
-        except (FileNotFoundError, ValueError):
-            return None
-        return holder
 
     def _write(self) -> None:
         process = psutil.Process()
@@ -165,9 +165,23 @@ class Lease:
         deadline = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < deadline:
             time.sleep(min(1.0, WATCH_SECONDS / 10))
-            now = self._read()
+            now = _holder(self._directory)
             if now is None:
                 return False
             if now["beat"] != holder["beat"] or now["token"] != holder["token"]:
                 return True
         return False
+
+
+def token_of(directory: Directory) -> str | None:
+    """The token of the directory's present or last holder; ``None`` if it was given back."""
+    holder = _holder(directory)
+    return None if holder is None else str(holder["token"])
+
+
+def _holder(directory: Directory) -> dict[str, Any] | None:
+    try:
+        holder: dict[str, Any] = json.loads(directory.read(FILE))
+    except (FileNotFoundError, ValueError):
+        return None
+    return holder

@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
-from lightning_scar.storage.compaction import Usage, worth_merging
+from lightning_scar.storage.compaction import WITH_OLDER, Retention, Usage, worth_merging
 from lightning_scar.storage.delta import (
     SUFFIX,
     BlockData,
@@ -19,8 +19,9 @@ from lightning_scar.storage.delta import (
     read_delta,
     read_entries,
 )
+from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head
-from lightning_scar.storage.index import Index, newest_lineage
+from lightning_scar.storage.index import newest_lineage
 from lightning_scar.storage.source import Source
 from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of
 
@@ -35,6 +36,8 @@ class RankStore(DeltaStore):
         storage_options: Passed to the file system.
         rank: Which rank.
         world_size: The number of ranks.
+        tier: How near the directory is.
+        retention: How much of the past is kept in it.
 
     """
 
@@ -44,8 +47,10 @@ class RankStore(DeltaStore):
         storage_options: dict[str, Any] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        tier: Tier = Tier.STORAGE,
+        retention: Retention = WITH_OLDER,
     ) -> None:
-        super().__init__(url, storage_options)
+        super().__init__(url, storage_options, tier, retention)
         self.rank = rank
         self.world_size = world_size
         self._unmergeable: set[str] = set()
@@ -59,12 +64,12 @@ class RankStore(DeltaStore):
     @property
     def is_whole(self) -> bool:
         """Whether all ranks have finished their first save, as far as this one knows."""
-        return newest_lineage(self._deltas.values()) == self.index.lineage
+        return newest_lineage(self.deltas) == self.index.lineage
 
     def sweep(self) -> None:
         """Deletes what writes of the rank, and of ranks that are no more, left behind when a crash cut them short."""
         for folder in self.folders():
-            if self._is_own(folder):
+            if self.is_own(folder):
                 self.directory.child(folder).sweep()
 
     def look_around(self) -> None:
@@ -72,12 +77,12 @@ class RankStore(DeltaStore):
         if self.world_size == 1:
             return
         with suppress(OSError):
-            names = {name for name in self._names() if not self._is_own(name)}
+            names = {name for name in self._names() if not self.is_own(name)}
             for name in sorted(names - self._deltas.keys()):
                 with suppress(OSError, DamagedError):
                     delta = self._deltas[name] = read_delta(self.directory, name)
                     self.index.add(delta)
-            for name in [name for name in self._deltas if not self._is_own(name) and name not in names]:
+            for name in [name for name in self._deltas if not self.is_own(name) and name not in names]:
                 self.index.remove(self._deltas.pop(name))
 
     def commit(self, head: Head, blocks: Sequence[BlockData]) -> int:
@@ -106,7 +111,7 @@ class RankStore(DeltaStore):
         self.directory.write(name, encode(head, blocks))
         delta = self._deltas[name] = read_delta(self.directory, name)
         if head.lineage != self.index.lineage:
-            self.index = Index(head.lineage, self._deltas.values())
+            self.count(head.lineage)
         else:
             self.index.add(delta)
         return delta
@@ -123,17 +128,18 @@ class RankStore(DeltaStore):
     def _own(self) -> list[Delta]:
         # What an older training left is still needed as long as not all ranks have finished their first save.
         is_whole = self.is_whole
-        own = [delta for delta in self.deltas if self._is_own(delta.name)]
+        own = [delta for delta in self.deltas if self.is_own(delta.name)]
         return [delta for delta in own if is_whole or delta.head.incarnation in self.index.lineage]
 
-    def _is_own(self, name: str) -> bool:
+    def is_own(self, name: str) -> bool:
+        """Whether a folder, or the file in it, is this rank's to delete and merge."""
         # The folders of ranks that are no more are shared out among those that are.
         return rank_of(name) % self.world_size == self.rank
 
     def _mergeable(self, state_bytes: int, save_bytes: int) -> list[Delta]:
         own = [delta for delta in self._own() if delta.name not in self._unmergeable]
         usage = [Usage(delta.nbytes, self._live_bytes(delta)) for delta in own]
-        return [own[i] for i in worth_merging(usage, state_bytes, save_bytes)]
+        return [own[i] for i in worth_merging(usage, state_bytes, save_bytes, self.retention.states)]
 
     def _live_bytes(self, delta: Delta) -> int:
         live = sum(block.nbytes for block in self.index.live(delta))
@@ -166,16 +172,36 @@ class RankStore(DeltaStore):
 
     def _copied(self, delta: Delta, source: Source, entry: Entry) -> Payload:
         def data() -> memoryview:
-            into = memoryview(bytearray(entry.stop - entry.start))
             try:
-                read_entries(source, [(entry, into)])
-            except DamagedError as error:
+                return payload.data()
+            except DamagedError:
                 self._unmergeable.add(delta.name)
-                raise DamagedError(f"{self.directory.file(delta.name)}: {error}") from None
-            return into
+                raise
 
-        return Payload(entry.dtype, entry.shape, entry.stop - entry.start, entry.checksum, data)
+        payload = copied(delta, source, entry)
+        return replace(payload, data=data)
 
     def _delete(self, delta: Delta) -> None:
         self.directory.delete(delta.name)
         self._deltas.pop(delta.name, None)
+
+
+def copied(delta: Delta, source: Source, entry: Entry) -> Payload:
+    """An entry on its way from one delta into another one.
+
+    Args:
+        delta: Where it is.
+        source: That delta's open file.
+        entry: Which entry. Reading it raises a :class:`~lightning_scar.storage.delta.DamagedError` if it is damaged.
+
+    """
+
+    def data() -> memoryview:
+        into = memoryview(bytearray(entry.stop - entry.start))
+        try:
+            read_entries(source, [(entry, into)])
+        except DamagedError as error:
+            raise DamagedError(f"{delta.file}: {error}") from None
+        return into
+
+    return Payload(entry.dtype, entry.shape, entry.stop - entry.start, entry.checksum, data)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from lightning_scar.storage.collection import no_collection
+from lightning_scar.storage.compaction import WITH_OLDER, Retention
 from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta, read_block, read_delta
-from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.directory import Directory, Tier
 from lightning_scar.storage.index import Index, Located, newest_lineage
 
 _RANK_FOLDER = "rank-"
@@ -68,11 +69,20 @@ class DeltaStore:
     Args:
         url: The directory, any fsspec URL.
         storage_options: Passed to the file system.
+        tier: How near it is.
+        retention: How much of the past is kept in it.
 
     """
 
-    def __init__(self, url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> None:
-        self.directory = Directory(url, storage_options)
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        storage_options: dict[str, Any] | None = None,
+        tier: Tier = Tier.STORAGE,
+        retention: Retention = WITH_OLDER,
+    ) -> None:
+        self.directory = Directory(url, storage_options, tier)
+        self.retention = retention
         self.damaged: list[Damage] = []
         self.index = Index(())
         self._deltas: dict[str, Delta] = {}
@@ -102,7 +112,16 @@ class DeltaStore:
         self.damaged = []
         with no_collection():
             self._deltas = retry_vanished(self._read_headers)
-            self.index = Index(newest_lineage(self._deltas.values()), self._deltas.values())
+            self.count(newest_lineage(self._deltas.values()))
+
+    def count(self, lineage: Sequence[int]) -> None:
+        """Lets the deltas of some starts of the training make up the running checkpoint, and no others.
+
+        Args:
+            lineage: The numbers of the starts, oldest first.
+
+        """
+        self.index = Index(lineage, self._deltas.values(), self.retention.older)
 
     def folders(self) -> list[str]:
         """The folders of all ranks that ever wrote."""
@@ -111,7 +130,7 @@ class DeltaStore:
     def missing_folders(self) -> list[str]:
         """The folders of ranks of the newest start of which no intact delta is left."""
         world_size = max((head.world_size for head in self.index.heads.values()), default=0)
-        present = {rank_of(name) for name in self._deltas}
+        present = {rank_of(delta.name) for delta in self.deltas}
         return [rank_folder(rank) for rank in range(world_size) if rank not in present]
 
     def _names(self) -> list[str]:
@@ -150,18 +169,19 @@ class DeltaStore:
         """
         by_file: dict[str, list[Reading]] = {}
         for reading in readings:
-            by_file.setdefault(reading.located.delta.name, []).append(reading)
+            by_file.setdefault(reading.located.delta.file, []).append(reading)
         with ThreadPoolExecutor(_READERS) as pool:
             batches = [
-                pool.submit(self._read_batch, name, batch)
-                for name, found in by_file.items()
+                pool.submit(self._read_batch, batch)
+                for found in by_file.values()
                 for batch in _shared_out(sorted(found, key=lambda reading: reading.located.block.place))
             ]
             return [damage for batch in batches for damage in batch.result()]
 
-    def _read_batch(self, name: str, batch: list[Reading]) -> list[tuple[Reading, Damage]]:
+    def _read_batch(self, batch: list[Reading]) -> list[tuple[Reading, Damage]]:
         damages = []
-        with self.directory.source(name) as source:
+        delta = batch[0].located.delta
+        with delta.directory.source(delta.name) as source:
             source.expect(reading.located.block.extent for reading in batch)
             for reading in batch:
                 block = reading.located.block
@@ -170,7 +190,7 @@ class DeltaStore:
                 except FileNotFoundError:
                     raise
                 except (DamagedError, OSError) as error:
-                    damage = Damage(self.directory.file(name), str(error), block.key, block.version.step)
+                    damage = Damage(delta.file, str(error), block.key, block.version.step)
                     damages.append((reading, damage))
         return damages
 

@@ -20,7 +20,7 @@ from lightning_scar.core.stager import Stager
 from lightning_scar.core.staging import StagedGroup
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.head import Mark, Version
-from lightning_scar.storage.rank_store import RankStore
+from lightning_scar.storage.tiered_rank_store import TieredRankStore
 from lightning_scar.storage.store import DeltaStore, Reading
 
 COUNTER = itertools.count()
@@ -52,7 +52,7 @@ class Rank:
 
     def __init__(self, url: str, rank: int, n: int, incarnation: int = 1) -> None:
         self.rank = rank
-        self.store = RankStore(url, rank=rank, world_size=n)
+        self.store = TieredRankStore(url, rank=rank, world_size=n)
         self.store.refresh()
         self.stager = Stager(Settings(), self.store)
         self.stager.last.map = BlockMap((group(rank),), 8)
@@ -114,12 +114,13 @@ def test_some_full_save_can_always_be_read(memory_url: str, run: Any, blind: set
         at[rank] += 1
         if (rank, step) in bad:
             continue
-        look = ranks[rank].store.look_around
+        storage = ranks[rank].store.storage
+        look = storage.look_around
         if turn in blind:
             # The listing fails, or a slow write began before the others' writes.
-            ranks[rank].store.look_around = lambda: None  # type: ignore[method-assign]
+            storage.look_around = lambda: None  # type: ignore[method-assign]
         ranks[rank].commit(step, {step % BLOCKS, 0}, kind == "F")
-        ranks[rank].store.look_around = look  # type: ignore[method-assign]
+        storage.look_around = look  # type: ignore[method-assign]
         found = served(url, ranks)
         assert newest is None or (found is not None and found >= newest), "what could be read cannot be any more"
         newest = found

@@ -13,7 +13,7 @@ from toy_blocks import block as block_data
 from toy_blocks import check, content, head, newest, read, save
 
 from lightning_scar.storage import rank_store
-from lightning_scar.storage.compaction import MAX_FILES, MAX_STATES
+from lightning_scar.storage.compaction import MAX_FILES, WITH_OLDER
 from lightning_scar.storage.delta import DamagedError, read_delta
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Version
@@ -244,7 +244,7 @@ class Truth:
             own = [size for name, size in found.items() if rank_of(name) == rank]
             assert len(own) <= MAX_FILES
         save_bytes = 4 * 10_000 * n
-        assert sum(found.values()) <= MAX_STATES * state + save_bytes
+        assert sum(found.values()) <= WITH_OLDER.states * state + save_bytes
 
 
 @pytest.mark.parametrize("starts", [(2,), (3, 1), (1, 3), (4, 2, 3)])

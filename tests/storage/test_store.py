@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_blocks import block, check, content, head, newest, read, save
 
-from lightning_scar.storage.compaction import MAX_FILES, MAX_STATES
+from lightning_scar.storage.compaction import MAX_FILES, WITH_OLDER
 from lightning_scar.storage.delta import NewerFormatError, encode
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Version
@@ -102,7 +102,7 @@ class Model:
                 assert read(reader, at) == content(key, at.block.version, self.sizes[key])
         sizes = files(store)
         assert len(sizes) <= MAX_FILES
-        assert sum(sizes.values()) <= MAX_STATES * self.state_bytes + save_bytes
+        assert sum(sizes.values()) <= WITH_OLDER.states * self.state_bytes + save_bytes
         assert set(sizes) == {delta.name.split("/")[1] for delta in store.deltas}
 
     def assert_kept(self, kept: list[Version], history: list[Version]) -> None:

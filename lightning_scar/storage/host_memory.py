@@ -1,0 +1,154 @@
+"""This host's memory: folders that outlive the processes that write to them, one for each start of a run.
+
+A folder belongs to the start whose lease has its token. The next start of the run finds the token in the lease that the
+dead one left, and goes on from the folder; a directory that was begun anew, or that another run has written to since,
+names another token, so that nobody takes what is not its own for fresh.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.lease import token_of
+
+#: Where users may say which folder is in memory.
+VARIABLE = "LIGHTNING_SCAR_MEMORY"
+_MEMORY = Path("/dev/shm")
+#: Not what supervisors sweep.
+_PREFIX = "scar-memory-"
+_CONTINUES = "continues"
+#: How long what a dead run left stays for its next start, if another run of the user starts here.
+_KEPT_SECONDS = 24 * 3600.0
+
+
+class HostMemory:
+    """The folder of one start of a run on this host, held by a lock as long as one of its processes lives.
+
+    Folders are the user's alone. What dead starts of the same run left is removed, but for those that this one goes on
+    from, and so is what other dead runs of the user have not touched for a day.
+
+    Args:
+        directory: The directory of the run.
+        token: That of this start's lease.
+        previous: That of the start before, if it died.
+
+    Raises:
+        OSError: If there is no folder in memory, or somebody else can write to it.
+
+    """
+
+    def __init__(self, directory: Directory, token: str, previous: str | None = None) -> None:
+        root = _user_folder()
+        self.path = root / _name(directory, token)
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        self._lock: int | None = os.open(self.path, os.O_RDONLY)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        if previous is not None:
+            (self.path / _CONTINUES).write_text(previous)
+        #: The folders of dead starts that this one goes on from, the newest first.
+        self.inherited = list(_chain(root, directory, previous))
+        _sweep(root, directory, {self.path, *self.inherited})
+
+    def forget_inherited(self) -> None:
+        """Removes what dead starts left, when nobody needs it any more."""
+        for folder in self.inherited:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.inherited = []
+        (self.path / _CONTINUES).unlink(missing_ok=True)
+
+    def leave(self) -> None:
+        """Lets go of the folder; what is in it stays."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def remove(self, folder: str) -> None:
+        """Removes what this process wrote, and everything when nobody else is left.
+
+        Args:
+            folder: The folder of this process in it.
+
+        """
+        shutil.rmtree(self.path / folder, ignore_errors=True)
+        self.leave()
+        with suppress(OSError):
+            # What a rank could not bring to storage waits here for the next start.
+            if not any(self.path.glob("rank-*")):
+                _remove_unless_held(self.path)
+
+
+def left_in_memory(directory: Directory, token: str | None = None) -> list[Path]:
+    """The folders on this host that a start of a run has written to or goes on from, the newest first.
+
+    Args:
+        directory: The directory of the run.
+        token: That of the start; by default of the newest one.
+
+    """
+    root = _folder()
+    # Most hosts have none, and need not ask for the lease.
+    if root is None or not any(root.glob(_name(directory, "*"))):
+        return []
+    return list(_chain(root, directory, token or token_of(directory)))
+
+
+def _folder() -> Path | None:
+    chosen = os.environ.get(VARIABLE)
+    parent = Path(chosen) if chosen else _MEMORY
+    return parent / f"{_PREFIX}{os.getuid()}" if os.access(parent, os.W_OK) else None
+
+
+def _user_folder() -> Path:
+    folder = _folder()
+    if folder is None:
+        raise FileNotFoundError(
+            f"memory=True needs a folder in memory, and {os.environ.get(VARIABLE) or _MEMORY} is none that can be "
+            f"written to. Set {VARIABLE} to a tmpfs folder, or leave memory out."
+        )
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(f"{folder} is not this user's alone; remove it, or set {VARIABLE} to another folder")
+    return folder
+
+
+def _name(directory: Directory, token: str) -> str:
+    url = directory.fs.unstrip_protocol(directory.path)
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{token}"
+
+
+def _chain(root: Path, directory: Directory, token: str | None) -> Iterator[Path]:
+    while token is not None and (folder := root / _name(directory, token)).is_dir():
+        yield folder
+        note = folder / _CONTINUES
+        token = note.read_text() if note.exists() else None
+
+
+def _sweep(root: Path, directory: Directory, needed: set[Path]) -> None:
+    own = set(root.glob(_name(directory, "*")))
+    for folder in set(root.iterdir()) - needed:
+        # Another process may be at it, too.
+        with suppress(OSError):
+            if folder in own or time.time() - _last_touched(folder) > _KEPT_SECONDS:
+                _remove_unless_held(folder)
+
+
+def _last_touched(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+
+
+def _remove_unless_held(folder: Path) -> None:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)

@@ -1,0 +1,227 @@
+"""The running checkpoint as one rank writes to it: to memory at every save, to storage at some of them."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from lightning_scar.storage.compaction import NEWEST_ONLY
+from lightning_scar.storage.delta import BlockData
+from lightning_scar.storage.directory import Tier
+from lightning_scar.storage.head import Head, Version
+from lightning_scar.storage.host_memory import HostMemory, left_in_memory
+from lightning_scar.storage.index import newest_lineage
+from lightning_scar.storage.rank_store import RankStore, copied
+from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.tiers import TieredStore
+from lightning_scar.storage.writer import BackgroundWriter
+
+
+class MemoryFullError(OSError):
+    """Memory has no room for a save."""
+
+
+class TieredRankStore(TieredStore):
+    """The tiers of a running checkpoint, for one rank of the one live run.
+
+    Every save goes to memory. Every so-manieth brings to storage, in a thread of its own, whatever is newer in memory;
+    a full save brings it there before it counts as done. So storage alone always holds a running checkpoint, which
+    lags behind by as many saves. Without memory all saves go to storage.
+
+    What a dead start has left in memory is read, too, until all ranks have saved everything anew.
+
+    Args:
+        url: The directory, any fsspec URL.
+        storage_options: Passed to the file system.
+        rank: Which rank.
+        world_size: The number of ranks.
+        every: Every how-manieth save goes to storage; ``None`` for no memory.
+        limit: Bytes that this rank may take of memory; ``None`` for what there is.
+
+    Attributes:
+        storage: The storage.
+        memory: The memory; ``None`` without it.
+        trouble: Why a save could not go to memory, if so. Such saves go to storage instead.
+
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        storage_options: dict[str, Any] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        every: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.storage = RankStore(url, storage_options, rank, world_size)
+        self.memory: RankStore | None = None
+        self.trouble: OSError | None = None
+        self.stored_bytes = 0
+        self._every = every
+        self._limit = limit
+        self._host: HostMemory | None = None
+        self._newest: Head | None = None
+        self._writer = BackgroundWriter()
+        super().__init__([self.storage])
+
+    def enter(self, token: str, previous: str | None = None) -> None:
+        """Begins to write.
+
+        Args:
+            token: That of the run's lease.
+            previous: That of the start before, if it died.
+
+        Raises:
+            OSError: If there is no memory, or storage cannot be written to.
+
+        """
+        self.storage.sweep()
+        rank, world_size = self.storage.rank, self.storage.world_size
+        if self._every is not None or (previous is not None and left_in_memory(self.directory, previous)):
+            self._host = HostMemory(self.directory, token, previous)
+            inherited = [DeltaStore(path, tier=Tier.MEMORY) for path in self._host.inherited]
+            self.stores = [*inherited, self.storage]
+        if self._every is not None and self._host is not None:
+            self.memory = RankStore(self._host.path, None, rank, world_size, Tier.MEMORY, NEWEST_ONLY)
+            self.memory.sweep()
+            self.stores = [self.memory, *self.stores]
+
+    @property
+    def begins_with_all(self) -> bool:
+        """Whether the first save has to hold everything, also what has not changed since it was restored."""
+        return len(self.stores) > 1
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all ranks have finished their first save, as far as this one knows."""
+        return newest_lineage(self.deltas) == self.index.lineage
+
+    def look_around(self) -> None:
+        """Takes in what the other ranks have written and deleted since; what cannot be read now is left for later."""
+        if self.memory is not None:
+            self.memory.look_around()
+        if not self._writer.depth:
+            self.storage.look_around()
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def commit(self, head: Head, blocks: Sequence[BlockData]) -> None:
+        """Writes one delta; when this returns, it is part of the running checkpoint, a full one durably so.
+
+        Args:
+            head: What the delta says about itself.
+            blocks: The blocks, in the order in which they are to lie in the file.
+
+        Raises:
+            OSError: If it cannot be written.
+
+        """
+        if not self._commit_to_memory(head, blocks):
+            self._writer.drain()
+            self._store(head, blocks)
+        elif head.kind == "full":
+            self._writer.drain()
+            self._store_newer(head)
+        elif self._is_due(head) and not self._writer.depth:
+            # Else the next one brings along what this one would have.
+            self._writer.reserve(wait=True)
+            files = ExitStack()
+            blocks = list(self._newer_in_memory(files))
+            self._writer.submit(partial(self._store_and_close, head, blocks, files))
+
+    def _commit_to_memory(self, head: Head, blocks: Sequence[BlockData]) -> bool:
+        if self.memory is None:
+            return False
+        try:
+            self._check_limit(blocks)
+            self.memory.commit(head, blocks)
+        except OSError as error:
+            self.trouble = error
+            return False
+        self._newest = head
+        return True
+
+    def _check_limit(self, blocks: Sequence[BlockData]) -> None:
+        needed = self.memory_bytes + sum(payload.nbytes for block in blocks for payload in block.slots.values())
+        if self._limit is not None and needed > self._limit:
+            raise MemoryFullError(f"memory_limit is {self._limit} bytes, and with this save it would be {needed}")
+
+    def _is_due(self, head: Head) -> bool:
+        assert self._every is not None
+        is_first = head.incarnation not in {at.incarnation for at in self.storage.index.heads.values()}
+        return is_first or (head.sequence + 1) % self._every == 0
+
+    def _newer_in_memory(self, files: ExitStack) -> Iterator[BlockData]:
+        assert self.memory is not None
+        for delta in self.memory.deltas:
+            newer = [block for block in self.memory.index.live(delta) if self._is_newer(block.key, block.version)]
+            if newer and self.memory.is_own(delta.name):
+                # Open, it stays readable even if a later save replaces it.
+                source = files.enter_context(self.memory.directory.source(delta.name))
+                for block in newer:
+                    slots = {slot: copied(delta, source, entry) for slot, entry in block.slots.items()}
+                    yield BlockData(block.key, block.version, slots)
+
+    def _is_newer(self, key: str, version: Version) -> bool:
+        stored = self.storage.index.newest(key)
+        return stored is None or stored.version < version
+
+    def _store_newer(self, head: Head) -> None:
+        with ExitStack() as files:
+            if blocks := list(self._newer_in_memory(files)):
+                self._store(head, blocks)
+
+    def _store_and_close(self, head: Head, blocks: Sequence[BlockData], files: ExitStack) -> None:
+        with files:
+            self._store(head, blocks)
+
+    def _store(self, head: Head, blocks: Sequence[BlockData]) -> None:
+        self.stored_bytes += self.storage.commit(head, blocks)
+        if self._host is not None and self._host.inherited and self._all_saved_anew(head):
+            gone = set(self._host.inherited)
+            self._host.forget_inherited()
+            self.stores = [store for store in self.stores if store.directory.path not in {str(path) for path in gone}]
+
+    def _all_saved_anew(self, head: Head) -> bool:
+        heads = self.storage.index.heads.values()
+        return {at.rank for at in heads if at.incarnation == head.incarnation} == set(range(self.storage.world_size))
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that this rank holds in memory."""
+        if self.memory is None:
+            return 0
+        return sum(delta.nbytes for delta in self.memory.deltas if self.memory.is_own(delta.name))
+
+    def take_errors(self) -> list[Exception]:
+        """What went wrong beside the training since the last call; those saves are still in memory."""
+        return self._writer.take_errors()
+
+    def drain(self) -> None:
+        """Waits for what is on its way to storage."""
+        self._writer.drain()
+
+    def close(self, is_lost: bool = False) -> None:
+        """Brings to storage what memory alone holds, and gives the memory back.
+
+        Args:
+            is_lost: Whether another run has taken the directory over, and nothing more is to be written.
+
+        Raises:
+            Exception: If it cannot be written; memory keeps it for the next start then.
+
+        """
+        self.drain()
+        if self._host is None:
+            return
+        try:
+            if self.memory is not None and self._newest is not None and not is_lost:
+                self._store_newer(self._newest)
+        except BaseException:
+            self._host.leave()
+            raise
+        self._host.remove(self.storage.folder)
