@@ -65,6 +65,10 @@ class SCARCheckpoint(Checkpoint):
         heal_non_finite: Whether to look for NaN and Inf before every save, and to restore the blocks that hold any, on
             all ranks at the same step; see :meth:`heal`.
         max_heals: How often that may happen in one ``fit``; after that it is an error.
+        memory: Whether saves go to this host's memory first, which outlives the processes (``/dev/shm``, or what the
+            environment variable ``LIGHTNING_SCAR_MEMORY`` names).
+        durable_every_n_saves: With it, every how-manieth save goes to ``dirpath``, too; full ones always do.
+        memory_limit: Bytes of memory that each rank may take; ``None`` for what there is.
         storage_options: Passed to the file system of ``dirpath``.
 
     Raises:
@@ -103,10 +107,14 @@ class SCARCheckpoint(Checkpoint):
         on_write_error: Literal["warn", "raise"] = "warn",
         heal_non_finite: bool = False,
         max_heals: int = 3,
+        memory: bool = False,
+        durable_every_n_saves: int = 8,
+        memory_limit: int | None = None,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         with as_misconfiguration():
-            self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error)
+            in_memory = memory, durable_every_n_saves, memory_limit
+            self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error, *in_memory)
             intervals = {"every_n_train_steps": every_n_train_steps, "every_n_seconds": every_n_seconds}
             check_intervals(full_every_n_saves, **intervals)
             self._healer = Healer(heal_non_finite, max_heals)

@@ -4,7 +4,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -53,6 +52,10 @@ class SCARLoop:
         heal_non_finite: Whether to look for NaN and Inf before every save, and to restore the blocks that hold any, on
             all ranks at the same step; see :meth:`heal`.
         max_heals: How often that may happen; after that it is an error.
+        memory: Whether saves go to this host's memory first, which outlives the processes (``/dev/shm``, or what the
+            environment variable ``LIGHTNING_SCAR_MEMORY`` names).
+        durable_every_n_saves: With it, every how-manieth save goes to ``dirpath``, too; full ones always do.
+        memory_limit: Bytes of memory that each rank may take; ``None`` for what there is.
         storage_options: Passed to the file system of ``dirpath``.
         continuation: Lets the workers of this loop outlive each other; steps are made by :meth:`training_step` then.
 
@@ -101,10 +104,14 @@ class SCARLoop:
         on_write_error: Literal["warn", "raise"] = "warn",
         heal_non_finite: bool = False,
         max_heals: int = 3,
+        memory: bool = False,
+        durable_every_n_saves: int = 8,
+        memory_limit: int | None = None,
         storage_options: dict[str, Any] | None = None,
         continuation: SCARContinuation | None = None,
     ) -> None:
-        self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error)
+        in_memory = memory, durable_every_n_saves, memory_limit
+        self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error, *in_memory)
         check_intervals(full_every_n_saves, every_n_steps=every_n_steps, every_n_seconds=every_n_seconds)
         self._healer = Healer(heal_non_finite, max_heals)
         self.dirpath = os.fspath(dirpath)
@@ -121,10 +128,8 @@ class SCARLoop:
         self._running: RunningCheckpoint | None = None
         self._watch: OptimizerWatch | None = None
         self._sigterm: DeferredSigterm | None = None
-        if continuation is not None and continuation.member is not None:
-            framework.check_beginning()
-            if continuation.is_joiner:
-                framework.set_up_joiner(continuation.member.slot, continuation.member.world_size)
+        if continuation is not None:
+            continuation.prepare(framework)
 
     @property
     def batches(self) -> int:
@@ -140,9 +145,7 @@ class SCARLoop:
         """Returns itself; the end of the block closes it."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Closes it; behind an exception a run is not finished."""
         if error is None:
             self.close()

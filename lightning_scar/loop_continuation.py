@@ -13,6 +13,7 @@ from torch.distributed.constants import default_pg_timeout
 from lightning_scar.continuation.engine import Continuation
 from lightning_scar.continuation.outage import FlushMode, OnFailure, Outage, OutagePolicy
 from lightning_scar.elastic.membership import Member, hang_timeout
+from lightning_scar.framework import Framework
 
 
 class SCARContinuation:
@@ -72,6 +73,18 @@ class SCARContinuation:
             dist.init_process_group(store=HashStore(), rank=0, world_size=1, **self.group_options())
         elif not dist.is_initialized():
             self.member.enter_first(**self.group_options())
+
+    def prepare(self, framework: Framework) -> None:
+        """Makes a framework ready for this worker's part in the job.
+
+        Args:
+            framework: That of the loop.
+
+        """
+        if self.member is not None:
+            framework.check_beginning()
+            if self.is_joiner:
+                framework.set_up_joiner(self.member.slot, self.member.world_size)
 
     @property
     def outages(self) -> list[Outage]:

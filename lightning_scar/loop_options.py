@@ -27,5 +27,8 @@ class Options(TypedDict, total=False):
     on_write_error: Literal["warn", "raise"]
     heal_non_finite: bool
     max_heals: int
+    memory: bool
+    durable_every_n_saves: int
+    memory_limit: int | None
     storage_options: dict[str, Any] | None
     continuation: SCARContinuation | None

@@ -1,5 +1,6 @@
-"""Warnings that are given once."""
+"""Warnings that are given once, and what a user should know."""
 
+import sys
 import warnings
 
 
@@ -26,3 +27,7 @@ class Notices:
         if kind not in self._given:
             self._given.add(kind)
             warnings.warn(f"lightning-scar: {message}", stacklevel=5)
+
+    def tell(self, message: str) -> None:
+        """Tells the user something that is no trouble."""
+        print(f"lightning-scar: {message}", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from lightning_scar.core.claim import Claim, Seat
 from lightning_scar.core.committer import Committer, Save
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection, LiveState
+from lightning_scar.core.memory_use import NO_ROOM, tell_of_memory
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.recovery import RecoveryPlan
@@ -326,6 +327,8 @@ class RunningCheckpoint:
         stats.rework_cost = sum((Motion(*info["motion"]) for info in others), staging.motion).rework_cost
         stats.oldest_age = max([staging.oldest_age, *(info["oldest_age"] for info in others)])
         self._warn_of_non_finite()
+        if stats.saves == 1 and self.store.memory is not None:
+            tell_of_memory(self._notices, self.store, self.settings, self._stager.last.map.state_bytes)
         self._has_base = True
         self._save = None
         self._writer.submit(lambda: self._committer.commit(save))
@@ -343,11 +346,7 @@ class RunningCheckpoint:
         self.stats.failed_saves += len(late)
         errors = [*self._writer.take_errors(), *late]
         if self.store.trouble is not None:
-            self._notices.warn(
-                "memory",
-                f"a save found no room in memory ({self.store.trouble!r}) and went to storage, as others will. Give "
-                "memory more room (--shm-size for a container), or leave memory out",
-            )
+            self._notices.warn("no_room", f"a save could not go to memory ({self.store.trouble!r}); {NO_ROOM}")
         if errors and self.settings.on_write_error == "raise":
             raise errors[0]
         if errors:

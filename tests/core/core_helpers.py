@@ -14,7 +14,7 @@ from lightning_scar.core.restoration import load
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeletons import is_skeleton
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.tiers import open_store
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def round_trip(url: str | Path, checkpoint: dict[str, Any], **settings: Any) -> 
 
 def saved_steps(url: str | Path) -> dict[str, int]:
     """The step of the newest version on disk of every block, by key."""
-    store = DeltaStore(url)
+    store = open_store(url)
     store.refresh()
     keys = [key for key in list(store.index.keys()) if not is_skeleton(key)]
     return {key: store.index.versions(key)[0].block.version.step for key in keys}
@@ -138,7 +138,7 @@ def steps_of(url: str | Path, name: str) -> list[int]:
 
 def written_blocks(url: str | Path, step: int) -> set[str]:
     """The keys of the blocks that the save of one step wrote, as far as their file is still there."""
-    store = DeltaStore(url)
+    store = open_store(url)
     store.refresh()
     found = {b.key for delta in store.deltas for b in delta.blocks if b.version.step == step}
     return {key for key in found if not is_skeleton(key)}

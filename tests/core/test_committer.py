@@ -20,8 +20,8 @@ from lightning_scar.core.stager import Stager
 from lightning_scar.core.staging import StagedGroup
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.head import Mark, Version
-from lightning_scar.storage.tiered_rank_store import TieredRankStore
 from lightning_scar.storage.store import DeltaStore, Reading
+from lightning_scar.storage.tiered_rank_store import TieredRankStore
 
 COUNTER = itertools.count()
 BLOCKS = 4

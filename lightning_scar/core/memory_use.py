@@ -1,0 +1,39 @@
+"""How much memory saves take, and what the user is told of it."""
+
+import shutil
+import sys
+
+from lightning_scar.core.memory import readable
+from lightning_scar.core.notices import Notices
+from lightning_scar.core.settings import Settings
+from lightning_scar.storage.compaction import NEWEST_ONLY
+from lightning_scar.storage.tiered_rank_store import TieredRankStore
+
+NO_ROOM = (
+    "saves that find no room there go to storage at once. Give memory more room (--shm-size for a container), or leave "
+    "memory out"
+)
+
+
+def tell_of_memory(notices: Notices, store: TieredRankStore, settings: Settings, share: int) -> None:
+    """States once how much memory saves will take, or warns that there is less.
+
+    Args:
+        notices: Tells it.
+        store: Has memory.
+        settings: How it is used.
+        share: Bytes of the state that this rank owns.
+
+    """
+    assert store.memory is not None
+    folder, every = store.memory.directory.path, settings.durable_every_n_saves
+    need = int((NEWEST_ONLY.states + settings.fraction) * share)
+    free = min(shutil.disk_usage(folder).free, settings.memory_limit or sys.maxsize)
+    if need > free:
+        has = f"{folder} has {readable(free)} for it"
+        notices.warn("memory", f"this rank may need {readable(need)} of memory, and {has}; {NO_ROOM}")
+    elif store.storage.rank == 0:
+        notices.tell(
+            f"saves go to memory first, {folder}: at most {readable(need)} a rank, of {readable(free)} that are free. "
+            f"Every {every} saves what is new there goes to {store.directory}, too."
+        )
