@@ -12,6 +12,8 @@ from helpers import BATCH_SIZE, StopAfter, TinyModel, make_trainer, samples, sav
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lightning_scar.storage.host_memory import VARIABLE
+
 SLOTS = ("param", "exp_avg", "exp_avg_sq")
 
 
@@ -62,8 +64,17 @@ def read_diary(path: Path) -> dict[int, dict[str, Tensor]]:
     return days
 
 
-def write_diary(dirpath: Path, path: Path, max_steps: int = 100_000, **options: Any) -> None:
+def with_memory(host: Path | None) -> dict[str, Any]:
+    """The options of a training on a host with this memory."""
+    if host is None:
+        return {}
+    os.environ[VARIABLE] = str(host)
+    return {"memory": True}
+
+
+def write_diary(dirpath: Path, path: Path, max_steps: int = 100_000, host: Path | None = None, **options: Any) -> None:
     """A training that saves at every second step."""
+    options |= with_memory(host)
     scar = saver(dirpath, every_n_train_steps=2, **{"fraction": 0.3, "block_size": 64, **options})
     make_trainer(scar, max_steps=max_steps, max_epochs=-1).fit(Diary(path), stateful())
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration
+from fault_runs import with_memory
 from helpers import BATCH_SIZE, Stopped, samples
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -325,7 +326,7 @@ def train_zero(rank: int, dirpath: Path, after: int | None = None) -> dict[str, 
 # -- killed from outside -------------------------------------------------------------------------------------------
 
 
-def write_diary(dirpath: Path, path: Path, max_steps: int = 100_000, **options: Any) -> None:
+def write_diary(dirpath: Path, path: Path, max_steps: int = 100_000, host: Path | None = None, **options: Any) -> None:
     """Writes down, after every step, what is live, as ``fault_runs.Diary`` does."""
 
     class Diary(nn.Module):
@@ -338,7 +339,7 @@ def write_diary(dirpath: Path, path: Path, max_steps: int = 100_000, **options: 
     model = Diary()
     optimizer = Adam(model.parameters(), lr=0.01)
     model, optimizer = accelerator.prepare(model, optimizer)
-    settings = {"every_n_steps": 2, "fraction": 0.3, "block_size": 64, **options}
+    settings = {"every_n_steps": 2, "fraction": 0.3, "block_size": 64, **options, **with_memory(host)}
     batches = [x for x, _ in DataLoader(samples(), batch_size=BATCH_SIZE)]
     with SCARAccelerator(accelerator, dirpath, **settings) as scar, open(path, "ab", buffering=0) as file:
         for batch in range(scar.resume(), max_steps):

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from lightning_scar import load
 from lightning_scar.core.restoration import NoCheckpointError, restore
+from lightning_scar.storage.host_memory import VARIABLE
 from lightning_scar.storage.lease import DirectoryInUseError
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.tiers import open_store
 
 Start = Callable[..., BaseProcess]
 
@@ -86,7 +87,7 @@ def step_on_disk(dirpath: Path) -> int:
 
 def assert_blocks_as_written_down(dirpath: Path, days: dict[int, dict[str, Tensor]]) -> None:
     slots = {"state_dict": "param"}
-    for key, step, path, span, values in saved_blocks(restore(DeltaStore(dirpath))):
+    for key, step, path, span, values in saved_blocks(restore(open_store(dirpath))):
         name = key.removeprefix("state_dict/").split("[")[0]
         slot = slots.get(str(path[0]), str(path[-1]))
         assert bool(values.isfinite().all()), key
@@ -98,14 +99,20 @@ WRITE_DIARY = {"Trainer": fault_runs.write_diary, "Accelerate": loop_runs.write_
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("door", WRITE_DIARY)
-def test_twenty_kills_in_a_row_lose_next_to_nothing(start: Start, tmp_path: Path, door: str) -> None:
+def test_twenty_kills_in_a_row_lose_next_to_nothing(
+    start: Start, tmp_path: Path, door: str, memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "host").mkdir()
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "host"))
+    options = {"host": tmp_path / "host", "durable_every_n_saves": 5} if memory else {}
     dirpath, chance = tmp_path / "scar", random.Random(7)
     days: dict[int, dict[str, Tensor]] = {}
     resumed_from = reached = 0
     for i in range(20):
         diary = tmp_path / f"diary-{i}"
-        process = start(WRITE_DIARY[door], dirpath, diary)
+        process = start(WRITE_DIARY[door], dirpath, diary, **options)
         days_to_live = chance.randrange(20)
         enough = 4 * fault_runs.DIARY_FLOATS * days_to_live
         wait_until(lambda diary=diary, enough=enough: size(diary) >= enough, process)
@@ -122,10 +129,11 @@ def test_twenty_kills_in_a_row_lose_next_to_nothing(start: Start, tmp_path: Path
         resumed_from, reached = step_on_disk(dirpath), max(days, default=0)
     assert resumed_from > 60
     assert reached >= resumed_from
-    process = start(WRITE_DIARY[door], dirpath, tmp_path / "last", max_steps=resumed_from + 10)
+    process = start(WRITE_DIARY[door], dirpath, tmp_path / "last", max_steps=resumed_from + 10, **options)
     assert finished(process) == 0
     assert step_on_disk(dirpath) == resumed_from + 10
     assert not list(dirpath.rglob("*.tmp"))
+    assert not list(tmp_path.glob("host/*/*"))
 
 
 def test_a_fresh_run_killed_in_its_first_save_leaves_the_older_run_as_it_was(start: Start, tmp_path: Path) -> None:
