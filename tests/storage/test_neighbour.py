@@ -1,7 +1,9 @@
 """A folder of another host is read as any directory is."""
 
+import gc
 import io
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -11,11 +13,11 @@ import fsspec
 import pytest
 from toy_blocks import FIRST, check, content, newest, read, save
 
-from lightning_scar.storage import neighbour
 from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.folder_client import FolderClient
 from lightning_scar.storage.folder_server import FolderServer
 from lightning_scar.storage.head import Version
-from lightning_scar.storage.neighbour import NeighbourFileSystem
+from lightning_scar.storage.neighbour import PROTOCOL, NeighbourFileSystem
 from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.store import DeltaStore, Reading
 
@@ -32,7 +34,7 @@ def server(tmp_path: Path) -> Iterator[FolderServer]:
 @pytest.fixture
 def url(server: FolderServer) -> str:
     host, port = server.address
-    return f"{neighbour.PROTOCOL}://{host}:{port}/"
+    return f"{PROTOCOL}://{host}:{port}/"
 
 
 @pytest.fixture
@@ -112,13 +114,13 @@ def test_a_whole_block_is_fetched_in_one_request_and_no_byte_besides(
 ) -> None:
     (tmp_path / "a").write_bytes(bytes(10_000_000))
     asked: list[int] = []
-    read_into = neighbour.FolderClient.read_into
+    read_into = FolderClient.read_into
 
-    def noted(client: neighbour.FolderClient, name: str, start: int, into: memoryview) -> int:
+    def noted(client: FolderClient, name: str, start: int, into: memoryview) -> int:
         asked.append(len(into))
         return read_into(client, name, start, into)
 
-    monkeypatch.setattr(neighbour.FolderClient, "read_into", noted)
+    monkeypatch.setattr(FolderClient, "read_into", noted)
     with Directory(url, OPTIONS).source("a") as source:
         for start in (5_000_000, 400_000, 0):
             assert source.fill([(start, memoryview(bytearray(400_000)))])
@@ -136,7 +138,7 @@ def test_nothing_can_be_written(url: str, tmp_path: Path) -> None:
     assert folder.read("a") == b"old"
 
 
-@pytest.mark.parametrize("url", [f"{neighbour.PROTOCOL}://host/", f"{neighbour.PROTOCOL}://:4711/"])
+@pytest.mark.parametrize("url", [f"{PROTOCOL}://host/", f"{PROTOCOL}://:4711/"])
 def test_an_url_that_leads_to_no_server_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="scar-neighbour://host:port/"):
         fsspec.core.url_to_fs(url, **OPTIONS)
@@ -176,11 +178,14 @@ def callers(server: FolderServer) -> list[threading.Thread]:
     return list(server._callers.values())
 
 
-def test_connections_end_with_the_file_system(files: NeighbourFileSystem, server: FolderServer) -> None:
+def test_connections_end_with_the_file_system(server: FolderServer, recwarn: pytest.WarningsRecorder) -> None:
     files = NeighbourFileSystem(*server.address, KEY)
     files.ls("/")
     [thread] = callers(server)
+    warnings.simplefilter("always")
     del files
+    gc.collect()
+    assert not [warning for warning in recwarn if warning.category is ResourceWarning]
     thread.join(30)
     assert not thread.is_alive()
 
