@@ -68,7 +68,8 @@ class SCARCheckpoint(Checkpoint):
         memory: Whether saves go to this host's memory first, which outlives the processes (``/dev/shm``, or what the
             environment variable ``LIGHTNING_SCAR_MEMORY`` names).
         durable_every_n_saves: With it, every how-manieth save goes to ``dirpath``, too; full ones always do.
-        memory_limit: Bytes of memory that each rank may take; ``None`` for what there is.
+        replicas: With it, on how many other hosts each rank keeps a copy, for the loss of its host.
+        memory_limit: Bytes of memory that each rank may take, and as many for copies; ``None`` for what there is.
         storage_options: Passed to the file system of ``dirpath``.
 
     Raises:
@@ -109,11 +110,12 @@ class SCARCheckpoint(Checkpoint):
         max_heals: int = 3,
         memory: bool = False,
         durable_every_n_saves: int = 8,
+        replicas: int = 1,
         memory_limit: int | None = None,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         with as_misconfiguration():
-            in_memory = memory, durable_every_n_saves, memory_limit
+            in_memory = memory, durable_every_n_saves, replicas, memory_limit
             self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error, *in_memory)
             intervals = {"every_n_train_steps": every_n_train_steps, "every_n_seconds": every_n_seconds}
             check_intervals(full_every_n_saves, **intervals)

@@ -52,10 +52,10 @@ class SCARLoop:
         heal_non_finite: Whether to look for NaN and Inf before every save, and to restore the blocks that hold any, on
             all ranks at the same step; see :meth:`heal`.
         max_heals: How often that may happen; after that it is an error.
-        memory: Whether saves go to this host's memory first, which outlives the processes (``/dev/shm``, or what the
-            environment variable ``LIGHTNING_SCAR_MEMORY`` names).
+        memory: Whether saves go to this host's memory first: ``/dev/shm``, or what ``LIGHTNING_SCAR_MEMORY`` names.
         durable_every_n_saves: With it, every how-manieth save goes to ``dirpath``, too; full ones always do.
-        memory_limit: Bytes of memory that each rank may take; ``None`` for what there is.
+        replicas: With it, on how many other hosts each rank keeps a copy, for the loss of its host.
+        memory_limit: Bytes of memory that each rank may take, and as many for copies; ``None`` for what there is.
         storage_options: Passed to the file system of ``dirpath``.
         continuation: Lets the workers of this loop outlive each other; steps are made by :meth:`training_step` then.
 
@@ -106,11 +106,12 @@ class SCARLoop:
         max_heals: int = 3,
         memory: bool = False,
         durable_every_n_saves: int = 8,
+        replicas: int = 1,
         memory_limit: int | None = None,
         storage_options: dict[str, Any] | None = None,
         continuation: SCARContinuation | None = None,
     ) -> None:
-        in_memory = memory, durable_every_n_saves, memory_limit
+        in_memory = memory, durable_every_n_saves, replicas, memory_limit
         self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error, *in_memory)
         check_intervals(full_every_n_saves, every_n_steps=every_n_steps, every_n_seconds=every_n_seconds)
         self._healer = Healer(heal_non_finite, max_heals)

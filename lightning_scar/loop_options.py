@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     max_heals: int
     memory: bool
     durable_every_n_saves: int
+    replicas: int
     memory_limit: int | None
     storage_options: dict[str, Any] | None
     continuation: SCARContinuation | None

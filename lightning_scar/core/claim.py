@@ -17,6 +17,7 @@ class Seat(NamedTuple):
         lineage: Those of the starts that it continues.
         sequence: How many saves the run has begun.
         token: Of the run's lease; ``None`` if the directory cannot be written to.
+        key: Of the servers of its memory; ``None`` if there are none.
 
     """
 
@@ -24,6 +25,7 @@ class Seat(NamedTuple):
     lineage: tuple[int, ...]
     sequence: int
     token: str | None
+    key: bytes | None = None
 
 
 class Claim:

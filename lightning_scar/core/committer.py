@@ -104,6 +104,7 @@ class Committer:
             self._stager.fail(keys, save.version.step)
             raise
         self._stats.memory_bytes = self._store.memory_bytes
+        self._stats.unreplicated_saves = self._store.chain.behind if self._store.chain is not None else 0
         self._promised = promised
         self._stager.succeed(keys - bad, save.version.step)
 

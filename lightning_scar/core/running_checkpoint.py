@@ -21,6 +21,7 @@ from lightning_scar.core.committer import Committer, Save
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection, LiveState
 from lightning_scar.core.memory_use import NO_ROOM, tell_of_memory
+from lightning_scar.core.neighbours import Neighbours
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.recovery import RecoveryPlan
@@ -85,6 +86,7 @@ class RunningCheckpoint:
         self._notices = Notices()
         self._claim = Claim(self.store, self.ranks, seat)
         self._take_note_of(self._claim.trouble)
+        self._neighbours = Neighbours(self.store, self.ranks, self.settings, self._claim.token, seat)
         self._sequence = seat.sequence if seat is not None else 0
         #: What the last :meth:`restore` found, in words.
         self.recovery = ""
@@ -129,14 +131,15 @@ class RunningCheckpoint:
             IncompleteError: If no intact version of some block is left, and no initial value given.
 
         """
-        restored = restore(self.store, weights_only=weights_only, initial=initial, ranks=self.ranks)
+        with self._all_memory() as has_memory:
+            restored = restore(self.store, weights_only=weights_only, initial=initial, ranks=self.ranks)
         self._committer.go_on_from(self.store.index.lineage)
         for located, _ in restored.damages:
             self.store.index.discard(located)
         self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
         self.restored_ranks = restored.world_size
         # With all that it restored, or memory would not hold what does not change any more.
-        self._has_base = not self.store.begins_with_all
+        self._has_base = not has_memory
         if self._has_base:
             self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
         if self.settings.block_size not in (None, restored.map.block_size):
@@ -180,13 +183,21 @@ class RunningCheckpoint:
         # All ranks are done with writing, so that all see the same.
         self.ranks.gather(None)
         self.store.look_around()
-        return heal(self.store, state, self.ranks, lost)
+        with self._all_memory():
+            return heal(self.store, state, self.ranks, lost)
+
+    @contextmanager
+    def _all_memory(self) -> Iterator[bool]:
+        try:
+            yield self._neighbours.look()
+        finally:
+            self._neighbours.look_away()
 
     @property
     def seat(self) -> Seat:
         """What a process needs to take the place of a rank that died."""
         lineage = self.store.index.lineage[:-1]
-        return Seat(self._claim.incarnation, lineage, self._sequence, self._claim.token)
+        return Seat(self._claim.incarnation, lineage, self._sequence, self._claim.token, self._neighbours.key)
 
     # -- a save --------------------------------------------------------------------------------------------------
 
@@ -308,12 +319,14 @@ class RunningCheckpoint:
 
     def _give_back(self) -> None:
         try:
-            self.store.close(self._claim.is_lost)
+            if not self._claim.is_lost:
+                self.store.bring_to_storage()
         except Exception as error:
-            self._claim.release(for_good=False)
+            # The next start finds it in memory, by the lease.
             self._late_errors.append(error)
-        else:
-            self._claim.release()
+        is_stored = not self._late_errors
+        self.store.leave_memory(is_stored, with_copies=self._neighbours.close(is_stored))
+        self._claim.release(for_good=is_stored)
         self.stats.bytes_written = self.store.stored_bytes
 
     def _hand_over(self, save: Save) -> None:
@@ -345,6 +358,12 @@ class RunningCheckpoint:
         self._late_errors.clear()
         self.stats.failed_saves += len(late)
         errors = [*self._writer.take_errors(), *late]
+        if self.stats.unreplicated_saves > self.settings.durable_every_n_saves and self.store.chain is not None:
+            self._notices.warn(
+                "replication",
+                f"the copies of this rank's memory on other hosts lag {self.stats.unreplicated_saves} saves behind "
+                f"({self.store.chain.trouble!r}); counted as unreplicated_saves",
+            )
         if self.store.trouble is not None:
             self._notices.warn("no_room", f"a save could not go to memory ({self.store.trouble!r}); {NO_ROOM}")
         if errors and self.settings.on_write_error == "raise":

@@ -23,7 +23,9 @@ class Settings:
         on_write_error: ``"warn"`` goes on training, ``"raise"`` stops it.
         memory: Whether saves go to this host's memory first, which outlives the processes.
         durable_every_n_saves: With it, every how-manieth save goes to storage, too.
-        memory_limit: Bytes of it that each rank may take; ``None`` for what there is.
+        replicas: With it, on how many other hosts each rank keeps a copy.
+        memory_limit: Bytes of it that each rank may take, and as many again for the copies of others; ``None`` for what
+            there is.
 
     Raises:
         ValueError: If a value is out of range; the message names it and what is allowed.
@@ -43,6 +45,7 @@ class Settings:
     on_write_error: Literal["warn", "raise"] = "warn"
     memory: bool = False
     durable_every_n_saves: int = 8
+    replicas: int = 1
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -55,7 +58,7 @@ class Settings:
             self.policy in POLICIES or isinstance(self.policy, Callable),  # type: ignore[arg-type]
             f"policy={self.policy!r} must be one of {', '.join(POLICIES)}, or a function of the candidates",
         )
-        for name, least in (("block_size", 1), ("max_age", 0), ("durable_every_n_saves", 1), ("memory_limit", 1)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             _require(
                 value is None or (isinstance(value, int) and value >= least),
@@ -71,6 +74,9 @@ class Settings:
     def policy_function(self) -> Policy:
         """The policy as a function."""
         return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+
+
+_LEAST = {"block_size": 1, "max_age": 0, "durable_every_n_saves": 1, "replicas": 0, "memory_limit": 1}
 
 
 def _require(condition: bool, message: str) -> None:

@@ -20,6 +20,7 @@ class Stats:
         heals: How often non-finite blocks of the live run were restored.
         bytes_written: Bytes of all files written to storage, those included that hold what is left of older ones.
         memory_bytes: Bytes that this rank holds in memory.
+        unreplicated_saves: How many saves its copies on other hosts lag behind.
         stall_seconds: How long the training thread stood still for the last partial save, fence included.
         full_stall_seconds: The same for the last full save.
         distance: L2 distance between the live state and the running checkpoint after the last save.
@@ -39,6 +40,7 @@ class Stats:
     heals: int = 0
     bytes_written: int = 0
     memory_bytes: int = 0
+    unreplicated_saves: int = 0
     stall_seconds: float = 0.0
     full_stall_seconds: float = 0.0
     distance: float = 0.0

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,16 +45,17 @@ class HostMemory:
     """
 
     def __init__(self, directory: Directory, token: str, previous: str | None = None) -> None:
-        root = _user_folder()
-        self.path = root / _name(directory, token)
+        run = _user_folder() / _name(directory)
+        run.mkdir(mode=0o700, exist_ok=True)
+        self.path = run / token
         self.path.mkdir(mode=0o700, exist_ok=True)
         self._lock: int | None = os.open(self.path, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
         if previous is not None:
             (self.path / _CONTINUES).write_text(previous)
         #: The folders of dead starts that this one goes on from, the newest first.
-        self.inherited = list(_chain(root, directory, previous))
-        _sweep(root, directory, {self.path, *self.inherited})
+        self.inherited = list(_chain(run, previous))
+        _sweep(run, {self.path, *self.inherited})
 
     def forget_inherited(self) -> None:
         """Removes what dead starts left, when nobody needs it any more."""
@@ -69,19 +70,20 @@ class HostMemory:
             os.close(self._lock)
             self._lock = None
 
-    def remove(self, folder: str) -> None:
+    def remove(self, folder: str, is_needed: Callable[[str], bool]) -> None:
         """Removes what this process wrote, and everything when nobody else is left.
 
         Args:
             folder: The folder of this process in it.
+            is_needed: Whether what is in another one has to wait for the next start.
 
         """
         shutil.rmtree(self.path / folder, ignore_errors=True)
         self.leave()
         with suppress(OSError):
-            # What a rank could not bring to storage waits here for the next start.
-            if not any(self.path.glob("rank-*")):
+            if not any(is_needed(path.parent.name) for path in self.path.glob("rank-*/*")):
                 _remove_unless_held(self.path)
+            self.path.parent.rmdir()
 
 
 def left_in_memory(directory: Directory, token: str | None = None) -> list[Path]:
@@ -92,11 +94,11 @@ def left_in_memory(directory: Directory, token: str | None = None) -> list[Path]
         token: That of the start; by default of the newest one.
 
     """
-    root = _folder()
+    user = _folder()
     # Most hosts have none, and need not ask for the lease.
-    if root is None or not any(root.glob(_name(directory, "*"))):
+    if user is None or not (user / _name(directory)).is_dir():
         return []
-    return list(_chain(root, directory, token or token_of(directory)))
+    return list(_chain(user / _name(directory), token or token_of(directory)))
 
 
 def _folder() -> Path | None:
@@ -120,25 +122,25 @@ def _user_folder() -> Path:
     return folder
 
 
-def _name(directory: Directory, token: str) -> str:
-    url = directory.fs.unstrip_protocol(directory.path)
-    return f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{token}"
+def _name(directory: Directory) -> str:
+    url: str = directory.fs.unstrip_protocol(directory.path)
+    return hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def _chain(root: Path, directory: Directory, token: str | None) -> Iterator[Path]:
-    while token is not None and (folder := root / _name(directory, token)).is_dir():
+def _chain(run: Path, token: str | None) -> Iterator[Path]:
+    while token is not None and (folder := run / token).is_dir():
         yield folder
         note = folder / _CONTINUES
         token = note.read_text() if note.exists() else None
 
 
-def _sweep(root: Path, directory: Directory, needed: set[Path]) -> None:
-    own = set(root.glob(_name(directory, "*")))
-    for folder in set(root.iterdir()) - needed:
+def _sweep(run: Path, needed: set[Path]) -> None:
+    for folder in set(run.parent.glob("*/*")) - needed:
         # Another process may be at it, too.
         with suppress(OSError):
-            if folder in own or time.time() - _last_touched(folder) > _KEPT_SECONDS:
+            if folder.parent == run or time.time() - _last_touched(folder) > _KEPT_SECONDS:
                 _remove_unless_held(folder)
+                folder.parent.rmdir()
 
 
 def _last_touched(folder: Path) -> float:

@@ -1,11 +1,15 @@
 """The running checkpoint as one rank writes to it: to memory at every save, to storage at some of them."""
 
 import os
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from lightning_scar.storage.chain import Chain
 from lightning_scar.storage.compaction import NEWEST_ONLY
 from lightning_scar.storage.delta import BlockData
 from lightning_scar.storage.directory import Tier
@@ -13,9 +17,12 @@ from lightning_scar.storage.head import Head, Version
 from lightning_scar.storage.host_memory import HostMemory, left_in_memory
 from lightning_scar.storage.index import newest_lineage
 from lightning_scar.storage.rank_store import RankStore, copied
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.store import DeltaStore, rank_folder
 from lightning_scar.storage.tiers import TieredStore
 from lightning_scar.storage.writer import BackgroundWriter
+
+#: How long a rank that is done waits for others.
+FAREWELL_SECONDS = 10.0
 
 
 class MemoryFullError(OSError):
@@ -42,6 +49,9 @@ class TieredRankStore(TieredStore):
     Attributes:
         storage: The storage.
         memory: The memory; ``None`` without it.
+        chain: Copies the memory to other hosts; ``None`` if there are none.
+        neighbours: What other hosts have in memory, while that can be read.
+        local_ranks: The ranks of this host.
         trouble: Why a save could not go to memory, if so. Such saves go to storage instead.
 
     """
@@ -59,10 +69,14 @@ class TieredRankStore(TieredStore):
         self.memory: RankStore | None = None
         self.trouble: OSError | None = None
         self.stored_bytes = 0
+        self.local_ranks = {rank}
         self._every = every
         self._limit = limit
+        self.chain: Chain | None = None
+        self.neighbours: list[DeltaStore] = []
         self._host: HostMemory | None = None
         self._newest: Head | None = None
+        self._incarnation = 0
         self._writer = BackgroundWriter()
         super().__init__([self.storage])
 
@@ -89,9 +103,25 @@ class TieredRankStore(TieredStore):
             self.stores = [self.memory, *self.stores]
 
     @property
-    def begins_with_all(self) -> bool:
-        """Whether the first save has to hold everything, also what has not changed since it was restored."""
-        return len(self.stores) > 1
+    def host(self) -> str | None:
+        """A name of this host's memory, for the other ranks; ``None`` if it has none of this run."""
+        return None if self._host is None else f"{socket.gethostname()}:{self._host.path}"
+
+    @property
+    def memory_folders(self) -> list[Path]:
+        """This host's folders of the run, the newest first."""
+        return [] if self._host is None else [self._host.path, *self._host.inherited]
+
+    def see(self, neighbours: Sequence[DeltaStore]) -> None:
+        """Reads what other hosts have in memory, too.
+
+        Args:
+            neighbours: That, instead of what was seen before.
+
+        """
+        own = [store for store in self.stores if store not in self.neighbours]
+        self.neighbours = list(neighbours)
+        self.stores = [*own[:-1], *self.neighbours, own[-1]]
 
     @property
     def is_whole(self) -> bool:
@@ -141,6 +171,8 @@ class TieredRankStore(TieredStore):
             self.trouble = error
             return False
         self._newest = head
+        if self.chain is not None:
+            self.chain.follow()
         return True
 
     def _check_limit(self, blocks: Sequence[BlockData]) -> None:
@@ -179,14 +211,16 @@ class TieredRankStore(TieredStore):
 
     def _store(self, head: Head, blocks: Sequence[BlockData]) -> None:
         self.stored_bytes += self.storage.commit(head, blocks)
-        if self._host is not None and self._host.inherited and self._all_saved_anew(head):
-            gone = set(self._host.inherited)
-            self._host.forget_inherited()
-            self.stores = [store for store in self.stores if store.directory.path not in {str(path) for path in gone}]
+        self._incarnation = head.incarnation
+        self._forget_what_is_saved_anew()
 
-    def _all_saved_anew(self, head: Head) -> bool:
+    def _forget_what_is_saved_anew(self) -> None:
         heads = self.storage.index.heads.values()
-        return {at.rank for at in heads if at.incarnation == head.incarnation} == set(range(self.storage.world_size))
+        saved = {head.rank for head in heads if head.incarnation == self._incarnation}
+        if self._host is not None and self._host.inherited and saved == set(range(self.storage.world_size)):
+            gone = {str(path) for path in self._host.inherited}
+            self.stores = [store for store in self.stores if store.directory.path not in gone]
+            self._host.forget_inherited()
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -205,23 +239,39 @@ class TieredRankStore(TieredStore):
         """Waits for what is on its way to storage."""
         self._writer.drain()
 
-    def close(self, is_lost: bool = False) -> None:
-        """Brings to storage what memory alone holds, and gives the memory back.
-
-        Args:
-            is_lost: Whether another run has taken the directory over, and nothing more is to be written.
+    def bring_to_storage(self) -> None:
+        """Brings to storage what memory alone holds.
 
         Raises:
-            Exception: If it cannot be written; memory keeps it for the next start then.
+            Exception: If it cannot be written.
+
+        """
+        self.drain()
+        if self.memory is not None and self._newest is not None:
+            self._store_newer(self._newest)
+        self._wait_for_others()
+
+    def leave_memory(self, remove: bool, with_copies: bool = True) -> None:
+        """Ends writing to memory.
+
+        Args:
+            remove: Whether what this rank wrote there is not needed any more; else it waits for the next start.
+            with_copies: Whether the copies of other hosts' ranks are not needed any more, either.
 
         """
         self.drain()
         if self._host is None:
             return
-        try:
-            if self.memory is not None and self._newest is not None and not is_lost:
-                self._store_newer(self._newest)
-        except BaseException:
+        if remove:
+            local = {rank_folder(rank) for rank in self.local_ranks}
+            self._host.remove(self.storage.folder, lambda folder: folder in local or not with_copies)
+        else:
             self._host.leave()
-            raise
-        self._host.remove(self.storage.folder)
+
+    def _wait_for_others(self) -> None:
+        """Lets the other ranks of a short run finish their first save, on which depends what a dead start has left."""
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while self._incarnation and len(self.memory_folders) > 1 and time.monotonic() < deadline:
+            self.storage.look_around()
+            self._forget_what_is_saved_anew()
+            time.sleep(0.05)

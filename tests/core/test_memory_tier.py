@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from core_helpers import assert_same
@@ -15,6 +16,8 @@ from ranks import run_ranks
 from shared_helpers import assert_made_of, copied, make_training, opened, quietly
 
 from lightning_scar.core.restoration import load
+from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.storage.delta import Delta
 from lightning_scar.storage.host_memory import VARIABLE
 from lightning_scar.storage.lease import FILE
 from lightning_scar.storage.store import DeltaStore
@@ -47,22 +50,30 @@ def state_at(step: int) -> dict[str, Any]:
 
 def folders(host: Path) -> list[str]:
     """The folders of runs in memory."""
-    return sorted(path.name for path in host.glob("*/*"))
+    return sorted(path.name for path in host.glob("*/*/*"))
 
 
-def killed(rank: int, host: Path, url: str, steps: int, resume: bool = False) -> None:
+def killed(rank: int, host: Path, url: str, steps: int, resume: bool = False, **options: Any) -> None:
     """Saves behind every step, and is killed when the last of these saves is where it goes."""
     os.environ[VARIABLE] = str(host)
     training = make_training()
-    running = opened(url, fraction=1.0, **MEMORY)
+    running = opened(url, fraction=1.0, **MEMORY, **options)
     if resume:
         training.load(quietly(running)[0])
     for _ in range(steps):
         training.step()
         training.save(running)
         running.flush()
+    wait_for_copies(running)
     running.ranks.gather(None)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_copies(running: RunningCheckpoint) -> None:
+    deadline = time.monotonic() + 60
+    while running.store.chain is not None and running.store.chain.behind:
+        assert time.monotonic() < deadline, running.store.chain.trouble
+        time.sleep(0.01)
 
 
 def kill(n: int, *args: Any, **options: Any) -> None:
@@ -263,7 +274,7 @@ def test_what_another_start_has_saved_since_is_not_set_back(url: str, host: Path
 
 def test_another_runs_memory_stays_for_a_day(url: str, host: Path, tmp_path: Path) -> None:
     kill(1, host, url, 6)
-    (left,) = host.glob("*/*")
+    (left,) = host.glob("*/*/*")
     with opened(tmp_path / "other", **MEMORY) as other:
         assert left.exists()
         assert len(folders(host)) == 2
@@ -360,3 +371,202 @@ def test_frozen_blocks_stay_when_memory_is_inherited(url: str, host: Path) -> No
     host.mkdir()
     assert_same(load(url), state_at(6))
     assert torch.equal(load(url)["state_dict"]["0.weight"], training.model[0].weight)
+
+
+# -- several hosts -----------------------------------------------------------------------------------------------------
+
+
+def hosts_of(host: Path, n: int) -> list[Path]:
+    """A folder for each of so many hosts."""
+    found = [host / str(i) for i in range(n)]
+    for folder in found:
+        folder.mkdir(exist_ok=True)
+    return found
+
+
+def killed_on_hosts(rank: int, hosts: list[Path], url: str, steps: int, **options: Any) -> None:
+    killed(rank, hosts[rank], url, steps, **options)
+
+
+def resumed_on_hosts(rank: int, hosts: list[Path], url: str) -> tuple[dict[str, Any], str]:
+    return resumed(rank, hosts[rank], url)
+
+
+def left_behind(hosts: list[Path]) -> list[Path]:
+    return [path for host in hosts for path in host.glob("*/*/**/*")]
+
+
+def kill_on_hosts(hosts: list[Path], *args: Any, **options: Any) -> None:
+    failures = run_ranks(killed_on_hosts, len(hosts), hosts, *args, failing=True, **options)
+    assert [failure.type for failure in failures] == ["Ended"] * len(hosts), failures
+
+
+@pytest.mark.parametrize("places", [[0, 1], [1, 0], [0, 0], [1], [0, 1, 2]], ids=str)
+def test_what_other_hosts_have_in_memory_is_read_from_there(places: list[int], url: str, host: Path) -> None:
+    hosts = hosts_of(host, 3)
+    kill_on_hosts(hosts[:2], url, 6, replicas=0)
+    results = run_ranks(resumed_on_hosts, len(places), [hosts[i] for i in places], url)
+    for found, recovery in results:
+        if len(places) > 1 and set(places) >= {0, 1}:
+            assert_same(found, state_at(6))
+            assert "from a neighbour's memory" in recovery
+            assert "from this host's memory" in recovery or places == [0, 1, 2]
+        assert found["global_step"] == 6
+    assert_same(load(url), copied_from(results[0][0]))
+    for place in set(places):
+        assert not folders(hosts[place])
+
+
+def copied_from(found: dict[str, Any]) -> dict[str, Any]:
+    """The state a step after one that was resumed from."""
+    training = make_training()
+    training.load(found)
+    training.step()
+    return copied(training)
+
+
+def heals_on_hosts(rank: int, hosts: list[Path], url: str) -> dict[str, Any]:
+    os.environ[VARIABLE] = str(hosts[rank])
+    training = make_training()
+    with opened(url, fraction=1.0, replicas=0, **MEMORY) as running:
+        for _ in range(3):
+            training.step()
+            training.save(running)
+        running.flush()
+        with torch.no_grad():
+            for parameter in training.model.parameters():
+                parameter.fill_(torch.nan)
+        parts = {"optimizers": {("optimizer_states", 0): training.optimizers[0]}}
+        plan = running.heal(training.checkpoint(), parameters=training.model.parameters(), **parts)
+        assert "a neighbour's memory" in str(plan), plan
+        return copied(training)
+
+
+def test_healing_takes_blocks_from_a_neighbours_memory(url: str, host: Path) -> None:
+    for healed in run_ranks(heals_on_hosts, 2, hosts_of(host, 2), url):
+        assert_same(healed, state_at(3))
+
+
+# -- copies on other hosts ---------------------------------------------------------------------------------------------
+
+
+def lose(host: Path) -> None:
+    shutil.rmtree(host)
+    host.mkdir()
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_what_a_lost_host_had_comes_out_of_the_memory_of_the_next(lost: int, url: str, host: Path) -> None:
+    hosts = hosts_of(host, 3)
+    kill_on_hosts(hosts, url, 6)
+    assert stored(url) == 4
+    lose(hosts[lost])
+    for found, recovery in run_ranks(resumed_on_hosts, 3, hosts, url):
+        assert_same(found, state_at(6))
+        assert "newest versions" not in recovery, "something was read from storage"
+    assert_same(load(url), state_at(7))
+    assert not left_behind(hosts)
+
+
+def test_two_neighbours_lost_at_once_fall_through_to_storage(url: str, host: Path) -> None:
+    hosts = hosts_of(host, 3)
+    kill_on_hosts(hosts, url, 6)
+    lose(hosts[1])
+    lose(hosts[2])
+    results = run_ranks(resumed_on_hosts, 3, hosts, url)
+    assert "from newest versions" in results[0][1]
+    assert "Rank 1 last saved at step 4." in results[0][1]
+    new, old = state_at(6)["state_dict"], state_at(4)["state_dict"]
+    found = results[0][0]["state_dict"]
+    is_old = [torch.equal(found[name][i], old[name][i]) for name in found for i in range(len(found[name]))]
+    is_new = [torch.equal(found[name][i], new[name][i]) for name in found for i in range(len(found[name]))]
+    assert all(a != b for a, b in zip(is_old, is_new, strict=True))
+    assert any(is_old)
+    assert any(is_new)
+    for other, _ in results[1:]:
+        assert_same(other, results[0][0])
+
+
+def with_a_tail_that_dies(rank: int, hosts: list[Path], url: str) -> None:
+    os.environ[VARIABLE] = str(hosts[rank])
+    training = make_training()
+    running = opened(url, fraction=1.0, **MEMORY)
+    assert running.store.chain is not None
+    for step in range(6):
+        training.step()
+        training.save(running)
+        running.flush()
+        if step == 1:
+            running.ranks.gather(None)
+            if rank == 1:
+                # Whatever it is about to get.
+                os.kill(os.getpid(), signal.SIGKILL)
+    wait_for_copies(running)
+    if rank == 0:
+        assert [Path(memory.partition(":")[2]).parents[2] for memory in running.store.chain.hosts] == [hosts[2]]
+    # There is no group any more to wait in.
+    (Path(url).parent / f"done-{rank}").touch()
+    while not all((Path(url).parent / f"done-{other}").exists() for other in (0, 2)):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_chain_is_repaired_around_a_dead_member(url: str, host: Path) -> None:
+    hosts = hosts_of(host, 3)
+    failures = run_ranks(with_a_tail_that_dies, 3, hosts, url, failing=True)
+    assert [failure.message for failure in failures] == ["ended with -9 and without a result"] * 3, failures
+    own = [b.key for d in deltas_of(url, 0) for b in d.blocks if b.key.startswith("state_dict/")]
+    lose(hosts[0])
+    lose(hosts[1])
+    found = run_ranks(resumed_on_hosts, 3, hosts, url)[0][0]["state_dict"]
+    new = state_at(6)["state_dict"]
+    for key in own:
+        name, _, span = key.removeprefix("state_dict/").rpartition("[")
+        rows = slice(*map(int, span.rstrip("]").split(":")))
+        assert torch.equal(found[name][rows], new[name][rows]), key
+    assert own
+
+
+def deltas_of(url: str, rank: int) -> list[Delta]:
+    store = DeltaStore(url)
+    store.refresh()
+    return [delta for delta in store.deltas if delta.head.rank == rank]
+
+
+def without_room_for_copies(rank: int, hosts: list[Path], url: str) -> tuple[int, list[str]]:
+    os.environ[VARIABLE] = str(hosts[rank])
+    training = make_training()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        limit = 10_000 if rank == 1 else None
+        with opened(url, fraction=1.0, memory_limit=limit, **MEMORY) as running:
+            for _ in range(10):
+                training.step()
+                training.save(running)
+                running.flush()
+            running.ranks.gather(None)
+        return running.stats.unreplicated_saves, [str(warning.message) for warning in caught]
+
+
+def test_copies_that_find_no_room_are_counted_and_warned_of_once(url: str, host: Path) -> None:
+    hosts = hosts_of(host, 2)
+    behind, said = run_ranks(without_room_for_copies, 2, hosts, url)[0]
+    assert behind == 10
+    assert len([text for text in said if "lag" in text and "saves behind" in text]) == 1
+    assert_same(load(url), state_at(10))
+    assert not left_behind(hosts)
+
+
+def listens(rank: int, hosts: list[Path], url: str) -> list[str]:
+    os.environ[VARIABLE] = str(hosts[rank])
+    with opened(url, **MEMORY) as running:
+        found = psutil.Process().net_connections()
+        running.ranks.gather(None)
+        return [connection.laddr.ip for connection in found if connection.status == "LISTEN"]
+
+
+def test_one_host_serves_nobody(url: str, host: Path) -> None:
+    (one,) = hosts_of(host, 1)
+    alone, shared = run_ranks(listens, 2, [one, one], url), run_ranks(listens, 2, hosts_of(host, 2), url)
+    assert all(len(more) == len(less) + 1 for less, more in zip(alone, shared, strict=True))
+    assert {address for addresses in shared for address in addresses} == {"127.0.0.1"}

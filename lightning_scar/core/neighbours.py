@@ -1,0 +1,170 @@
+"""The memory of a run's other hosts: served to each other, copied along a chain, read in a recovery."""
+
+import os
+import secrets
+import socket
+import time
+
+from lightning_scar.core.claim import Seat
+from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.settings import Settings
+from lightning_scar.storage.address_book import AddressBook, Entry
+from lightning_scar.storage.chain import Chain
+from lightning_scar.storage.delta import StorageError
+from lightning_scar.storage.directory import Tier
+from lightning_scar.storage.folder_server import FolderServer
+from lightning_scar.storage.neighbour import PROTOCOL
+from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.tiered_rank_store import FAREWELL_SECONDS, TieredRankStore
+
+
+class Neighbours:
+    """What one rank has to do with the memory of other hosts.
+
+    Making one is a collective, except with a seat.
+
+    Args:
+        store: The running checkpoint.
+        ranks: All ranks of the run.
+        settings: Whether there is memory, and how many copies of it.
+        token: Of the run's lease; ``None`` if the directory cannot be written to.
+        seat: That of a rank that died.
+
+    Attributes:
+        key: Of all servers of the run; ``None`` if there is no other host, or nothing is copied.
+
+    """
+
+    def __init__(
+        self,
+        store: TieredRankStore,
+        ranks: Ranks,
+        settings: Settings,
+        token: str | None,
+        seat: Seat | None = None,
+    ) -> None:
+        self._store = store
+        self._ranks = ranks
+        self._limit = settings.memory_limit
+        self._server: FolderServer | None = None
+        self.key = seat.key if seat is not None else self._agree(copies=settings.memory and settings.replicas > 0)
+        self._book = AddressBook(store.directory, token) if token is not None and self.key is not None else None
+        if self._book is not None:
+            self._join_chain(self._book, settings.replicas, is_seated=seat is not None)
+
+    def _agree(self, copies: bool) -> bytes | None:
+        """Finds out who is on which host, and gives everybody the same key."""
+        hosts, keys = zip(*self._ranks.gather((self._store.host, secrets.token_bytes(32))), strict=True)
+        self._store.local_ranks = {rank for rank, host in enumerate(hosts) if host == self._store.host}
+        return keys[0] if copies and len(set(hosts)) > 1 else None
+
+    def _join_chain(self, book: AddressBook, replicas: int, is_seated: bool) -> None:
+        """Serves this host's memory, and has this rank's own copied to the next hosts."""
+        assert self._store.memory is not None
+        assert self._store.host is not None
+        assert self.key is not None
+        rank = self._ranks.rank
+        # One rank of a host serves it; who takes the place of one that did, does, too.
+        served_before = any(entry.rank == rank and entry.port for entry in book.read(self._ranks.world_size))
+        is_server = served_before if is_seated else rank == min(self._store.local_ranks)
+        host, port = self._serve(self.key) if is_server else (_own_address(), 0)
+        entry = Entry(rank, self._store.host, host, port)
+        book.write(entry)
+        folder = self._store.memory_folders[0] / self._store.memory.folder
+        name = "/".join(folder.parts[-2:])
+        self._store.chain = Chain(folder, name, entry, book, self.key, self._ranks.world_size, replicas)
+
+    def look(self) -> bool:
+        """Lets the store read what other hosts have in memory, until :meth:`look_away`. A collective.
+
+        Returns:
+            Whether any host has anything in memory.
+
+        Raises:
+            StorageError: If another host cannot be reached.
+
+        """
+        hosts = self._ranks.gather(self._store.host)
+        first = hosts.index(self._store.host)
+        if len(set(hosts)) == 1:
+            return self._store.host is not None
+        # Of several ranks on a host the first one serves it.
+        is_server = first == self._ranks.rank and self._store.host is not None
+        served = self._ranks.gather(self._ranks.together(lambda: self._offer() if is_server else None))
+        self._store.see(
+            [
+                DeltaStore(f"{PROTOCOL}://{host}:{port}/{folder}", {"key": key}, Tier.NEIGHBOUR)
+                for rank, offer in enumerate(served)
+                if offer is not None and rank != first
+                for host, port, key, folders in [offer]
+                for folder in folders
+            ]
+        )
+        self._ranks.together(self._reach)
+        return True
+
+    def look_away(self) -> None:
+        """Forgets what is not here."""
+        self._store.see([])
+
+    def close(self, done: bool) -> bool:
+        """Serves nobody any more.
+
+        Args:
+            done: Whether all that this rank had in memory is in storage. Then its copies are removed.
+
+        Returns:
+            Whether all other hosts are done, too, and the copies here not needed any more.
+
+        """
+        if self._store.chain is not None:
+            self._store.chain.close(remove=done)
+            self._store.chain = None
+        all_done = done and (self._book is None or self._wait_for_others(self._book))
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        return all_done
+
+    def _wait_for_others(self, book: AddressBook) -> bool:
+        """Serves the others until they have removed their copies, or do not come to it."""
+        book.erase(self._ranks.rank)
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while any(entry.memory != self._store.host for entry in book.read(self._ranks.world_size)):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _offer(self) -> tuple[str, int, bytes, list[str]]:
+        key = self.key or secrets.token_bytes(32)
+        if self.key is None and self._server is not None:
+            # The key of the last offer is not kept.
+            self._server.close()
+            self._server = None
+        return *self._serve(key), key, [folder.name for folder in self._store.memory_folders]
+
+    def _serve(self, key: bytes) -> tuple[str, int]:
+        if self._server is None:
+            self._server = FolderServer(self._store.memory_folders[0].parent, key, _own_address(), self._limit)
+        return self._server.address
+
+    def _reach(self) -> None:
+        try:
+            for neighbour in self._store.neighbours:
+                neighbour.refresh()
+                neighbour.count(self._store.index.lineage)
+        except OSError as error:
+            raise StorageError(
+                f"rank {self._ranks.rank} on {socket.gethostname()} cannot read what another host has in memory: "
+                f"{error}. Let the hosts reach each other on all ports, as process groups need it, too."
+            ) from error
+
+
+def _own_address() -> str:
+    """The address of this host in the network that leads to the first one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Sends nothing: it only asks for the way.
+        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
+        address: str = probe.getsockname()[0]
+    return address
