@@ -21,6 +21,8 @@ from scar_job import RATE, samples
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from lightning_scar.storage.host_memory import VARIABLE
+
 #: The same training through each front door.
 SCRIPTS = {
     "Trainer": "scar_ddp_training.py",
@@ -74,6 +76,7 @@ def train(
     command: Sequence[str] = (),
     door: str = "Trainer",
     limit: float = 110,
+    hosts: Sequence[Path] = (),
     model: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
@@ -91,6 +94,7 @@ def train(
         command: Another command that ends with a script.
         door: One of :data:`SCRIPTS`.
         limit: Seconds until it is killed.
+        hosts: What stands for the memory of each node.
         model: Arguments of the script's model.
         data: Arguments of its data.
         trainer: Arguments of its Trainer.
@@ -116,23 +120,31 @@ def train(
         places = [[*endpoint, "--node-rank", str(node)] for node in range(nodes)]
     script = Path(__file__).with_name(SCRIPTS[door])
     commands = [[*command, *place, str(script), json.dumps(asked)] for place in places]
-    code, console, seconds = _run(commands, folder, limit)
+    code, console, seconds = _run(commands, folder, limit, hosts)
     results = {int(p.stem.split("-")[1]): torch.load(p, weights_only=False) for p in folder.glob("result-*.pt")}
     training = Training(folder, code, console, seconds, results, _lines(folder, "steps"), _lines(folder, "processes"))
     _assert_nothing_left(training)
     return training
 
 
-def _run(commands: Sequence[Sequence[str]], folder: Path, limit: float) -> tuple[int, str, float]:
+def _run(
+    commands: Sequence[Sequence[str]], folder: Path, limit: float, hosts: Sequence[Path]
+) -> tuple[int, str, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    memories = [{VARIABLE: str(host)} for host in hosts] or [{} for _ in commands]
     log = folder / "console.txt"
     began = time.monotonic()
     with log.open("a") as file:
         processes = [
             subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={**environment, **memory},
+                start_new_session=True,
             )
-            for command in commands
+            for command, memory in zip(commands, memories, strict=True)
         ]
         try:
             codes = [process.wait(began + limit - time.monotonic()) for process in processes]

@@ -28,6 +28,10 @@ OPTIONS: dict[str, Any] = {
     "on_write_error": "raise",
     "heal_non_finite": True,
     "max_heals": 7,
+    "memory": True,
+    "durable_every_n_saves": 3,
+    "replicas": 2,
+    "memory_limit": 1_000_000_000,
     "storage_options": {"anon": True},
 }
 OTHER_INTERVAL = {key: value for key, value in OPTIONS.items() if key != "every_n_train_steps"} | {

@@ -87,8 +87,8 @@ class StaleGradientBuffer:
         False
         >>> for step in buffer.steps():  # buffer.steps(torch.distributed.group.WORLD): with the others
         ...     optimizer.step()
-        ...     print(step, model.weight.item())  # -(2 * 3 + 6 * 7) / 8
-        StaleStep(contributions=2, samples=8) -6.0
+        ...     print(step, f"{model.weight.item():.3f}")  # -(2 * 3 + 6 * 7) / 8
+        StaleStep(contributions=2, samples=8) -6.000
         >>> len(buffer)
         0
 
