@@ -19,7 +19,7 @@ from lightning_scar.core.recovery import known_distance, known_rework
 from lightning_scar.core.restoration import NoCheckpointError, load
 from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.delta import StorageError, StoredBlock
-from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.directory import Directory, Tier
 from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of, retry_vanished
 from lightning_scar.storage.tiers import open_store
 
@@ -164,6 +164,8 @@ def _summary(store: DeltaStore) -> Table:
         f"{readable(sum(delta.nbytes for delta in store.deltas))}",
         "starts": str(len(store.index.lineage)),
     }
+    if in_memory := [delta.nbytes for delta in store.deltas if delta.directory.tier is Tier.MEMORY]:
+        rows["of these in this host's memory"] = f"{len(in_memory)}, {readable(sum(in_memory))}"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
@@ -173,7 +175,7 @@ def _ranks(store: DeltaStore) -> Table:
     heads = store.index.heads
     world_size = max(head.world_size for head in heads.values())
     table = Table(title="What every rank saved last", title_justify="left")
-    for column in ("rank", "step", "owns", "age of its oldest block", "distance", "files", "on disk"):
+    for column in ("rank", "step", "owns", "age of its oldest block", "distance", "files", "bytes"):
         table.add_column(column, justify="right")
     for folder in sorted({*store.folders(), *map(rank_folder, range(world_size))}):
         rank, files = rank_of(folder), [delta for delta in store.deltas if rank_of(delta.name) == rank_of(folder)]

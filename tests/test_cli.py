@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from lightning_scar import load
 from lightning_scar.cli import main
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
+from lightning_scar.storage.host_memory import VARIABLE
 
 
 @dataclass
@@ -58,6 +60,25 @@ def test_inspect_shows_steps_blocks_and_ages(run: Command, saved: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     for expected in ("layer.weight", "16", "3 steps", "step 1"):
         assert expected in shown.stdout
+
+
+def test_inspect_and_export_see_what_is_in_memory(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    folder, weight = tmp_path / "scar", torch.zeros(64, 64)
+    with RunningCheckpoint(folder, Settings(fraction=1.0, memory=True)) as running:
+        for step in range(1, 4):
+            weight += 1
+            running.save_now({"state_dict": {"weight": weight}, "global_step": step}, step)
+        running.flush()
+        shown = run("inspect", folder)
+        assert re.search(r"step +│ 3 ", shown.stdout), shown.stdout
+        assert "of these in this host's memory" in shown.stdout
+        assert run("verify", folder).returncode == 0
+        assert run("export", folder, tmp_path / "weights.safetensors").returncode == 0
+        assert torch.equal(load_file(tmp_path / "weights.safetensors")["weight"], weight)
+    assert "memory" not in run("inspect", folder).stdout
 
 
 def test_verify_accepts_an_intact_directory(run: Command, saved: Path) -> None:
