@@ -35,5 +35,5 @@ def tell_of_memory(notices: Notices, store: TieredRankStore, settings: Settings,
     elif store.storage.rank == 0:
         notices.tell(
             f"saves go to memory first, {folder}: at most {readable(need)} a rank, of {readable(free)} that are free. "
-            f"Every {every} saves what is new there goes to {store.directory}, too."
+            f"Every {f'{every} saves' if every > 1 else 'save'} what is new there goes to {store.directory}, too."
         )

@@ -119,9 +119,9 @@ class Chain:
         for entry in self._entries:
             hosts.setdefault(entry.memory, []).extend([entry] if entry.port else [])
         order = list(hosts)
-        here = order.index(self._own.memory) if self._own.memory in order else 0
+        here = order.index(self._own.memory) if self._own.memory in order else len(order)
         ring = [*order[here + 1 :], *order[:here]]
-        return {memory: hosts[memory] for memory in ring if memory != self._own.memory}
+        return {memory: hosts[memory] for memory in ring}
 
     def _copy_to(self, memory: str, entries: Sequence[Entry]) -> bool:
         if memory in self._copies:

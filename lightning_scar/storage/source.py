@@ -41,7 +41,18 @@ class Source(AbstractContextManager["Source"]):
             count = os.preadv(self._file.fileno(), [into for _, into in pieces], pieces[0][0])
             if count == sum(len(into) for _, into in pieces):
                 return True
+        if not self._is_local and len(pieces) > 1 and _are_neighbours(pieces):
+            return self._fill_together(pieces)
         return all(self._fill(start, into) for start, into in pieces)
+
+    def _fill_together(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
+        """In one request, where each costs a round trip."""
+        together = memoryview(bytearray(sum(len(into) for _, into in pieces)))
+        if not self._fill(pieces[0][0], together):
+            return False
+        for _, into in pieces:
+            into[:], together = together[: len(into)], together[len(into) :]
+        return True
 
     def _fill(self, start: int, into: memoryview) -> bool:
         self._file.seek(start)

@@ -102,7 +102,8 @@ class TieredStore(DeltaStore):
     @override
     def count(self, lineage: Sequence[int]) -> None:
         for store in self.stores:
-            store.count(lineage)
+            if store.index.lineage != tuple(lineage):
+                store.count(lineage)
 
     @override
     def folders(self) -> list[str]:
