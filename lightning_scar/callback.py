@@ -161,7 +161,7 @@ class SCARCheckpoint(Checkpoint):
             return
         self._open(trainer)
         kept = calls.kept()
-        if kept is not None and kept.step >= newest_step(self.dirpath, self._storage_options):
+        if kept is not None and kept.step >= self._newest_step():
             return
         _lightning.intercept_resume(
             trainer,
@@ -209,6 +209,12 @@ class SCARCheckpoint(Checkpoint):
         # A new list: Lightning is walking over the present one.
         trainer.callbacks = [Fences(running), *others, self]  # type: ignore[attr-defined]
         self._step_watch = before_optimizer_steps(trainer, self._before_outside_step)
+
+    def _newest_step(self) -> int:
+        """As the first rank sees it, since hosts differ in what they have in memory."""
+        assert self._running is not None
+        step: int = self._running.ranks.gather(newest_step(self.dirpath, self._storage_options))[0]
+        return step
 
     def _path_to_resume(self, trainer: pl.Trainer, asked_for: str | None) -> str | None:
         assert self._running is not None

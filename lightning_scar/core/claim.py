@@ -1,11 +1,12 @@
 """The directory of a running checkpoint, taken by all ranks of one run."""
 
 import socket
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.storage.delta import StorageError
-from lightning_scar.storage.lease import Lease
+from lightning_scar.storage.lease import Lease, tokens_of
 from lightning_scar.storage.tiered_rank_store import TieredRankStore
 
 
@@ -53,16 +54,17 @@ class Claim:
         self._ranks = ranks
         self._lease = Lease(store.directory)
         self.trouble: OSError | None = None
-        if seat is not None:
-            self._sit_down(seat)
-            return
         try:
+            if seat is not None:
+                self._sit_down(seat)
+                return
             token, previous, host, trouble = ranks.gather(ranks.together(self._take))[0]
             if trouble is not None and self.trouble is None:
                 self.trouble = OSError(trouble)
             ranks.together(lambda: self._follow(token, host))
             self.incarnation = 1 + max(ranks.gather(ranks.together(lambda: self._enter(token, previous))))
         except BaseException:
+            self._store.leave_memory(remove=False)
             self.release()
             raise
 
@@ -93,9 +95,13 @@ class Claim:
             self._lease.succeed(seat.token)
         else:
             self._lease.watch(seat.token)
-        self._enter(seat.token, None)
+        self._enter(seat.token, tokens_of(self._store.directory)[1:])
 
-    def _take(self) -> tuple[str | None, str | None, str, str | None]:
+    def forget_previous(self) -> None:
+        """Nothing of what earlier starts have left in memory is needed any more."""
+        self._lease.continues = []
+
+    def _take(self) -> tuple[str | None, list[str], str, str | None]:
         if foreign := self._store.foreign_names():
             raise StorageError(
                 f"{self._store.directory} holds something else than a running checkpoint ({', '.join(foreign[:3])}"
@@ -108,8 +114,8 @@ class Claim:
             except OSError as error:
                 self.trouble = error
         if self.trouble is not None:
-            return None, None, socket.gethostname(), str(self.trouble)
-        return self._lease.token, self._lease.previous, socket.gethostname(), None
+            return None, [], socket.gethostname(), str(self.trouble)
+        return self._lease.token, self._lease.continues, socket.gethostname(), None
 
     def _follow(self, token: str | None, host: str) -> None:
         if self._ranks.rank == 0 or token is None:
@@ -122,7 +128,7 @@ class Claim:
             )
         self._lease.watch(token)
 
-    def _enter(self, token: str | None, previous: str | None) -> int:
+    def _enter(self, token: str | None, previous: Sequence[str]) -> int:
         if token is not None:
             self._store.enter(token, previous)
         self._store.refresh()

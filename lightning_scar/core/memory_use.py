@@ -6,10 +6,13 @@ import sys
 from lightning_scar.core.memory import readable
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.settings import Settings
+from lightning_scar.core.stats import Stats
 from lightning_scar.storage.compaction import NEWEST_ONLY
 from lightning_scar.storage.tiered_rank_store import TieredRankStore
 
-NO_ROOM = (
+#: A copy that lags so many saves behind is worth a warning.
+_FAR_BEHIND = 8
+_NO_ROOM = (
     "saves that find no room there go to storage at once. Give memory more room (--shm-size for a container), or leave "
     "memory out"
 )
@@ -31,9 +34,31 @@ def tell_of_memory(notices: Notices, store: TieredRankStore, settings: Settings,
     free = min(shutil.disk_usage(folder).free, settings.memory_limit or sys.maxsize)
     if need > free:
         has = f"{folder} has {readable(free)} for it"
-        notices.warn("memory", f"this rank may need {readable(need)} of memory, and {has}; {NO_ROOM}")
+        notices.warn("memory", f"this rank may need {readable(need)} of memory, and {has}; {_NO_ROOM}")
     elif store.storage.rank == 0:
         notices.tell(
             f"saves go to memory first, {folder}: at most {readable(need)} a rank, of {readable(free)} that are free. "
             f"Every {f'{every} saves' if every > 1 else 'save'} what is new there goes to {store.directory}, too."
+        )
+
+
+def warn_of_memory(notices: Notices, store: TieredRankStore, stats: Stats, trouble: OSError | None) -> None:
+    """Warns, once of each kind, of saves that found no room in memory and of copies that are not made.
+
+    Args:
+        notices: Warns.
+        store: Where saves go.
+        stats: How far copies lag behind.
+        trouble: Why there are none, if so.
+
+    """
+    if store.trouble is not None:
+        notices.warn("no_room", f"a save could not go to memory ({store.trouble!r}); {_NO_ROOM}")
+    if trouble is not None:
+        notices.warn("replication", f"this rank's memory is not copied to other hosts: {trouble!r}")
+    if store.chain is not None and stats.unreplicated_saves > _FAR_BEHIND:
+        notices.warn(
+            "replication",
+            f"the copies of this rank's memory on other hosts lag {stats.unreplicated_saves} saves behind "
+            f"({store.chain.trouble!r}); counted as unreplicated_saves",
         )

@@ -4,6 +4,7 @@ import os
 import secrets
 import socket
 import time
+from contextlib import suppress
 
 from lightning_scar.core.claim import Seat
 from lightning_scar.core.ranks import Ranks
@@ -32,6 +33,7 @@ class Neighbours:
 
     Attributes:
         key: Of all servers of the run; ``None`` if there is no other host, or nothing is copied.
+        trouble: Why this rank's memory is not copied, if so.
 
     """
 
@@ -45,20 +47,40 @@ class Neighbours:
     ) -> None:
         self._store = store
         self._ranks = ranks
-        self._limit = settings.memory_limit
+        self._settings = settings
+        self._address = _own_address(os.environ.get("MASTER_ADDR", "127.0.0.1"))
         self._server: FolderServer | None = None
+        self.trouble: OSError | None = None
         self.key = seat.key if seat is not None else self._agree(copies=settings.memory and settings.replicas > 0)
         self._book = AddressBook(store.directory, token) if token is not None and self.key is not None else None
+        if seat is not None:
+            store.local_ranks = self._ranks_here()
         if self._book is not None:
-            self._join_chain(self._book, settings.replicas, is_seated=seat is not None)
+            try:
+                self._join_chain(self._book, is_seated=seat is not None)
+            except OSError as error:
+                # Training goes on without copies.
+                self.trouble = error
 
     def _agree(self, copies: bool) -> bytes | None:
         """Finds out who is on which host, and gives everybody the same key."""
-        hosts, keys = zip(*self._ranks.gather((self._store.host, secrets.token_bytes(32))), strict=True)
+        about = self._ranks.gather((self._store.host, self._address, secrets.token_bytes(32)))
+        hosts, addresses, keys = zip(*about, strict=True)
         self._store.local_ranks = {rank for rank, host in enumerate(hosts) if host == self._store.host}
+        if self._address.startswith("127."):
+            # To the first host its own name may lead over the loopback, which leads nobody else to it.
+            others = [address for address in addresses if not address.startswith("127.")]
+            self._address = _own_address(others[0]) if others else self._address
         return keys[0] if copies and len(set(hosts)) > 1 else None
 
-    def _join_chain(self, book: AddressBook, replicas: int, is_seated: bool) -> None:
+    def _ranks_here(self) -> set[int]:
+        """The ranks of this host, for one that takes the place of another."""
+        if self._book is None:
+            return set(range(self._ranks.world_size))
+        entries = self._book.read(self._ranks.world_size)
+        return {self._ranks.rank, *(entry.rank for entry in entries if entry.memory == self._store.host)}
+
+    def _join_chain(self, book: AddressBook, is_seated: bool) -> None:
         """Serves this host's memory, and has this rank's own copied to the next hosts."""
         assert self._store.memory is not None
         assert self._store.host is not None
@@ -67,12 +89,13 @@ class Neighbours:
         # One rank of a host serves it; who takes the place of one that did, does, too.
         served_before = any(entry.rank == rank and entry.port for entry in book.read(self._ranks.world_size))
         is_server = served_before if is_seated else rank == min(self._store.local_ranks)
-        host, port = self._serve(self.key) if is_server else (_own_address(), 0)
+        host, port = self._serve(self.key) if is_server else (self._address, 0)
         entry = Entry(rank, self._store.host, host, port)
         book.write(entry)
         folder = self._store.memory_folders[0] / self._store.memory.folder
         name = "/".join(folder.parts[-2:])
-        self._store.chain = Chain(folder, name, entry, book, self.key, self._ranks.world_size, replicas)
+        copies = self._settings.replicas
+        self._store.chain = Chain(folder, name, entry, book, self.key, self._ranks.world_size, copies)
 
     def look(self) -> bool:
         """Lets the store read what other hosts have in memory, until :meth:`look_away`. A collective.
@@ -146,7 +169,11 @@ class Neighbours:
 
     def _serve(self, key: bytes) -> tuple[str, int]:
         if self._server is None:
-            self._server = FolderServer(self._store.memory_folders[0].parent, key, _own_address(), self._limit)
+            limit = self._settings.memory_limit
+            if limit is not None:
+                # It takes the copies for all ranks of its host.
+                limit *= max(1, self._settings.replicas) * len(self._store.local_ranks)
+            self._server = FolderServer(self._store.memory_folders[0].parent, key, self._address, limit)
         return self._server.address
 
     def _reach(self) -> None:
@@ -161,10 +188,11 @@ class Neighbours:
             ) from error
 
 
-def _own_address() -> str:
-    """The address of this host in the network that leads to the first one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+def _own_address(other: str) -> str:
+    """The address of this host in the network that leads to another one; the loopback's if no way leads there."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         # Sends nothing: it only asks for the way.
-        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
+        probe.connect((other, 9))
         address: str = probe.getsockname()[0]
-    return address
+        return address
+    return "127.0.0.1"

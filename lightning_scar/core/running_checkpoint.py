@@ -20,7 +20,7 @@ from lightning_scar.core.claim import Claim, Seat
 from lightning_scar.core.committer import Committer, Save
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection, LiveState
-from lightning_scar.core.memory_use import NO_ROOM, tell_of_memory
+from lightning_scar.core.memory_use import tell_of_memory, warn_of_memory
 from lightning_scar.core.neighbours import Neighbours
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
@@ -138,10 +138,11 @@ class RunningCheckpoint:
             self.store.index.discard(located)
         self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
         self.restored_ranks = restored.world_size
-        # With all that it restored, or memory would not hold what does not change any more.
+        self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
         self._has_base = not has_memory
-        if self._has_base:
-            self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
+        if has_memory:
+            # All of it is saved anew: memory has to hold what does not change any more, too.
+            self._stager.fail(restored.map.numbers, restored.step)
         if self.settings.block_size not in (None, restored.map.block_size):
             self._notices.warn(
                 "block_size",
@@ -324,13 +325,16 @@ class RunningCheckpoint:
         except Exception as error:
             # The next start finds it in memory, by the lease.
             self._late_errors.append(error)
-        is_stored = not self._late_errors
+        is_stored = not self._late_errors and not self._claim.is_lost
         self.store.leave_memory(is_stored, with_copies=self._neighbours.close(is_stored))
-        self._claim.release(for_good=is_stored)
+        # Where there is memory, another rank may have left something there, too.
+        self._claim.release(for_good=is_stored and self.store.memory is None)
         self.stats.bytes_written = self.store.stored_bytes
 
     def _hand_over(self, save: Save) -> None:
         stats, staging = self.stats, save.staging
+        if self.store.follows_nobody:
+            self._claim.forget_previous()
         stats.saves += 1
         stats.full_saves += staging.full
         stats.step = staging.step
@@ -358,14 +362,7 @@ class RunningCheckpoint:
         self._late_errors.clear()
         self.stats.failed_saves += len(late)
         errors = [*self._writer.take_errors(), *late]
-        if self.stats.unreplicated_saves > self.settings.durable_every_n_saves and self.store.chain is not None:
-            self._notices.warn(
-                "replication",
-                f"the copies of this rank's memory on other hosts lag {self.stats.unreplicated_saves} saves behind "
-                f"({self.store.chain.trouble!r}); counted as unreplicated_saves",
-            )
-        if self.store.trouble is not None:
-            self._notices.warn("no_room", f"a save could not go to memory ({self.store.trouble!r}); {NO_ROOM}")
+        warn_of_memory(self._notices, self.store, self.stats, self._neighbours.trouble)
         if errors and self.settings.on_write_error == "raise":
             raise errors[0]
         if errors:

@@ -7,13 +7,14 @@ acknowledged. Whatever a slow network does not carry in time is superseded and n
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from lightning_scar.storage.address_book import AddressBook, Entry
 from lightning_scar.storage.delta import SUFFIX
 from lightning_scar.storage.folder_client import FolderClient
+from lightning_scar.storage.folder_protocol import NoRoomError
 
 #: Seconds after which a host that could not be reached is tried again, and the address book read again.
 _RETRY_SECONDS = 5.0
@@ -52,6 +53,7 @@ class Chain:
         self._copies: dict[str, _Copy] = {}
         self._entries: list[Entry] = []
         self._looked = float("-inf")
+        self._is_short = True
         self._failed: dict[Entry, float] = {}
         self._saves = self._acknowledged = 0
         #: Why the last copy did not succeed, if so.
@@ -86,10 +88,11 @@ class Chain:
         self._ending.set()
         self._news.set()
         self._thread.join(_FAREWELL_SECONDS)
-        for copy in self._copies.values():
+        is_stuck = self._thread.is_alive()
+        for copy in list(self._copies.values()):
             with suppress(OSError):
-                copy.end(remove)
-        self._copies = {}
+                # Two threads cannot speak on one connection.
+                copy.hang_up() if is_stuck else copy.end(remove)
 
     def _run(self) -> None:
         while not self._ending.is_set():
@@ -110,10 +113,11 @@ class Chain:
         for memory in set(self._copies) - set(done):
             with suppress(OSError):
                 self._copies.pop(memory).end(remove=len(done) == self._replicas)
-        return bool(hosts) and len(done) == min(self._replicas, len(hosts))
+        self._is_short = not hosts or len(done) < min(self._replicas, len(hosts))
+        return not self._is_short
 
     def _next_hosts(self) -> dict[str, list[Entry]]:
-        if time.monotonic() - self._looked > _RETRY_SECONDS:
+        if self._is_short and time.monotonic() - self._looked > _RETRY_SECONDS:
             self._entries, self._looked = self._book.read(self._world_size), time.monotonic()
         hosts: dict[str, list[Entry]] = {}
         for entry in self._entries:
@@ -164,17 +168,38 @@ class _Copy:
             self._there = set()
 
     def follow(self, folder: Path, ending: threading.Event) -> None:
-        here = sorted((path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")), key=_age)
+        here = sorted(folder.glob(f"*{SUFFIX}"), key=_age)
+        if not here and self._there:
+            raise FileNotFoundError(f"{folder} is empty: was it removed? Its copies are kept")
+        try:
+            is_all_there = self._put(here, ending)
+        except NoRoomError:
+            # It lags so far behind that old and new together are too much.
+            self._delete({path.name for path in here}, ending)
+            is_all_there = self._put(here, ending)
+        # What was merged meanwhile comes with the next news, and what it replaces stays until then.
+        if is_all_there:
+            self._delete({path.name for path in here}, ending)
+
+    def _put(self, here: Sequence[Path], ending: threading.Event) -> bool:
         for path in here:
-            if path.name not in self._there and not ending.is_set():
-                # What was merged or replaced meanwhile comes with the next news.
-                with suppress(FileNotFoundError):
-                    self._client.put(f"{self._name}/{path.name}", path)
-                    self._there.add(path.name)
-        for name in self._there - {path.name for path in here}:
+            if path.name in self._there or ending.is_set():
+                continue
+            try:
+                self._client.put(f"{self._name}/{path.name}", path)
+            except FileNotFoundError:
+                return False
+            self._there.add(path.name)
+        return True
+
+    def _delete(self, needed: Container[str], ending: threading.Event) -> None:
+        for name in [name for name in self._there if name not in needed]:
             if not ending.is_set():
                 self._client.delete(f"{self._name}/{name}")
                 self._there.discard(name)
+
+    def hang_up(self) -> None:
+        self._client.close()
 
     def end(self, remove: bool) -> None:
         with self._client:

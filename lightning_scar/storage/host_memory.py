@@ -1,8 +1,8 @@
 """This host's memory: folders that outlive the processes that write to them, one for each start of a run.
 
 A folder belongs to the start whose lease has its token. The next start of the run finds the token in the lease that the
-dead one left, and goes on from the folder; a directory that was begun anew, or that another run has written to since,
-names another token, so that nobody takes what is not its own for fresh.
+dead one left, keeps it in its own until it has saved everything anew, and goes on from the folder; a directory that was
+begun anew names another token, so that nobody takes what is not its own for fresh.
 """
 
 import fcntl
@@ -11,19 +11,18 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.lease import token_of
+from lightning_scar.storage.lease import tokens_of
 
 #: Where users may say which folder is in memory.
 VARIABLE = "LIGHTNING_SCAR_MEMORY"
 _MEMORY = Path("/dev/shm")
 #: Not what supervisors sweep.
 _PREFIX = "scar-memory-"
-_CONTINUES = "continues"
 #: How long what a dead run left stays for its next start, if another run of the user starts here.
 _KEPT_SECONDS = 24 * 3600.0
 
@@ -37,36 +36,40 @@ class HostMemory:
     Args:
         directory: The directory of the run.
         token: That of this start's lease.
-        previous: That of the start before, if it died.
+        previous: Those of the starts before that it follows, the newest first.
 
     Raises:
         OSError: If there is no folder in memory, or somebody else can write to it.
 
     """
 
-    def __init__(self, directory: Directory, token: str, previous: str | None = None) -> None:
+    def __init__(self, directory: Directory, token: str, previous: Sequence[str] = ()) -> None:
         run = _user_folder() / _name(directory)
         run.mkdir(mode=0o700, exist_ok=True)
         self.path = run / token
         self.path.mkdir(mode=0o700, exist_ok=True)
         self._lock: int | None = os.open(self.path, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
-        if previous is not None:
-            (self.path / _CONTINUES).write_text(previous)
         #: The folders of dead starts that this one goes on from, the newest first.
-        self.inherited = list(_chain(run, previous))
+        self.inherited = _existing(run, previous)
         _sweep(run, {self.path, *self.inherited})
 
-    def forget_inherited(self) -> None:
-        """Removes what dead starts left, when nobody needs it any more."""
-        for folder in self.inherited:
+    def forget_inherited(self, remove: bool) -> None:
+        """Lets go of what dead starts left, when nobody needs it any more.
+
+        Args:
+            remove: Whether to remove it, as one process of a host does.
+
+        """
+        for folder in self.inherited if remove else ():
             shutil.rmtree(folder, ignore_errors=True)
         self.inherited = []
-        (self.path / _CONTINUES).unlink(missing_ok=True)
 
     def leave(self) -> None:
         """Lets go of the folder; what is in it stays."""
         if self._lock is not None:
+            # A child process that was forked has it, too, and would keep it.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             os.close(self._lock)
             self._lock = None
 
@@ -86,19 +89,19 @@ class HostMemory:
             self.path.parent.rmdir()
 
 
-def left_in_memory(directory: Directory, token: str | None = None) -> list[Path]:
-    """The folders on this host that a start of a run has written to or goes on from, the newest first.
+def left_in_memory(directory: Directory, tokens: Sequence[str] | None = None) -> list[Path]:
+    """The folders on this host that some starts of a run have written to, the newest first.
 
     Args:
         directory: The directory of the run.
-        token: That of the start; by default of the newest one.
+        tokens: Those of the starts; by default of the newest one and those that it follows.
 
     """
     user = _folder()
     # Most hosts have none, and need not ask for the lease.
-    if user is None or not (user / _name(directory)).is_dir():
+    if user is None or not (user / _name(directory)).is_dir() or not _is_private(user):
         return []
-    return list(_chain(user / _name(directory), token or token_of(directory)))
+    return _existing(user / _name(directory), tokens_of(directory) if tokens is None else tokens)
 
 
 def _folder() -> Path | None:
@@ -116,10 +119,14 @@ def _user_folder() -> Path:
         )
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+    if not _is_private(folder):
         raise PermissionError(f"{folder} is not this user's alone; remove it, or set {VARIABLE} to another folder")
     return folder
+
+
+def _is_private(folder: Path) -> bool:
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
 def _name(directory: Directory) -> str:
@@ -127,11 +134,8 @@ def _name(directory: Directory) -> str:
     return hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def _chain(run: Path, token: str | None) -> Iterator[Path]:
-    while token is not None and (folder := run / token).is_dir():
-        yield folder
-        note = folder / _CONTINUES
-        token = note.read_text() if note.exists() else None
+def _existing(run: Path, tokens: Iterable[str]) -> list[Path]:
+    return [run / token for token in tokens if (run / token).is_dir()]
 
 
 def _sweep(run: Path, needed: set[Path]) -> None:

@@ -24,6 +24,9 @@ FILE = "lease.json"
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 20.0
 
+#: So many starts in a row may die before one has saved; what the one before them had in memory is not looked for then.
+_MOST_CONTINUED = 32
+
 _held_here: set[str] = set()
 
 
@@ -42,8 +45,8 @@ class Lease:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self.token = uuid.uuid4().hex
-        #: The token of the holder before, if it died.
-        self.previous: str | None = None
+        #: The tokens of the holders before, the newest first, that may have left something in memory.
+        self.continues: list[str] = []
         self._beat = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -63,7 +66,7 @@ class Lease:
                 f"{self._directory} is in use by process {holder['pid']} on {holder['host']}. Give this run another "
                 f"dirpath, or end that process; if it is gone for certain, delete {self._directory.file(FILE)}."
             )
-        self.previous = holder["token"] if holder is not None else None
+        self.continues = tokens_of(self._directory)[:_MOST_CONTINUED]
         self._directory.create()
         self._write()
         _held_here.add(self.token)
@@ -78,6 +81,7 @@ class Lease:
         """
         self.token = token
         with suppress(OSError):
+            self.continues = tokens_of(self._directory)[1:]
             if not self._is_lost():
                 self._write()
         _held_here.add(self.token)
@@ -105,7 +109,8 @@ class Lease:
         """Gives the directory back. Never raises: a file that stays behind names a process that is gone.
 
         Args:
-            for_good: ``False`` leaves the file, so that the next holder knows whom it follows.
+            for_good: ``False`` leaves the file, so that the next holder knows whom it follows. It stays, too, if this
+                one follows others whose memory may still be needed.
 
         """
         if self._thread is None:
@@ -113,9 +118,12 @@ class Lease:
         self._stop.set()
         self._thread.join()
         self._thread = None
-        if for_good and self.token in _held_here and not self.lost:
+        if self.token in _held_here and not self.lost:
             with suppress(OSError):
-                self._directory.delete(FILE)
+                if for_good and not self.continues:
+                    self._directory.delete(FILE)
+                else:
+                    self._write(released=True)
         _held_here.discard(self.token)
 
     def _keep_beating(self) -> None:
@@ -138,7 +146,7 @@ class Lease:
         self.lost = token is not None and token != self.token
         return self.lost
 
-    def _write(self) -> None:
+    def _write(self, released: bool = False) -> None:
         process = psutil.Process()
         holder = {
             "token": self.token,
@@ -146,10 +154,14 @@ class Lease:
             "pid": process.pid,
             "started": process.create_time(),
             "beat": self._beat,
+            "continues": self.continues,
+            "released": released,
         }
         self._directory.write(FILE, [json.dumps(holder).encode()])
 
     def _lives(self, holder: dict[str, Any]) -> bool:
+        if holder.get("released"):
+            return False
         if holder["host"] != socket.gethostname():
             return self._still_beats(holder)
         if holder["pid"] == os.getpid():
@@ -174,9 +186,14 @@ class Lease:
 
 
 def token_of(directory: Directory) -> str | None:
-    """The token of the directory's present or last holder; ``None`` if it was given back."""
+    """The token of the directory's present or last holder; ``None`` if there is none."""
+    return next(iter(tokens_of(directory)), None)
+
+
+def tokens_of(directory: Directory) -> list[str]:
+    """The token of the present or last holder, and of those that it follows, the newest first."""
     holder = _holder(directory)
-    return None if holder is None else str(holder["token"])
+    return [] if holder is None else [holder["token"], *holder.get("continues", ())]
 
 
 def _holder(directory: Directory) -> dict[str, Any] | None:

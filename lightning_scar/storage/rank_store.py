@@ -101,10 +101,31 @@ class RankStore(DeltaStore):
             OSError: If the file cannot be written; nothing has changed then.
 
         """
-        name = f"{self.folder}/delta-{head.incarnation:05d}-{head.sequence:08d}{SUFFIX}"
-        delta = self._write(name, head, blocks)
+        delta = self._write(self._new_name("delta", head), head, blocks)
         self.look_around()
         return delta.nbytes + self._tidy(head, delta.nbytes)
+
+    def take_over(self, head: Head, blocks: Sequence[BlockData]) -> int:
+        """Writes blocks of earlier starts that lie elsewhere; they keep their versions.
+
+        Args:
+            head: What the delta says about itself.
+            blocks: The blocks.
+
+        Returns:
+            Bytes written.
+
+        Raises:
+            OSError: If the file cannot be written.
+
+        """
+        return self._write(self._new_name("taken", head), replace(head, kind="compacted"), blocks).nbytes
+
+    def _new_name(self, kind: str, head: Head) -> str:
+        name = f"{self.folder}/{kind}-{head.incarnation:05d}-{head.sequence:08d}"
+        # Nothing is written over, whoever asks for it.
+        again = sum(other.startswith(name) for other in self._deltas.copy())
+        return f"{name}-{again:04d}{SUFFIX}" if again else f"{name}{SUFFIX}"
 
     def _write(self, name: str, head: Head, blocks: Sequence[BlockData]) -> Delta:
         self.directory.child(self.folder).create()
@@ -127,7 +148,7 @@ class RankStore(DeltaStore):
 
     def _own(self) -> list[Delta]:
         # What an older training left is still needed as long as not all ranks have finished their first save.
-        is_whole = self.is_whole
+        is_whole = self.is_whole and len(self.index.heads) == self.world_size
         own = [delta for delta in self.deltas if self.is_own(delta.name)]
         return [delta for delta in own if is_whole or delta.head.incarnation in self.index.lineage]
 

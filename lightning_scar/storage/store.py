@@ -90,7 +90,8 @@ class DeltaStore:
     @property
     def deltas(self) -> list[Delta]:
         """The intact deltas found by the last :meth:`refresh`, by name."""
-        return [self._deltas[name] for name in sorted(self._deltas)]
+        # A copy: another thread may be about to delete one.
+        return [delta for _, delta in sorted(self._deltas.copy().items(), key=lambda item: item[0])]
 
     def is_empty(self) -> bool:
         """Whether the directory holds no file of a rank at all."""

@@ -11,11 +11,10 @@ from typing import Any
 
 from lightning_scar.storage.chain import Chain
 from lightning_scar.storage.compaction import NEWEST_ONLY
-from lightning_scar.storage.delta import BlockData
+from lightning_scar.storage.delta import BlockData, Delta
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head, Version
 from lightning_scar.storage.host_memory import HostMemory, left_in_memory
-from lightning_scar.storage.index import newest_lineage
 from lightning_scar.storage.rank_store import RankStore, copied
 from lightning_scar.storage.store import DeltaStore, rank_folder
 from lightning_scar.storage.tiers import TieredStore
@@ -52,6 +51,7 @@ class TieredRankStore(TieredStore):
         chain: Copies the memory to other hosts; ``None`` if there are none.
         neighbours: What other hosts have in memory, while that can be read.
         local_ranks: The ranks of this host.
+        follows_nobody: Whether nothing that earlier starts have left in memory is needed any more.
         trouble: Why a save could not go to memory, if so. Such saves go to storage instead.
 
     """
@@ -68,6 +68,7 @@ class TieredRankStore(TieredStore):
         self.storage = RankStore(url, storage_options, rank, world_size)
         self.memory: RankStore | None = None
         self.trouble: OSError | None = None
+        self.follows_nobody = False
         self.stored_bytes = 0
         self.local_ranks = {rank}
         self._every = every
@@ -76,16 +77,17 @@ class TieredRankStore(TieredStore):
         self.neighbours: list[DeltaStore] = []
         self._host: HostMemory | None = None
         self._newest: Head | None = None
-        self._incarnation = 0
+        self._unstored = 0
+        self._stored: Head | None = None
         self._writer = BackgroundWriter()
         super().__init__([self.storage])
 
-    def enter(self, token: str, previous: str | None = None) -> None:
+    def enter(self, token: str, previous: Sequence[str] = ()) -> None:
         """Begins to write.
 
         Args:
             token: That of the run's lease.
-            previous: That of the start before, if it died.
+            previous: Those of the starts before that it follows, the newest first.
 
         Raises:
             OSError: If there is no memory, or storage cannot be written to.
@@ -93,7 +95,7 @@ class TieredRankStore(TieredStore):
         """
         self.storage.sweep()
         rank, world_size = self.storage.rank, self.storage.world_size
-        if self._every is not None or (previous is not None and left_in_memory(self.directory, previous)):
+        if self._every is not None or left_in_memory(self.directory, previous):
             self._host = HostMemory(self.directory, token, previous)
             inherited = [DeltaStore(path, tier=Tier.MEMORY) for path in self._host.inherited]
             self.stores = [*inherited, self.storage]
@@ -105,7 +107,10 @@ class TieredRankStore(TieredStore):
     @property
     def host(self) -> str | None:
         """A name of this host's memory, for the other ranks; ``None`` if it has none of this run."""
-        return None if self._host is None else f"{socket.gethostname()}:{self._host.path}"
+        if self._host is None:
+            return None
+        # Containers may have the same name and path, but have each a memory of their own.
+        return f"{socket.gethostname()}-{self._host.path.stat().st_dev}:{self._host.path}"
 
     @property
     def memory_folders(self) -> list[Path]:
@@ -125,8 +130,8 @@ class TieredRankStore(TieredStore):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all ranks have finished their first save, as far as this one knows."""
-        return newest_lineage(self.deltas) == self.index.lineage
+        """Whether all ranks have finished their first save in storage, as far as this one knows."""
+        return self.storage.is_whole
 
     def look_around(self) -> None:
         """Takes in what the other ranks have written and deleted since; what cannot be read now is left for later."""
@@ -156,10 +161,15 @@ class TieredRankStore(TieredStore):
             self._store_newer(head)
         elif self._is_due(head) and not self._writer.depth:
             # Else the next one brings along what this one would have.
-            self._writer.reserve(wait=True)
-            files = ExitStack()
-            blocks = list(self._newer_in_memory(files))
-            self._writer.submit(partial(self._store_and_close, head, blocks, files))
+            self._store_newer_beside(head)
+
+    def _store_newer_beside(self, head: Head) -> None:
+        with ExitStack() as opened:
+            blocks = list(self._newer_in_memory(opened))
+            files = opened.pop_all()
+        self._unstored = 0
+        self._writer.reserve(wait=True)
+        self._writer.submit(partial(self._store_and_close, head, blocks, files))
 
     def _commit_to_memory(self, head: Head, blocks: Sequence[BlockData]) -> bool:
         if self.memory is None:
@@ -171,6 +181,7 @@ class TieredRankStore(TieredStore):
             self.trouble = error
             return False
         self._newest = head
+        self._unstored += 1
         if self.chain is not None:
             self.chain.follow()
         return True
@@ -183,15 +194,19 @@ class TieredRankStore(TieredStore):
     def _is_due(self, head: Head) -> bool:
         assert self._every is not None
         is_first = head.incarnation not in {at.incarnation for at in self.storage.index.heads.values()}
-        return is_first or (head.sequence + 1) % self._every == 0
+        return is_first or self._unstored >= self._every
 
     def _newer_in_memory(self, files: ExitStack) -> Iterator[BlockData]:
         assert self.memory is not None
-        for delta in self.memory.deltas:
-            newer = [block for block in self.memory.index.live(delta) if self._is_newer(block.key, block.version)]
-            if newer and self.memory.is_own(delta.name):
+        own = [delta for delta in self.memory.deltas if self.memory.is_own(delta.name)]
+        return self._newer_in(self.memory, own, files)
+
+    def _newer_in(self, store: DeltaStore, deltas: Sequence[Delta], files: ExitStack) -> Iterator[BlockData]:
+        for delta in deltas:
+            newer = [block for block in store.index.live(delta) if self._is_newer(block.key, block.version)]
+            if newer:
                 # Open, it stays readable even if a later save replaces it.
-                source = files.enter_context(self.memory.directory.source(delta.name))
+                source = files.enter_context(store.directory.source(delta.name))
                 for block in newer:
                     slots = {slot: copied(delta, source, entry) for slot, entry in block.slots.items()}
                     yield BlockData(block.key, block.version, slots)
@@ -211,16 +226,36 @@ class TieredRankStore(TieredStore):
 
     def _store(self, head: Head, blocks: Sequence[BlockData]) -> None:
         self.stored_bytes += self.storage.commit(head, blocks)
-        self._incarnation = head.incarnation
-        self._forget_what_is_saved_anew()
+        self._stored = head
+        self._forget_inherited()
 
-    def _forget_what_is_saved_anew(self) -> None:
+    def _forget_inherited(self) -> None:
+        """Lets go of what dead starts have left here, once all ranks have saved anew in storage."""
+        if self.follows_nobody or self._stored is None:
+            return
         heads = self.storage.index.heads.values()
-        saved = {head.rank for head in heads if head.incarnation == self._incarnation}
-        if self._host is not None and self._host.inherited and saved == set(range(self.storage.world_size)):
-            gone = {str(path) for path in self._host.inherited}
-            self.stores = [store for store in self.stores if store.directory.path not in gone]
-            self._host.forget_inherited()
+        saved = {head.rank for head in heads if head.incarnation == self._stored.incarnation}
+        if saved != set(range(self.storage.world_size)):
+            return
+        inherited = {str(path) for path in self.memory_folders[1:]}
+        if self._host is not None and inherited:
+            # Of several ranks on a host one sees to it.
+            is_first = self.storage.rank == min(self.local_ranks)
+            if is_first:
+                self._take_over(self._stored)
+            self._host.forget_inherited(remove=is_first)
+        self.stores = [store for store in self.stores if store.directory.path not in inherited]
+        self.follows_nobody = True
+
+    def _take_over(self, head: Head) -> None:
+        """What was not saved anew, such as a block that holds NaN by now, goes to storage as it is."""
+        with ExitStack() as files:
+            left = set(map(str, self.memory_folders[1:]))
+            stores = [store for store in self.stores if store.directory.path in left]
+            blocks = [block for store in stores for block in self._newer_in(store, store.deltas, files)]
+            newest = {block.key: block for block in sorted(blocks, key=lambda block: block.version)}
+            if newest:
+                self.stored_bytes += self.storage.take_over(head, list(newest.values()))
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -271,7 +306,7 @@ class TieredRankStore(TieredStore):
     def _wait_for_others(self) -> None:
         """Lets the other ranks of a short run finish their first save, on which depends what a dead start has left."""
         deadline = time.monotonic() + FAREWELL_SECONDS
-        while self._incarnation and len(self.memory_folders) > 1 and time.monotonic() < deadline:
+        while self._stored and len(self.memory_folders) > 1 and time.monotonic() < deadline:
             self.storage.look_around()
-            self._forget_what_is_saved_anew()
+            self._forget_inherited()
             time.sleep(0.05)

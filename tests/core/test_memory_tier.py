@@ -570,3 +570,123 @@ def test_one_host_serves_nobody(url: str, host: Path) -> None:
     alone, shared = run_ranks(listens, 2, [one, one], url), run_ranks(listens, 2, hosts_of(host, 2), url)
     assert all(len(more) == len(less) + 1 for less, more in zip(alone, shared, strict=True))
     assert {address for addresses in shared for address in addresses} == {"127.0.0.1"}
+
+
+# -- whatever comes between --------------------------------------------------------------------------------------------
+
+
+def test_a_restart_that_ends_before_it_has_saved_loses_nothing(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    with opened(url, fraction=1.0, **MEMORY) as running:
+        quietly(running)
+    assert_same(load(url), state_at(6))
+    with opened(url, fraction=1.0, **MEMORY) as running:
+        assert_same(quietly(running)[0], state_at(6))
+
+
+def test_a_restart_that_cannot_begin_loses_nothing(url: str, host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill(1, host, url, 6)
+    monkeypatch.setenv(VARIABLE, "/nowhere")
+    with pytest.raises(FileNotFoundError):
+        opened(url, **MEMORY)
+    monkeypatch.setenv(VARIABLE, str(host))
+    assert_same(load(url), state_at(6))
+
+
+def closes_when_the_other_is_killed(rank: int, host: Path, url: str) -> None:
+    os.environ[VARIABLE] = str(host)
+    training = make_training()
+    with opened(url, fraction=1.0, **MEMORY) as running:
+        for _ in range(6):
+            training.step()
+            training.save(running)
+            running.flush()
+        running.ranks.gather(None)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_rank_has_in_memory_outlives_the_end_of_the_others(url: str, host: Path) -> None:
+    failures = run_ranks(closes_when_the_other_is_killed, 2, host, url, failing=True)
+    assert [failure is None for failure in failures] == [True, False]
+    assert_same(load(url), state_at(6))
+    for found, _ in run_ranks(resumed, 2, host, url):
+        assert_same(found, state_at(6))
+    assert not folders(host)
+
+
+def begins_anew_without_storage(rank: int, host: Path, url: str) -> None:
+    os.environ[VARIABLE] = str(host)
+    training = make_training()
+    running = opened(url, fraction=1.0, **MEMORY)
+    if rank == 1:
+        running.store.storage._write = unwritable  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(9):
+            training.step()
+            training.save(running)
+            running.flush()
+            running.ranks.gather(None)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def unwritable(*args: Any) -> Any:
+    raise OSError("the disk is full")
+
+
+def test_an_older_training_stays_until_the_new_one_is_whole_in_storage(
+    url: str, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(url, fraction=1.0) as running:
+        training = make_training()
+        for _ in range(3):
+            training.step()
+        training.save(running)
+    failures = run_ranks(begins_anew_without_storage, 2, host, url, failing=True)
+    assert [failure.type for failure in failures] == ["Ended"] * 2, failures
+    assert_same(storage_alone(url, monkeypatch), state_at(3))
+
+
+@pytest.mark.parametrize("what", ["parameter", "moment"])
+def test_what_turned_nan_before_the_first_save_does_not_replace_what_memory_has(
+    what: str, url: str, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill(1, host, url, 6)
+    training = make_training()
+    with warnings.catch_warnings(), opened(url, fraction=1.0, **MEMORY) as running:
+        warnings.simplefilter("ignore")
+        training.load(quietly(running)[0])
+        broken = training.model[0].weight
+        target = broken if what == "parameter" else training.optimizers[0].state[broken]["exp_avg"]
+        with torch.no_grad():
+            target[:2] = torch.nan
+        training.steps += 1
+        training.save(running)
+        running.flush()
+        assert running.stats.non_finite_blocks == 1
+    assert not folders(host)
+    assert_same(storage_alone(url, monkeypatch)["state_dict"], state_at(6)["state_dict"])
+
+
+def test_a_file_that_cannot_be_opened_holds_no_later_save_up(url: str, host: Path) -> None:
+    training = make_training()
+    with warnings.catch_warnings(), opened(url, fraction=1.0, memory=True, durable_every_n_saves=1) as running:
+        warnings.simplefilter("ignore")
+        assert running.store.memory is not None
+        training.save(running)
+        running.flush()
+        directory = running.store.memory.directory
+        source = directory.source
+        directory.source = unwritable  # type: ignore[method-assign]
+        for _ in range(4):
+            training.step()
+            training.save(running)
+            running.flush()
+        directory.source = source  # type: ignore[method-assign]
+        training.step()
+        training.save(running)
+        running.flush()
+        assert running.stats.failed_saves == 4
+        assert stored(url) == 5
+    assert_same(load(url), state_at(5))

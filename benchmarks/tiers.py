@@ -1,0 +1,165 @@
+"""What memory as a tier before the disk brings and costs: ``python -m benchmarks.tiers --json OUT``.
+
+- Partial saves to memory and to disk by turns, each alone: ``*_stall_s`` is how long the training thread stood still
+  for an eager one (``*_lazy_stall_s`` a lazy one, beside a forward and backward), ``*_written_s`` how long an eager one
+  took from its beginning until it was written.
+- A restore into live tensors from this host's memory (``own_s``), from a neighbour's (``neighbour_s``, a server in
+  another process, over the loopback), and from disk with the files in the page cache (``disk_warm_s``) and dropped from
+  it (``disk_cold_s``).
+- How fast a copy of a rank's memory goes to another process (``replication_bytes_per_s``), beside a plain socket.
+- Training steps with a save to memory at each, by turns with such copies and without. The process that takes them has
+  no cores of its own here, as another host would.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import report, tiers_restore, tiers_saves
+from benchmarks.gpt import GPT2_SMALL, TINY, Size, state_bytes
+from benchmarks.ranks import State
+from benchmarks.report import Target, median
+from benchmarks.stall import FRACTION
+from benchmarks.tiers_peers import memory_folder
+from benchmarks.tiers_saves import Samples
+from lightning_scar.storage.host_memory import VARIABLE
+
+#: What all of it takes at most, in states: in the memory of the host, in its files there among that, and on disk.
+_STATES_AT_ALL, _STATES_IN_MEMORY, _STATES_ON_DISK = 9, 5, 5
+
+
+def figures(samples: Samples, facts: dict[str, Any]) -> dict[str, Any]:
+    """Medians and ratios of a run."""
+    found: dict[str, Any] = {key: median(values) for key, values in samples.items()} | facts
+    for kind in ("", "lazy_"):
+        found[f"memory_{kind}stall_over_disk"] = found[f"memory_{kind}stall_s"] / found[f"disk_{kind}stall_s"]
+    found["memory_stall_over_floor"] = found["memory_stall_s"] / found["floor_s"]
+    found["memory_written_over_disk"] = found["memory_written_s"] / found["disk_written_s"]
+    for tier in ("own", "neighbour"):
+        for peer in ("disk_cold", "disk_warm", "copy"):
+            found[f"{tier}_over_{peer}"] = found[f"{tier}_s"] / found[f"{peer}_s"]
+    for way in ("replication", "socket"):
+        found[f"{way}_bytes_per_s"] = found["replicated_bytes"] / found[f"{way}_s"]
+    found["replication_over_socket"] = found["replication_bytes_per_s"] / found["socket_bytes_per_s"]
+    found["socket_over_replication"] = 1 / found["replication_over_socket"]
+    pairs = zip(samples["step_replicated_s"], samples["step_not_replicated_s"], strict=True)
+    ratios = [replicated / alone for replicated, alone in pairs]
+    found["step_replicated_over_not"] = median(ratios)
+    found["step_replicated_over_not_from"], found["step_replicated_over_not_to"] = min(ratios), max(ratios)
+    return {**found, "samples": samples}
+
+
+def targets(found: dict[str, Any]) -> list[Target]:
+    """What was to be reached."""
+    return [
+        # No longer, but for noise.
+        Target("memory_stall_over_disk", found["memory_stall_over_disk"], 1.1),
+        # Half of a cold disk, or as fast as a warm one.
+        Target("own_s", found["own_s"], max(0.5 * found["disk_cold_s"], 1.1 * found["disk_warm_s"])),
+        # At least half of the machine's own copy.
+        Target("socket_over_replication", found["socket_over_replication"], 2.0),
+    ]
+
+
+def _rows(found: dict[str, Any]) -> list[list[str]]:
+    seconds = {
+        "partial save, eager: thread stands still": ("memory_stall_s", "disk_stall_s", "floor_s"),
+        "partial save, lazy: thread stands still": ("memory_lazy_stall_s", "disk_lazy_stall_s", "floor_s"),
+        "partial save, until written": ("memory_written_s", "disk_written_s", None),
+        "restore, own memory against a cold disk": ("own_s", "disk_cold_s", "copy_s"),
+        "restore, own memory against a warm disk": ("own_s", "disk_warm_s", "copy_s"),
+        "restore, a neighbour's memory against a cold disk": ("neighbour_s", "disk_cold_s", "copy_s"),
+        "copy to another process against a plain socket": ("replication_s", "socket_s", None),
+        "training step with copies against one without": ("step_replicated_s", "step_not_replicated_s", None),
+    }
+    return [
+        [title, *(f"{found[key]:.4f}" if key else "" for key in (own, peer, floor)), f"{found[own] / found[peer]:.2f}"]
+        for title, (own, peer, floor) in seconds.items()
+    ]
+
+
+def check_room(state: int, memory: Path, folder: Path) -> None:
+    """Ends the program if something of what is needed is missing, and says what.
+
+    Args:
+        state: Bytes of the state.
+        memory: Where files in memory are to lie.
+        folder: Where those on disk are to lie.
+
+    """
+    if not (memory.is_dir() and os.access(memory, os.W_OK)):
+        sys.exit(f"{memory} is no folder that can be written to: set {VARIABLE} to one in memory (tmpfs)")
+    room = {
+        f"in {memory} (give a container more --shm-size, or set {VARIABLE} to another tmpfs folder)": (
+            shutil.disk_usage(memory).free,
+            _STATES_IN_MEMORY,
+        ),
+        "of memory in all": (psutil.virtual_memory().available, _STATES_AT_ALL),
+        f"on disk in {folder} (choose another one with --dir)": (shutil.disk_usage(folder).free, _STATES_ON_DISK),
+    }
+    missing = [
+        f"needs {states * state / 1e9:.1f} GB {where}, and {free / 1e9:.1f} GB are free"
+        for where, (free, states) in room.items()
+        if free < states * state
+    ]
+    if missing:
+        sys.exit("this benchmark " + "\nand it ".join(missing))
+
+
+def run(size: Size, parent: Path, folder: Path, rounds: int, length: int) -> dict[str, Any]:
+    """Measures everything.
+
+    Args:
+        size: The model.
+        parent: Where folders in memory are made.
+        folder: Where to save to disk.
+        rounds: How often each thing is measured.
+        length: Training steps of a stretch.
+
+    """
+    state = State(size)
+    facts: dict[str, Any] = {"state_bytes": state_bytes(state.model, state.optimizer)[1]}
+    check_room(facts["state_bytes"], parent, folder)
+    with memory_folder(parent):
+        samples = tiers_saves.stalls(state, size, folder, rounds)
+    with memory_folder(parent) as memory:
+        restored, copied = tiers_restore.run(state, size, folder, memory, rounds)
+    with memory_folder(parent) as memory:
+        trained, late = tiers_saves.steps(state, size, folder, memory, rounds, length)
+    return figures(samples | restored | trained, facts | copied | late)
+
+
+def _options() -> argparse.Namespace:
+    parser = report.arguments((__doc__ or "").split("\n")[0], rounds=7)
+    parser.add_argument("--quick", dest="small", action="store_true", help="the same as --small")
+    parser.add_argument("--steps", type=int, default=4, help="training steps of a stretch that count (default 4)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, prints and writes JSON."""
+    options = _options()
+    # As Ctrl-C does it: what lies in memory outlives a process that just ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    rounds = options.rounds or (2 if options.small else 7)
+    parent = Path(os.environ.get(VARIABLE) or "/dev/shm")
+    with report.scratch(options.dir) as folder:
+        found = run(TINY if options.small else GPT2_SMALL, parent, folder.resolve(), rounds, options.steps)
+    found["settings"] = {"fraction": FRACTION, "rounds": rounds, "steps": options.steps}
+    # A tiny model's figures say nothing about the targets.
+    aims = [] if options.small else targets(found)
+    columns = ["one thing against another", "first s", "second s", "floor s", "first over second"]
+    report.show(f"memory before the disk, {found['state_bytes'] / 1e9:.2f} GB", columns, _rows(found), aims)
+    report.write(options.json, found, aims)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Other processes for :mod:`benchmarks.tiers`: a server of a folder, a sink of bytes, and what copies there."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from lightning_scar.storage.address_book import AddressBook, Entry
+from lightning_scar.storage.chain import Chain
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.folder_server import FolderServer
+from lightning_scar.storage.host_memory import VARIABLE
+
+KEY = b"a benchmark's"
+#: Bytes of the buffers that are copied over a plain socket: more than caches hold.
+_PIECE = 1 << 28
+#: Seconds after which another process counts as lost.
+PATIENCE = 300.0
+
+
+@contextmanager
+def memory_folder(parent: Path) -> Iterator[Path]:
+    """A folder that is this host's memory for running checkpoints made meanwhile, removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix=".benchmark-", dir=parent))
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(folder)
+    try:
+        yield folder
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def other_process(body: Callable[..., None], *arguments: Any) -> Iterator[Any]:
+    """Runs a function in another process, which ends with the block.
+
+    Args:
+        body: Gets the arguments, and a connection: it sends one object when it is ready, and returns when nobody is at
+            the other end any more.
+        arguments: The arguments.
+
+    Yields:
+        The object.
+
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_run, args=(body, arguments, there), daemon=True)
+    try:
+        process.start()
+        there.close()
+        if not here.poll(PATIENCE):
+            raise TimeoutError(f"{body.__name__} is not ready after {PATIENCE:.0f} s")
+        yield here.recv()
+    finally:
+        here.close()
+        if process.pid is not None:
+            process.join(5)
+            process.kill()
+            process.join()
+
+
+def _run(body: Callable[..., None], arguments: tuple[Any, ...], connection: Connection) -> None:
+    # Ctrl-C reaches all processes; the one that started this one ends it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    body(*arguments, connection)
+
+
+def _wait_for_end(connection: Connection) -> None:
+    try:
+        connection.recv()
+    except (EOFError, OSError):
+        return
+
+
+def serve(folder: Path, connection: Connection) -> None:
+    """Serves a folder, as another host does with its memory; the object is the address."""
+    server = FolderServer(folder, KEY)
+    connection.send(server.address)
+    _wait_for_end(connection)
+    server.close()
+
+
+def sink(size: int, connection: Connection) -> None:
+    """Receives so many bytes into ready memory, again and again, and says so each time; the object is the address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        connection.send(listener.getsockname())
+        peer, _ = listener.accept()
+    buffer = memoryview(bytearray(min(size, _PIECE)))
+    with peer:
+        peer.settimeout(None)
+        while all(_receive(peer, buffer[: min(_PIECE, size - at)]) for at in range(0, size, _PIECE)):
+            peer.sendall(b".")
+
+
+def _receive(peer: socket.socket, into: memoryview) -> bool:
+    while into:
+        count = peer.recv_into(into, 0, socket.MSG_WAITALL)
+        if not count:
+            return False
+        into = into[count:]
+    return True
+
+
+class PlainCopy:
+    """The machine's own copy of so many bytes to another process: from ready memory, over a socket, to ready memory.
+
+    Args:
+        address: Of the :func:`sink`.
+        size: How many bytes.
+
+    """
+
+    def __init__(self, address: tuple[str, int], size: int) -> None:
+        self._peer = socket.create_connection(address, PATIENCE)
+        # Not zeros alone: those would be one page of the system.
+        self._buffer = memoryview(bytearray(os.urandom(1 << 16)) * -(-min(size, _PIECE) // (1 << 16)))
+        self._size = size
+
+    def measure(self) -> float:
+        """Seconds for one."""
+        started = time.perf_counter()
+        for at in range(0, self._size, _PIECE):
+            self._peer.sendall(self._buffer[: min(_PIECE, self._size - at)])
+        answer = self._peer.recv(1)
+        assert answer == b".", "the other process is gone"
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._peer.close()
+
+
+def new_chain(source: Path, book_folder: Path, address: tuple[str, int]) -> Chain:
+    """What copies a rank's memory to another host, as a run of two hosts has it.
+
+    Args:
+        source: The folder of the rank in memory.
+        book_folder: Where to put the address book.
+        address: Of the server there.
+
+    """
+    book = AddressBook(Directory(book_folder), "benchmark")
+    own, other = Entry(0, "here", "127.0.0.1", 0), Entry(1, "there", *address)
+    for entry in (own, other):
+        book.write(entry)
+    return Chain(source, "/".join(source.parts[-2:]), own, book, KEY, world_size=2, replicas=1)
+
+
+def wait_for_copies(chain: Chain) -> None:
+    """Waits until a chain is up to date.
+
+    Raises:
+        TimeoutError: If it does not come to it.
+
+    """
+    deadline = time.monotonic() + PATIENCE
+    while chain.behind:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"copies have not arrived in {PATIENCE:.0f} s: {chain.trouble!r}")
+        time.sleep(0.0005)

@@ -1,0 +1,183 @@
+"""For :mod:`benchmarks.tiers`: how long a restore takes from each tier, and how fast copies go to another host.
+
+A process saves to memory and to disk and kills itself, so that both hold the same state; here it is read into live
+tensors, by turns from its memory, from the same memory through a server in another process, and from disk.
+"""
+
+import os
+import signal
+import time
+import zlib
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from benchmarks.gpt import Size
+from benchmarks.ranks import State
+from benchmarks.resume import evict, flattened
+from benchmarks.tiers_peers import KEY, PlainCopy, new_chain, other_process, serve, sink, wait_for_copies
+from benchmarks.tiers_saves import Samples
+from lightning_scar.core.restoration import restore
+from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.core.settings import Settings
+from lightning_scar.core.skeleton import Path as Place
+from lightning_scar.storage.directory import Directory, Tier
+from lightning_scar.storage.host_memory import left_in_memory
+from lightning_scar.storage.neighbour import PROTOCOL
+from lightning_scar.storage.store import DeltaStore, rank_folder
+from lightning_scar.storage.tiers import TieredStore, open_store
+
+#: Saves after the first, each of a part of the state: what is read lies in several files, as after a training.
+_SAVES = 8
+
+
+def checksums(checkpoint: dict[str, Any]) -> dict[str, int]:
+    """One of every tensor."""
+    return {name: zlib.crc32(tensor.reshape(-1).numpy().data) for name, tensor in flattened(checkpoint).items()}
+
+
+@torch.no_grad()
+def _move_a_part(state: State, part: int) -> None:
+    state.step += 1
+    for tensor in flattened(state.checkpoint()).values():
+        if tensor.dim():
+            tensor[part * len(tensor) // _SAVES : (part + 1) * len(tensor) // _SAVES].mul_(1.01)
+
+
+def _save_and_die(size: Size, url: Path, connection: Connection) -> None:
+    """Saves to both tiers; the object is what was saved, as checksums."""
+    state = State(size)
+    running = RunningCheckpoint(url, Settings(fraction=1.0, memory=True, durable_every_n_saves=1))
+    for part in range(-1, _SAVES):
+        if part >= 0:
+            _move_a_part(state, part)
+        optimizers: dict[Place, Optimizer] = {("optimizer_states", 0): state.optimizer}
+        running.save_now(
+            state.checkpoint(), state.step, optimizers=optimizers, parameters=list(state.model.parameters())
+        )
+        running.flush()
+    os.sync()
+    connection.send(checksums(state.checkpoint()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Restores:
+    """The ways to restore a state that a dead process has left.
+
+    Args:
+        state: The live state to restore into.
+        url: The directory.
+        memory: What is left in memory.
+        address: Of a server of the folder that it lies in.
+
+    """
+
+    def __init__(self, state: State, url: Path, memory: Path, address: tuple[str, int]) -> None:
+        self._state = state
+        self._url = url
+        there = f"{PROTOCOL}://{address[0]}:{address[1]}/{memory.name}"
+        self._stores: dict[str, Callable[[], DeltaStore]] = {
+            "own": lambda: open_store(url),
+            "neighbour": lambda: TieredStore([DeltaStore(there, {"key": KEY}, Tier.NEIGHBOUR), DeltaStore(url)]),
+            "disk": lambda: DeltaStore(url),
+        }
+        self._ready = [tensor.clone() for tensor in flattened(state.checkpoint()).values()]
+
+    @torch.no_grad()
+    def restore(self, name: str) -> tuple[float, str]:
+        """Reads everything into the live state; returns the seconds this took, and where it all came from."""
+        live = self._state.checkpoint()
+        started = time.perf_counter()
+        restored = restore(self._stores[name](), into=live)
+        found = flattened(restored.checkpoint)
+        for place, tensor in flattened(live).items():
+            if found[place].data_ptr() != tensor.data_ptr():
+                tensor.copy_(found[place])
+        return time.perf_counter() - started, str(restored.plan)
+
+    @torch.no_grad()
+    def verify(self, expected: dict[str, int]) -> None:
+        """Checks that all restore what was saved, bit for bit, and from where they say."""
+        sources = {"own": "this host's memory", "neighbour": "a neighbour's memory", "disk": "newest versions"}
+        for name, source in sources.items():
+            for tensor in flattened(self._state.checkpoint()).values():
+                tensor.zero_()
+            _, plan = self.restore(name)
+            others = [word for word in sources.values() if word != source and word in plan]
+            assert source in plan, f"{name}: {plan}"
+            assert not others, f"{name}: {plan}"
+            assert checksums(self._state.checkpoint()) == expected, f"{name} restored something else than was saved"
+
+    @torch.no_grad()
+    def _copy(self) -> float:
+        """The least that a restore from memory has to do: a copy of everything, with all cores."""
+        live = list(flattened(self._state.checkpoint()).values())
+        started = time.perf_counter()
+        for tensor, ready in zip(live, self._ready, strict=True):
+            tensor.copy_(ready)
+        return time.perf_counter() - started
+
+    def measure(self, samples: Samples) -> None:
+        """Each once; what memory does not hold is dropped from the page cache but for the warm restore."""
+        for name in ("own", "neighbour", "disk"):
+            evict(self._url)
+            key = "disk_cold_s" if name == "disk" else f"{name}_s"
+            samples.setdefault(key, []).append(self.restore(name)[0])
+        # What was read cold need not all be in the cache: it is read once more before it counts as warm.
+        self.restore("disk")
+        samples.setdefault("disk_warm_s", []).append(self.restore("disk")[0])
+        samples.setdefault("copy_s", []).append(self._copy())
+
+
+def _replicate(source: Path, book: Path, address: tuple[str, int]) -> float:
+    """Seconds until a host that has nothing holds a copy."""
+    chain = new_chain(source, book, address)
+    try:
+        started = time.perf_counter()
+        chain.follow()
+        wait_for_copies(chain)
+        return time.perf_counter() - started
+    finally:
+        chain.close(remove=True)
+
+
+def run(state: State, size: Size, folder: Path, memory: Path, rounds: int) -> tuple[Samples, dict[str, Any]]:
+    """Restores and replicates what a dead process has left.
+
+    Args:
+        state: A live state.
+        size: Its model's.
+        folder: Where to save to disk.
+        memory: This host's memory.
+        rounds: How often each thing is measured.
+
+    Returns:
+        The samples, and how many bytes were copied.
+
+    """
+    url = folder / "dead"
+    with other_process(_save_and_die, size, url) as expected:
+        pass
+    (left,) = left_in_memory(Directory(url))
+    samples: Samples = {}
+    with other_process(serve, left.parent) as address:
+        restores = Restores(state, url, left, address)
+        restores.verify(expected)
+        for _ in range(rounds):
+            restores.measure(samples)
+    source = left / rank_folder(0)
+    size_of_all = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    there = memory / "there"
+    there.mkdir(mode=0o700)
+    with other_process(serve, there) as server, other_process(sink, size_of_all) as address:
+        plain = PlainCopy(address, size_of_all)
+        for counts in [False] + [True] * rounds:
+            took = {"replication_s": _replicate(source, folder / "book", server), "socket_s": plain.measure()}
+            for key, seconds in took.items() if counts else ():
+                samples.setdefault(key, []).append(seconds)
+        plain.close()
+    return samples, {"replicated_bytes": size_of_all, "replicated_files": len(list(source.glob("*.safetensors")))}

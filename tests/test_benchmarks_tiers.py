@@ -1,0 +1,79 @@
+"""The benchmark of memory as a tier measures what is promised and leaves nothing behind (small: no figure counts)."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROMISED = [
+    *(f"{tier}_{what}_s" for tier in ("memory", "disk") for what in ("stall", "lazy_stall", "written")),
+    *("memory_stall_over_disk", "floor_s", "own_s", "neighbour_s", "disk_warm_s", "disk_cold_s", "copy_s"),
+    *("own_over_disk_cold", "own_over_disk_warm", "replication_bytes_per_s", "socket_bytes_per_s"),
+    *("replication_over_socket", "step_replicated_over_not", "state_bytes"),
+    *("step_replicated_over_not_from", "step_replicated_over_not_to"),
+]
+
+
+def started(tmp_path: Path, memory: Path) -> "subprocess.Popen[str]":
+    memory.mkdir(exist_ok=True)
+    options = ["--quick", "--rounds", "1", "--json", str(tmp_path / "figures.json"), "--dir", str(tmp_path)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.tiers", *options],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "LIGHTNING_SCAR_MEMORY": str(memory)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.timeout(400)
+def test_it_measures_what_is_promised(tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    run = started(tmp_path, memory)
+    _, said = run.communicate(timeout=380)
+    assert run.returncode == 0, said
+    figures: dict[str, Any] = json.loads((tmp_path / "figures.json").read_text())
+    for key in PROMISED:
+        assert math.isfinite(figures[key]), key
+    assert "Warning" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "memory"]
+    assert not list(memory.iterdir())
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_leaves_nothing_behind_when_it_is_stopped(number: int, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    run = started(tmp_path, memory)
+    while not list(memory.glob(".benchmark-*/*/*/*/rank-0000/*")):
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.05)
+    run.send_signal(number)
+    run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["memory"]
+    assert not list(memory.iterdir())
+
+
+def test_it_says_what_is_missing(tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.write_text("a file")
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tiers", "--quick", "--dir", str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "LIGHTNING_SCAR_MEMORY": str(memory)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "set LIGHTNING_SCAR_MEMORY to one in memory" in run.stderr
