@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,13 @@ def test_it_leaves_nothing_behind_when_it_is_stopped(number: int, tmp_path: Path
     while not list(memory.glob(".benchmark-*/*/*/*/rank-0000/*")):
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.05)
-    run.send_signal(number)
-    run.communicate(timeout=120)
-    assert run.returncode != 0
+    # Where no exception can be raised, as in a finalizer, a signal comes to nothing.
+    for _ in range(10):
+        run.send_signal(number)
+        with suppress(subprocess.TimeoutExpired):
+            run.communicate(timeout=12)
+            break
+    assert run.returncode not in (0, None)
     assert [path.name for path in tmp_path.iterdir()] == ["memory"]
     assert not list(memory.iterdir())
 

@@ -326,6 +326,8 @@ class RunningCheckpoint:
             # The next start finds it in memory, by the lease.
             self._late_errors.append(error)
         is_stored = not self._late_errors and not self._claim.is_lost
+        if self.store.follows_nobody:
+            self._claim.forget_previous()
         self.store.leave_memory(is_stored, with_copies=self._neighbours.close(is_stored))
         # Where there is memory, another rank may have left something there, too.
         self._claim.release(for_good=is_stored and self.store.memory is None)

@@ -21,6 +21,8 @@ _RETRY_SECONDS = 5.0
 #: Seconds that the end may take.
 _FAREWELL_SECONDS = 10.0
 _TIMEOUT = 10.0
+#: How often in a row files may be merged away while they are copied.
+_ATTEMPTS = 5
 
 
 class Chain:
@@ -146,14 +148,13 @@ class Chain:
 
     def _update(self, memory: str, copy: "_Copy") -> bool:
         try:
-            copy.follow(self._folder, self._ending)
+            return copy.follow(self._folder, self._ending)
         except ConnectionError:
             raise
         except OSError as error:
             # It is there, but has no room.
             self.trouble = error
             return False
-        return True
 
 
 class _Copy:
@@ -167,19 +168,24 @@ class _Copy:
         except FileNotFoundError:
             self._there = set()
 
-    def follow(self, folder: Path, ending: threading.Event) -> None:
-        here = sorted(folder.glob(f"*{SUFFIX}"), key=_age)
-        if not here and self._there:
-            raise FileNotFoundError(f"{folder} is empty: was it removed? Its copies are kept")
-        try:
-            is_all_there = self._put(here, ending)
-        except NoRoomError:
-            # It lags so far behind that old and new together are too much.
-            self._delete({path.name for path in here}, ending)
-            is_all_there = self._put(here, ending)
-        # What was merged meanwhile comes with the next news, and what it replaces stays until then.
-        if is_all_there:
-            self._delete({path.name for path in here}, ending)
+    def follow(self, folder: Path, ending: threading.Event) -> bool:
+        """Whether everything is there."""
+        for _ in range(_ATTEMPTS):
+            here = sorted(folder.glob(f"*{SUFFIX}"), key=_age)
+            if not here:
+                raise FileNotFoundError(f"{folder} is empty: was it removed? Its copies are kept")
+            needed = {path.name for path in here}
+            try:
+                is_all_there = self._put(here, ending)
+            except NoRoomError:
+                # It lags so far behind that old and new together are too much.
+                self._delete(needed, ending)
+                is_all_there = self._put(here, ending)
+            # What a file that was merged meanwhile replaces stays until what it was merged into is there.
+            if is_all_there:
+                self._delete(needed, ending)
+                return not ending.is_set()
+        return False
 
     def _put(self, here: Sequence[Path], ending: threading.Event) -> bool:
         for path in here:
