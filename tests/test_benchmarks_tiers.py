@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +49,15 @@ def test_it_measures_what_is_promised(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_leaves_nothing_behind_when_it_is_stopped(number: int, tmp_path: Path) -> None:
+def test_it_leaves_nothing_behind_when_it_is_stopped(tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     run = started(tmp_path, memory)
     while not list(memory.glob(".benchmark-*/*/*/*/rank-0000/*")):
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.05)
-    # Where no exception can be raised, as in a finalizer, a signal comes to nothing.
-    for _ in range(10):
-        run.send_signal(number)
-        with suppress(subprocess.TimeoutExpired):
-            run.communicate(timeout=12)
-            break
-    assert run.returncode not in (0, None)
+    run.terminate()
+    run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["memory"]
     assert not list(memory.iterdir())
 
