@@ -52,6 +52,8 @@ class Neighbours:
         self._server: FolderServer | None = None
         self.trouble: OSError | None = None
         self.key = seat.key if seat is not None else self._agree(copies=settings.memory and settings.replicas > 0)
+        # What only a recovery needs has a key of its own.
+        self._server_key = self.key or secrets.token_bytes(32)
         self._book = AddressBook(store.directory, token) if token is not None and self.key is not None else None
         if seat is not None:
             store.local_ranks = self._ranks_here()
@@ -84,18 +86,17 @@ class Neighbours:
         """Serves this host's memory, and has this rank's own copied to the next hosts."""
         assert self._store.memory is not None
         assert self._store.host is not None
-        assert self.key is not None
         rank = self._ranks.rank
         # One rank of a host serves it; who takes the place of one that did, does, too.
         served_before = any(entry.rank == rank and entry.port for entry in book.read(self._ranks.world_size))
         is_server = served_before if is_seated else rank == min(self._store.local_ranks)
-        host, port = self._serve(self.key) if is_server else (self._address, 0)
+        host, port = self._serve() if is_server else (self._address, 0)
         entry = Entry(rank, self._store.host, host, port)
         book.write(entry)
         folder = self._store.memory_folders[0] / self._store.memory.folder
         name = "/".join(folder.parts[-2:])
         copies = self._settings.replicas
-        self._store.chain = Chain(folder, name, entry, book, self.key, self._ranks.world_size, copies)
+        self._store.chain = Chain(folder, name, entry, book, self._server_key, self._ranks.world_size, copies)
 
     def look(self) -> bool:
         """Lets the store read what other hosts have in memory, until :meth:`look_away`. A collective.
@@ -160,20 +161,15 @@ class Neighbours:
         return True
 
     def _offer(self) -> tuple[str, int, bytes, list[str]]:
-        key = self.key or secrets.token_bytes(32)
-        if self.key is None and self._server is not None:
-            # The key of the last offer is not kept.
-            self._server.close()
-            self._server = None
-        return *self._serve(key), key, [folder.name for folder in self._store.memory_folders]
+        return *self._serve(), self._server_key, [folder.name for folder in self._store.memory_folders]
 
-    def _serve(self, key: bytes) -> tuple[str, int]:
+    def _serve(self) -> tuple[str, int]:
         if self._server is None:
             limit = self._settings.memory_limit
             if limit is not None:
                 # It takes the copies for all ranks of its host.
                 limit *= max(1, self._settings.replicas) * len(self._store.local_ranks)
-            self._server = FolderServer(self._store.memory_folders[0].parent, key, self._address, limit)
+            self._server = FolderServer(self._store.memory_folders[0].parent, self._server_key, self._address, limit)
         return self._server.address
 
     def _reach(self) -> None:

@@ -109,13 +109,14 @@ class Chain:
         """Whether there are as many copies as there should be, all of them up to date."""
         done: list[str] = []
         hosts = self._next_hosts()
+        wanted = min(self._replicas, len(hosts))
         for memory, entries in hosts.items():
-            if len(done) < min(self._replicas, len(hosts)) and self._copy_to(memory, entries):
+            if len(done) < wanted and self._copy_to(memory, entries):
                 done.append(memory)
         for memory in set(self._copies) - set(done):
             with suppress(OSError):
                 self._copies.pop(memory).end(remove=len(done) == self._replicas)
-        self._is_short = not hosts or len(done) < min(self._replicas, len(hosts))
+        self._is_short = not hosts or len(done) < wanted
         return not self._is_short
 
     def _next_hosts(self) -> dict[str, list[Entry]]:
