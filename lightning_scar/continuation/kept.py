@@ -63,15 +63,21 @@ def keep(checkpoint: dict[str, Any], training: int, step: int) -> None:
 
 
 def share_kept(training: int) -> None:
-    """Brings the newest kept state to the nodes that do not see it. A collective.
+    """Brings the newest kept state, and :func:`noted_start`, to the nodes that do not see them. A collective.
+
+    A node that took the place of a lost one has neither.
 
     Args:
         training: The number of its training.
 
     """
     own = newest_kept(training)
-    steps: list[int] = [-1] * dist.get_world_size()
-    dist.all_gather_object(steps, -1 if own is None else own.step)
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (-1 if own is None else own.step, noted_start(training)))
+    steps = [step for step, _ in told]
+    starts = [start for _, start in told if start is not None]
+    if starts and noted_start(training) is None:
+        note_start(training, starts[0])
     source = steps.index(max(steps))
     missing = [rank for rank, step in enumerate(steps) if step < steps[source]]
     if dist.get_rank() == source and missing and own is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from lightning_scar.elastic.admission import Admission, heartbeat_key, left_key, loss_key
 from lightning_scar.elastic.journal import Events, Notices
 from lightning_scar.elastic.messages import (
     Exited,
@@ -51,16 +52,6 @@ class Layout:
         return range(node * self.per_node, (node + 1) * self.per_node)
 
 
-def heartbeat_key(node: int) -> str:
-    """Under which a node's agent shows in the store that it lives."""
-    return f"heartbeat/{node}"
-
-
-def left_key(node: int) -> str:
-    """Under which a node's agent says that it needs the store no more."""
-    return f"left/{node}"
-
-
 def port_key(attempt: int) -> str:
     """Under which the store tells the port of the store for the scripts' own groups."""
     return f"master_port/{attempt}"
@@ -73,6 +64,7 @@ class Agent:
         store: The supervisor's.
         address: Its host and port.
         layout: Where this node stands.
+        admission: Its right to run this node's workers.
         command: What a worker runs.
         environment: What every worker's environment has besides the usual.
 
@@ -83,6 +75,7 @@ class Agent:
         store: TCPStore,
         address: tuple[str, int],
         layout: Layout,
+        admission: Admission,
         command: Sequence[str],
         environment: Mapping[str, str],
     ) -> None:
@@ -91,12 +84,18 @@ class Agent:
         self._store = store
         self._address = address
         self._layout = layout
+        self._admission = admission
         self._command = command
         self._environment = environment
         self._events = Events(store)
         self._notices = Notices(store)
         self._workers: dict[int, tuple[Spawn, WorkerProcess]] = {}
         self._beat_at = 0.0
+        self._counts_as_lost = False
+        for notice in self._notices.skip(admission.heard):
+            # The job may have ended meanwhile.
+            if isinstance(notice, Stop | Finish):
+                self._obey(notice)
 
     def step(self) -> None:
         """Does what is to be done by now.
@@ -118,9 +117,12 @@ class Agent:
         """Ends all workers that are left."""
         deadline = time.monotonic() + _LAST_GRACE
         workers = [worker for _, worker in self._workers.values()]
-        for worker in workers:
+        # Of a node that counts as lost they have no say any more: at SIGTERM they would ask the whole job to stop.
+        for worker in workers if not self._counts_as_lost else ():
             worker.send(signal.SIGTERM)
         while None in [worker.poll() for worker in workers] and time.monotonic() < deadline:
+            if self._counts_as_lost:
+                break
             time.sleep(0.02)
         for worker in workers:
             worker.send(signal.SIGKILL)
@@ -128,8 +130,11 @@ class Agent:
     def _beat(self) -> None:
         now = time.monotonic()
         if now - self._beat_at > BEAT_SECONDS:
-            self._store.add(heartbeat_key(self._layout.node), 1)
+            node, agent = self._layout.node, self._admission.agent
+            self._store.add(heartbeat_key(node, agent), 1)
             self._beat_at = now
+            if self._store.check([loss_key(node, agent)]):
+                self.code, self.reason, self._counts_as_lost = 1, "node 0 has given this node up for lost", True
 
     def _obey(self, notice: Notice) -> None:
         if isinstance(notice, Spawn) and notice.slot in self._layout.slots(self._layout.node):

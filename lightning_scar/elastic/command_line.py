@@ -61,6 +61,7 @@ def _job(options: Namespace) -> Job:
         restart_window=options.restart_window,
         hang_timeout=options.hang_timeout or Policy.hang_timeout,
         stop_timeout=options.stop_timeout,
+        node_timeout=options.node_timeout,
     )
     return Job(options.command, layout, policy, host, port, options.rdzv_id, options.hang_timeout)
 
@@ -139,6 +140,13 @@ def _parser() -> ArgumentParser:
         default=default.stop_timeout,
         metavar="SECONDS",
         help="how long workers may take to save and exit when the job is stopped (%(default)s)",
+    )
+    add(
+        "--node-timeout",
+        type=float,
+        default=default.node_timeout,
+        metavar="SECONDS",
+        help="how long a node that is lost may stay away; 0 ends the job at once (%(default)s)",
     )
     add("--standalone", action="store_true", help="accepted for torchrun's sake; one node is the default")
     parser.add_argument("-m", "--module", action="store_true", help="the script is a module, as for python -m")

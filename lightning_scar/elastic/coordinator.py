@@ -12,6 +12,8 @@ The rules, in the order of an outage:
 4. A replacement that is :class:`Ready` is announced (:class:`Joining`). The members leave their generation at a step
    that they agree on; all stand behind the same step then, and the next generation takes the replacement in.
 
+5. A node is lost (:class:`Lost`): all its workers died, and their slots stay empty until it is back (:class:`Back`).
+
 Failures beyond ``max_restarts`` and signals end the job: whoever has something to save is told to (:class:`Stop`).
 """
 
@@ -19,6 +21,8 @@ import signal
 from collections.abc import Callable
 
 from lightning_scar.elastic.messages import (
+    Arrived,
+    Back,
     Began,
     Broken,
     Ended,
@@ -36,14 +40,13 @@ from lightning_scar.elastic.messages import (
     Registered,
     Restart,
     Spawn,
-    Started,
     Stop,
     StopAsked,
     Stranded,
     Waiting,
 )
 from lightning_scar.elastic.restarts import BackOff, Budget, Policy, ending, exhausted, last_words, signal_name
-from lightning_scar.elastic.roster import Phase, Remedy, Worker, furthest, remedy_for
+from lightning_scar.elastic.roster import Phase, Remedy, Worker, absent, furthest, remedy_for
 
 #: Seconds that a worker has at least to notice that its generation is broken, before it counts as hanging.
 _NOTICE_SECONDS = 2.0
@@ -94,7 +97,10 @@ class Coordinator:
             self._stop_asked(event)
         elif isinstance(event, Lost):
             self._lost(event)
-        else:
+        elif isinstance(event, Back):
+            self._say(f"node {event.node} is back")
+            self._due.update(dict.fromkeys(event.slots, now))
+        elif not isinstance(event, Arrived):
             worker = self._living.get(event.slot)
             if worker is not None and worker.spawn == event.spawn:
                 self._hear(worker, event)
@@ -123,7 +129,7 @@ class Coordinator:
         self._finished: set[int] = set()
         #: Slots without which the training goes on, until their replacements have joined.
         self._replaced: set[int] = set()
-        #: When a slot may be filled again.
+        #: When a slot may be filled again; never, as long as its node is gone.
         self._due: dict[int, float] = {}
         #: Whether workers were told to exit, to be started again: they form no group any more, not even to stop.
         self._is_disbanded = False
@@ -167,7 +173,7 @@ class Coordinator:
                 self._give_up(event.reason)
             case Exited():
                 self._hear_exit(worker, event)
-            case GaveUp() | Started() | StopAsked() | Lost():
+            case _:
                 pass
 
     def _hear_ready(self, worker: Worker) -> None:
@@ -369,11 +375,19 @@ class Coordinator:
 
     def _lost(self, event: Lost) -> None:
         gone = [self._living.pop(slot) for slot in event.slots if slot in self._living]
-        reason = f"node {event.node} is gone"
+        self._due.update(dict.fromkeys(event.slots, float("inf")))
+        reason = f"node {event.node} {event.how}"
         if any(worker.is_member for worker in gone):
+            self._deaths.append(reason)
             self._break(reason)
-        if self._phase in (Phase.RUNNING, Phase.RESTARTING) and not self._finished >= set(event.slots):
-            self._give_up(reason, "Nobody else can fill its slots. Start the job again when the node is back.")
+        if self._phase not in (Phase.RUNNING, Phase.RESTARTING) or self._finished >= set(event.slots):
+            return
+        if event.for_good:
+            self._give_up(reason, "Nobody else can fill its slots. Start the job again when the node is back.\n")
+        elif self._is_within_budget(is_new=bool(gone) and not any(worker.is_member for worker in gone)):
+            self._say(f"{reason}; {absent(event.node, remedy_for(self._members()), self._policy)}")
+        else:
+            self._give_up(reason, exhausted(self._policy))
 
     def _give_up(self, failure: str, words: str = "") -> None:
         if self._members():

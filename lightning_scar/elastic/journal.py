@@ -7,7 +7,7 @@ from typing import get_args
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from lightning_scar.elastic.messages import Event, Formed, Generation, Joining, Lost, Notice
+from lightning_scar.elastic.messages import Event, Formed, Generation, Joining, Notice
 
 _KINDS = {kind.__name__: kind for kind in (*get_args(Event), *get_args(Notice))}
 
@@ -24,7 +24,7 @@ def _decode(text: str | bytes) -> Event | Notice:
         generation["spawns"] = {int(slot): spawn for slot, spawn in generation["spawns"].items()}
         generation["joiners"] = tuple(generation["joiners"])
         return Formed(Generation(**generation))
-    if kind in (Joining, Lost):
+    if kind is Joining:
         fields["slots"] = tuple(fields["slots"])
     message: Event | Notice = kind(**fields)
     return message
@@ -90,10 +90,21 @@ class Notices:
         self._length = 0
         self._read = 0
 
+    @property
+    def length(self) -> int:
+        """How many this writer has appended."""
+        return self._length
+
     def append(self, notice: Notice) -> None:
         """Appends a notice."""
         self._store.set(f"notice/{self._length}", _encode(notice))
         self._length += 1
+
+    def skip(self, count: int) -> list[Notice]:
+        """The first so many notices, which do not come again."""
+        skipped = [_decode(self._store.get(f"notice/{i}")) for i in range(count)]
+        self._read = count
+        return skipped  # type: ignore[return-value]
 
     def news(self) -> Iterator[Notice]:
         """The notices since the last call."""

@@ -163,8 +163,43 @@ class StopAsked:
 
 
 @dataclass(frozen=True)
+class Arrived:
+    """An agent waits to be admitted. For :class:`~lightning_scar.elastic.nodes.Nodes`, not for the coordinator.
+
+    Args:
+        node: The number of its node.
+        agent: Which of the agents that the node ever had; 1 for the first.
+
+    """
+
+    node: int
+    agent: int
+
+
+# -- events: of nodes, which are in no log ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Lost:
-    """Nothing has been heard of a node's agent for so long that the node counts as gone, and its workers with it.
+    """A node's agent is gone, and its workers with it.
+
+    Args:
+        node: Its number.
+        slots: Its slots.
+        how: What became of it, for people, e.g. ``"was lost"``.
+        for_good: Whether nobody waits for another one any more.
+
+    """
+
+    node: int
+    slots: tuple[int, ...]
+    how: str = "was lost"
+    for_good: bool = False
+
+
+@dataclass(frozen=True)
+class Back:
+    """A node that was lost has another agent.
 
     Args:
         node: Its number.
@@ -177,7 +212,19 @@ class Lost:
 
 
 Event: TypeAlias = (
-    Registered | Began | Waiting | Stranded | Ready | Ended | GaveUp | Started | Exited | StopAsked | Lost
+    Registered
+    | Began
+    | Waiting
+    | Stranded
+    | Ready
+    | Ended
+    | GaveUp
+    | Started
+    | Exited
+    | StopAsked
+    | Arrived
+    | Lost
+    | Back
 )
 
 

@@ -21,6 +21,7 @@ class Policy:
         hang_timeout: A worker hangs when others have waited for it for longer; seconds.
         stop_timeout: Seconds that workers have to save and exit.
         kill_grace: Seconds between SIGTERM and SIGKILL for a worker that has nothing to save.
+        node_timeout: How long a node that is lost may stay away; seconds.
 
     """
 
@@ -29,6 +30,7 @@ class Policy:
     hang_timeout: float = 1800.0
     stop_timeout: float = 60.0
     kill_grace: float = 5.0
+    node_timeout: float = 600.0
 
 
 class Budget:

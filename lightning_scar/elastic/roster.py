@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from lightning_scar.elastic.messages import Stranded, Waiting
+from lightning_scar.elastic.restarts import Policy
 
 
 @dataclass
@@ -79,6 +80,26 @@ def remedy_for(survivors: Sequence[Worker]) -> Remedy:
     if not survivors or not all(worker.has_state for worker in survivors):
         return Remedy.RESTART
     return Remedy.LATER if any(worker.ended for worker in survivors) else Remedy.REPLACEMENT
+
+
+def absent(node: int, remedy: Remedy, policy: Policy) -> str:
+    """What becomes of a job without a node, and what to do about it.
+
+    Args:
+        node: Which node.
+        remedy: What is to be done about its workers.
+        policy: How long it may stay away.
+
+    """
+    what = {
+        Remedy.REPLACEMENT: "the others go on",
+        Remedy.RESTART: "all workers are started again when it is back",
+        Remedy.LATER: Remedy.LATER.value,
+    }
+    return (
+        f"{what[remedy]}. Start its supervisor again within {policy.node_timeout:g} s, there or on another host, with "
+        f"--node-rank {node}"
+    )
 
 
 def furthest(members: Sequence[Worker]) -> tuple[int, int]:

@@ -13,11 +13,13 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
+from lightning_scar.elastic.admission import Admission, TakenError, arrive
 from lightning_scar.elastic.agent import Agent, Layout
-from lightning_scar.elastic.host import JOIN_SECONDS, Host
+from lightning_scar.elastic.host import Host
 from lightning_scar.elastic.journal import Events
 from lightning_scar.elastic.memory_folder import VARIABLE, MemoryFolder
 from lightning_scar.elastic.messages import StopAsked
+from lightning_scar.elastic.nodes import JOIN_SECONDS
 from lightning_scar.elastic.restarts import Policy, signal_name
 
 _POLL_SECONDS = 0.02
@@ -70,8 +72,9 @@ def supervise(job: Job) -> int:
         address = (job.host, store.port)
         folder = stack.enter_context(closing(MemoryFolder()))
         environment = _environment(job, store, folder)
-        host = Host(store, job.layout, job.policy, say) if job.layout.node == 0 else None
-        agent = stack.enter_context(closing(Agent(store, address, job.layout, job.command, environment)))
+        host = stack.enter_context(closing(Host(store, job.layout, job.policy, say))) if job.layout.node == 0 else None
+        admission = Admission() if host is not None else stack.enter_context(closing(_arrive(job, store)))
+        agent = stack.enter_context(closing(Agent(store, address, job.layout, admission, job.command, environment)))
         try:
             return _run(agent, host, Events(store), signals, job.layout.node)
         except DistError as error:
@@ -139,6 +142,8 @@ def _serve(job: Job) -> TCPStore:
             ) from None
         raise LaunchError(f"cannot listen on port {job.port} of {job.host}: {error}") from None
     about = {"run_id": job.run_id or uuid.uuid4().hex, "nodes": job.layout.nodes, "per_node": job.layout.per_node}
+    # Before the job is told of: others may have something to say as soon as they know it.
+    Events.create(store)
     store.set("job", json.dumps(about))
     return store
 
@@ -155,9 +160,17 @@ def _join(job: Job, signals: list[int]) -> TCPStore:
         if about[name] != mine:
             option = "--nnodes" if name == "nodes" else "--nproc-per-node"
             raise LaunchError(f"{option} is {mine} on this node and {about[name]} on node 0; give the same on all")
-    if store.add(f"joined/{job.layout.node}", 1) > 1:
-        raise LaunchError(f"another node has --node-rank {job.layout.node} already; give each node its own")
     return store
+
+
+def _arrive(job: Job, store: TCPStore) -> Admission:
+    node = job.layout.node
+    try:
+        return arrive(store, job.host, node)
+    except TakenError:
+        raise LaunchError(f"another node has --node-rank {node} already, and is there; give each its own") from None
+    except DistError as error:
+        raise LaunchError(f"the supervisor on node 0 has ended ({error})") from None
 
 
 def _wait_for_node_0(job: Job, signals: list[int]) -> None:

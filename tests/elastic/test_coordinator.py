@@ -8,6 +8,7 @@ import pytest
 from lightning_scar.elastic.coordinator import Coordinator
 from lightning_scar.elastic.messages import (
     RESTART_EXIT_CODE,
+    Back,
     Began,
     Broken,
     Ended,
@@ -475,11 +476,83 @@ def test_a_worker_may_say_that_the_job_cannot_go_on(job: Job) -> None:
     assert "no batch is left" in job.said[-1]
 
 
-def test_a_lost_node_ends_the_job(job: Job) -> None:
-    assert job.tell(Lost(1, (2,))) == [Broken(0, "node 1 is gone"), Stop("node 1 is gone")]
+# -- nodes ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_others_go_on_without_a_lost_node_until_it_is_back(job: Job) -> None:
+    assert job.tell(Lost(1, (1, 2))) == [Broken(0, "node 1 was lost")]
+    assert job.said == [
+        "node 1 was lost; the others go on. Start its supervisor again within 600 s, there or on another host, with "
+        "--node-rank 1"
+    ]
+    assert job.waits(0, step=7) == [Formed(Generation(1, {0: 0}, source=0, step=7, deaths="node 1 was lost"))]
+    assert job.later(100) == []
+    assert job.tell(Back(1, (1, 2))) == [Spawn(1, 3, generation=-1, attempt=0), Spawn(2, 4, generation=-1, attempt=0)]
+    assert job.said[1:] == ["node 1 is back"]
+    assert job.is_ready(1) + job.is_ready(2) == [Joining(1, (1,)), Joining(1, (1, 2))]
+    assert job.waits(0, step=40, boundary=True)[0] == Formed(
+        Generation(2, {0: 0, 1: 3, 2: 4}, source=0, step=40, joiners=(1, 2))
+    )
+
+
+def test_a_start_of_all_workers_waits_for_a_lost_node(job: Job) -> None:
+    job.tell(Lost(1, (2,)))
+    job.strands(0, 7)
+    assert job.strands(1, 7)[0] == Restart(0, 0, "node 1 was lost")
+    assert job.died(0, RESTART_EXIT_CODE) + job.died(1, RESTART_EXIT_CODE) + job.later(100) == []
+    assert [notice.slot for notice in job.tell(Back(1, (2,))) if isinstance(notice, Spawn)] == [0, 1, 2]
+
+
+def test_a_node_lost_before_the_training_began_ends_all_until_it_is_back() -> None:
+    job = Job()
+    assert job.tell(Lost(1, (2,))) == [Broken(0, "node 1 was lost"), Kill(0, 0, 15), Kill(1, 1, 15)]
+    assert "all workers are started again when it is back" in job.said[0]
+    assert job.died(0, -15) + job.died(1, -15) + job.later(100) == []
+    assert [notice.slot for notice in job.tell(Back(1, (2,))) if isinstance(notice, Spawn)] == [0, 1, 2]
+
+
+def test_what_a_lost_node_says_later_counts_no_more(job: Job) -> None:
+    spawn = job.spawns[2]
+    job.tell(Lost(1, (2,)))
+    job.waits(0, step=7)
+    job.waits(1, step=7)
+    job.tell(Back(1, (2,)))
+    assert job.tell(Waiting(2, spawn, 0, 7, False), Ready(2, spawn), Exited(2, spawn, -9)) == []
+    assert job.is_ready(2) == [Joining(1, (2,))]
+
+
+def test_lost_nodes_are_failures_that_count() -> None:
+    job = Job(2, replace(POLICY, max_restarts=1))
+    job.train()
+    job.tell(Lost(1, (1,)))
+    job.waits(0, step=7)
+    job.tell(Back(1, (1,)))
+    assert job.tell(Lost(1, (1,))) == [Stop("node 1 was lost")]
+    assert job.died(0, code=0) == [Broken(1, "rank 0 exited with code 0 in the middle of the training"), Finish(1)]
+    assert "--max-restarts 1" in job.said[-1]
+
+
+def test_a_node_lost_for_good_ends_the_job(job: Job) -> None:
+    job.tell(Lost(1, (2,)))
+    job.waits(0, step=7)
+    job.waits(1, step=7)
+    how = "was lost and has not come back within 600 s"
+    assert job.tell(Lost(1, (2,), how, for_good=True)) == [Stop(f"node 1 {how}")]
     job.died(0, code=0)
     assert job.died(1, code=0) == [Finish(1)]
-    assert "node 1 is gone" in job.said[-1]
+    assert job.said[-1].startswith(f"the job failed: node 1 {how}.\nNobody else can fill its slots.")
+
+
+def test_a_node_lost_for_good_at_once_ends_the_job(job: Job) -> None:
+    lost = Lost(1, (2,), for_good=True)
+    assert job.tell(lost) == [Broken(0, "node 1 was lost"), Stop("node 1 was lost")]
+
+
+def test_a_node_whose_workers_are_done_may_go() -> None:
+    job = Job(2)
+    assert job.died(1, code=0) + job.tell(Lost(1, (1,))) + job.later(10) == []
+    assert job.died(0, code=0) == [Finish(0)]
+    assert job.said == []
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

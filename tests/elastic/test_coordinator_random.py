@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lightning_scar.elastic.coordinator import Coordinator
 from lightning_scar.elastic.messages import (
     RESTART_EXIT_CODE,
+    Back,
     Began,
     Ended,
     Event,
@@ -28,9 +29,27 @@ from lightning_scar.elastic.messages import (
 from lightning_scar.elastic.restarts import Policy
 
 SLOTS = 3
+#: What node 1 runs.
+NODE_1 = (1, 2)
 
 happenings = st.tuples(
-    st.sampled_from(["register", "begin", "wait", "wait", "switch", "strand", "ready", "end", "exit", "exit", "late"]),
+    st.sampled_from(
+        [
+            "register",
+            "begin",
+            "wait",
+            "wait",
+            "switch",
+            "strand",
+            "ready",
+            "end",
+            "exit",
+            "exit",
+            "late",
+            "node",
+            "node",
+        ]
+    ),
     st.integers(0, SLOTS - 1),
     st.sampled_from([0, 1, -9, RESTART_EXIT_CODE]),
     st.integers(-1, 3),
@@ -50,6 +69,7 @@ class World:
         self.last_spawn = -1
         self.is_over = False
         self.is_restarting = False
+        self.node_1_is_there = True
         self.doomed: list[tuple[int, int]] = []
         policy = Policy(max_restarts=20, restart_window=3600, hang_timeout=30, stop_timeout=10, kill_grace=1)
         self.coordinator = Coordinator(SLOTS, policy, lambda _: None)
@@ -65,6 +85,7 @@ class World:
                 self.check_formed(notice)
             elif isinstance(notice, Spawn):
                 assert notice.slot not in self.living
+                assert self.node_1_is_there or notice.slot not in NODE_1
                 assert notice.spawn > self.last_spawn
                 self.last_spawn = self.living[notice.slot] = notice.spawn
             elif isinstance(notice, Kill):
@@ -102,6 +123,8 @@ class World:
         self.check(self.coordinator.tick(self.now))
         if what == "late":
             self.take(Exited(slot, -7, code))
+        if what == "node":
+            self.lose_or_return()
         if slot not in self.living:
             return
         spawn, is_member = self.living[slot], slot in self.living_members()
@@ -123,6 +146,17 @@ class World:
             self.take(Ready(slot, spawn))
         elif what == "exit":
             self.exit(slot, code)
+
+    def lose_or_return(self) -> None:
+        if not self.node_1_is_there:
+            self.node_1_is_there = True
+            self.take(Back(1, NODE_1))
+            return
+        self.node_1_is_there = False
+        for slot in NODE_1:
+            self.living.pop(slot, None)
+            self.left.pop(slot, None)
+        self.take(Lost(1, NODE_1))
 
     def exit(self, slot: int, code: int) -> None:
         spawn = self.living.pop(slot)
@@ -146,7 +180,7 @@ def test_every_job_can_be_ended(sequence: list[tuple[str, int, int, int, float]]
         return
     if not by_signal:
         world.living.clear()
-    world.take(StopAsked(signal.SIGTERM, 0) if by_signal else Lost(1, tuple(range(SLOTS))))
+    world.take(StopAsked(signal.SIGTERM, 0) if by_signal else Lost(1, tuple(range(SLOTS)), for_good=True))
     for _ in range(3):
         world.now += 20
         world.check(world.coordinator.tick(world.now))
@@ -161,6 +195,8 @@ def test_every_job_comes_to_a_good_end_when_failures_cease(sequence: list[tuple[
     world = World()
     for happening in sequence:
         world.happen(*happening)
+    if not (world.node_1_is_there or world.is_over):
+        world.lose_or_return()
     for _ in range(12):
         world.now += 40
         world.check(world.coordinator.tick(world.now))

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import pytest
 from elastic_helpers import assert_gone
-from torch.distributed import HashStore
 
-from lightning_scar.elastic import host, worker_process
-from lightning_scar.elastic.agent import Layout, heartbeat_key
+from lightning_scar.elastic import worker_process
 from lightning_scar.elastic.memory_folder import MemoryFolder
-from lightning_scar.elastic.messages import Lost
 from lightning_scar.elastic.worker_process import WorkerProcess
 
 
@@ -104,14 +101,3 @@ def test_folders_of_owners_that_are_gone_are_removed(tmp_path: Path) -> None:
     fresh.close()
     held.close()
     assert os.listdir(tmp_path) == ["somebody-else"]
-
-
-def test_a_node_that_falls_silent_is_lost_once() -> None:
-    store = HashStore()
-    watch = host._Watch(store, Layout(node=0, nodes=3, per_node=2))
-    now = time.monotonic()
-    store.add(heartbeat_key(1), 1)
-    assert watch.lost(now + 2) == []
-    assert watch.lost(now + 40) == [Lost(1, (2, 3))]
-    assert watch.lost(now + 80) == []
-    assert watch.lost(now + 700) == [Lost(2, (4, 5))]
