@@ -7,7 +7,7 @@ when they are read; the header's decides whether the file counts at all.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -273,21 +273,23 @@ def _blocks(table: list[Any], header: dict[str, Any], data_start: int) -> Iterat
         yield StoredBlock(key, Version(incarnation, sequence, step), place, checksums, header, data_start)
 
 
-def read_block(source: Source, block: StoredBlock, into: Mapping[str, memoryview]) -> None:
-    """Reads one block into ready memory and verifies its checksums.
+def read_blocks(source: Source, blocks: Iterable[tuple[StoredBlock, Mapping[str, memoryview]]]) -> None:
+    """Reads blocks into ready memory and verifies their checksums.
 
     Args:
         source: The open delta.
-        block: Which block.
-        into: Writable bytes for each of its slots.
+        blocks: Which blocks, and writable bytes for each of their slots.
 
     Raises:
-        DamagedError: If an entry cannot be read, or the block has other slots.
+        DamagedError: If an entry cannot be read, or a block has other slots.
 
     """
-    if block.slots.keys() != into.keys():
-        raise DamagedError("its slots are not those of the block map")
-    read_entries(source, [(entry, into[slot]) for slot, entry in block.slots.items()])
+    entries: list[tuple[Entry, memoryview]] = []
+    for block, into in blocks:
+        if block.slots.keys() != into.keys():
+            raise DamagedError("its slots are not those of the block map")
+        entries += [(entry, into[slot]) for slot, entry in block.slots.items()]
+    read_entries(source, entries)
 
 
 def read_entries(source: Source, entries: Sequence[tuple[Entry, memoryview]]) -> None:

@@ -82,8 +82,8 @@ class FolderClient(AbstractContextManager["FolderClient"]):
             self._channel.receive_into(memoryview(data))
         return bytes(data)
 
-    def read_into(self, name: str, start: int, into: memoryview) -> int:
-        """Fills a memory with the bytes of a file from an offset on.
+    def read_into(self, name: str, start: int, *into: memoryview) -> int:
+        """Fills memories, one after the other, with the bytes of a file from an offset on.
 
         Returns:
             How many there were; fewer than asked for only where the file ends.
@@ -92,9 +92,10 @@ class FolderClient(AbstractContextManager["FolderClient"]):
             FileNotFoundError: If there is no such file.
 
         """
-        count: int = self._ask("read", name, start=start, stop=start + len(into))["size"]
+        wanted = sum(map(len, into))
+        count: int = self._ask("read", name, start=start, stop=start + wanted)["size"]
         with self._conversation():
-            self._channel.receive_into(into[:count])
+            self._channel.receive_into(*_first(into, count))
         return count
 
     def put(self, name: str, path: Path) -> None:
@@ -150,6 +151,13 @@ class FolderClient(AbstractContextManager["FolderClient"]):
         if "errno" in answer:
             kind = NoRoomError if answer["errno"] == errno.ENOSPC else OSError
             raise kind(answer["errno"], answer["reason"], f"{self._address}/{name}")
+
+
+def _first(memories: Sequence[memoryview], count: int) -> Iterator[memoryview]:
+    """The first so many bytes of memories."""
+    for memory in memories:
+        yield memory[:count]
+        count = max(0, count - len(memory))
 
 
 def connect(host: str, port: int, key: bytes, timeout: float) -> Channel:

@@ -7,7 +7,7 @@ Nothing that arrives is ever unpickled.
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any, NamedTuple
@@ -38,6 +38,21 @@ class FileInfo(NamedTuple):
     name: str
     size: int
     is_folder: bool
+
+
+def beyond(memories: Iterable[memoryview], count: int) -> Iterator[memoryview]:
+    """What of memories lies behind their first so many bytes.
+
+    Example::
+
+        >>> [bytes(memory) for memory in beyond([memoryview(b"12"), memoryview(b"345")], 3)]
+        [b'45']
+
+    """
+    for memory in memories:
+        if len(memory) > count:
+            yield memory[count:]
+        count = max(0, count - len(memory))
 
 
 @contextmanager
@@ -154,18 +169,19 @@ class Channel(AbstractContextManager["Channel"]):
             start += count
 
     @_as_connection_errors()
-    def receive_into(self, into: memoryview) -> None:
-        """Fills a memory with what arrives.
+    def receive_into(self, *memories: memoryview) -> None:
+        """Fills memories, one after the other, with what arrives.
 
         Raises:
             ConnectionError: If the other end is gone.
 
         """
-        while into:
-            count = self._socket.recv_into(into, 0, socket.MSG_WAITALL)
+        left = [memory for memory in memories if memory]
+        while left:
+            count = self._socket.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
             if not count:
                 raise EOFError
-            into = into[count:]
+            left = list(beyond(left, count))
 
     def receive_file(self, descriptor: int, size: int) -> None:
         """Writes what arrives to a file, from its position on.

@@ -3,7 +3,7 @@
 import errno
 import io
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -137,7 +137,7 @@ class NeighbourFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **_: Any) -> io.BufferedReader:
         if mode != "rb":
             raise OSError(errno.EROFS, "a neighbour's folder is read-only, put files by a FolderClient", path)
-        return io.BufferedReader(_NeighbourFile(self, path), block_size or _READAHEAD)
+        return _Buffered(_NeighbourFile(self, path), block_size or _READAHEAD)
 
 
 class _NeighbourFile(io.RawIOBase):
@@ -171,10 +171,13 @@ class _NeighbourFile(io.RawIOBase):
         wanted = memoryview(into).cast("B")[: max(0, self._size - self._position)]
         if not wanted:
             return 0
-        with self._files.client() as client:
-            count = client.read_into(self._name, self._position, wanted)
+        count = self.preadv([wanted], self._position)
         self._position += count
         return count
+
+    def preadv(self, into: Sequence[memoryview], offset: int) -> int:
+        with self._files.client() as client:
+            return client.read_into(self._name, offset, *into)
 
     @override
     def readall(self) -> bytes:
@@ -182,6 +185,14 @@ class _NeighbourFile(io.RawIOBase):
             data = client.read(self._name, self._position)
         self._position += len(data)
         return data
+
+
+class _Buffered(io.BufferedReader):
+    """Adds to a buffered file what leaves the buffer aside."""
+
+    def __init__(self, raw: _NeighbourFile, buffer_size: int) -> None:
+        super().__init__(raw, buffer_size)
+        self.preadv = raw.preadv
 
 
 def _close(clients: list[FolderClient]) -> None:

@@ -2,15 +2,15 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import pairwise
+from functools import partial
 from typing import IO
 
 #: Spans no further apart than this are fetched as one.
 _GAP = 64 * 1024
-#: More pieces than this are not read in one call; systems allow 16 or more.
-_MANY = 16
+#: More pieces than this are not read in one call, as most systems have it.
+_MANY = min(1024, os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 16)
 
 
 class Source(AbstractContextManager["Source"]):
@@ -24,6 +24,10 @@ class Source(AbstractContextManager["Source"]):
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._is_local = isinstance(file, io.FileIO) and hasattr(os, "preadv")
+        #: As ``os.preadv`` without its first argument, where the file system has it.
+        self._preadv: Callable[[Sequence[memoryview], int], int] | None = getattr(file, "preadv", None)
+        if self._is_local:
+            self._preadv = partial(os.preadv, file.fileno())
 
     def expect(self, spans: Iterable[tuple[int, int]]) -> None:
         """Says what will be read, in order of its place: a local file is fetched ahead from there, and nowhere else.
@@ -36,21 +40,20 @@ class Source(AbstractContextManager["Source"]):
 
     def fill(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
         """Fills memories, each with the bytes from its offset on; ``False`` where the file ends too early."""
-        if self._is_local and 0 < len(pieces) <= _MANY and _are_neighbours(pieces):
-            # In one call, since each one gives the interpreter to another thread and has to win it back.
-            count = os.preadv(self._file.fileno(), [into for _, into in pieces], pieces[0][0])
-            if count == sum(len(into) for _, into in pieces):
-                return True
-        if not self._is_local and len(pieces) > 1 and _are_neighbours(pieces):
-            return self._fill_together(pieces)
-        return all(self._fill(start, into) for start, into in pieces)
+        return all(self._fill_together(stretch) for stretch in _stretches(pieces))
 
     def _fill_together(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
-        """In one request, where each costs a round trip."""
-        together = memoryview(bytearray(sum(len(into) for _, into in pieces)))
-        if not self._fill(pieces[0][0], together):
+        """In one call: each is a round trip, or gives the interpreter to another thread and has to win it back."""
+        if len(pieces) == 1:
+            return self._fill(*pieces[0])
+        start, memories = pieces[0][0], [into for _, into in pieces]
+        if self._preadv is not None:
+            is_all = self._preadv(memories, start) == sum(map(len, memories))
+            return is_all or all(self._fill(start, into) for start, into in pieces)
+        together = memoryview(bytearray(sum(map(len, memories))))
+        if not self._fill(start, together):
             return False
-        for _, into in pieces:
+        for into in memories:
             into[:], together = together[: len(into)], together[len(into) :]
         return True
 
@@ -68,8 +71,13 @@ class Source(AbstractContextManager["Source"]):
         self._file.close()
 
 
-def _are_neighbours(pieces: Sequence[tuple[int, memoryview]]) -> bool:
-    return all(start + len(into) == following for (start, into), (following, _) in pairwise(pieces))
+def _stretches(pieces: Sequence[tuple[int, memoryview]]) -> Iterator[Sequence[tuple[int, memoryview]]]:
+    """Pieces that follow each other in the file, as many as one call takes."""
+    first = 0
+    for i, (start, into) in enumerate(pieces, start=1):
+        if i == len(pieces) or i - first == _MANY or pieces[i][0] != start + len(into):
+            yield pieces[first:i]
+            first = i
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """The delta store: what the deltas of a directory add up to, read by anyone at any time."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,14 +9,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.compaction import WITH_OLDER, Retention
-from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta, read_block, read_delta
+from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta, read_blocks, read_delta
 from lightning_scar.storage.directory import Directory, Tier
 from lightning_scar.storage.index import Index, Located, newest_lineage
+from lightning_scar.storage.source import Source
 
 _RANK_FOLDER = "rank-"
 _READERS = max(2, min(8, os.cpu_count() or 2))
 #: Blocks that are not worth a reader of their own.
 _SMALLEST_BATCH = 64
+#: Bytes that are read before they are checked: many blocks in one request, and still in the processor's cache.
+_AT_ONCE = 1 << 21
 #: How often a reader lists again when files vanish under it; each time means that a whole compaction came between.
 _ATTEMPTS = 20
 
@@ -180,20 +183,10 @@ class DeltaStore:
             return [damage for batch in batches for damage in batch.result()]
 
     def _read_batch(self, batch: list[Reading]) -> list[tuple[Reading, Damage]]:
-        damages = []
         delta = batch[0].located.delta
         with delta.directory.source(delta.name) as source:
             source.expect(reading.located.block.extent for reading in batch)
-            for reading in batch:
-                block = reading.located.block
-                try:
-                    read_block(source, block, reading.into())
-                except FileNotFoundError:
-                    raise
-                except (DamagedError, OSError) as error:
-                    damage = Damage(delta.file, str(error), block.key, block.version.step)
-                    damages.append((reading, damage))
-        return damages
+            return [damage for stretch in _stretches(batch) for damage in _read_stretch(source, stretch)]
 
     def verify(self) -> list[Damage]:
         """Reads everything that counts and checks it.
@@ -212,6 +205,33 @@ class DeltaStore:
             return self.damaged + found
 
         return retry_vanished(check)
+
+
+def _stretches(batch: Iterable[Reading]) -> Iterator[list[Reading]]:
+    """Cuts a list into stretches that are read before they are checked."""
+    stretch: list[Reading] = []
+    nbytes = 0
+    for reading in batch:
+        if stretch and nbytes + reading.located.block.nbytes > _AT_ONCE:
+            yield stretch
+            stretch, nbytes = [], 0
+        stretch.append(reading)
+        nbytes += reading.located.block.nbytes
+    yield stretch
+
+
+def _read_stretch(source: Source, stretch: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
+    """Reads blocks of one file together, and one by one if something is wrong with any of them."""
+    try:
+        read_blocks(source, [(reading.located.block, reading.into()) for reading in stretch])
+    except FileNotFoundError:
+        raise
+    except (DamagedError, OSError) as error:
+        if len(stretch) > 1:
+            return [damage for reading in stretch for damage in _read_stretch(source, [reading])]
+        delta, block = stretch[0].located
+        return [(stretch[0], Damage(delta.file, str(error), block.key, block.version.step))]
+    return []
 
 
 def _shared_out(items: list[T]) -> list[list[T]]:

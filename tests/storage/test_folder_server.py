@@ -121,6 +121,9 @@ def test_memory_is_filled_as_far_as_the_file_goes(client: FolderClient, there: P
     assert client.read_into("a", 10, memoryview(into)) == 0
     assert client.read_into("a", 0, memoryview(into)) == 4
     assert into == data[:4]
+    several = [bytearray(size) for size in (3, 0, 1, 4, 4)]
+    assert client.read_into("a", 1, *map(memoryview, several)) == 9
+    assert [bytes(m) for m in several] == [data[1:4], b"", data[4:5], data[5:9], data[9:10] + bytes(3)]
 
 
 def test_a_put_replaces_and_a_delete_removes(client: FolderClient, here: Path, there: Path) -> None:

@@ -109,18 +109,24 @@ def test_an_open_file_is_read_from_any_place(files: NeighbourFileSystem, tmp_pat
         assert list(lines) == ["two\n", "lines"]
 
 
-def test_a_whole_block_is_fetched_in_one_request_and_no_byte_besides(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a").write_bytes(bytes(10_000_000))
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes each request asks for."""
     asked: list[int] = []
     read_into = FolderClient.read_into
 
-    def noted(client: FolderClient, name: str, start: int, into: memoryview) -> int:
-        asked.append(len(into))
-        return read_into(client, name, start, into)
+    def noted(client: FolderClient, name: str, start: int, *into: memoryview) -> int:
+        asked.append(sum(map(len, into)))
+        return read_into(client, name, start, *into)
 
     monkeypatch.setattr(FolderClient, "read_into", noted)
+    return asked
+
+
+def test_a_whole_block_is_fetched_in_one_request_and_no_byte_besides(
+    url: str, tmp_path: Path, asked: list[int]
+) -> None:
+    (tmp_path / "a").write_bytes(bytes(10_000_000))
     with Directory(url, OPTIONS).source("a") as source:
         for start in (5_000_000, 400_000, 0):
             assert source.fill([(start, memoryview(bytearray(400_000)))])
@@ -217,6 +223,20 @@ def test_a_delta_store_there_holds_what_the_one_here_does(store: RankStore, url:
     for key in ("b0", "b299", "large"):
         for at in there.index.versions(key):
             assert read(there, at) == content(key, at.block.version, at.block.nbytes)
+
+
+def test_blocks_that_lie_together_are_fetched_together_and_no_byte_besides(
+    store: RankStore, url: str, asked: list[int]
+) -> None:
+    there = DeltaStore(url, OPTIONS)
+    there.refresh()
+    located = [there.index.versions(f"b{i}")[0] for i in range(300)]
+    memories = [at.block.new_memory() for at in located]
+    asked.clear()
+    assert there.read([Reading(at, lambda m=m: m) for at, m in zip(located, memories, strict=True)]) == []
+    assert [bytes(m["param"]) for m in memories] == [content(at.block.key, at.block.version, 20_000) for at in located]
+    assert sum(asked) == 300 * 20_000
+    assert len(asked) < 300 / 20
 
 
 def test_damage_there_is_found(store: RankStore, url: str, tmp_path: Path) -> None:

@@ -1,32 +1,45 @@
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.folder_server import FolderServer
+from lightning_scar.storage.neighbour import PROTOCOL
 from lightning_scar.storage.source import Source
 
-DATA = bytes(range(200))
+KEY = b"a secret of this test"
+DATA = bytes(i % 251 for i in range(2000))
 
 
-@pytest.fixture(params=["file", "memory"])
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
-    folder = Directory(str(tmp_path) if request.param == "file" else f"memory://source-{tmp_path.name}")
-    folder.create()
-    folder.write("a", [DATA])
-    return folder.source("a")
+@pytest.fixture(params=["file", "memory", "neighbour"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Source]:
+    (tmp_path / "a").write_bytes(DATA)
+    with closing(FolderServer(tmp_path, KEY)) as server:
+        urls = {
+            "file": str(tmp_path),
+            "memory": f"memory://source-{tmp_path.name}",
+            "neighbour": f"{PROTOCOL}://{server.address[0]}:{server.address[1]}/",
+        }
+        folder = Directory(urls[request.param], {"key": KEY} if request.param == "neighbour" else None)
+        if request.param == "memory":
+            folder.write("a", [DATA])
+        yield folder.source("a")
 
 
 @pytest.mark.parametrize(
     "spans",
     [
-        [(0, 200)],
+        [(0, 2000)],
         [(10, 20), (20, 21), (21, 90)],
+        [(10, 20), (20, 30), (40, 50), (50, 60), (60, 60), (60, 70)],
         [(50, 60), (0, 10)],
         [(3, 3), (3, 7), (9, 9)],
-        [(i, i + 1) for i in range(100)],
+        [(i, i + 1) for i in range(1500)],
         [],
     ],
-    ids=["all", "neighbours", "in any order", "empty ones", "more than one call takes", "none"],
+    ids=["all", "neighbours", "stretches", "in any order", "empty ones", "more than one call takes", "none"],
 )
 def test_memories_are_filled_from_their_offsets(source: Source, spans: list[tuple[int, int]]) -> None:
     into = [bytearray(stop - start) for start, stop in spans]
@@ -36,7 +49,9 @@ def test_memories_are_filled_from_their_offsets(source: Source, spans: list[tupl
     assert into == [DATA[start:stop] for start, stop in spans]
 
 
-@pytest.mark.parametrize("spans", [[(150, 250)], [(150, 180), (180, 201)], [(300, 301)], [(0, 1), (250, 251)]])
+@pytest.mark.parametrize(
+    "spans", [[(1950, 2050)], [(1950, 1980), (1980, 2001)], [(3000, 3001)], [(0, 1), (2050, 2051)]]
+)
 def test_a_file_that_ends_too_early_is_noticed(source: Source, spans: list[tuple[int, int]]) -> None:
     with source:
         assert not source.fill([(start, memoryview(bytearray(stop - start))) for start, stop in spans])
