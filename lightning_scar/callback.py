@@ -185,15 +185,17 @@ class SCARCheckpoint(Checkpoint):
             self._running.fence()
 
     def save_all(self, trainer: pl.Trainer) -> None:
-        """Saves all blocks of this rank and waits until they are written."""
+        """Saves all blocks of this rank, for the next start of this job to go on from."""
         if self._running is not None:
             self._begin(trainer, full=True)
-            self._close(trainer)
+            self._running.suspend()
 
     def optimizer_states(self) -> list[Any]:
         """The states of all optimizers, from the running checkpoint. A collective."""
         assert self._io is not None
+        assert self._running is not None
         states: list[Any] = self._io.load_checkpoint(self.dirpath)["optimizer_states"]
+        rank_zero_info(f"Optimizer states from the running checkpoint {self.dirpath}: {self._running.recovery}")
         return states
 
     def _open(self, trainer: pl.Trainer, seat: Seat | None = None) -> None:

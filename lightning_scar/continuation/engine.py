@@ -98,7 +98,7 @@ class Continuation:
             self.outages.rejoined(steps)
             set_random_state(take_random(self._member.slot) or kept["random"])
         if self._training.is_first:
-            self._member.begin()
+            self._member.begin(self._training.can_take_in)
 
     def end(self) -> None:
         """The training is over."""

@@ -300,6 +300,11 @@ class RunningCheckpoint:
             self._give_back()
         self._settle_failures()
 
+    def suspend(self) -> None:
+        """Finishes what is under way, and leaves all else as a process that dies does: another start follows."""
+        self.flush()
+        self._settle_failures()
+
     # -- its parts -----------------------------------------------------------------------------------------------
 
     def _take_apart(

@@ -1,6 +1,7 @@
 """How an agent comes to run its node's workers, and what it and node 0 tell each other of their lives."""
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -68,13 +69,14 @@ def line_name(node: int, agent: int) -> str:
     return f"{node}.{agent}"
 
 
-def arrive(store: Store, host: str, node: int) -> Admission:
+def arrive(store: Store, host: str, node: int, on_end: Callable[[], None] = lambda: None) -> Admission:
     """Waits to be admitted as the agent of a node: at once if it has none, else when that turns out to be gone.
 
     Args:
         store: The supervisor's, on node 0.
         host: The address of node 0.
         node: Which node.
+        on_end: Called in another thread when node 0 is gone, where there is a line to it.
 
     Raises:
         TakenError: If the node's agent lives.
@@ -85,7 +87,7 @@ def arrive(store: Store, host: str, node: int) -> Admission:
     line = None
     # Where a firewall is in the way, silence has to tell.
     with suppress(OSError):
-        line = Line(host, port, line_name(node, agent))
+        line = Line(host, port, line_name(node, agent), on_end)
     admission = Admission(agent, 0, line)
     Events(store).append(Arrived(node, agent))
     deadline = time.monotonic() + SILENCE_SECONDS + _GRACE_SECONDS

@@ -162,7 +162,7 @@ class Coordinator:
             case Registered():
                 worker.registered = True
             case Began():
-                worker.began, worker.ended = True, False
+                worker.began, worker.ended, worker.can_take_in = True, False, event.can_take_in
             case Ended():
                 worker.ended = True
             case Ready():
@@ -318,7 +318,8 @@ class Coordinator:
         if not self._is_within_budget(is_new=False):
             self._give_up(f"rank {stranded} lost the connection", exhausted(self._policy))
             return
-        self._say(f"the group cannot be put together again where it failed; {Remedy.RESTART.value}")
+        if all(worker.can_take_in for worker in members):
+            self._say(f"the group cannot be put together again where it failed; {Remedy.RESTART.value}")
         keeper, _ = furthest([worker for worker in members if worker.began and worker.steps >= 0])
         self._post(Restart(self._generation.number, keeper, ", ".join(self._deaths)))
         self._leave(Phase.RESTARTING, self._policy.stop_timeout, spare_state=True)

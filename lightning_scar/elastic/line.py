@@ -1,11 +1,14 @@
-"""A connection that an agent keeps open to node 0 as long as it lives, so that its death is noticed at once.
+"""A connection that an agent keeps open to node 0 as long as it lives, so that the death of either is noticed at once.
 
-Nothing goes over it but who is at its end. The kernel closes it when the agent is killed, and gives it up when the
-whole node no longer answers: long before the node's silence would tell.
+Nothing goes over it but who is at its end. The kernel closes it when a supervisor is killed, and gives it up when the
+whole node no longer answers: long before the node's silence would tell. Who asks a store that no longer answers would
+not even notice in the end.
 """
 
 import selectors
 import socket
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 #: Seconds without an answer of the other kernel until it is asked, between two questions, and how many of these.
@@ -22,19 +25,34 @@ class Line:
         host: The address of node 0.
         port: Where its :class:`Lines` listen.
         name: Who this is.
+        on_end: Called in a thread of its own when the line ends.
 
     Raises:
         OSError: If it cannot be reached.
 
     """
 
-    def __init__(self, host: str, port: int, name: str) -> None:
+    def __init__(self, host: str, port: int, name: str, on_end: Callable[[], None]) -> None:
         self._socket = socket.create_connection((host, port), _CONNECT)
         self._socket.sendall(f"{name}\n".encode())
+        self._socket.settimeout(None)
+        _watch(self._socket)
+        self._on_end = on_end
+        self._thread = threading.Thread(target=self._listen, name="lightning-scar line", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Hangs up."""
+        with suppress(OSError):
+            # Wakes the thread, as closing it would not.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
         self._socket.close()
+
+    def _listen(self) -> None:
+        with suppress(OSError):
+            self._socket.recv(1)
+        self._on_end()
 
 
 class Lines:
@@ -46,7 +64,7 @@ class Lines:
     Example::
 
         >>> lines = Lines()
-        >>> line = Line("127.0.0.1", lines.port, "agent 1")
+        >>> line = Line("127.0.0.1", lines.port, "agent 1", on_end=lambda: None)
         >>> lines.ended()
         []
         >>> line.close()

@@ -72,9 +72,14 @@ class Member:
 
     # -- what a worker tells -------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """From now on this worker has a state worth keeping, and can go on after a failure."""
-        self._tell(Began(self.slot, self._spawn))
+    def begin(self, can_take_in: bool = True) -> None:
+        """From now on this worker has a state worth keeping, and can go on after a failure.
+
+        Args:
+            can_take_in: Whether replacements can be taken in; else all workers are started again.
+
+        """
+        self._tell(Began(self.slot, self._spawn, can_take_in))
 
     def end(self) -> None:
         """The training is over."""

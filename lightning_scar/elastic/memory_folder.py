@@ -36,9 +36,10 @@ class MemoryFolder:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def close(self) -> None:
-        """Removes it."""
+        """Removes it, and what owners that were killed just before this one began have left."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+        _sweep(self.path.parent)
 
 
 def _sweep(parent: Path) -> None:

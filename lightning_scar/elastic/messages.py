@@ -55,10 +55,18 @@ class Registered:
 
 @dataclass(frozen=True)
 class Began:
-    """A worker is in a training from now on, with a state worth keeping."""
+    """A worker is in a training from now on, with a state worth keeping.
+
+    Args:
+        slot: Its slot.
+        spawn: Its spawn number.
+        can_take_in: Whether replacements can be taken in: whether no worker holds what no other one has.
+
+    """
 
     slot: int
     spawn: int
+    can_take_in: bool = True
 
 
 @dataclass(frozen=True)

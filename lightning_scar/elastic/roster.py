@@ -19,6 +19,7 @@ class Worker:
         is_member: Whether it is of the current generation; a replacement that has not joined yet is of none.
         registered: Whether it speaks the protocol.
         began: Whether it has a state worth keeping.
+        can_take_in: Whether its training takes replacements in.
         ended: Whether its training is over.
         ready: Whether it waits to join.
         hung: Whether it was killed because the others waited for it.
@@ -33,6 +34,7 @@ class Worker:
     is_member: bool
     registered: bool = False
     began: bool = False
+    can_take_in: bool = True
     ended: bool = False
     ready: bool = False
     hung: bool = False
@@ -66,6 +68,8 @@ class Remedy(Enum):
 
     REPLACEMENT = "starting a replacement"
     RESTART = "starting all workers again"
+    #: As soon as they have saved what each of them alone holds.
+    RESTART_OF_SHARDS = "starting all workers again, since each holds a part of the state"
     #: The training is over: the survivors end well, or are stranded and all start again.
     LATER = "waiting for the others, whose training is over"
 
@@ -79,7 +83,9 @@ def remedy_for(survivors: Sequence[Worker]) -> Remedy:
     """
     if not survivors or not all(worker.has_state for worker in survivors):
         return Remedy.RESTART
-    return Remedy.LATER if any(worker.ended for worker in survivors) else Remedy.REPLACEMENT
+    if any(worker.ended for worker in survivors):
+        return Remedy.LATER
+    return Remedy.REPLACEMENT if all(worker.can_take_in for worker in survivors) else Remedy.RESTART_OF_SHARDS
 
 
 def absent(node: int, remedy: Remedy, policy: Policy) -> str:
@@ -91,13 +97,11 @@ def absent(node: int, remedy: Remedy, policy: Policy) -> str:
         policy: How long it may stay away.
 
     """
-    what = {
-        Remedy.REPLACEMENT: "the others go on",
-        Remedy.RESTART: "all workers are started again when it is back",
-        Remedy.LATER: Remedy.LATER.value,
-    }
+    what = "all workers are started again when it is back"
+    if remedy in (Remedy.REPLACEMENT, Remedy.LATER):
+        what = "the others go on"
     return (
-        f"{what[remedy]}. Start its supervisor again within {policy.node_timeout:g} s, there or on another host, with "
+        f"{what}. Start its supervisor again within {policy.node_timeout:g} s, there or on another host, with "
         f"--node-rank {node}"
     )
 

@@ -15,6 +15,7 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.admission import Admission, TakenError, arrive
 from lightning_scar.elastic.agent import Agent, Layout
+from lightning_scar.elastic.connections import Connections
 from lightning_scar.elastic.host import Host
 from lightning_scar.elastic.journal import Events
 from lightning_scar.elastic.memory_folder import VARIABLE, MemoryFolder
@@ -68,12 +69,13 @@ def supervise(job: Job) -> int:
     signals: list[int] = []
     with ExitStack() as stack:
         stack.enter_context(_collected(signals))
-        store = _serve(job) if job.layout.node == 0 else _join(job, signals)
+        connections = Connections()
+        store = _serve(job) if job.layout.node == 0 else connections.opened_by(lambda: _join(job, signals))
         address = (job.host, store.port)
         folder = stack.enter_context(closing(MemoryFolder()))
         environment = _environment(job, store, folder)
         host = stack.enter_context(closing(Host(store, job.layout, job.policy, say))) if job.layout.node == 0 else None
-        admission = Admission() if host is not None else stack.enter_context(closing(_arrive(job, store)))
+        admission = Admission() if host is not None else stack.enter_context(closing(_arrive(job, store, connections)))
         agent = stack.enter_context(closing(Agent(store, address, job.layout, admission, job.command, environment)))
         try:
             return _run(agent, host, Events(store), signals, job.layout.node)
@@ -163,10 +165,11 @@ def _join(job: Job, signals: list[int]) -> TCPStore:
     return store
 
 
-def _arrive(job: Job, store: TCPStore) -> Admission:
+def _arrive(job: Job, store: TCPStore, connections: Connections) -> Admission:
     node = job.layout.node
     try:
-        return arrive(store, job.host, node)
+        # A store that has vanished with its host is asked in vain, for ever.
+        return arrive(store, job.host, node, on_end=connections.cut)
     except TakenError:
         raise LaunchError(f"another node has --node-rank {node} already, and is there; give each its own") from None
     except DistError as error:

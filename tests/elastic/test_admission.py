@@ -131,12 +131,23 @@ def test_a_node_with_two_agents(zero: NodeZero, monkeypatch: pytest.MonkeyPatch)
     assert zero.changes() == []
 
 
+def test_an_agent_notices_that_node_0_is_gone(zero: NodeZero) -> None:
+    gone = threading.Event()
+    lines = Lines()
+    line = Line("127.0.0.1", lines.port, "1.1", gone.set)
+    assert lines.ended() == []
+    assert not gone.is_set()
+    lines.close()
+    assert gone.wait(10)
+    line.close()
+
+
 def test_who_says_nothing_or_too_much_on_a_line_is_nobody() -> None:
     lines = Lines()
     strangers = [socket.create_connection(("127.0.0.1", lines.port)) for _ in range(3)]
     strangers[1].sendall(b"x" * 1000)
     strangers[2].sendall(b"half a na")
-    known = Line("127.0.0.1", lines.port, "1.1")
+    known = Line("127.0.0.1", lines.port, "1.1", on_end=lambda: None)
     for line in (*strangers, known):
         line.close()
     ended: list[str] = []

@@ -476,6 +476,19 @@ def test_a_worker_may_say_that_the_job_cannot_go_on(job: Job) -> None:
     assert "no batch is left" in job.said[-1]
 
 
+def test_workers_that_each_hold_a_part_of_the_state_are_all_started_again(job: Job) -> None:
+    job.tell(*(Began(slot, job.spawns[slot], can_take_in=False) for slot in range(3)))
+    assert job.died(2) == [Broken(0, KILLED)]
+    assert job.said == [f"{KILLED}; starting all workers again, since each holds a part of the state"]
+    # They save it first.
+    assert job.later(30) == []
+    job.strands(0, 7)
+    assert job.strands(1, 7) == [Restart(0, 0, KILLED)]
+    assert job.died(0, RESTART_EXIT_CODE) == []
+    assert [notice.slot for notice in job.died(1, RESTART_EXIT_CODE) if isinstance(notice, Spawn)] == [0, 1, 2]
+    assert len(job.said) == 1
+
+
 # -- nodes ------------------------------------------------------------------------------------------------------------
 
 
