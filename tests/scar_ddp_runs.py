@@ -1,6 +1,5 @@
 """Trainings with ``strategy="scar_ddp"`` under a real supervisor. What happens in the workers is in their script."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -13,15 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import psutil
 import torch
 from helpers import assert_same
+from hosts import Host, LocalHost, kill_all, kill_supervisor
 from scar_ddp_training import Model
 from scar_job import RATE, samples
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
-
-from lightning_scar.storage.host_memory import VARIABLE
 
 #: The same training through each front door.
 SCRIPTS = {
@@ -76,7 +73,7 @@ def train(
     command: Sequence[str] = (),
     door: str = "Trainer",
     limit: float = 110,
-    hosts: Sequence[Path] = (),
+    hosts: Sequence[Host] = (),
     model: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
@@ -94,7 +91,7 @@ def train(
         command: Another command that ends with a script.
         door: One of :data:`SCRIPTS`.
         limit: Seconds until it is killed.
-        hosts: What stands for the memory of each node.
+        hosts: Where each node is; all here if not given.
         model: Arguments of the script's model.
         data: Arguments of its data.
         trainer: Arguments of its Trainer.
@@ -116,54 +113,89 @@ def train(
         command = [sys.executable, "-m", "lightning_scar", "run", "--nproc-per-node", str(ranks // nodes), *run]
     places: list[list[str]] = [[]]
     if nodes > 1:
-        endpoint = ["--nnodes", str(nodes), "--rdzv-endpoint", f"127.0.0.1:{get_free_port()}"]
+        first = hosts[0].address if hosts else "127.0.0.1"
+        endpoint = ["--nnodes", str(nodes), "--rdzv-endpoint", f"{first}:{get_free_port()}"]
         places = [[*endpoint, "--node-rank", str(node)] for node in range(nodes)]
     script = Path(__file__).with_name(SCRIPTS[door])
     commands = [[*command, *place, str(script), json.dumps(asked)] for place in places]
-    code, console, seconds = _run(commands, folder, limit, hosts)
+    # Of these faults somebody else than the worker takes care.
+    losses = {
+        folder / f"fault-{i}": (slot * nodes // ranks, how)
+        for i, (*_, slot, how) in enumerate(faults)
+        if how in ("lose the host", "lose the supervisor") and not (folder / f"fault-{i}").exists()
+    }
+    hosts = hosts or [LocalHost()] * nodes
+    supervisors = _Supervisors(commands, folder, hosts)
+    code, console, seconds = supervisors.run(losses, limit)
     results = {int(p.stem.split("-")[1]): torch.load(p, weights_only=False) for p in folder.glob("result-*.pt")}
     training = Training(folder, code, console, seconds, results, _lines(folder, "steps"), _lines(folder, "processes"))
-    _assert_nothing_left(training)
+    _assert_nothing_left(training, hosts)
     return training
 
 
-def _run(
-    commands: Sequence[Sequence[str]], folder: Path, limit: float, hosts: Sequence[Path]
-) -> tuple[int, str, float]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    memories = [{VARIABLE: str(host)} for host in hosts] or [{} for _ in commands]
-    log = folder / "console.txt"
-    began = time.monotonic()
-    with log.open("a") as file:
-        processes = [
-            subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                cwd=folder,
-                env={**environment, **memory},
-                start_new_session=True,
-            )
-            for command, memory in zip(commands, memories, strict=True)
-        ]
+class _Supervisors:
+    """Those of all nodes, from the beginning to the end of a job."""
+
+    def __init__(self, commands: Sequence[Sequence[str]], folder: Path, hosts: Sequence[Host]) -> None:
+        self._commands = commands
+        self._folder = folder
+        self._hosts = hosts
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._log = folder / "console.txt"
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+    def run(self, losses: dict[Path, tuple[int, str]], limit: float) -> tuple[int, str, float]:
+        """The exit code, what all wrote, and how many seconds it took.
+
+        Args:
+            losses: Which node is lost and how, when a file is there. It is started again when it is missed.
+            limit: Seconds until it is killed.
+
+        """
+        began = time.monotonic()
+        self._processes = [self._start(node) for node in range(len(self._commands))]
         try:
-            codes = [process.wait(began + limit - time.monotonic()) for process in processes]
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {limit} s:\n{log.read_text()}") from None
+            while any(process.poll() is None for process in self._processes):
+                if any(mark.exists() for mark in losses):
+                    # Those that are lost at once have a moment.
+                    time.sleep(0.5)
+                    self._lose(dict(losses.pop(mark) for mark in list(losses) if mark.exists()), began + limit)
+                if time.monotonic() > began + limit:
+                    raise AssertionError(f"still running after {limit} s:\n{self._log.read_text()}")
+                time.sleep(0.02)
         finally:
-            for process in processes:
+            for process in self._processes:
                 if process.poll() is None:
-                    _kill_all(process.pid)
+                    kill_all(process.pid)
                     process.wait()
-    return max(codes, key=abs), log.read_text(), time.monotonic() - began
+        codes = [process.returncode for process in self._processes]
+        return max(codes, key=abs), self._log.read_text(), time.monotonic() - began
 
+    def _start(self, node: int) -> "subprocess.Popen[bytes]":
+        with self._log.open("a") as console:
+            return self._hosts[node].popen(self._commands[node], self._environment, self._folder, console)
 
-def _kill_all(pid: int) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        supervisor = psutil.Process(pid)
-        for process in [supervisor, *supervisor.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+    def _lose(self, nodes: dict[int, str], until: float) -> None:
+        said = self._log.read_text()
+        for node, how in nodes.items():
+            if how == "lose the host":
+                self._hosts[node].lose()
+            else:
+                kill_supervisor(self._processes[node].pid)
+            self._processes[node].wait()
+        for node, how in nodes.items():
+            # Without node 0 the job is over.
+            if node > 0:
+                self._wait_until_missed(node, said, until)
+            if how == "lose the host":
+                self._hosts[node].boot()
+            if node > 0:
+                self._processes[node] = self._start(node)
+
+    def _wait_until_missed(self, node: int, said: str, until: float) -> None:
+        words = f"node {node} was lost; "
+        while self._log.read_text().count(words) == said.count(words) and time.monotonic() < until:
+            time.sleep(0.02)
 
 
 def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -171,12 +203,11 @@ def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
-def _assert_nothing_left(training: Training) -> None:
+def _assert_nothing_left(training: Training, hosts: Sequence[Host]) -> None:
     deadline = time.monotonic() + 5
     pids = {process["pid"] for process in training.processes}
-    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+    while (left := {pid for host in hosts for pid in host.living(pids)}) and time.monotonic() < deadline:
         time.sleep(0.1)
-    left = {pid for pid in pids if psutil.pid_exists(pid)}
     assert not left, f"processes are left: {left}\n{training.console}"
     for process in training.processes:
         assert process["state"] is None or not Path(process["state"]).exists()

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from scar_job import BATCH_SIZE, RATE, SAMPLES, asked, begin, folder, place, samples, slot, write_down
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_scar import SCARCheckpoint, SCARDDPStrategy
@@ -34,15 +35,17 @@ class Model(pl.LightningModule):
         rich: Whether it has buffers and a schedule, too.
         dropout: Whether it draws random numbers.
         manual: Whether it optimizes manually.
+        sharded: Whether each rank has a part of the optimizer's state.
 
     """
 
-    def __init__(self, rich: bool = False, dropout: bool = False, manual: bool = False) -> None:
+    def __init__(self, rich: bool = False, dropout: bool = False, manual: bool = False, sharded: bool = False) -> None:
         super().__init__()
         torch.manual_seed(1)
         between = [*([nn.BatchNorm1d(16)] if rich else []), *([nn.Dropout(0.2)] if dropout else [])]
         self.net = nn.Sequential(nn.Linear(8, 16), *between, nn.ReLU(), nn.Linear(16, 1))
         self.rich = rich
+        self.sharded = sharded
         self.automatic_optimization = not manual
         self.val_error = torchmetrics.MeanSquaredError()
         self.now: list[int] = []
@@ -104,6 +107,8 @@ class Model(pl.LightningModule):
         self.log("test_loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
+        if self.sharded:
+            return ZeroRedundancyOptimizer(self.parameters(), torch.optim.Adam, lr=RATE)
         optimizer = torch.optim.Adam(self.parameters(), RATE)
         if not self.rich:
             return optimizer
@@ -156,7 +161,10 @@ def write_result(trainer: pl.Trainer, module: pl.LightningModule, **more: Any) -
         "epoch": trainer.current_epoch,
         "state": {
             "state_dict": module.state_dict(),
-            "optimizer_states": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            # Of a sharded one this rank's part.
+            "optimizer_states": [
+                getattr(optimizer, "optim", optimizer).state_dict() for optimizer in trainer.optimizers
+            ],
             "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         },
         "outages": [vars(outage) for outage in getattr(trainer.strategy, "outages", [])],

@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ WAYS: dict[str, Callable[[], Any]] = {
     "memory": _run_out_of_memory,
     "terminate the job": lambda: os.kill(os.getppid(), signal.SIGTERM),
     "interrupt the job": lambda: os.kill(os.getppid(), signal.SIGINT),
+    # Somebody else takes the host or the supervisor away meanwhile.
+    "lose the host": lambda: time.sleep(60),
+    "lose the supervisor": lambda: time.sleep(60),
 }
 
 

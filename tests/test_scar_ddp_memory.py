@@ -1,11 +1,12 @@
 """Memory and the copies of it, in jobs of two nodes that each have a memory of their own."""
 
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import assert_same
+from hosts import Host, folder_hosts
 from scar_ddp_runs import REFERENCE, Fault, assert_done, train
 
 from lightning_scar.core.restoration import load
@@ -18,21 +19,18 @@ SCAR: dict[str, Any] = {
 }
 
 
-def hosts_in(folder: Path) -> list[Path]:
-    """What stands for the memory of two hosts."""
-    hosts = [folder / "host-0", folder / "host-1"]
-    for host in hosts:
-        host.mkdir()
-    return hosts
+def left_behind(hosts: list[Host]) -> list[str]:
+    return [path for host in hosts for path in host.left_in_memory()]
 
 
-def left_behind(hosts: list[Path]) -> list[Path]:
-    return [path for host in hosts for path in host.glob("*/*/**/*")]
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[list[Host]]:
+    with folder_hosts(2, tmp_path) as hosts:
+        yield hosts
 
 
 @pytest.mark.parametrize("door", ["Trainer", "Accelerate"])
-def test_a_replacement_goes_on_with_the_memory_of_its_host(tmp_path: Path, door: str) -> None:
-    hosts = hosts_in(tmp_path)
+def test_a_replacement_goes_on_with_the_memory_of_its_host(tmp_path: Path, hosts: list[Host], door: str) -> None:
     faults: list[Fault] = [("training_step", 15, 1, "kill"), ("training_step", 25, 0, "kill")]
     wait = {"on_failure": "wait"}
     training = train(tmp_path / "job", *faults, nodes=2, hosts=hosts, strategy=wait, scar=SCAR, door=door, **REFERENCE)
@@ -42,15 +40,14 @@ def test_a_replacement_goes_on_with_the_memory_of_its_host(tmp_path: Path, door:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_job_goes_on_from_what_the_neighbour_of_a_lost_host_has(tmp_path: Path, lost: int) -> None:
-    hosts, folder = hosts_in(tmp_path), tmp_path / "job"
+def test_a_job_goes_on_from_what_the_neighbour_of_a_lost_host_has(tmp_path: Path, hosts: list[Host], lost: int) -> None:
+    folder = tmp_path / "job"
     faults: list[Fault] = [("training_step", 15, 0, "kill"), ("training_step", 15, 1, "kill")]
     options = {"nodes": 2, "hosts": hosts, "scar": SCAR, **REFERENCE}
     first = train(folder, *faults, run=("--max-restarts", "0"), **options)
     assert first.code != 0
     assert left_behind(hosts)
-    shutil.rmtree(hosts[lost])
-    hosts[lost].mkdir()
+    hosts[lost].lose()
     training = train(folder, *faults, **options)
     assert training.code == 0, training.console
     assert "memory" in training.console.split("Resuming from the running checkpoint")[1]
