@@ -81,6 +81,10 @@ class Classifier(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.options.sharded:
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+            return ZeroRedundancyOptimizer(self.parameters(), torch.optim.Adam, lr=self.options.learning_rate)
         if self.options.optimizer == "adam":
             return torch.optim.Adam(self.parameters(), lr=self.options.learning_rate)
         return torch.optim.SGD(self.parameters(), lr=self.options.learning_rate, momentum=0.9)
@@ -205,6 +209,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--data", type=Path, help="a file with images and labels; by default they are random")
     flags.add_argument("--snapshots", type=int, default=0, help="steps between two snapshots of the weights")
     flags.add_argument("--checkpoint-every", type=int, default=0, help="steps between two checkpoints to resume from")
+    flags.add_argument("--nodes", type=int, default=1, help="on how many nodes the ranks are")
+    flags.add_argument("--sharded", action="store_true", help="each rank has a part of the optimizer's state")
+    flags.add_argument("--memory-every", type=int, default=0, help="steps between two saves of SCARCheckpoint")
     return flags
 
 
@@ -212,13 +219,14 @@ def new_trainer(options: argparse.Namespace, callbacks: list[Callback]) -> pl.Tr
     """A Trainer that is silent."""
     return pl.Trainer(
         accelerator="cpu",
-        devices=options.ranks,
+        devices=options.ranks // options.nodes,
+        num_nodes=options.nodes,
         strategy=strategy(options),
         max_steps=options.steps,
         max_epochs=-1,
         callbacks=callbacks,
         logger=False,
-        enable_checkpointing=bool(options.checkpoint_every),
+        enable_checkpointing=bool(options.checkpoint_every or options.memory_every),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -238,6 +246,11 @@ def main() -> None:
             ModelCheckpoint(options.folder / "saved", every_n_train_steps=options.checkpoint_every, save_last=True)
         )
         path = "last" if (options.folder / "saved" / "last.ckpt").exists() else None
+    if options.memory_every:
+        from lightning_scar import SCARCheckpoint
+
+        every = options.memory_every
+        callbacks.append(SCARCheckpoint(options.folder / "scar", every_n_train_steps=every, memory=True))
     module = Classifier(options)
     trainer = new_trainer(options, callbacks)
     training, validation = loaders(options)

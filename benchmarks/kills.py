@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import psutil
 from typing_extensions import Self
@@ -38,6 +39,14 @@ def environment(**more: str) -> dict[str, str]:
     return {**own, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, "PYTHONWARNINGS": "ignore", **more}
 
 
+def leashed(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> "subprocess.Popen[bytes]":
+    """Starts a process that does not outlive this one, however that ends."""
+    leash = [sys.executable, "-I", "-S", str(_LEASH), str(os.getpid())]
+    return subprocess.Popen(
+        [*leash, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
 class Run:
     """A training.
 
@@ -58,11 +67,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self._output = (folder / "output").open("ab")
         self.started = time.monotonic()
-        # It must not outlive this process, however that ends.
-        leashed = [sys.executable, "-I", "-S", str(_LEASH), str(os.getpid()), *command]
-        self.process = subprocess.Popen(
-            leashed, cwd=ROOT, env=environment, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        self.process = leashed(command, environment, self._output)
         self.seen: dict[int, float] = {self.process.pid: psutil.Process(self.process.pid).create_time()}
         self.state_folders: set[Path] = set()
         self.kills: list[Kill] = []
@@ -74,6 +79,10 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def supervisors(self) -> list[int]:
+        """The processes that workers are children of."""
+        return [self.process.pid]
 
     @property
     def output(self) -> str:
@@ -87,17 +96,23 @@ class Run:
     def workers(self) -> dict[int, psutil.Process]:
         """The live workers, by rank."""
         found: dict[int, psutil.Process] = {}
-        # Processes come and go meanwhile.
-        with suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self.process.pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
-                    self.seen[process.pid] = process.create_time()
-                    variables = process.environ()
-                    if "LIGHTNING_SCAR_STATE" in variables:
-                        self.state_folders.add(Path(variables["LIGHTNING_SCAR_STATE"]))
-                    if "RANK" in variables and process.status() != psutil.STATUS_ZOMBIE:
-                        found.setdefault(int(variables["RANK"]), process)
+        for process in self._children():
+            # Processes come and go meanwhile.
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                self.seen[process.pid] = process.create_time()
+                variables = process.environ()
+                if "LIGHTNING_SCAR_STATE" in variables:
+                    self.state_folders.add(Path(variables["LIGHTNING_SCAR_STATE"]))
+                if "RANK" in variables and process.status() != psutil.STATUS_ZOMBIE:
+                    found.setdefault(int(variables["RANK"]), process)
         return found
+
+    def _children(self) -> Iterator[psutil.Process]:
+        for pid in self.supervisors():
+            with suppress(psutil.NoSuchProcess):
+                supervisor = psutil.Process(pid)
+                self.seen[pid] = supervisor.create_time()
+                yield from supervisor.children(recursive=True)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float, poll: float = _POLL) -> bool:
         """Waits; returns whether the condition came true in time, and before the training ended."""

@@ -6,6 +6,9 @@ is, from the lines that workers write when a step is done, how long the others t
 time (``redone``) and how often nothing goes on (``hung``); beside them the start-up of the same script alone, and the
 same for torchrun with a ModelCheckpoint and for torchft.
 
+``backup`` loses more: a host with its supervisor, its worker and its memory, where each rank alone holds a part of the
+optimizer's state. All workers start again, and the lost part comes out of the memory of the next host.
+
 In one run of ``scar_ddp`` each rank is killed once: the supervisor waits before it replaces a worker that dies young
 for the second time.
 """
@@ -21,6 +24,7 @@ from typing import Any
 
 from benchmarks import kills, report, step_log, torchft_peer
 from benchmarks.kills import Run
+from benchmarks.lost_hosts import LostHosts
 from benchmarks.report import Target, median
 from benchmarks.step_log import Kill, Recovery
 
@@ -75,7 +79,7 @@ def command(method: str, folder: Path) -> list[str]:
     """What starts a training.
 
     Args:
-        method: A value of ``on_failure``, ``"torchrun"``, or ``"bare"`` for one worker alone.
+        method: A value of ``on_failure``, ``"torchrun"``, ``"backup"``, or ``"bare"`` for one worker alone.
         folder: Where its workers write.
 
     """
@@ -86,7 +90,16 @@ def command(method: str, folder: Path) -> list[str]:
         run = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "--max-restarts", "1000"]
         how = ["--strategy", "ddp", "--checkpoint-every", "20"]
         return [sys.executable, "-m", *run, "-m", "benchmarks.elastic_training", *own, *how]
+    if method == "backup":
+        return ["-m", "benchmarks.elastic_training", *own, "--nodes", str(RANKS), "--sharded", "--memory-every", "1"]
     return [*_TRAINING, *own, "--on-failure", method]
+
+
+def _start(method: str, folder: Path) -> Run:
+    environment = kills.environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    if method == "backup":
+        return LostHosts(command(method, folder), folder, environment, hosts=RANKS)
+    return Run(command(method, folder), folder, environment)
 
 
 def startup(folder: Path) -> float:
@@ -97,12 +110,11 @@ def startup(folder: Path) -> float:
         return run.lines()[0].time - run.started
 
 
-def _plan(count: int, a_run: int, chance: random.Random) -> Iterator[list[tuple[int, bool]]]:
-    """Which ranks are killed in each run, and whether in a collective."""
+def _plan(count: int, ranks: Sequence[int], chance: random.Random) -> Iterator[list[tuple[int, bool]]]:
+    """Which ranks are killed in each run, each once, and whether in a collective."""
     done = 0
     while done < count:
-        victims = [rank for _ in range(-(-a_run // RANKS)) for rank in chance.sample(range(RANKS), RANKS)]
-        victims = victims[: min(a_run, count - done)]
+        victims = chance.sample(ranks, len(ranks))[: count - done]
         yield [(rank, (done + i) % 2 == 1) for i, rank in enumerate(victims)]
         done += len(victims)
 
@@ -121,8 +133,7 @@ def kill_all(
 
     """
     found = Found()
-    environment = kills.environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    with Run(command(method, folder), folder, environment) as run:
+    with _start(method, folder) as run:
         if not run.wait_until(lambda: run.all_at(_CALM, RANKS), _START_LIMIT, poll=0.05):
             raise RuntimeError(f"a training by {method} does not begin:\n{run.output[-2000:]}")
         if beside:
@@ -155,12 +166,12 @@ def _follow(run: Run, kill: Kill) -> bool:
     return run.wait_until(lambda: run.all_at(goal, RANKS), _LIMIT, poll=0.05)
 
 
-def measure(folder: Path, methods: dict[str, tuple[int, int]], seed: int) -> tuple[dict[str, Found], list[float]]:
+def measure(folder: Path, methods: dict[str, int], seed: int) -> tuple[dict[str, Found], list[float]]:
     """All methods by turns, and start-ups between their runs.
 
     Args:
         folder: A scratch folder.
-        methods: For each how many kills, and how many in one run.
+        methods: For each how many kills.
         seed: Of victims and moments.
 
     Returns:
@@ -169,7 +180,9 @@ def measure(folder: Path, methods: dict[str, tuple[int, int]], seed: int) -> tup
     """
     found = {name: Found() for name in methods}
     chance = random.Random(seed)
-    plans = {name: list(_plan(count, a_run, chance)) for name, (count, a_run) in methods.items()}
+    # The job ends with the host of rank 0.
+    ranks = {name: range(name == "backup", RANKS) for name in methods}
+    plans = {name: list(_plan(count, ranks[name], chance)) for name, count in methods.items()}
     startups = [startup(folder / "bare-0")]
     for turn in range(max(map(len, plans.values()), default=0)):
         for name, plan in plans.items():
@@ -216,7 +229,9 @@ def collected(found: dict[str, Found], startups: list[float]) -> dict[str, Any]:
 def _options() -> argparse.Namespace:
     parser = report.arguments((__doc__ or "").split("\n")[0], rounds=21)
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
-    parser.add_argument("--methods", default="shrink,buffer,wait,torchrun,torchft", help="those to measure, by commas")
+    parser.add_argument(
+        "--methods", default="shrink,buffer,wait,backup,torchrun,torchft", help="those to measure, by commas"
+    )
     torchft_peer.add_argument(parser)
     return parser.parse_args()
 
@@ -228,7 +243,7 @@ def main() -> None:
     names = options.methods.split(",")
     # Of the peers and the other ways to wait fewer: they tell nothing about targets.
     few = min(count, 9)
-    methods = {name: (count if name == "shrink" else few, RANKS) for name in names if name != "torchft"}
+    methods = {name: count if name == "shrink" else few for name in names if name != "torchft"}
     with report.scratch(options.dir) as folder:
         found, startups = measure(folder.resolve(), methods, options.seed)
         if "torchft" in names:

@@ -15,13 +15,16 @@ from benchmarks.step_log import Kill, Line, StepLog, mistakes, read, recovery, r
 
 RUNS = {
     "overhead": ["--small", "--rounds", "3", "--steps", "5", "--torchft", "no"],
-    "outage": ["--small", "--rounds", "1", "--methods", "shrink"],
+    "outage": ["--small", "--rounds", "1", "--methods", "shrink,backup"],
     "soak": ["--seconds", "3", "--ranks", "2", "--every", "1", "--epoch-steps", "0"],
     "continuation": ["--small", "--ways", "none,wait", "--seconds", "3", "--kill-at", "1"],
 }
 PROMISED = {
     "overhead": ["tiny_ratio", "tiny_mean_ratio", "tiny_floor_ratio", "tiny_own_us"],
-    "outage": ["startup_s", "shrink_survivors_s", "shrink_rejoined_s", "shrink_redone", "shrink_hung"],
+    "outage": [
+        *("startup_s", "shrink_survivors_s", "shrink_rejoined_s", "shrink_redone", "shrink_hung"),
+        *("backup_survivors_s", "backup_rejoined_s", "backup_redone", "backup_hung"),
+    ],
     "soak": ["seconds", "steps", "wrong"],
     "continuation": ["none_last_step", "wait_last_step"],
 }
@@ -45,7 +48,8 @@ def test_a_benchmark_of_failures_measures_what_is_promised(name: str, tmp_path: 
         assert math.isfinite(figures[key]), key
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     if name == "outage":
-        assert (figures["shrink_redone"], figures["shrink_hung"], figures["shrink_kills"]) == (0, 0, 1)
+        for way in ("shrink", "backup"):
+            assert (figures[f"{way}_redone"], figures[f"{way}_hung"], figures[f"{way}_kills"]) == (0, 0, 1)
 
 
 def _steps(rank: int, pid: int, first: int, last: int, began: float = 0.0) -> list[Line]:

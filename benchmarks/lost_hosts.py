@@ -1,0 +1,87 @@
+"""For :mod:`benchmarks.outage`: a training of several hosts, some of which are lost with all that runs and lies there.
+
+A host is a supervisor with one worker and a memory folder of its own. Each rank has a part of the optimizer's state
+that no other one has; it is saved to the host's memory and copied to the next host's. A host that is killed is started
+again at once, with nothing in its memory.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from torch.distributed.elastic.utils.distributed import get_free_port
+from typing_extensions import override
+
+from benchmarks.kills import Run, leashed
+from benchmarks.step_log import Kill
+from lightning_scar.storage.host_memory import VARIABLE
+
+_MEMORY = Path("/dev/shm")
+
+
+class LostHosts(Run):
+    """A training whose kills are those of whole hosts. The one of rank 0, which holds the job together, is spared.
+
+    Args:
+        training: What a worker runs: arguments of Python.
+        folder: Where its workers write.
+        environment: Its environment.
+        hosts: How many there are.
+
+    """
+
+    def __init__(self, training: Sequence[str], folder: Path, environment: Mapping[str, str], hosts: int) -> None:
+        endpoint = ["--nnodes", str(hosts), "--rdzv-endpoint", f"127.0.0.1:{get_free_port()}"]  # type: ignore[no-untyped-call]
+        self._run = ["-m", "lightning_scar", "run", *endpoint, "--max-restarts", "1000"]
+        self._training = training
+        self._environment = environment
+        self._memories = [
+            Path(tempfile.mkdtemp(prefix=".benchmark-", dir=_MEMORY if _MEMORY.is_dir() else None))
+            for _ in range(hosts)
+        ]
+        super().__init__(self._command(0), folder, self._environment_of(0))
+        self._others = [self._start(host) for host in range(1, hosts)]
+
+    @override
+    def supervisors(self) -> list[int]:
+        return [self.process.pid, *(other.pid for other in self._others)]
+
+    @override
+    def kill(self, rank: int, in_collective: bool = False) -> Kill | None:
+        worker = self.workers().get(rank)
+        if worker is None:
+            return None
+        supervisor, when = self._others[rank - 1], time.monotonic()
+        # The supervisor dies first, and with it, by the kernel, all that it started.
+        for process in (supervisor, worker):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(self._memories[rank], ignore_errors=True)
+        supervisor.wait()
+        self._memories[rank].mkdir()
+        self._others[rank - 1] = self._start(rank)
+        self.kills.append(Kill(when, rank, worker.pid))
+        return self.kills[-1]
+
+    @override
+    def close(self) -> None:
+        super().close()
+        for other in self._others:
+            other.wait()
+        for memory in self._memories:
+            shutil.rmtree(memory, ignore_errors=True)
+
+    def _command(self, host: int) -> list[str]:
+        return [sys.executable, *self._run, "--node-rank", str(host), "--", *self._training]
+
+    def _environment_of(self, host: int) -> dict[str, str]:
+        return {**self._environment, VARIABLE: str(self._memories[host])}
+
+    def _start(self, host: int) -> "subprocess.Popen[bytes]":
+        return leashed(self._command(host), self._environment_of(host), self._output)
