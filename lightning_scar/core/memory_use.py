@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Mapping
 
 from lightning_scar.core.memory import readable
 from lightning_scar.core.notices import Notices
@@ -61,4 +62,22 @@ def warn_of_memory(notices: Notices, store: TieredRankStore, stats: Stats, troub
             "replication",
             f"the copies of this rank's memory on other hosts lag {stats.unreplicated_saves} saves behind "
             f"({store.chain.trouble!r}); counted as unreplicated_saves",
+        )
+
+
+def warn_of_lost_hosts(notices: Notices, lost: Mapping[int, str], rank: int) -> None:
+    """Warns once, on the first rank, that a recovery goes on without the memory of some hosts.
+
+    Args:
+        notices: Warns.
+        lost: The ranks that serve these hosts' memory, and why it cannot be read.
+        rank: This rank.
+
+    """
+    if lost and rank == 0:
+        found = "; ".join(f"that of rank {server}: {why}" for server, why in lost.items())
+        notices.warn(
+            "lost_hosts",
+            f"the memory of {len(lost)} hosts cannot be read ({found}), and what only they have falls through to the "
+            "next copy, or to storage. Hosts have to reach each other on all ports, as process groups need it, too",
         )

@@ -4,19 +4,23 @@ import os
 import secrets
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from lightning_scar.core.claim import Seat
 from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.restoration import DisagreementError
 from lightning_scar.core.settings import Settings
 from lightning_scar.storage.address_book import AddressBook, Entry
 from lightning_scar.storage.chain import Chain
-from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.folder_server import FolderServer
-from lightning_scar.storage.neighbour import PROTOCOL
+from lightning_scar.storage.neighbour import PROTOCOL, NeighbourFileSystem
 from lightning_scar.storage.store import DeltaStore
 from lightning_scar.storage.tiered_rank_store import FAREWELL_SECONDS, TieredRankStore
+
+T = TypeVar("T")
 
 
 class Neighbours:
@@ -34,6 +38,7 @@ class Neighbours:
     Attributes:
         key: Of all servers of the run; ``None`` if there is no other host, or nothing is copied.
         trouble: Why this rank's memory is not copied, if so.
+        lost: The ranks whose host's memory could not be read in a recovery, and why.
 
     """
 
@@ -50,6 +55,9 @@ class Neighbours:
         self._settings = settings
         self._address = _own_address(os.environ.get("MASTER_ADDR", "127.0.0.1"))
         self._server: FolderServer | None = None
+        self._first = ranks.rank
+        self._seen: dict[int, list[DeltaStore]] = {}
+        self.lost: dict[int, str] = {}
         self.trouble: OSError | None = None
         self.key = seat.key if seat is not None else self._agree(copies=settings.memory and settings.replicas > 0)
         # What only a recovery needs has a key of its own.
@@ -98,38 +106,94 @@ class Neighbours:
         copies = self._settings.replicas
         self._store.chain = Chain(folder, name, entry, book, self._server_key, self._ranks.world_size, copies)
 
-    def look(self) -> bool:
-        """Lets the store read what other hosts have in memory, until :meth:`look_away`. A collective.
+    # -- a recovery ----------------------------------------------------------------------------------------------
 
-        Returns:
+    @contextmanager
+    def look(self) -> Iterator[bool]:
+        """Lets the store read what other hosts have in memory, until the end of the ``with`` block. A collective.
+
+        What not all ranks can reach is left out by all, on its own host, too: they have to see the same.
+
+        Yields:
             Whether any host has anything in memory.
-
-        Raises:
-            StorageError: If another host cannot be reached.
 
         """
         hosts = self._ranks.gather(self._store.host)
-        first = hosts.index(self._store.host)
-        if len(set(hosts)) == 1:
-            return self._store.host is not None
-        # Of several ranks on a host the first one serves it.
-        is_server = first == self._ranks.rank and self._store.host is not None
-        served = self._ranks.gather(self._ranks.together(lambda: self._offer() if is_server else None))
-        self._store.see(
-            [
-                DeltaStore(f"{PROTOCOL}://{host}:{port}/{folder}", {"key": key}, Tier.NEIGHBOUR)
-                for rank, offer in enumerate(served)
-                if offer is not None and rank != first
-                for host, port, key, folders in [offer]
-                for folder in folders
-            ]
-        )
-        self._ranks.together(self._reach)
-        return True
+        self._first, self.lost = hosts.index(self._store.host), {}
+        try:
+            if len(set(hosts)) > 1:
+                self._see()
+            yield any(host is not None for host in hosts)
+        finally:
+            self._store.see([])
+            if self._book is None and self._server is not None:
+                # Nobody copies anything to here.
+                self._server.close()
+                self._server = None
 
-    def look_away(self) -> None:
-        """Forgets what is not here."""
-        self._store.see([])
+    def read(self, read: Callable[[], T]) -> T:
+        """Calls a function that reads, and again without hosts that were lost meanwhile if some ranks read of them.
+
+        Args:
+            read: A collective.
+
+        Raises:
+            DisagreementError: If ranks see different things, and no host was lost.
+
+        """
+        try:
+            return read()
+        except DisagreementError:
+            if not self._leave_out(self._lost_since()):
+                raise
+        return self.read(read)
+
+    def _see(self) -> None:
+        offer, lost = None, {}
+        # Of several ranks on a host the first one serves it.
+        if self._first == self._ranks.rank and self._store.host is not None:
+            try:
+                offer = *self._serve(), self._server_key, [folder.name for folder in self._store.memory_folders]
+            except OSError as error:
+                lost = {self._ranks.rank: str(error)}
+        self._seen = {
+            rank: [
+                DeltaStore(f"{PROTOCOL}://{host}:{port}/{folder}", {"key": key}, Tier.NEIGHBOUR) for folder in folders
+            ]
+            for rank, found in enumerate(self._ranks.gather(offer))
+            if found is not None and rank != self._first
+            for host, port, key, folders in [found]
+        }
+        self._leave_out(lost | self._ranks.together(self._reach))
+
+    def _reach(self) -> dict[int, str]:
+        """Lists what other hosts have; returns the ranks of whom that cannot be read, and why."""
+        found = {rank: self._list(stores) for rank, stores in self._seen.items()}
+        return {rank: why for rank, why in found.items() if why is not None}
+
+    def _list(self, stores: Sequence[DeltaStore]) -> str | None:
+        try:
+            for neighbour in stores:
+                neighbour.refresh()
+                neighbour.count(self._store.index.lineage)
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _lost_since(self) -> dict[int, str]:
+        files = [(rank, store.directory.fs) for rank, stores in self._seen.items() for store in stores]
+        return {rank: str(fs.lost) for rank, fs in files if isinstance(fs, NeighbourFileSystem) and fs.lost}
+
+    def _leave_out(self, lost: dict[int, str]) -> bool:
+        """Sees nothing of the hosts that some rank has lost; returns whether there is any. A collective."""
+        found = {rank: why for each in self._ranks.gather(lost) for rank, why in each.items()}
+        self.lost |= found
+        self._seen = {rank: stores for rank, stores in self._seen.items() if rank not in self.lost}
+        seen = [store for stores in self._seen.values() for store in stores]
+        self._store.see(seen, own=self._first not in self.lost)
+        return bool(found)
+
+    # -- the end -------------------------------------------------------------------------------------------------
 
     def close(self, done: bool) -> bool:
         """Serves nobody any more.
@@ -160,9 +224,6 @@ class Neighbours:
             time.sleep(0.05)
         return True
 
-    def _offer(self) -> tuple[str, int, bytes, list[str]]:
-        return *self._serve(), self._server_key, [folder.name for folder in self._store.memory_folders]
-
     def _serve(self) -> tuple[str, int]:
         if self._server is None:
             limit = self._settings.memory_limit
@@ -171,17 +232,6 @@ class Neighbours:
                 limit *= max(1, self._settings.replicas) * len(self._store.local_ranks)
             self._server = FolderServer(self._store.memory_folders[0].parent, self._server_key, self._address, limit)
         return self._server.address
-
-    def _reach(self) -> None:
-        try:
-            for neighbour in self._store.neighbours:
-                neighbour.refresh()
-                neighbour.count(self._store.index.lineage)
-        except OSError as error:
-            raise StorageError(
-                f"rank {self._ranks.rank} on {socket.gethostname()} cannot read what another host has in memory: "
-                f"{error}. Let the hosts reach each other on all ports, as process groups need it, too."
-            ) from error
 
 
 def _own_address(other: str) -> str:

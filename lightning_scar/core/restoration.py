@@ -27,6 +27,10 @@ class NoCheckpointError(StorageError):
     """The directory holds no running checkpoint."""
 
 
+class DisagreementError(StorageError):
+    """Not all ranks see the same running checkpoint."""
+
+
 @dataclass
 class Restored:
     """What a directory held.
@@ -257,10 +261,12 @@ def _is_complete(store: DeltaStore, found: list[Stored], incarnation: int) -> bo
 
 
 def _check_agreement(store: DeltaStore, found: _Found, ranks: Ranks) -> None:
-    seen = (found.newest.at.delta.name, len(store.deltas), describe(found.map))
+    # Copies of a block lie in files of other names: one host may have merged what another has not.
+    newest = found.newest.at.block
+    seen = (f"{newest.key} of step {newest.version.step}", len(store.deltas), describe(found.map), newest.version)
     for rank, other in enumerate(ranks.gather(seen)):
         if other != seen:
-            raise StorageError(
+            raise DisagreementError(
                 f"rank {ranks.rank} sees {seen[1]} deltas in {store.directory}, the newest {seen[0]}; rank {rank} sees "
                 f"{other[1]}, the newest {other[0]}. All ranks need the same directory, on a shared file system."
             )

@@ -20,7 +20,7 @@ from lightning_scar.core.claim import Claim, Seat
 from lightning_scar.core.committer import Committer, Save
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection, LiveState
-from lightning_scar.core.memory_use import tell_of_memory, warn_of_memory
+from lightning_scar.core.memory_use import tell_of_memory, warn_of_lost_hosts, warn_of_memory
 from lightning_scar.core.neighbours import Neighbours
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
@@ -131,8 +131,11 @@ class RunningCheckpoint:
             IncompleteError: If no intact version of some block is left, and no initial value given.
 
         """
-        with self._all_memory() as has_memory:
-            restored = restore(self.store, weights_only=weights_only, initial=initial, ranks=self.ranks)
+        with self._neighbours.look() as has_memory:
+            restored = self._neighbours.read(
+                lambda: restore(self.store, weights_only=weights_only, initial=initial, ranks=self.ranks)
+            )
+        warn_of_lost_hosts(self._notices, self._neighbours.lost, self.ranks.rank)
         self._committer.go_on_from(self.store.index.lineage)
         for located, _ in restored.damages:
             self.store.index.discard(located)
@@ -184,15 +187,10 @@ class RunningCheckpoint:
         # All ranks are done with writing, so that all see the same.
         self.ranks.gather(None)
         self.store.look_around()
-        with self._all_memory():
-            return heal(self.store, state, self.ranks, lost)
-
-    @contextmanager
-    def _all_memory(self) -> Iterator[bool]:
-        try:
-            yield self._neighbours.look()
-        finally:
-            self._neighbours.look_away()
+        with self._neighbours.look():
+            plan = heal(self.store, state, self.ranks, lost)
+        warn_of_lost_hosts(self._notices, self._neighbours.lost, self.ranks.rank)
+        return plan
 
     @property
     def seat(self) -> Seat:

@@ -55,6 +55,8 @@ class NeighbourFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         super().__init__()
         self._connect = partial(FolderClient, host, port, key, timeout)
         self._idle: list[FolderClient] = []
+        #: Why the server was lost, if so. It is not asked again then: each time might take as long.
+        self.lost: ConnectionError | None = None
         weakref.finalize(self, _close, self._idle)
 
     @contextmanager
@@ -62,18 +64,27 @@ class NeighbourFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         """A connection that no other thread uses meanwhile. As many are kept as were ever in use at the same time.
 
         Raises:
-            ConnectionError: If the server cannot be reached.
+            ConnectionError: If the server cannot be reached, or was lost before.
 
         """
+        if self.lost is not None:
+            raise ConnectionError(str(self.lost))
         try:
-            client = self._idle.pop()
+            client = self._taken()
+            try:
+                yield client
+            finally:
+                if not client.is_closed:
+                    self._idle.append(client)
+        except ConnectionError as error:
+            self.lost = error
+            raise
+
+    def _taken(self) -> FolderClient:
+        try:
+            return self._idle.pop()
         except IndexError:
-            client = self._connect()
-        try:
-            yield client
-        finally:
-            if not client.is_closed:
-                self._idle.append(client)
+            return self._connect()
 
     @staticmethod
     def _get_kwargs_from_urls(path: str) -> dict[str, Any]:

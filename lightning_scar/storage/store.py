@@ -184,9 +184,15 @@ class DeltaStore:
 
     def _read_batch(self, batch: list[Reading]) -> list[tuple[Reading, Damage]]:
         delta = batch[0].located.delta
-        with delta.directory.source(delta.name) as source:
-            source.expect(reading.located.block.extent for reading in batch)
-            return [damage for stretch in _stretches(batch) for damage in _read_stretch(source, stretch)]
+        try:
+            with delta.directory.source(delta.name) as source:
+                source.expect(reading.located.block.extent for reading in batch)
+                return [damage for stretch in _stretches(batch) for damage in _read_stretch(source, stretch)]
+        except (ConnectionError, FileNotFoundError) as error:
+            if delta.directory.tier is not Tier.NEIGHBOUR:
+                raise
+            # What another host had may be elsewhere, too. Without storage there is nothing.
+            return [(reading, _damage(reading, error)) for reading in batch]
 
     def verify(self) -> list[Damage]:
         """Reads everything that counts and checks it.
@@ -229,9 +235,13 @@ def _read_stretch(source: Source, stretch: Sequence[Reading]) -> list[tuple[Read
     except (DamagedError, OSError) as error:
         if len(stretch) > 1:
             return [damage for reading in stretch for damage in _read_stretch(source, [reading])]
-        delta, block = stretch[0].located
-        return [(stretch[0], Damage(delta.file, str(error), block.key, block.version.step))]
+        return [(stretch[0], _damage(stretch[0], error))]
     return []
+
+
+def _damage(reading: Reading, error: Exception) -> Damage:
+    delta, block = reading.located
+    return Damage(delta.file, str(error), block.key, block.version.step)
 
 
 def _shared_out(items: list[T]) -> list[list[T]]:

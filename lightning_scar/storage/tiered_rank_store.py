@@ -9,12 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from lightning_scar.storage.chain import Chain
+from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.compaction import NEWEST_ONLY
 from lightning_scar.storage.delta import BlockData, Delta
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head, Version
 from lightning_scar.storage.host_memory import HostMemory, left_in_memory
+from lightning_scar.storage.index import newest_lineage
 from lightning_scar.storage.rank_store import RankStore, copied
 from lightning_scar.storage.store import DeltaStore, rank_folder
 from lightning_scar.storage.tiers import TieredStore
@@ -75,6 +79,7 @@ class TieredRankStore(TieredStore):
         self._limit = limit
         self.chain: Chain | None = None
         self.neighbours: list[DeltaStore] = []
+        self._unseen: list[DeltaStore] = []
         self._host: HostMemory | None = None
         self._newest: Head | None = None
         self._unstored = 0
@@ -117,16 +122,27 @@ class TieredRankStore(TieredStore):
         """This host's folders of the run, the newest first."""
         return [] if self._host is None else [self._host.path, *self._host.inherited]
 
-    def see(self, neighbours: Sequence[DeltaStore]) -> None:
+    def see(self, neighbours: Sequence[DeltaStore], own: bool = True) -> None:
         """Reads what other hosts have in memory, too.
 
         Args:
-            neighbours: That, instead of what was seen before.
+            neighbours: That, instead of what was seen before; listed already, and not listed again by :meth:`refresh`.
+            own: Whether to read this host's memory.
 
         """
-        own = [store for store in self.stores if store not in self.neighbours]
+        here = [*self._unseen, *(store for store in self.stores[:-1] if store not in self.neighbours)]
+        self._unseen = [] if own else here
         self.neighbours = list(neighbours)
-        self.stores = [*own[:-1], *self.neighbours, own[-1]]
+        self.stores = [*(here if own else ()), *self.neighbours, self.storage]
+
+    @override
+    def refresh(self) -> None:
+        with no_collection():
+            for store in self.stores:
+                if store not in self.neighbours:
+                    store.refresh()
+            self.count(newest_lineage(self.deltas))
+        self.damaged = [damage for store in self.stores for damage in store.damaged]
 
     @property
     def is_whole(self) -> bool:

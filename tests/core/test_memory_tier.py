@@ -12,86 +12,33 @@ import psutil
 import pytest
 import torch
 from core_helpers import assert_same
+from memory_helpers import (
+    MEMORY,
+    folders,
+    hosts_of,
+    kill,
+    kill_on_hosts,
+    left_behind,
+    lose,
+    resumed,
+    resumed_on_hosts,
+    state_at,
+    storage_alone,
+    stored,
+    unwritable,
+    wait_for_copies,
+)
 from ranks import run_ranks
 from shared_helpers import assert_made_of, copied, make_training, opened, quietly
 
 from lightning_scar.core.restoration import load
-from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.storage.delta import Delta
 from lightning_scar.storage.host_memory import VARIABLE
 from lightning_scar.storage.lease import FILE
 from lightning_scar.storage.store import DeltaStore
 from lightning_scar.storage.tiers import open_store
 
-MEMORY = {"memory": True, "durable_every_n_saves": 4}
-
-
-@pytest.fixture(autouse=True)
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What stands for the memory of a host."""
-    folder = tmp_path / "host"
-    folder.mkdir()
-    monkeypatch.setenv(VARIABLE, str(folder))
-    return folder
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return str(tmp_path / "scar")
-
-
-def state_at(step: int) -> dict[str, Any]:
-    """What the training of these tests is like behind a step; all processes train alike."""
-    training = make_training()
-    while training.steps < step:
-        training.step()
-    return copied(training)
-
-
-def folders(host: Path) -> list[str]:
-    """The folders of runs in memory."""
-    return sorted(path.name for path in host.glob("*/*/*"))
-
-
-def killed(rank: int, host: Path, url: str, steps: int, resume: bool = False, **options: Any) -> None:
-    """Saves behind every step, and is killed when the last of these saves is where it goes."""
-    os.environ[VARIABLE] = str(host)
-    training = make_training()
-    running = opened(url, fraction=1.0, **MEMORY, **options)
-    if resume:
-        training.load(quietly(running)[0])
-    for _ in range(steps):
-        training.step()
-        training.save(running)
-        running.flush()
-    wait_for_copies(running)
-    running.ranks.gather(None)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def wait_for_copies(running: RunningCheckpoint) -> None:
-    deadline = time.monotonic() + 60
-    while running.store.chain is not None and running.store.chain.behind:
-        assert time.monotonic() < deadline, running.store.chain.trouble
-        time.sleep(0.01)
-
-
-def kill(n: int, *args: Any, **options: Any) -> None:
-    failures = run_ranks(killed, n, *args, failing=True, **options)
-    assert [failure.type for failure in failures] == ["Ended"] * n, failures
-
-
-def stored(url: str) -> int:
-    """The step of the newest save in storage alone."""
-    store = DeltaStore(url)
-    store.refresh()
-    return max(head.step for head in store.index.heads.values())
-
-
-def storage_alone(url: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    with monkeypatch.context() as context:
-        context.setenv(VARIABLE, "/nowhere")
-        return load(url)
+pytestmark = pytest.mark.usefixtures("host")
 
 
 # -- what is where -----------------------------------------------------------------------------------------------------
@@ -198,18 +145,6 @@ def test_ranks_of_one_host_find_each_others_memory(n: int, m: int, url: str, hos
         assert "from this host's memory" in recovery
     assert_same(load(url), state_at(7))
     assert not folders(host)
-
-
-def resumed(rank: int, host: Path, url: str) -> tuple[dict[str, Any], str]:
-    os.environ[VARIABLE] = str(host)
-    training = make_training()
-    with opened(url, fraction=1.0, **MEMORY) as running:
-        found, _ = quietly(running)
-        training.load(found)
-        found = copied(training)
-        training.step()
-        training.save(running)
-        return found, running.recovery
 
 
 def test_a_start_without_memory_takes_what_is_left_there(url: str, host: Path) -> None:
@@ -376,31 +311,6 @@ def test_frozen_blocks_stay_when_memory_is_inherited(url: str, host: Path) -> No
 # -- several hosts -----------------------------------------------------------------------------------------------------
 
 
-def hosts_of(host: Path, n: int) -> list[Path]:
-    """A folder for each of so many hosts."""
-    found = [host / str(i) for i in range(n)]
-    for folder in found:
-        folder.mkdir(exist_ok=True)
-    return found
-
-
-def killed_on_hosts(rank: int, hosts: list[Path], url: str, steps: int, **options: Any) -> None:
-    killed(rank, hosts[rank], url, steps, **options)
-
-
-def resumed_on_hosts(rank: int, hosts: list[Path], url: str) -> tuple[dict[str, Any], str]:
-    return resumed(rank, hosts[rank], url)
-
-
-def left_behind(hosts: list[Path]) -> list[Path]:
-    return [path for host in hosts for path in host.glob("*/*/**/*")]
-
-
-def kill_on_hosts(hosts: list[Path], *args: Any, **options: Any) -> None:
-    failures = run_ranks(killed_on_hosts, len(hosts), hosts, *args, failing=True, **options)
-    assert [failure.type for failure in failures] == ["Ended"] * len(hosts), failures
-
-
 @pytest.mark.parametrize("places", [[0, 1], [1, 0], [0, 0], [1], [0, 1, 2]], ids=str)
 def test_what_other_hosts_have_in_memory_is_read_from_there(places: list[int], url: str, host: Path) -> None:
     hosts = hosts_of(host, 3)
@@ -448,11 +358,6 @@ def test_healing_takes_blocks_from_a_neighbours_memory(url: str, host: Path) -> 
 
 
 # -- copies on other hosts ---------------------------------------------------------------------------------------------
-
-
-def lose(host: Path) -> None:
-    shutil.rmtree(host)
-    host.mkdir()
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -629,10 +534,6 @@ def begins_anew_without_storage(rank: int, host: Path, url: str) -> None:
             running.flush()
             running.ranks.gather(None)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def unwritable(*args: Any) -> Any:
-    raise OSError("the disk is full")
 
 
 def test_an_older_training_stays_until_the_new_one_is_whole_in_storage(
