@@ -82,6 +82,9 @@ class Committer:
             OSError: If it cannot be written.
 
         """
+        self._store.look_around()
+        # What somebody has removed from memory is not saved any more.
+        self._stager.fail(self._store.take_lost() & self._stager.last.map.numbers.keys(), save.version.step)
         blocks = [block for staged in save.staging.groups for block in staged.blocks()]
         # Of the parameters it is known; optimizer state is looked at here, where nobody waits.
         bad = {block.key for block in blocks if not block.state_is_finite and self.is_stored(block.key)}
@@ -89,7 +92,6 @@ class Committer:
         self._stager.fail(bad, save.version.step)
         self._stats.non_finite_blocks += len(bad)
         is_complete = save.staging.full and not save.staging.non_finite and not bad
-        self._store.look_around()
         promised = self._promise(save.version.mark if is_complete else None)
         try:
             if not all(self.is_stored(key) for key in set(self._stager.failed) - keys):

@@ -44,7 +44,7 @@ def tell_of_memory(notices: Notices, store: TieredRankStore, settings: Settings,
 
 
 def warn_of_memory(notices: Notices, store: TieredRankStore, stats: Stats, trouble: OSError | None) -> None:
-    """Warns, once of each kind, of saves that found no room in memory and of copies that are not made.
+    """Warns, once of each kind, of memory that was lost, of saves that found no room there and of copies not made.
 
     Args:
         notices: Warns.
@@ -53,6 +53,12 @@ def warn_of_memory(notices: Notices, store: TieredRankStore, stats: Stats, troub
         trouble: Why there are none, if so.
 
     """
+    if store.loss is not None:
+        notices.warn(
+            "loss",
+            f"somebody has removed what this rank had in memory ({store.loss}); it is saved anew. Leave that folder "
+            "alone while the run lives, and exclude it from whatever cleans up there",
+        )
     if store.trouble is not None:
         notices.warn("no_room", f"a save could not go to memory ({store.trouble!r}); {_NO_ROOM}")
     if trouble is not None:

@@ -235,7 +235,7 @@ class RunningCheckpoint:
         self._settle_failures()
         if self._claim.is_lost:
             raise StorageError(f"another run has taken {self.store.directory} over; this one saves nothing any more")
-        full = full or not self._has_base
+        full = full or not self._has_base or self.store.is_hollow
         # Skipped ones count, too: blocks change owners, so a number must mean the same save on all ranks.
         self._sequence += 1
         if not self._writer.reserve(wait=wait or full):

@@ -11,8 +11,9 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from lightning_scar.storage.directory import Directory
@@ -39,20 +40,50 @@ class HostMemory:
         previous: Those of the starts before that it follows, the newest first.
 
     Raises:
-        OSError: If there is no folder in memory, or somebody else can write to it.
+        OSError: If there is no folder in memory.
 
     """
 
     def __init__(self, directory: Directory, token: str, previous: Sequence[str] = ()) -> None:
-        run = _user_folder() / _name(directory)
-        run.mkdir(mode=0o700, exist_ok=True)
-        self.path = run / token
-        self.path.mkdir(mode=0o700, exist_ok=True)
-        self._lock: int | None = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self.path = _user_folder() / _name(directory) / token
+        self._locks: dict[Path, int] = {}
+        self._hold()
+        for folder in left_in_memory(directory, previous):
+            # Lest another run's start takes it for forgotten, as it just may have.
+            with suppress(FileNotFoundError):
+                self._locks[folder] = _locked(folder)
         #: The folders of dead starts that this one goes on from, the newest first.
-        self.inherited = _existing(run, previous)
-        _sweep(run, {self.path, *self.inherited})
+        self.inherited = [folder for folder in self._locks if folder != self.path]
+        _sweep(self.path.parent, {self.path, *self.inherited})
+
+    def _hold(self) -> None:
+        for folder in (self.path.parents[1], self.path.parent, self.path):
+            with suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+        _check_private(self.path.parents[1])
+        self._locks[self.path] = _locked(self.path)
+
+    def renew(self) -> None:
+        """Makes the folder once more if somebody has removed it.
+
+        Raises:
+            OSError: If it cannot be made.
+
+        """
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._locks[self.path])):
+                return
+        self._let_go(self.path)
+        self._hold()
+
+    @property
+    def inherited_bytes(self) -> int:
+        """Bytes of all files that dead starts left."""
+        found = 0
+        for path in (path for folder in self.inherited for path in folder.rglob("*")):
+            with suppress(FileNotFoundError):
+                found += path.stat().st_size * path.is_file()
+        return found
 
     def forget_inherited(self, remove: bool) -> None:
         """Lets go of what dead starts left, when nobody needs it any more.
@@ -61,17 +92,22 @@ class HostMemory:
             remove: Whether to remove it, as one process of a host does.
 
         """
-        for folder in self.inherited if remove else ():
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in self.inherited:
+            self._let_go(folder)
+            if remove:
+                shutil.rmtree(folder, ignore_errors=True)
         self.inherited = []
 
     def leave(self) -> None:
-        """Lets go of the folder; what is in it stays."""
-        if self._lock is not None:
+        """Lets go of all folders; what is in them stays."""
+        for folder in list(self._locks):
+            self._let_go(folder)
+
+    def _let_go(self, folder: Path) -> None:
+        if (lock := self._locks.pop(folder, None)) is not None:
             # A child process that was forked has it, too, and would keep it.
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
-            os.close(self._lock)
-            self._lock = None
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
 
     def remove(self, folder: str, is_needed: Callable[[str], bool]) -> None:
         """Removes what this process wrote, and everything when nobody else is left.
@@ -97,36 +133,50 @@ def left_in_memory(directory: Directory, tokens: Sequence[str] | None = None) ->
         tokens: Those of the starts; by default of the newest one and those that it follows.
 
     """
-    user = _folder()
+    runs = [run for user in _user_folders() if (run := user / _name(directory)).is_dir()]
     # Most hosts have none, and need not ask for the lease.
-    if user is None or not (user / _name(directory)).is_dir() or not _is_private(user):
-        return []
-    return _existing(user / _name(directory), tokens_of(directory) if tokens is None else tokens)
+    tokens = tokens_of(directory) if tokens is None and runs else tokens or ()
+    return [run / token for token in tokens for run in runs if (run / token).is_dir()]
 
 
-def _folder() -> Path | None:
-    chosen = os.environ.get(VARIABLE)
-    parent = Path(chosen) if chosen else _MEMORY
-    return parent / f"{_PREFIX}{os.getuid()}" if os.access(parent, os.W_OK) else None
+def _memory() -> Path:
+    return Path(os.environ.get(VARIABLE) or _MEMORY)
+
+
+def _user_folders() -> list[Path]:
+    """This user's folders, the first of which is written to; more than one only where a name was taken for a while."""
+    return sorted(path for path in _memory().glob(f"{_PREFIX}{os.getuid()}*") if _is_private(path))
 
 
 def _user_folder() -> Path:
-    folder = _folder()
-    if folder is None:
+    if found := _user_folders():
+        return found[0]
+    parent = _memory()
+    if not os.access(parent, os.W_OK):
         raise FileNotFoundError(
-            f"memory=True needs a folder in memory, and {os.environ.get(VARIABLE) or _MEMORY} is none that can be "
-            f"written to. Set {VARIABLE} to a tmpfs folder, or leave memory out."
+            f"memory=True needs a folder in memory, and {parent} is none that can be written to. "
+            f"Set {VARIABLE} to a tmpfs folder, or leave memory out."
         )
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    if not _is_private(folder):
-        raise PermissionError(f"{folder} is not this user's alone; remove it, or set {VARIABLE} to another folder")
-    return folder
+    # Everybody can write to /dev/shm, and take a name there; but nobody can take all of them.
+    for number in count():
+        folder = parent / f"{_PREFIX}{os.getuid()}{f'-{number}' if number else ''}"
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        if _is_private(folder):
+            return folder
+    raise AssertionError
 
 
 def _is_private(folder: Path) -> bool:
-    status = folder.lstat()
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    with suppress(FileNotFoundError):
+        status = folder.lstat()
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    return False
+
+
+def _check_private(folder: Path) -> None:
+    if not _is_private(folder):
+        raise PermissionError(f"{folder} is not this user's alone any more")
 
 
 def _name(directory: Directory) -> str:
@@ -134,21 +184,23 @@ def _name(directory: Directory) -> str:
     return hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def _existing(run: Path, tokens: Iterable[str]) -> list[Path]:
-    return [run / token for token in tokens if (run / token).is_dir()]
-
-
 def _sweep(run: Path, needed: set[Path]) -> None:
-    for folder in set(run.parent.glob("*/*")) - needed:
+    for folder in {path for user in _user_folders() for path in user.glob("*/*")} - needed:
         # Another process may be at it, too.
         with suppress(OSError):
-            if folder.parent == run or time.time() - _last_touched(folder) > _KEPT_SECONDS:
+            if folder.parent.name == run.name or time.time() - _last_touched(folder) > _KEPT_SECONDS:
                 _remove_unless_held(folder)
                 folder.parent.rmdir()
 
 
 def _last_touched(folder: Path) -> float:
     return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+
+
+def _locked(folder: Path) -> int:
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
 
 
 def _remove_unless_held(folder: Path) -> None:

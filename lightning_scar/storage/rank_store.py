@@ -2,9 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from lightning_scar.storage.compaction import WITH_OLDER, Retention, Usage, worth_merging
@@ -15,15 +16,20 @@ from lightning_scar.storage.delta import (
     Delta,
     Entry,
     Payload,
+    StoredBlock,
     encode,
     read_delta,
     read_entries,
 )
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head
-from lightning_scar.storage.index import newest_lineage
+from lightning_scar.storage.index import Index, newest_lineage
 from lightning_scar.storage.source import Source
 from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of
+
+
+class LimitError(OSError):
+    """A file would exceed the limit of a store."""
 
 
 class RankStore(DeltaStore):
@@ -39,6 +45,9 @@ class RankStore(DeltaStore):
         tier: How near the directory is.
         retention: How much of the past is kept in it.
 
+    Attributes:
+        limit: Bytes that this rank's files may take, all together and at any time; ``None`` for no limit.
+
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class RankStore(DeltaStore):
         super().__init__(url, storage_options, tier, retention)
         self.rank = rank
         self.world_size = world_size
+        self.limit: int | None = None
         self._unmergeable: set[str] = set()
         self._merges = 0
 
@@ -98,6 +108,7 @@ class RankStore(DeltaStore):
             Bytes of all files written, merged ones included.
 
         Raises:
+            LimitError: If the file would be too much; nothing has changed then.
             OSError: If the file cannot be written; nothing has changed then.
 
         """
@@ -128,8 +139,11 @@ class RankStore(DeltaStore):
         return f"{name}-{again:04d}{SUFFIX}" if again else f"{name}{SUFFIX}"
 
     def _write(self, name: str, head: Head, blocks: Sequence[BlockData]) -> Delta:
+        pieces = encode(head, blocks)
+        header = [next(pieces), next(pieces)]
+        self._check_limit(sum(map(len, header)) + sum(p.nbytes for block in blocks for p in block.slots.values()))
         self.directory.child(self.folder).create()
-        self.directory.write(name, encode(head, blocks))
+        self.directory.write(name, chain(header, pieces))
         delta = self._deltas[name] = read_delta(self.directory, name)
         if head.lineage != self.index.lineage:
             self.count(head.lineage)
@@ -137,13 +151,31 @@ class RankStore(DeltaStore):
             self.index.add(delta)
         return delta
 
+    def _check_limit(self, nbytes: int) -> None:
+        needed = self.own_bytes + nbytes
+        if self.limit is not None and needed > self.limit:
+            raise LimitError(f"{self.limit} bytes may be taken, and with this file it would be {needed}")
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of all files that are this rank's."""
+        return sum(delta.nbytes for delta in self.deltas if self.is_own(delta.name))
+
+    def clear(self) -> None:
+        """Deletes all files of this rank, when all that they hold is elsewhere."""
+        for delta in [delta for delta in self.deltas if self.is_own(delta.name)]:
+            self._delete(delta)
+        self.count(self.index.lineage)
+
     def _tidy(self, head: Head, save_bytes: int) -> int:
         merged_bytes = 0
         for delta in self._own():
             if not self.index.live(delta):
                 self._delete(delta)
-        while sources := self._mergeable(head.state_bytes, save_bytes):
-            merged_bytes += self._merge(head, sources)
+        # Without room for a merged file the others stay as they are.
+        with suppress(LimitError):
+            while sources := self._mergeable(head.state_bytes, save_bytes):
+                merged_bytes += self._merge(head, sources)
         return merged_bytes
 
     def _own(self) -> list[Delta]:
@@ -226,3 +258,27 @@ def copied(delta: Delta, source: Source, entry: Entry) -> Payload:
         return into
 
     return Payload(entry.dtype, entry.shape, entry.stop - entry.start, entry.checksum, data)
+
+
+def newer(store: DeltaStore, deltas: Sequence[Delta], than: Index, files: ExitStack) -> Iterator[BlockData]:
+    """Blocks on their way from one store into another one, those that are newer here.
+
+    Args:
+        store: Where they are.
+        deltas: In which files of it.
+        than: What the other one has.
+        files: Closes what is opened. Open, a file stays readable even if a later save replaces it.
+
+    """
+    for delta in deltas:
+        blocks = [block for block in store.index.live(delta) if _is_newer(block, than)]
+        if blocks:
+            source = files.enter_context(store.directory.source(delta.name))
+            for block in blocks:
+                slots = {slot: copied(delta, source, entry) for slot, entry in block.slots.items()}
+                yield BlockData(block.key, block.version, slots)
+
+
+def _is_newer(block: StoredBlock, than: Index) -> bool:
+    known = than.newest(block.key)
+    return known is None or known.version < block.version

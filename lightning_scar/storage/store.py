@@ -127,6 +127,25 @@ class DeltaStore:
         """
         self.index = Index(lineage, self._deltas.values(), self.retention.older)
 
+    def forget_vanished(self, folder: str) -> set[str]:
+        """Forgets the deltas of a rank that somebody else has removed.
+
+        Args:
+            folder: The rank's.
+
+        Returns:
+            The keys of the blocks for whose sake they were kept.
+
+        """
+        there = {f"{folder}/{name}" for name in self.directory.child(folder).names()}
+        vanished = [delta for delta in self.deltas if delta.name.startswith(f"{folder}/") and delta.name not in there]
+        keys = {block.key for delta in vanished for block in self.index.live(delta)}
+        for delta in vanished:
+            del self._deltas[delta.name]
+        if vanished:
+            self.count(self.index.lineage)
+        return keys
+
     def folders(self) -> list[str]:
         """The folders of all ranks that ever wrote."""
         return [name for name in self.directory.names() if name.startswith(_RANK_FOLDER)]

@@ -3,8 +3,8 @@
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from typing_extensions import override
 from lightning_scar.storage.chain import Chain
 from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.compaction import NEWEST_ONLY
-from lightning_scar.storage.delta import BlockData, Delta
+from lightning_scar.storage.delta import BlockData
 from lightning_scar.storage.directory import Tier
-from lightning_scar.storage.head import Head, Version
+from lightning_scar.storage.head import Head
 from lightning_scar.storage.host_memory import HostMemory, left_in_memory
 from lightning_scar.storage.index import newest_lineage
-from lightning_scar.storage.rank_store import RankStore, copied
+from lightning_scar.storage.inheritance import Inheritance
+from lightning_scar.storage.rank_store import RankStore, newer
 from lightning_scar.storage.store import DeltaStore, rank_folder
 from lightning_scar.storage.tiers import TieredStore
 from lightning_scar.storage.writer import BackgroundWriter
@@ -28,16 +29,13 @@ from lightning_scar.storage.writer import BackgroundWriter
 FAREWELL_SECONDS = 10.0
 
 
-class MemoryFullError(OSError):
-    """Memory has no room for a save."""
-
-
 class TieredRankStore(TieredStore):
     """The tiers of a running checkpoint, for one rank of the one live run.
 
     Every save goes to memory. Every so-manieth brings to storage, in a thread of its own, whatever is newer in memory;
     a full save brings it there before it counts as done. So storage alone always holds a running checkpoint, which
-    lags behind by as many saves. Without memory all saves go to storage.
+    lags behind by as many saves. Without memory all saves go to storage, and so does one that finds no room there,
+    with all that memory has: from the next one on memory begins anew.
 
     What a dead start has left in memory is read, too, until all ranks have saved everything anew.
 
@@ -52,10 +50,13 @@ class TieredRankStore(TieredStore):
     Attributes:
         storage: The storage.
         memory: The memory; ``None`` without it.
+        host: A name of this host's memory, for the other ranks; ``None`` if it has none of this run.
         chain: Copies the memory to other hosts; ``None`` if there are none.
         neighbours: What other hosts have in memory, while that can be read.
         local_ranks: The ranks of this host.
         follows_nobody: Whether nothing that earlier starts have left in memory is needed any more.
+        is_hollow: Whether somebody has removed files from memory, and no full save has followed.
+        loss: Where that happened last, if ever.
         trouble: Why a save could not go to memory, if so. Such saves go to storage instead.
 
     """
@@ -71,19 +72,23 @@ class TieredRankStore(TieredStore):
     ) -> None:
         self.storage = RankStore(url, storage_options, rank, world_size)
         self.memory: RankStore | None = None
-        self.trouble: OSError | None = None
-        self.follows_nobody = False
-        self.stored_bytes = 0
+        self.host: str | None = None
+        self.chain: Chain | None = None
+        self.neighbours: Sequence[DeltaStore] = []
         self.local_ranks = {rank}
+        self.follows_nobody = False
+        self.is_hollow = False
+        self.loss: Path | None = None
+        self.trouble: OSError | None = None
+        self.stored_bytes = 0
         self._every = every
         self._limit = limit
-        self.chain: Chain | None = None
-        self.neighbours: list[DeltaStore] = []
-        self._unseen: list[DeltaStore] = []
         self._host: HostMemory | None = None
+        self._inheritance: Inheritance | None = None
+        self._lost: set[str] = set()
         self._newest: Head | None = None
-        self._unstored = 0
         self._stored: Head | None = None
+        self._unstored = 0
         self._writer = BackgroundWriter()
         super().__init__([self.storage])
 
@@ -99,28 +104,24 @@ class TieredRankStore(TieredStore):
 
         """
         self.storage.sweep()
-        rank, world_size = self.storage.rank, self.storage.world_size
-        if self._every is not None or left_in_memory(self.directory, previous):
-            self._host = HostMemory(self.directory, token, previous)
-            inherited = [DeltaStore(path, tier=Tier.MEMORY) for path in self._host.inherited]
-            self.stores = [*inherited, self.storage]
-        if self._every is not None and self._host is not None:
-            self.memory = RankStore(self._host.path, None, rank, world_size, Tier.MEMORY, NEWEST_ONLY)
-            self.memory.sweep()
-            self.stores = [self.memory, *self.stores]
-
-    @property
-    def host(self) -> str | None:
-        """A name of this host's memory, for the other ranks; ``None`` if it has none of this run."""
-        if self._host is None:
-            return None
+        if self._every is None and not left_in_memory(self.directory, previous):
+            return
+        self._host = HostMemory(self.directory, token, previous)
         # Containers may have the same name and path, but have each a memory of their own.
-        return f"{socket.gethostname()}-{self._host.path.stat().st_dev}:{self._host.path}"
+        self.host = f"{socket.gethostname()}-{self._host.path.stat().st_dev}:{self._host.path}"
+        self._inheritance = Inheritance(self._host)
+        if self._every is not None:
+            members = self.storage.rank, self.storage.world_size
+            self.memory = RankStore(self._host.path, None, *members, Tier.MEMORY, NEWEST_ONLY)
+            self.memory.sweep()
+        self.see([])
 
     @property
     def memory_folders(self) -> list[Path]:
         """This host's folders of the run, the newest first."""
         return [] if self._host is None else [self._host.path, *self._host.inherited]
+
+    # -- reading -------------------------------------------------------------------------------------------------
 
     def see(self, neighbours: Sequence[DeltaStore], own: bool = True) -> None:
         """Reads what other hosts have in memory, too.
@@ -130,10 +131,10 @@ class TieredRankStore(TieredStore):
             own: Whether to read this host's memory.
 
         """
-        here = [*self._unseen, *(store for store in self.stores[:-1] if store not in self.neighbours)]
-        self._unseen = [] if own else here
-        self.neighbours = list(neighbours)
-        self.stores = [*(here if own else ()), *self.neighbours, self.storage]
+        here = [self.memory] if self.memory is not None else []
+        inherited = self._inheritance.stores if self._inheritance is not None else []
+        self.neighbours = neighbours
+        self.stores = [*((*here, *inherited) if own else ()), *neighbours, self.storage]
 
     @override
     def refresh(self) -> None:
@@ -150,13 +151,25 @@ class TieredRankStore(TieredStore):
         return self.storage.is_whole
 
     def look_around(self) -> None:
-        """Takes in what the other ranks have written and deleted since; what cannot be read now is left for later."""
+        """Takes in what others have written and deleted since; what cannot be read now is left for later."""
         if self.memory is not None:
             self.memory.look_around()
+            self._look_into(self.memory)
         if not self._writer.depth:
             self.storage.look_around()
 
-    # -- writing -------------------------------------------------------------------------------------------------
+    def _look_into(self, memory: RankStore) -> None:
+        with suppress(OSError):
+            if lost := memory.forget_vanished(memory.folder):
+                self.is_hollow, self.loss = True, Path(memory.directory.path)
+                self._lost |= lost
+
+    def take_lost(self) -> set[str]:
+        """The keys of blocks that somebody has removed from memory since the last call."""
+        lost, self._lost = self._lost, set()
+        return lost
+
+    # -- a save --------------------------------------------------------------------------------------------------
 
     def commit(self, head: Head, blocks: Sequence[BlockData]) -> None:
         """Writes one delta; when this returns, it is part of the running checkpoint, a full one durably so.
@@ -171,27 +184,24 @@ class TieredRankStore(TieredStore):
         """
         if not self._commit_to_memory(head, blocks):
             self._writer.drain()
-            self._store(head, blocks)
+            self._commit_to_storage(head, blocks)
         elif head.kind == "full":
             self._writer.drain()
             self._store_newer(head)
+            self.is_hollow = False
         elif self._is_due(head) and not self._writer.depth:
             # Else the next one brings along what this one would have.
             self._store_newer_beside(head)
 
-    def _store_newer_beside(self, head: Head) -> None:
-        with ExitStack() as opened:
-            blocks = list(self._newer_in_memory(opened))
-            files = opened.pop_all()
-        self._unstored = 0
-        self._writer.reserve(wait=True)
-        self._writer.submit(partial(self._store_and_close, head, blocks, files))
-
     def _commit_to_memory(self, head: Head, blocks: Sequence[BlockData]) -> bool:
-        if self.memory is None:
+        if self.memory is None or self._host is None:
+            return False
+        if self.is_hollow and head.kind != "full":
+            # The copies on other hosts follow the memory: what was lost here they keep until it is whole again.
             return False
         try:
-            self._check_limit(blocks)
+            self._host.renew()
+            self.memory.limit = self._room()
             self.memory.commit(head, blocks)
         except OSError as error:
             self.trouble = error
@@ -202,43 +212,47 @@ class TieredRankStore(TieredStore):
             self.chain.follow()
         return True
 
-    def _check_limit(self, blocks: Sequence[BlockData]) -> None:
-        needed = self.memory_bytes + sum(payload.nbytes for block in blocks for payload in block.slots.values())
-        if self._limit is not None and needed > self._limit:
-            raise MemoryFullError(f"memory_limit is {self._limit} bytes, and with this save it would be {needed}")
+    def _room(self) -> int | None:
+        if self._limit is None or self._inheritance is None:
+            return self._limit
+        # Each rank of the host counts its share of what they have inherited together.
+        return max(0, self._limit - -(-self._inheritance.nbytes // len(self.local_ranks)))
+
+    def _commit_to_storage(self, head: Head, blocks: Sequence[BlockData]) -> None:
+        """In one file with all that memory has newer, so that memory can begin anew."""
+        with ExitStack() as files:
+            keys = {block.key for block in blocks}
+            self._store(head, [*blocks, *(block for block in self._newer_in_memory(files) if block.key not in keys)])
+        if self.memory is not None:
+            self.memory.clear()
 
     def _is_due(self, head: Head) -> bool:
         assert self._every is not None
         is_first = head.incarnation not in {at.incarnation for at in self.storage.index.heads.values()}
         return is_first or self._unstored >= self._every
 
-    def _newer_in_memory(self, files: ExitStack) -> Iterator[BlockData]:
-        assert self.memory is not None
-        own = [delta for delta in self.memory.deltas if self.memory.is_own(delta.name)]
-        return self._newer_in(self.memory, own, files)
-
-    def _newer_in(self, store: DeltaStore, deltas: Sequence[Delta], files: ExitStack) -> Iterator[BlockData]:
-        for delta in deltas:
-            newer = [block for block in store.index.live(delta) if self._is_newer(block.key, block.version)]
-            if newer:
-                # Open, it stays readable even if a later save replaces it.
-                source = files.enter_context(store.directory.source(delta.name))
-                for block in newer:
-                    slots = {slot: copied(delta, source, entry) for slot, entry in block.slots.items()}
-                    yield BlockData(block.key, block.version, slots)
-
-    def _is_newer(self, key: str, version: Version) -> bool:
-        stored = self.storage.index.newest(key)
-        return stored is None or stored.version < version
-
-    def _store_newer(self, head: Head) -> None:
-        with ExitStack() as files:
-            if blocks := list(self._newer_in_memory(files)):
-                self._store(head, blocks)
+    def _store_newer_beside(self, head: Head) -> None:
+        with ExitStack() as opened:
+            blocks = self._newer_in_memory(opened)
+            files = opened.pop_all()
+        self._unstored = 0
+        self._writer.reserve(wait=True)
+        self._writer.submit(partial(self._store_and_close, head, blocks, files))
 
     def _store_and_close(self, head: Head, blocks: Sequence[BlockData], files: ExitStack) -> None:
         with files:
             self._store(head, blocks)
+
+    def _store_newer(self, head: Head) -> None:
+        with ExitStack() as files:
+            if blocks := self._newer_in_memory(files):
+                self._store(head, blocks)
+
+    def _newer_in_memory(self, files: ExitStack) -> list[BlockData]:
+        if self.memory is None:
+            return []
+        own = [delta for delta in self.memory.deltas if self.memory.is_own(delta.name)]
+        return list(newer(self.memory, own, self.storage.index, files))
 
     def _store(self, head: Head, blocks: Sequence[BlockData]) -> None:
         self.stored_bytes += self.storage.commit(head, blocks)
@@ -253,34 +267,26 @@ class TieredRankStore(TieredStore):
         saved = {head.rank for head in heads if head.incarnation == self._stored.incarnation}
         if saved != set(range(self.storage.world_size)):
             return
-        inherited = {str(path) for path in self.memory_folders[1:]}
-        if self._host is not None and inherited:
+        if self._inheritance is not None and self._inheritance.stores:
             # Of several ranks on a host one sees to it.
             is_first = self.storage.rank == min(self.local_ranks)
             if is_first:
-                self._take_over(self._stored)
-            self._host.forget_inherited(remove=is_first)
-        self.stores = [store for store in self.stores if store.directory.path not in inherited]
+                self._take_over(self._inheritance, self._stored)
+            self._inheritance.forget(remove=is_first)
+            self.see(self.neighbours)
         self.follows_nobody = True
 
-    def _take_over(self, head: Head) -> None:
-        """What was not saved anew, such as a block that holds NaN by now, goes to storage as it is."""
+    def _take_over(self, inheritance: Inheritance, head: Head) -> None:
         with ExitStack() as files:
-            left = set(map(str, self.memory_folders[1:]))
-            stores = [store for store in self.stores if store.directory.path in left]
-            blocks = [block for store in stores for block in self._newer_in(store, store.deltas, files)]
-            newest = {block.key: block for block in sorted(blocks, key=lambda block: block.version)}
-            if newest:
-                self.stored_bytes += self.storage.take_over(head, list(newest.values()))
+            if blocks := inheritance.newer(self.storage.index, files):
+                self.stored_bytes += self.storage.take_over(head, blocks)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
     @property
     def memory_bytes(self) -> int:
         """Bytes that this rank holds in memory."""
-        if self.memory is None:
-            return 0
-        return sum(delta.nbytes for delta in self.memory.deltas if self.memory.is_own(delta.name))
+        return self.memory.own_bytes if self.memory is not None else 0
 
     def take_errors(self) -> list[Exception]:
         """What went wrong beside the training since the last call; those saves are still in memory."""
@@ -299,6 +305,7 @@ class TieredRankStore(TieredStore):
         """
         self.drain()
         if self.memory is not None and self._newest is not None:
+            self._look_into(self.memory)
             self._store_newer(self._newest)
         self._wait_for_others()
 

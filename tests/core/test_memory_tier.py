@@ -235,14 +235,6 @@ def test_nobody_else_can_read_it(url: str, host: Path) -> None:
         os.umask(before)
 
 
-def test_a_folder_that_others_can_write_to_is_refused(url: str, host: Path) -> None:
-    (host / f"scar-memory-{os.getuid()}").mkdir(mode=0o777)
-    (host / f"scar-memory-{os.getuid()}").chmod(0o777)
-    with pytest.raises(PermissionError, match="not this user's alone"):
-        opened(url, **MEMORY)
-    assert not (Path(url) / FILE).exists(), "the lease is given back"
-
-
 def test_a_host_without_memory_is_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "/nowhere")
     with pytest.raises(FileNotFoundError, match="/nowhere is none that can be written to"):

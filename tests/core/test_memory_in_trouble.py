@@ -1,0 +1,220 @@
+"""Memory that somebody removes, or takes the name of, or that is full."""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from core_helpers import assert_same
+from memory_helpers import MEMORY, folders, kill, state_at, storage_alone, stored
+from shared_helpers import assert_made_of, copied, make_training, opened, quietly
+
+from lightning_scar.core.restoration import load
+from lightning_scar.storage.lease import FILE
+
+pytestmark = pytest.mark.usefixtures("host")
+
+
+@contextmanager
+def warned() -> Iterator[list[str]]:
+    """What is warned of in the ``with`` block, filled in at its end."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    said += [str(warning.message) for warning in caught]
+
+
+# -- removed in mid-run ------------------------------------------------------------------------------------------------
+
+
+def everything(host: Path) -> None:
+    shutil.rmtree(next(host.iterdir()))
+
+
+def the_start(host: Path) -> None:
+    shutil.rmtree(next(host.glob("*/*/*")))
+
+
+def the_rank(host: Path) -> None:
+    shutil.rmtree(next(host.glob("*/*/*/*")))
+
+
+def one_file(host: Path) -> None:
+    max(host.glob("*/*/*/*/*"), key=lambda path: path.stat().st_mtime_ns).unlink()
+
+
+@pytest.mark.parametrize("remove", [everything, the_start, the_rank, one_file])
+def test_memory_that_is_removed_is_noticed_at_the_next_save_and_made_whole_again(
+    remove: Callable[[Path], None], url: str, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, history = make_training(), {}
+    with warned() as said, opened(url, fraction=0.3, memory=True, durable_every_n_saves=100) as running:
+        for _ in range(5):
+            training.step()
+            training.save(running)
+            running.flush()
+            history[training.steps] = copied(training)
+        assert stored(url) == 1
+        remove(host)
+        # Nothing changes any more: only what is known to be lost is saved.
+        training.save(running)
+        running.flush()
+        assert_made_of(load(url), history, url)
+        assert stored(url) == 5
+        training.save(running)
+        running.flush()
+        assert_same(storage_alone(url, monkeypatch), state_at(5))
+        for _ in range(3):
+            training.step()
+            training.save(running)
+            running.flush()
+            history[training.steps] = copied(training)
+        assert stored(url) == 5, "memory is used again"
+        assert_made_of(load(url), history, url)
+        assert all(path.stat().st_mode & 0o077 == 0 for path in host.glob("*"))
+        with opened(Path(url).parent / "other", **MEMORY):
+            assert len(folders(host)) == 2
+    assert len([text for text in said if "somebody has removed" in text]) == 1, said
+    assert_made_of(load(url), history, url)
+    assert not folders(host)
+
+
+def test_memory_that_is_removed_at_the_end_is_told(url: str, host: Path) -> None:
+    training = make_training()
+    with warned() as said, opened(url, fraction=1.0, **MEMORY) as running:
+        for _ in range(2):
+            training.step()
+            training.save(running)
+        running.flush()
+        everything(host)
+    assert len([text for text in said if "somebody has removed" in text]) == 1
+    assert_same(load(url), state_at(1))
+
+
+def test_inherited_memory_that_is_removed_holds_no_save_up(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    training = make_training()
+    with opened(url, fraction=1.0, **MEMORY) as running:
+        training.load(quietly(running)[0])
+        for left in host.glob("*/*/*"):
+            if any(left.glob("*/*")):
+                shutil.rmtree(left)
+        training.step()
+        training.save(running)
+        assert running.stats.failed_saves == 0
+    assert_same(load(url), state_at(7))
+
+
+# -- names that others have taken --------------------------------------------------------------------------------------
+
+
+def a_folder_for_all(name: Path) -> None:
+    name.mkdir()
+    name.chmod(0o777)
+
+
+def a_folder_of_another(name: Path) -> None:
+    if os.getuid():
+        pytest.skip("only root can make what belongs to another user")
+    name.mkdir(mode=0o700)
+    os.chown(name, 12345, 12345)
+
+
+def a_file(name: Path) -> None:
+    name.write_text("mine")
+
+
+def a_link(name: Path) -> None:
+    aside = name.with_name("aside")
+    aside.mkdir(mode=0o700)
+    name.symlink_to(aside)
+
+
+@pytest.mark.parametrize("squat", [a_folder_for_all, a_folder_of_another, a_file, a_link])
+def test_a_name_that_is_taken_is_passed_over_and_the_folder_found_again(
+    squat: Callable[[Path], None], url: str, host: Path
+) -> None:
+    name = host / f"scar-memory-{os.getuid()}"
+    squat(name)
+    kill(1, host, url, 6)
+    (mine,) = host.glob("*/*/*/rank-0000")
+    assert mine.parents[2] == name.with_name(f"{name.name}-1")
+    name.rename(host / "gone")
+    assert_same(load(url), state_at(6))
+    with opened(url, fraction=1.0, **MEMORY) as running:
+        assert_same(quietly(running)[0], state_at(6))
+        make_training().save(running)
+    assert not list(host.glob("scar-memory*/*"))
+    assert not list(host.glob("aside/*"))
+
+
+# -- no room -----------------------------------------------------------------------------------------------------------
+
+
+def bytes_in(host: Path) -> int:
+    return sum(path.stat().st_size for path in host.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_the_limit_counts_every_byte_of_a_save(missing: int, url: str, host: Path) -> None:
+    training = make_training()
+    with opened(url, fraction=1.0, **MEMORY) as running:
+        training.save(running)
+        running.flush()
+        needed = bytes_in(host)
+    with opened(f"{url}-2", fraction=1.0, memory_limit=needed - missing, **MEMORY) as running, warned() as said:
+        training.save(running)
+        running.flush()
+        assert bytes_in(host) == (0 if missing else needed)
+        training.save(running)
+        running.flush()
+    assert sum("could not go to memory" in text for text in said) == missing
+
+
+def test_the_limit_counts_what_dead_starts_have_left(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    limit = 2 * bytes_in(host)
+    with warned(), opened(url, fraction=1.0, memory_limit=limit - 1000, **MEMORY) as running:
+        training = make_training()
+        training.load(quietly(running)[0])
+        training.save(running)
+        running.flush()
+        assert bytes_in(host) == 0, "it went to storage, and what was left is not needed any more"
+        training.step()
+        training.save(running)
+        running.flush()
+        assert 0 < bytes_in(host) <= limit
+        assert stored(url) == 6
+    assert_same(load(url), state_at(7))
+
+
+def test_full_memory_is_emptied_into_storage_and_used_again(url: str, host: Path) -> None:
+    training, history = make_training(), {}
+    with opened(url, **MEMORY) as running:
+        training.save(running)
+        running.flush()
+        limit = int(1.5 * bytes_in(host))
+    used = []
+    with warned(), opened(f"{url}-2", memory_limit=limit, memory=True, durable_every_n_saves=1000) as running:
+        for _ in range(30):
+            training.step()
+            training.save(running)
+            running.flush()
+            history[training.steps] = copied(training)
+            assert_made_of(load(f"{url}-2"), history, f"{url}-2")
+            assert bytes_in(host) <= limit
+            used.append(stored(f"{url}-2") < training.steps)
+        assert running.stats.failed_saves == 0
+    assert used[-10:].count(True) > 2, "memory serves still"
+    assert_made_of(load(f"{url}-2"), history, f"{url}-2")
+
+
+def test_the_lease_is_given_back_where_there_is_no_memory(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_SCAR_MEMORY", "/nowhere")
+    with pytest.raises(FileNotFoundError):
+        opened(url, **MEMORY)
+    assert not (Path(url) / FILE).exists()
