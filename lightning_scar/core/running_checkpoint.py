@@ -5,7 +5,6 @@ the skeleton, :meth:`RunningCheckpoint.stage` starts to score and copy, beside t
 is lazy, and :meth:`RunningCheckpoint.fence` waits for the copies before anything changes and hands them to the writer.
 """
 
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +25,6 @@ from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.recovery import RecoveryPlan
 from lightning_scar.core.restoration import Restored, restore
-from lightning_scar.core.rework import Motion
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeleton import Path
 from lightning_scar.core.stager import Stager, Staging
@@ -337,24 +335,17 @@ class RunningCheckpoint:
         self.stats.bytes_written = self.store.stored_bytes
 
     def _hand_over(self, save: Save) -> None:
-        stats, staging = self.stats, save.staging
         if self.store.follows_nobody:
             self._claim.forget_previous()
-        stats.saves += 1
-        stats.full_saves += staging.full
-        stats.step = staging.step
-        stats.non_finite_blocks = staging.non_finite
         others = [head.info for rank, head in self.store.index.heads.items() if rank != self.ranks.rank]
-        stats.distance = math.hypot(staging.distance, *(info["distance"] for info in others))
-        stats.rework_cost = sum((Motion(*info["motion"]) for info in others), staging.motion).rework_cost
-        stats.oldest_age = max([staging.oldest_age, *(info["oldest_age"] for info in others)])
+        self.stats.note(save.staging, others)
         self._warn_of_non_finite()
-        if stats.saves == 1 and self.store.memory is not None:
+        if self.stats.saves == 1 and self.store.memory is not None:
             tell_of_memory(self._notices, self.store, self.settings, self._stager.last.map.state_bytes)
         self._has_base = True
         self._save = None
         self._writer.submit(lambda: self._committer.commit(save))
-        stats.queue_depth = self._writer.depth
+        self.stats.queue_depth = self._writer.depth
 
     def _settle_failures(self) -> None:
         """Raises or warns about failed writes, and forgets what they did not save."""

@@ -1,6 +1,12 @@
 """Counters of a run, for loggers and programs."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from lightning_scar.core.rework import Motion
+from lightning_scar.core.stager import Staging
 
 
 @dataclass
@@ -47,3 +53,19 @@ class Stats:
     rework_cost: float = 0.0
     oldest_age: int = 0
     queue_depth: int = 0
+
+    def note(self, staging: Staging, others: Sequence[Mapping[str, Any]]) -> None:
+        """Counts a save in.
+
+        Args:
+            staging: What it copies.
+            others: What the last saves of the other ranks say about themselves.
+
+        """
+        self.saves += 1
+        self.full_saves += staging.full
+        self.step = staging.step
+        self.non_finite_blocks = staging.non_finite
+        self.distance = math.hypot(staging.distance, *(info["distance"] for info in others))
+        self.rework_cost = sum((Motion(*info["motion"]) for info in others), staging.motion).rework_cost
+        self.oldest_age = max([staging.oldest_age, *(info["oldest_age"] for info in others)])
