@@ -53,11 +53,11 @@ def warn_of_memory(notices: Notices, store: TieredRankStore, stats: Stats, troub
         trouble: Why there are none, if so.
 
     """
-    if store.loss is not None:
+    if store.memory is not None and store.memory.loss is not None:
         notices.warn(
             "loss",
-            f"somebody has removed what this rank had in memory ({store.loss}); it is saved anew. Leave that folder "
-            "alone while the run lives, and exclude it from whatever cleans up there",
+            f"somebody has removed what this rank had in memory ({store.memory.loss}); it is saved anew. Leave that "
+            "folder alone while the run lives, and exclude it from whatever cleans up there",
         )
     if store.trouble is not None:
         notices.warn("no_room", f"a save could not go to memory ({store.trouble!r}); {_NO_ROOM}")

@@ -164,13 +164,12 @@ class _Copy:
     def __init__(self, client: FolderClient, name: str) -> None:
         self._client = client
         self._name = name
-        try:
-            self._there = {found.name for found in client.list(name) if found.name.endswith(SUFFIX)}
-        except FileNotFoundError:
-            self._there = set()
+        self._there: set[str] = set()
 
     def follow(self, folder: Path, ending: threading.Event) -> bool:
         """Whether everything is there."""
+        # Asked each time: it may have been removed there.
+        self._there = self._list()
         for _ in range(_ATTEMPTS):
             here = sorted(folder.glob(f"*{SUFFIX}"), key=_age)
             if not here:
@@ -187,6 +186,12 @@ class _Copy:
                 self._delete(needed, ending)
                 return not ending.is_set()
         return False
+
+    def _list(self) -> set[str]:
+        try:
+            return {found.name for found in self._client.list(self._name) if found.name.endswith(SUFFIX)}
+        except FileNotFoundError:
+            return set()
 
     def _put(self, here: Sequence[Path], ending: threading.Event) -> bool:
         for path in here:

@@ -102,6 +102,10 @@ class HostMemory:
         """Lets go of all folders; what is in them stays."""
         for folder in list(self._locks):
             self._let_go(folder)
+        with suppress(OSError):
+            # If nothing was ever saved.
+            self.path.rmdir()
+            self.path.parent.rmdir()
 
     def _let_go(self, folder: Path) -> None:
         if (lock := self._locks.pop(folder, None)) is not None:

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from lightning_scar.storage.delta import BlockData
 from lightning_scar.storage.directory import Tier
+from lightning_scar.storage.head import Head
 from lightning_scar.storage.host_memory import HostMemory
-from lightning_scar.storage.index import Index
-from lightning_scar.storage.rank_store import newer
+from lightning_scar.storage.spill import Spill
 from lightning_scar.storage.store import DeltaStore
 
 
@@ -24,25 +23,26 @@ class Inheritance:
         #: One for each dead start, the newest first.
         self.stores: Sequence[DeltaStore] = [DeltaStore(path, tier=Tier.MEMORY) for path in host.inherited]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
-        return self._host.inherited_bytes if self.stores else 0
-
-    def newer(self, than: Index, files: ExitStack) -> list[BlockData]:
-        """The newest versions of what storage has not as new, such as a block that holds NaN by now.
+    def bring_to_storage(self, spill: Spill, head: Head) -> None:
+        """Takes over as it is what was not saved anew, such as a block that holds NaN by now.
 
         Args:
-            than: What storage has.
-            files: Closes what is opened.
+            spill: Leads to storage.
+            head: That of the save which makes the rest of it obsolete.
+
+        Raises:
+            OSError: If it cannot be written.
 
         """
         for store in self.stores:
             # What somebody else has removed must not hold up the saves.
             for folder in {delta.name.split("/")[0] for delta in store.deltas}:
                 store.forget_vanished(folder)
-        found = [block for store in self.stores for block in newer(store, store.deltas, than, files)]
-        return list({block.key: block for block in sorted(found, key=lambda block: block.version)}.values())
+        with ExitStack() as files:
+            found = [block for store in self.stores for block in spill.newer(store, store.deltas, files)]
+            newest = {block.key: block for block in sorted(found, key=lambda block: block.version)}
+            if newest:
+                spill.take_over(head, list(newest.values()))
 
     def forget(self, remove: bool) -> None:
         """Lets go of it.

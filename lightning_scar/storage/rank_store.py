@@ -2,9 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -23,7 +24,7 @@ from lightning_scar.storage.delta import (
 )
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head
-from lightning_scar.storage.index import Index, newest_lineage
+from lightning_scar.storage.index import newest_lineage
 from lightning_scar.storage.source import Source
 from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of
 
@@ -205,9 +206,7 @@ class RankStore(DeltaStore):
         try:
             with ExitStack() as files:
                 blocks = [
-                    BlockData(
-                        block.key, block.version, {s: self._copied(delta, source, e) for s, e in block.slots.items()}
-                    )
+                    copied(delta, source, block, partial(self._unmergeable.add, delta.name))
                     for delta in sources
                     for source in [files.enter_context(self.directory.source(delta.name))]
                     for block in self.index.live(delta)
@@ -223,62 +222,33 @@ class RankStore(DeltaStore):
             self._delete(delta)
         return merged.nbytes
 
-    def _copied(self, delta: Delta, source: Source, entry: Entry) -> Payload:
-        def data() -> memoryview:
-            try:
-                return payload.data()
-            except DamagedError:
-                self._unmergeable.add(delta.name)
-                raise
-
-        payload = copied(delta, source, entry)
-        return replace(payload, data=data)
-
     def _delete(self, delta: Delta) -> None:
         self.directory.delete(delta.name)
         self._deltas.pop(delta.name, None)
 
 
-def copied(delta: Delta, source: Source, entry: Entry) -> Payload:
-    """An entry on its way from one delta into another one.
+def copied(delta: Delta, source: Source, block: StoredBlock, on_damage: Callable[[], object]) -> BlockData:
+    """A block on its way from one delta into another one.
 
     Args:
         delta: Where it is.
         source: That delta's open file.
-        entry: Which entry. Reading it raises a :class:`~lightning_scar.storage.delta.DamagedError` if it is damaged.
+        block: Which block.
+        on_damage: Called before a :class:`~lightning_scar.storage.delta.DamagedError` is raised by reading it.
 
     """
 
-    def data() -> memoryview:
+    def data(entry: Entry) -> memoryview:
         into = memoryview(bytearray(entry.stop - entry.start))
         try:
             read_entries(source, [(entry, into)])
         except DamagedError as error:
+            on_damage()
             raise DamagedError(f"{delta.file}: {error}") from None
         return into
 
-    return Payload(entry.dtype, entry.shape, entry.stop - entry.start, entry.checksum, data)
-
-
-def newer(store: DeltaStore, deltas: Sequence[Delta], than: Index, files: ExitStack) -> Iterator[BlockData]:
-    """Blocks on their way from one store into another one, those that are newer here.
-
-    Args:
-        store: Where they are.
-        deltas: In which files of it.
-        than: What the other one has.
-        files: Closes what is opened. Open, a file stays readable even if a later save replaces it.
-
-    """
-    for delta in deltas:
-        blocks = [block for block in store.index.live(delta) if _is_newer(block, than)]
-        if blocks:
-            source = files.enter_context(store.directory.source(delta.name))
-            for block in blocks:
-                slots = {slot: copied(delta, source, entry) for slot, entry in block.slots.items()}
-                yield BlockData(block.key, block.version, slots)
-
-
-def _is_newer(block: StoredBlock, than: Index) -> bool:
-    known = than.newest(block.key)
-    return known is None or known.version < block.version
+    slots = {
+        slot: Payload(entry.dtype, entry.shape, entry.stop - entry.start, entry.checksum, partial(data, entry))
+        for slot, entry in block.slots.items()
+    }
+    return BlockData(block.key, block.version, slots)

@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from typing_extensions import override
 
 from lightning_scar.storage.chain import Chain
 from lightning_scar.storage.collection import no_collection
-from lightning_scar.storage.compaction import NEWEST_ONLY
 from lightning_scar.storage.delta import BlockData
-from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head
 from lightning_scar.storage.host_memory import HostMemory, left_in_memory
 from lightning_scar.storage.index import newest_lineage
 from lightning_scar.storage.inheritance import Inheritance
-from lightning_scar.storage.rank_store import RankStore, newer
+from lightning_scar.storage.memory_store import MemoryStore
+from lightning_scar.storage.rank_store import RankStore
+from lightning_scar.storage.spill import Spill
 from lightning_scar.storage.store import DeltaStore, rank_folder
 from lightning_scar.storage.tiers import TieredStore
 from lightning_scar.storage.writer import BackgroundWriter
@@ -55,8 +55,6 @@ class TieredRankStore(TieredStore):
         neighbours: What other hosts have in memory, while that can be read.
         local_ranks: The ranks of this host.
         follows_nobody: Whether nothing that earlier starts have left in memory is needed any more.
-        is_hollow: Whether somebody has removed files from memory, and no full save has followed.
-        loss: Where that happened last, if ever.
         trouble: Why a save could not go to memory, if so. Such saves go to storage instead.
 
     """
@@ -71,21 +69,18 @@ class TieredRankStore(TieredStore):
         limit: int | None = None,
     ) -> None:
         self.storage = RankStore(url, storage_options, rank, world_size)
-        self.memory: RankStore | None = None
+        self.memory: MemoryStore | None = None
         self.host: str | None = None
         self.chain: Chain | None = None
         self.neighbours: Sequence[DeltaStore] = []
         self.local_ranks = {rank}
         self.follows_nobody = False
-        self.is_hollow = False
-        self.loss: Path | None = None
         self.trouble: OSError | None = None
-        self.stored_bytes = 0
         self._every = every
         self._limit = limit
         self._host: HostMemory | None = None
         self._inheritance: Inheritance | None = None
-        self._lost: set[str] = set()
+        self._spill = Spill(self.storage)
         self._newest: Head | None = None
         self._stored: Head | None = None
         self._unstored = 0
@@ -111,8 +106,7 @@ class TieredRankStore(TieredStore):
         self.host = f"{socket.gethostname()}-{self._host.path.stat().st_dev}:{self._host.path}"
         self._inheritance = Inheritance(self._host)
         if self._every is not None:
-            members = self.storage.rank, self.storage.world_size
-            self.memory = RankStore(self._host.path, None, *members, Tier.MEMORY, NEWEST_ONLY)
+            self.memory = MemoryStore(self._host, self.storage.rank, self.storage.world_size, self._limit)
             self.memory.sweep()
         self.see([])
 
@@ -154,20 +148,17 @@ class TieredRankStore(TieredStore):
         """Takes in what others have written and deleted since; what cannot be read now is left for later."""
         if self.memory is not None:
             self.memory.look_around()
-            self._look_into(self.memory)
         if not self._writer.depth:
             self.storage.look_around()
 
-    def _look_into(self, memory: RankStore) -> None:
-        with suppress(OSError):
-            if lost := memory.forget_vanished(memory.folder):
-                self.is_hollow, self.loss = True, Path(memory.directory.path)
-                self._lost |= lost
-
     def take_lost(self) -> set[str]:
-        """The keys of blocks that somebody has removed from memory since the last call."""
-        lost, self._lost = self._lost, set()
-        return lost
+        """The keys of blocks that were removed from memory, or damaged there, since the last call."""
+        return self._spill.take_left_out() | (self.memory.take_lost() if self.memory is not None else set())
+
+    @property
+    def is_hollow(self) -> bool:
+        """Whether somebody has removed files from memory, and no full save has followed."""
+        return self.memory is not None and self.memory.is_hollow
 
     # -- a save --------------------------------------------------------------------------------------------------
 
@@ -182,27 +173,24 @@ class TieredRankStore(TieredStore):
             OSError: If it cannot be written.
 
         """
-        if not self._commit_to_memory(head, blocks):
+        if self.memory is None or not self._commit_to_memory(self.memory, head, blocks):
             self._writer.drain()
             self._commit_to_storage(head, blocks)
         elif head.kind == "full":
             self._writer.drain()
             self._store_newer(head)
-            self.is_hollow = False
+            self.memory.is_hollow = False
         elif self._is_due(head) and not self._writer.depth:
             # Else the next one brings along what this one would have.
             self._store_newer_beside(head)
 
-    def _commit_to_memory(self, head: Head, blocks: Sequence[BlockData]) -> bool:
-        if self.memory is None or self._host is None:
-            return False
-        if self.is_hollow and head.kind != "full":
+    def _commit_to_memory(self, memory: MemoryStore, head: Head, blocks: Sequence[BlockData]) -> bool:
+        if memory.is_hollow and head.kind != "full":
             # The copies on other hosts follow the memory: what was lost here they keep until it is whole again.
             return False
         try:
-            self._host.renew()
-            self.memory.limit = self._room()
-            self.memory.commit(head, blocks)
+            memory.local_ranks = len(self.local_ranks)
+            memory.commit(head, blocks)
         except OSError as error:
             self.trouble = error
             return False
@@ -211,12 +199,6 @@ class TieredRankStore(TieredStore):
         if self.chain is not None:
             self.chain.follow()
         return True
-
-    def _room(self) -> int | None:
-        if self._limit is None or self._inheritance is None:
-            return self._limit
-        # Each rank of the host counts its share of what they have inherited together.
-        return max(0, self._limit - -(-self._inheritance.nbytes // len(self.local_ranks)))
 
     def _commit_to_storage(self, head: Head, blocks: Sequence[BlockData]) -> None:
         """In one file with all that memory has newer, so that memory can begin anew."""
@@ -252,10 +234,10 @@ class TieredRankStore(TieredStore):
         if self.memory is None:
             return []
         own = [delta for delta in self.memory.deltas if self.memory.is_own(delta.name)]
-        return list(newer(self.memory, own, self.storage.index, files))
+        return list(self._spill.newer(self.memory, own, files))
 
     def _store(self, head: Head, blocks: Sequence[BlockData]) -> None:
-        self.stored_bytes += self.storage.commit(head, blocks)
+        self._spill.store(head, blocks)
         self._stored = head
         self._forget_inherited()
 
@@ -271,17 +253,17 @@ class TieredRankStore(TieredStore):
             # Of several ranks on a host one sees to it.
             is_first = self.storage.rank == min(self.local_ranks)
             if is_first:
-                self._take_over(self._inheritance, self._stored)
+                self._inheritance.bring_to_storage(self._spill, self._stored)
             self._inheritance.forget(remove=is_first)
             self.see(self.neighbours)
         self.follows_nobody = True
 
-    def _take_over(self, inheritance: Inheritance, head: Head) -> None:
-        with ExitStack() as files:
-            if blocks := inheritance.newer(self.storage.index, files):
-                self.stored_bytes += self.storage.take_over(head, blocks)
-
     # -- the end -------------------------------------------------------------------------------------------------
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all files written to storage."""
+        return self._spill.nbytes
 
     @property
     def memory_bytes(self) -> int:
@@ -305,7 +287,7 @@ class TieredRankStore(TieredStore):
         """
         self.drain()
         if self.memory is not None and self._newest is not None:
-            self._look_into(self.memory)
+            self.memory.look_around()
             self._store_newer(self._newest)
         self._wait_for_others()
 

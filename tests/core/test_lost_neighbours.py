@@ -1,6 +1,8 @@
 """Hosts whose memory cannot be read in a recovery: the next tier serves, for all ranks the same, and it is said."""
 
 import os
+import shutil
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from core_helpers import assert_same
-from memory_helpers import MEMORY, hosts_of, kill_on_hosts, left_behind, state_at
+from memory_helpers import MEMORY, hosts_of, kill_on_hosts, left_behind, state_at, wait_for_copies
 from ranks import run_ranks
 from shared_helpers import copied, make_training, opened
 
@@ -199,3 +201,41 @@ def test_a_server_that_only_a_recovery_needs_ends_with_it(url: str, host: Path) 
     assert run_ranks(served, 2, hosts, url, 0) == [(False, False)] * 2
     kill_on_hosts(hosts, url, 6)
     assert run_ranks(served, 2, hosts, url, 1) == [(True, True)] * 2
+
+
+def test_copies_may_have_been_merged_later_than_what_they_are_copies_of(url: str, host: Path) -> None:
+    hosts = hosts_of(host, 2)
+    kill_on_hosts(hosts, url, 6)
+    # The same blocks in a file of another name, as if one host had been killed before the other merged it.
+    copy = max(hosts[1].glob("*/*/*/rank-0000/*"), key=lambda path: path.name)
+    copy.rename(copy.with_name(copy.name.replace("delta", "merged")))
+    for found, _, _ in run_ranks(restored, 2, hosts, url, nothing_happens, 1):
+        assert_same(found, state_at(6))
+
+
+def nothing_happens(running: RunningCheckpoint) -> None:
+    pass
+
+
+def removes_copies(rank: int, hosts: list[Path], url: str) -> None:
+    os.environ[VARIABLE] = str(hosts[rank])
+    training = make_training()
+    running = opened(url, fraction=1.0, **MEMORY)
+    for step in range(6):
+        training.step()
+        training.save(running)
+        running.flush()
+        wait_for_copies(running)
+        running.ranks.gather(None)
+        if step == 4 and rank == 1:
+            shutil.rmtree(next(hosts[1].glob("*/*/*/rank-0000")))
+        running.ranks.gather(None)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_copies_that_somebody_removes_are_made_again(url: str, host: Path) -> None:
+    hosts = hosts_of(host, 2)
+    run_ranks(removes_copies, 2, hosts, url, failing=True)
+    there, here = (list(place.glob("*/*/*/rank-0000/*")) for place in (hosts[1], hosts[0]))
+    assert {path.name for path in there} == {path.name for path in here}
+    assert there

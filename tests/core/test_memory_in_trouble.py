@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from core_helpers import assert_same
 from memory_helpers import MEMORY, folders, kill, state_at, storage_alone, stored
 from shared_helpers import assert_made_of, copied, make_training, opened, quietly
 
 from lightning_scar.core.restoration import load
 from lightning_scar.storage.lease import FILE
+from lightning_scar.storage.tiers import open_store
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -218,3 +220,52 @@ def test_the_lease_is_given_back_where_there_is_no_memory(url: str, monkeypatch:
     with pytest.raises(FileNotFoundError):
         opened(url, **MEMORY)
     assert not (Path(url) / FILE).exists()
+
+
+# -- damaged -----------------------------------------------------------------------------------------------------------
+
+
+def damage_in(host: Path, url: str, key: str) -> None:
+    """Damages the newest version of a block, in memory."""
+    store = open_store(url)
+    store.refresh()
+    delta, block = store.index.versions(key)[0]
+    assert Path(delta.file).is_relative_to(host)
+    content = bytearray(Path(delta.file).read_bytes())
+    content[block.extent[0]] ^= 255
+    Path(delta.file).write_bytes(content)
+
+
+def test_a_block_damaged_in_memory_does_not_keep_the_others_from_storage(
+    url: str, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = make_training()
+    with warned() as said, opened(url, fraction=1.0, memory=True, durable_every_n_saves=3) as running:
+        for _ in range(2):
+            training.step()
+            training.save(running)
+            running.flush()
+        damage_in(host, url, "state_dict/0.weight[0:2]")
+        # Nothing has changed: the damaged version is what is to go to storage.
+        for _ in range(4):
+            training.save(running)
+            running.flush()
+            assert stored(url) == 2
+        assert running.stats.failed_saves == 0
+        assert_same(storage_alone(url, monkeypatch), state_at(2))
+    assert len([text for text in said if "leaves out what is damaged in memory" in text]) == 1
+    assert_same(load(url), state_at(2))
+
+
+def test_a_block_damaged_in_inherited_memory_holds_no_save_up(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    training = make_training()
+    with warned(), opened(url, fraction=1.0, **MEMORY) as running:
+        training.load(quietly(running)[0])
+        damage_in(host, url, "state_dict/0.weight[0:2]")
+        with torch.no_grad():
+            training.model[0].weight[:2] = torch.nan
+        training.save(running)
+        running.flush()
+        assert running.stats.failed_saves == 0
+    assert not folders(host)
