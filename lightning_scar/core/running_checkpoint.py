@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from lightning_scar.core.claim import Claim, Seat
 from lightning_scar.core.committer import Committer, Save
+from lightning_scar.core.farewell import at_exit
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection, LiveState
 from lightning_scar.core.memory_use import tell_of_memory, warn_of_lost_hosts, warn_of_memory
@@ -100,6 +101,7 @@ class RunningCheckpoint:
         self._buffers = [StagingBuffer() for _ in range(DEPTH)]
         self._writer = BackgroundWriter()
         self._late_errors: list[Exception] = []
+        self._call_off_exit = at_exit(self.store, self._claim)
 
     def __enter__(self) -> Self:
         """Returns itself; the end of the block closes it."""
@@ -298,6 +300,7 @@ class RunningCheckpoint:
 
     def suspend(self) -> None:
         """Finishes what is under way, and leaves all else as a process that dies does: another start follows."""
+        self._call_off_exit()
         self.flush()
         self._settle_failures()
 
@@ -320,9 +323,11 @@ class RunningCheckpoint:
         return buffer
 
     def _give_back(self) -> None:
+        self._call_off_exit()
         try:
             if not self._claim.is_lost:
                 self.store.bring_to_storage()
+                self.store.wait_for_others()
         except Exception as error:
             # The next start finds it in memory, by the lease.
             self._late_errors.append(error)

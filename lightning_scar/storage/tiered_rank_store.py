@@ -289,7 +289,14 @@ class TieredRankStore(TieredStore):
         if self.memory is not None and self._newest is not None:
             self.memory.look_around()
             self._store_newer(self._newest)
-        self._wait_for_others()
+
+    def wait_for_others(self) -> None:
+        """Lets the other ranks of a short run finish their first save, on which depends what a dead start has left."""
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while self._stored and len(self.memory_folders) > 1 and time.monotonic() < deadline:
+            self.storage.look_around()
+            self._forget_inherited()
+            time.sleep(0.05)
 
     def leave_memory(self, remove: bool, with_copies: bool = True) -> None:
         """Ends writing to memory.
@@ -307,11 +314,3 @@ class TieredRankStore(TieredStore):
             self._host.remove(self.storage.folder, lambda folder: folder in local or not with_copies)
         else:
             self._host.leave()
-
-    def _wait_for_others(self) -> None:
-        """Lets the other ranks of a short run finish their first save, on which depends what a dead start has left."""
-        deadline = time.monotonic() + FAREWELL_SECONDS
-        while self._stored and len(self.memory_folders) > 1 and time.monotonic() < deadline:
-            self.storage.look_around()
-            self._forget_inherited()
-            time.sleep(0.05)

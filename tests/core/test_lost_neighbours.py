@@ -220,7 +220,7 @@ def nothing_happens(running: RunningCheckpoint) -> None:
 def removes_copies(rank: int, hosts: list[Path], url: str) -> None:
     os.environ[VARIABLE] = str(hosts[rank])
     training = make_training()
-    running = opened(url, fraction=1.0, **MEMORY)
+    running = opened(url, fraction=0.3, **MEMORY)
     for step in range(6):
         training.step()
         training.save(running)

@@ -1,0 +1,39 @@
+"""A program that ends without closing its running checkpoint: what memory alone has is brought to storage."""
+
+import atexit
+import os
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+from lightning_scar.core.claim import Claim
+from lightning_scar.storage.tiered_rank_store import TieredRankStore
+
+
+def at_exit(store: TieredRankStore, claim: Claim) -> Callable[[], None]:
+    """Sees to it when the interpreter ends, by itself or by an exception, without a collective.
+
+    Memory stays as it is for the next start, and so does the lease, which says that it may be taken at once. A process
+    that is killed, or that ends like the children of ``multiprocessing``, leaves things as they are.
+
+    Args:
+        store: What is written to.
+        claim: The right to do so.
+
+    Returns:
+        What calls it off.
+
+    """
+    leave = atexit.register(partial(_leave, store, claim, os.getpid()))
+    return partial(atexit.unregister, leave)
+
+
+def _leave(store: TieredRankStore, claim: Claim, process: int) -> None:
+    # A child process that was forked ends, too, and has nothing to do with it.
+    if os.getpid() != process or claim.is_lost:
+        return
+    try:
+        store.bring_to_storage()
+    except Exception as error:
+        warnings.warn(f"lightning-scar: the last saves are in this host's memory only: {error!r}", stacklevel=1)
+    claim.release(for_good=False)
