@@ -85,6 +85,7 @@ class FolderServer:
         for thread in threads:
             thread.join()
         self._listener.close()
+        self._folder.close()
 
     def _accept(self) -> None:
         while not self._closing.is_set():

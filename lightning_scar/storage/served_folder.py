@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from lightning_scar.storage.folder_protocol import FileInfo, NoRoomError
+from lightning_scar.storage.spare_file import SpareFile
 
 _TEMPORARY = ".put.tmp"
 
@@ -36,6 +37,9 @@ class ServedFolder:
         self._root = Path(os.path.realpath(path))
         self._limit = limit
         self._put_to: set[Path] = set()
+        self._was_read: set[Path] = set()
+        self._spare = SpareFile()
+        self._last_put = 0
         self._lock = threading.Lock()
         for left in self._root.rglob(f".*{_TEMPORARY}"):
             with suppress(OSError):
@@ -61,7 +65,7 @@ class ServedFolder:
             OSError: If there is no such folder, or it may not be read.
 
         """
-        return [found for found in _entries(self._path(name)) if not found.name.endswith(_TEMPORARY)]
+        return list(_visible(self._path(name)))
 
     def info(self, name: str) -> FileInfo:
         """What is known of a file or folder.
@@ -81,7 +85,10 @@ class ServedFolder:
             OSError: If there is none, or it may not be read.
 
         """
-        return open(self._path(name), "rb", buffering=0)
+        path = self._path(name)
+        with self._lock:
+            self._was_read.add(path)
+        return open(path, "rb", buffering=0)
 
     def delete(self, name: str) -> None:
         """Deletes a file; one that is already gone is no error.
@@ -90,7 +97,20 @@ class ServedFolder:
             OSError: If it may not be deleted.
 
         """
-        self._file(name).unlink(missing_ok=True)
+        path = self._file(name)
+        with self._lock:
+            # What was read may still be on its way to a caller: the system sends the pages of a file themselves.
+            may_be_kept = path.parent in self._put_to and path not in self._was_read
+            self._was_read.discard(path)
+            self._spare.delete(path, _hidden(path), at_most=self._last_put if may_be_kept else 0)
+            if path.parent in self._put_to and not any(_visible(path.parent)):
+                # With the last copy goes what was kept for more of them.
+                self._spare.drop()
+
+    def close(self) -> None:
+        """Gives back what is kept for puts to come."""
+        with self._lock:
+            self._spare.drop()
 
     @contextmanager
     def place(self, name: str, size: int) -> Iterator[int]:
@@ -107,8 +127,10 @@ class ServedFolder:
         path = self._file(name)
         self._make(path.parent)
         # Under a name of its own: two callers may put the same file.
-        temporary = path.with_name(f".{uuid.uuid4().hex}{_TEMPORARY}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        temporary = _hidden(path)
+        with self._lock:
+            is_spare = self._spare.take(temporary)
+            descriptor = os.open(temporary, os.O_WRONLY | (0 if is_spare else os.O_CREAT | os.O_EXCL), 0o600)
         try:
             self._reserve(path.parent, descriptor, size)
             yield descriptor
@@ -129,17 +151,32 @@ class ServedFolder:
     def _reserve(self, folder: Path, descriptor: int, size: int) -> None:
         with self._lock:
             self._put_to.add(folder)
+            # What of a spare file is too much, or none of the limit any more, is given back first.
+            os.ftruncate(descriptor, min(size, os.fstat(descriptor).st_size))
             if self._limit is not None:
-                self._check_room(size, self._limit)
+                self._check_room(size - os.fstat(descriptor).st_size, self._limit)
             # From here on the whole file counts, for the next caller too.
             os.ftruncate(descriptor, size)
+            self._last_put = size
 
     def _check_room(self, size: int, limit: int) -> None:
         # Looked up each time: files are also deleted by others than the callers.
         taken = sum(found.size for folder in self._put_to if folder.is_dir() for found in _entries(folder))
-        if taken + size > limit:
-            reason = f"no room for {size} bytes, {taken} of {limit} are taken: delete files there, or raise the limit"
-            raise NoRoomError(errno.ENOSPC, reason)
+        if taken + size <= limit:
+            return
+        if self._spare.drop():
+            self._check_room(size, limit)
+            return
+        reason = f"no room for {size} bytes, {taken} of {limit} are taken: delete files there, or raise the limit"
+        raise NoRoomError(errno.ENOSPC, reason)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{uuid.uuid4().hex}{_TEMPORARY}")
+
+
+def _visible(folder: Path) -> Iterator[FileInfo]:
+    return (found for found in _entries(folder) if not found.name.endswith(_TEMPORARY))
 
 
 def _entries(folder: Path) -> Iterator[FileInfo]:
