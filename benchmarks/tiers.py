@@ -6,7 +6,10 @@
 - A restore into live tensors from this host's memory (``own_s``), from a neighbour's (``neighbour_s``, a server in
   another process, over the loopback), and from disk with the files in the page cache (``disk_warm_s``) and dropped from
   it (``disk_cold_s``).
-- How fast a copy of a rank's memory goes to another process (``replication_bytes_per_s``), beside a plain socket.
+- How fast the files of a rank's memory follow to another process, each in place of an older one as in a training
+  (``replication_bytes_per_s``), beside a plain socket from ready memory to ready memory. And how long the first copy
+  takes (``first_copy_s``), for which that process gets its memory anew from the system, beside just that, a write of as
+  many bytes to a new file in memory (``anew_s``).
 - Training steps with a save to memory at each, by turns with such copies and without. The process that takes them has
   no cores of its own here, as another host would.
 """
@@ -49,6 +52,7 @@ def figures(samples: Samples, facts: dict[str, Any]) -> dict[str, Any]:
         found[f"{way}_bytes_per_s"] = found["replicated_bytes"] / found[f"{way}_s"]
     found["replication_over_socket"] = found["replication_bytes_per_s"] / found["socket_bytes_per_s"]
     found["socket_over_replication"] = 1 / found["replication_over_socket"]
+    found["first_copy_over_anew"] = found["first_copy_s"] / found["anew_s"]
     pairs = zip(samples["step_replicated_s"], samples["step_not_replicated_s"], strict=True)
     ratios = [replicated / alone for replicated, alone in pairs]
     found["step_replicated_over_not"] = median(ratios)
@@ -76,7 +80,8 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
         "restore, own memory against a cold disk": ("own_s", "disk_cold_s", "copy_s"),
         "restore, own memory against a warm disk": ("own_s", "disk_warm_s", "copy_s"),
         "restore, a neighbour's memory against a cold disk": ("neighbour_s", "disk_cold_s", "copy_s"),
-        "copy to another process against a plain socket": ("replication_s", "socket_s", None),
+        "copies to another process, file by file, against a plain socket": ("replication_s", "socket_s", None),
+        "first copy to another process against a write to new memory": ("first_copy_s", "anew_s", "socket_s"),
         "training step with copies against one without": ("step_replicated_s", "step_not_replicated_s", None),
     }
     return [

@@ -25,6 +25,7 @@ from lightning_scar.core.restoration import restore
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeleton import Path as Place
+from lightning_scar.storage.chain import Chain
 from lightning_scar.storage.directory import Directory, Tier
 from lightning_scar.storage.host_memory import left_in_memory
 from lightning_scar.storage.neighbour import PROTOCOL
@@ -33,6 +34,8 @@ from lightning_scar.storage.tiers import TieredStore, open_store
 
 #: Saves after the first, each of a part of the state: what is read lies in several files, as after a training.
 _SAVES = 8
+#: Bytes written at once to memory that is got anew.
+_PIECE = 1 << 21
 
 
 def checksums(checkpoint: dict[str, Any]) -> dict[str, int]:
@@ -133,16 +136,39 @@ class Restores:
         samples.setdefault("copy_s", []).append(self._copy())
 
 
-def _replicate(source: Path, book: Path, address: tuple[str, int]) -> float:
-    """Seconds until a host that has nothing holds a copy."""
+def _replicate(source: Path, book: Path, address: tuple[str, int]) -> tuple[float, float]:
+    """Seconds until a host that has nothing holds a copy, and until it has a newer file in place of each."""
     chain = new_chain(source, book, address)
     try:
-        started = time.perf_counter()
-        chain.follow()
-        wait_for_copies(chain)
-        return time.perf_counter() - started
+        first = _follow(chain)
+        # One by one, as saves come.
+        return first, sum(_replace_and_follow(chain, path) for path in sorted(source.glob("*.safetensors")))
     finally:
         chain.close(remove=True)
+
+
+def _replace_and_follow(chain: Chain, path: Path) -> float:
+    path.rename(path.with_name(f"next-{path.name}"))
+    return _follow(chain)
+
+
+def _follow(chain: Chain) -> float:
+    started = time.perf_counter()
+    chain.follow()
+    wait_for_copies(chain)
+    return time.perf_counter() - started
+
+
+def _write_anew(folder: Path, size: int) -> float:
+    """Seconds to write so many bytes to memory that has to be got from the system: the least that a first copy does."""
+    piece, path = os.urandom(_PIECE), folder / "anew"
+    started = time.perf_counter()
+    with open(path, "wb", buffering=0) as file:
+        for at in range(0, size, _PIECE):
+            file.write(piece[: size - at])
+    took = time.perf_counter() - started
+    path.unlink()
+    return took
 
 
 def run(state: State, size: Size, folder: Path, memory: Path, rounds: int) -> tuple[Samples, dict[str, Any]]:
@@ -169,15 +195,22 @@ def run(state: State, size: Size, folder: Path, memory: Path, rounds: int) -> tu
         restores.verify(expected)
         for _ in range(rounds):
             restores.measure(samples)
-    source = left / rank_folder(0)
-    size_of_all = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    return samples, _copies(left / rank_folder(0), folder / "book", memory, rounds, samples)
+
+
+def _copies(source: Path, book: Path, memory: Path, rounds: int, samples: Samples) -> dict[str, int]:
+    files = list(source.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files)
     there = memory / "there"
     there.mkdir(mode=0o700)
-    with other_process(serve, there) as server, other_process(sink, size_of_all) as address:
-        plain = PlainCopy(address, size_of_all)
+    with other_process(serve, there) as server, other_process(sink, size) as address:
+        plain = PlainCopy(address, size)
         for counts in [False] + [True] * rounds:
-            took = {"replication_s": _replicate(source, folder / "book", server), "socket_s": plain.measure()}
+            # Just before the first copy, so that both get pages of the same kind.
+            took = {"anew_s": _write_anew(memory, size)}
+            took["first_copy_s"], took["replication_s"] = _replicate(source, book, server)
+            took["socket_s"] = plain.measure()
             for key, seconds in took.items() if counts else ():
                 samples.setdefault(key, []).append(seconds)
         plain.close()
-    return samples, {"replicated_bytes": size_of_all, "replicated_files": len(list(source.glob("*.safetensors")))}
+    return {"replicated_bytes": size, "replicated_files": len(files)}
