@@ -43,6 +43,8 @@ while step < 10:
         os._exit(7)
     if "slow" in what:
         time.sleep(0.2)
+# A process that ends while others still talk to its group may abort.
+dist.destroy_process_group()
 sys.stdout.write(f"rank {rank} is done\\n")  # print writes twice: lines could mix
 """
 

@@ -1,9 +1,14 @@
 """Several nodes, on the loopback."""
 
+import signal
+import threading
 from pathlib import Path
 
+import pytest
 from elastic_helpers import PLAIN, SLEEPER, assert_gone, ours, run, running, script, wait_for
 from torch.distributed.elastic.utils.distributed import get_free_port
+
+from lightning_scar.elastic import admission, nodes
 
 
 def options(node: int, port: int) -> list[str]:
@@ -51,3 +56,79 @@ def test_nodes_that_disagree(tmp_path: Path) -> None:
         done = run(*options(1, port), "--nproc-per-node", "2", path, tmp_path)
     assert done.returncode == 1
     assert "--nproc-per-node is 2 on this node and 1 on node 0" in done.stderr
+
+
+LOST = (
+    "node 1 was lost; all workers are started again when it is back. Start its supervisor again within 600 s, there or "
+    "on another host, with --node-rank 1"
+)
+
+
+def test_plain_workers_start_again_when_a_lost_node_is_back(tmp_path: Path) -> None:
+    path, port = script(tmp_path, PLAIN), get_free_port()
+    with running(*options(0, port), path, tmp_path, "slow") as first:
+        with running(*options(1, port), path, tmp_path, "slow") as other:
+            wait_for(tmp_path / "step1")
+            other.kill()
+        with running(*options(1, port), path, tmp_path, "slow") as next_one:
+            out, _ = next_one.communicate(timeout=60)
+            _, err = first.communicate(timeout=30)
+    assert (first.returncode, next_one.returncode) == (0, 0), err
+    assert out == "rank 1 is done\n"
+    assert ours(err) == [LOST, "node 1 is back"]
+
+
+def test_a_lost_node_ends_the_job_where_nobody_waits_for_it(tmp_path: Path) -> None:
+    path, port = script(tmp_path, SLEEPER), get_free_port()
+    patience = ("--node-timeout", "1")
+    with running(*options(0, port), *patience, path, tmp_path, "sleep") as first:
+        with running(*options(1, port), path, tmp_path, "sleep") as other:
+            [pid] = wait_for(tmp_path / "pid0")
+            wait_for(tmp_path / "pid1")
+            other.kill()
+        _, err = first.communicate(timeout=30)
+    assert first.returncode == 1
+    assert "the job failed: node 1 was lost and has not come back within 1 s." in err
+    assert_gone(pid)
+
+
+def test_a_node_that_is_there_is_not_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "SILENCE_SECONDS", 1)
+    monkeypatch.setattr(admission, "_GRACE_SECONDS", 0)
+    path, port = script(tmp_path, SLEEPER), get_free_port()
+    with (
+        running(*options(0, port), path, tmp_path, "sleep"),
+        running(*options(1, port), path, tmp_path, "sleep"),
+    ):
+        wait_for(tmp_path / "pid1")
+        done = run(*options(1, port), path, tmp_path)
+    assert done.returncode == 1
+    assert ours(done.stderr) == ["another node has --node-rank 1 already, and is there; give each its own"]
+
+
+def test_a_node_that_was_only_silent_ends_when_it_hears_that_it_counts_as_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "SILENCE_SECONDS", 5)
+    path, port = script(tmp_path, PLAIN), get_free_port()
+    ended: list[tuple[int, list[str]]] = []
+
+    def replace() -> None:
+        with running(*options(1, port), path, tmp_path, "slow") as silent:
+            wait_for(tmp_path / "step1")
+            silent.send_signal(signal.SIGSTOP)
+            (tmp_path / "pid1").unlink()
+            with running(*options(1, port), path, tmp_path, "slow") as next_one:
+                wait_for(tmp_path / "pid1")
+                silent.send_signal(signal.SIGCONT)
+                for one in (silent, next_one):
+                    _, err = one.communicate(timeout=60)
+                    ended.append((one.returncode, ours(err)))
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    done = run(*options(0, port), path, tmp_path, "slow")
+    thread.join()
+    assert done.returncode == 0, done.stderr
+    assert ours(done.stderr) == [LOST, "node 1 is back"]
+    assert ended == [(1, ["the job ended: node 0 has given this node up for lost"]), (0, [])]
