@@ -48,6 +48,7 @@ def test_a_job_goes_on_from_what_the_neighbour_of_a_lost_host_has(tmp_path: Path
     assert first.code != 0
     assert left_behind(hosts)
     hosts[lost].lose()
+    hosts[lost].boot()
     training = train(folder, *faults, **options)
     assert training.code == 0, training.console
     assert "memory" in training.console.split("Resuming from the running checkpoint")[1]
