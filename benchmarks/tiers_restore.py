@@ -29,7 +29,7 @@ from lightning_scar.storage.chain import Chain
 from lightning_scar.storage.directory import Directory, Tier
 from lightning_scar.storage.host_memory import left_in_memory
 from lightning_scar.storage.neighbour import PROTOCOL
-from lightning_scar.storage.store import DeltaStore, rank_folder
+from lightning_scar.storage.store import DeltaStore, Store, rank_folder
 from lightning_scar.storage.tiers import TieredStore, open_store
 
 #: Saves after the first, each of a part of the state: what is read lies in several files, as after a training.
@@ -83,7 +83,7 @@ class Restores:
         self._state = state
         self._url = url
         there = f"{PROTOCOL}://{address[0]}:{address[1]}/{memory.name}"
-        self._stores: dict[str, Callable[[], DeltaStore]] = {
+        self._stores: dict[str, Callable[[], Store]] = {
             "own": lambda: open_store(url),
             "neighbour": lambda: TieredStore([DeltaStore(there, {"key": KEY}, Tier.NEIGHBOUR), DeltaStore(url)]),
             "disk": lambda: DeltaStore(url),

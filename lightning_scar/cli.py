@@ -20,7 +20,7 @@ from lightning_scar.core.restoration import NoCheckpointError, load
 from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.delta import StorageError, StoredBlock
 from lightning_scar.storage.directory import Directory, Tier
-from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of, retry_vanished
+from lightning_scar.storage.store import Store, rank_folder, rank_of, retry_vanished
 from lightning_scar.storage.tiers import open_store
 
 
@@ -116,7 +116,7 @@ def main() -> None:
         sys.exit(f"lightning-scar: {error}")
 
 
-def _opened(dir: str, storage_options: dict[str, Any] | None) -> DeltaStore:
+def _opened(dir: str, storage_options: dict[str, Any] | None) -> Store:
     store = open_store(dir, storage_options)
     retry_vanished(store.refresh)
     if not list(store.index.keys()):
@@ -145,7 +145,7 @@ def _weights_file(checkpoint: dict[str, Any]) -> bytes:
     return safetensors.torch.save({name: value.clone().contiguous() for name, value in weights.items()})
 
 
-def _summary(store: DeltaStore) -> Table:
+def _summary(store: Store) -> Table:
     heads, consistent = store.index.heads, store.index.consistent
     head = max(heads.values(), key=lambda head: head.step)
     newest = _newest(store)
@@ -171,7 +171,7 @@ def _summary(store: DeltaStore) -> Table:
     return table
 
 
-def _ranks(store: DeltaStore) -> Table:
+def _ranks(store: Store) -> Table:
     heads = store.index.heads
     world_size = max(head.world_size for head in heads.values())
     table = Table(title="What every rank saved last", title_justify="left")
@@ -190,7 +190,7 @@ def _ranks(store: DeltaStore) -> Table:
     return table
 
 
-def _tensors(store: DeltaStore) -> Table:
+def _tensors(store: Store) -> Table:
     by_tensor: dict[str, list[StoredBlock]] = {}
     for block in _newest(store):
         by_tensor.setdefault(block.key.rsplit("[", 1)[0], []).append(block)
@@ -206,6 +206,6 @@ def _tensors(store: DeltaStore) -> Table:
     return table
 
 
-def _newest(store: DeltaStore) -> list[StoredBlock]:
+def _newest(store: Store) -> list[StoredBlock]:
     keys = sorted(store.index.keys())
     return [block for key in keys if (block := store.index.newest(key)) is not None and not is_skeleton(key)]

@@ -13,7 +13,7 @@ from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.recovery import RecoveryPlan, Source
 from lightning_scar.core.shares import shares
 from lightning_scar.core.skeleton import Path
-from lightning_scar.storage.store import DeltaStore, Reading
+from lightning_scar.storage.store import Reading, Store
 
 
 class Reader:
@@ -32,7 +32,7 @@ class Reader:
 
     def __init__(
         self,
-        store: DeltaStore,
+        store: Store,
         block_map: BlockMap,
         plan: RecoveryPlan,
         ranks: Ranks,

@@ -16,7 +16,7 @@ from lightning_scar.core.selection import Candidates, select
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.threads import Run, in_turn
 from lightning_scar.storage.delta import checksum
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.store import Store
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Scorer:
 
     """
 
-    def __init__(self, settings: Settings, store: DeltaStore) -> None:
+    def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
         self._store = store
 

@@ -11,7 +11,7 @@ from lightning_scar.core.recovery import IncompleteError
 from lightning_scar.core.skeleton import Path, Skeleton, pack, unpack
 from lightning_scar.storage.head import Mark
 from lightning_scar.storage.index import Located
-from lightning_scar.storage.store import Damage, DeltaStore, Reading
+from lightning_scar.storage.store import Damage, Reading, Store
 
 _PREFIX = "skeleton-"
 
@@ -97,7 +97,7 @@ class Skeletons:
 
     """
 
-    def __init__(self, store: DeltaStore, limit: Mark | None, weights_only: bool | None) -> None:
+    def __init__(self, store: Store, limit: Mark | None, weights_only: bool | None) -> None:
         self._store = store
         self._limit = limit
         self._weights_only = weights_only

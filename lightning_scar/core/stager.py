@@ -14,7 +14,7 @@ from lightning_scar.core.scoring import Choice, Scorer
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.staging import StagedGroup, StagingBuffer, stage
 from lightning_scar.core.threads import Run, in_turn, team
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.store import Store
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Stager:
 
     """
 
-    def __init__(self, settings: Settings, store: DeltaStore) -> None:
+    def __init__(self, settings: Settings, store: Store) -> None:
         self.last = LastSaved()
         #: Blocks whose last copy did not reach the disk, and the step of that copy.
         self.failed: dict[str, int] = {}

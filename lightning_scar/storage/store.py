@@ -1,11 +1,14 @@
 """The delta store: what the deltas of a directory add up to, read by anyone at any time."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
+
+from typing_extensions import override
 
 from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.compaction import WITH_OLDER, Retention
@@ -64,60 +67,44 @@ class Damage:
         return f"{what}: {self.reason}"
 
 
-class DeltaStore:
-    """All deltas below one directory.
+class Store(ABC):
+    """Deltas that can be read, wherever they lie.
 
     Reading needs no lock: deltas are immutable, and whoever meets a vanished file lists again.
 
     Args:
-        url: The directory, any fsspec URL.
-        storage_options: Passed to the file system.
-        tier: How near it is.
-        retention: How much of the past is kept in it.
+        directory: The directory of the running checkpoint.
+        index: What the deltas add up to.
+
+    Attributes:
+        damaged: What the last :meth:`refresh` found damaged.
 
     """
 
-    def __init__(
-        self,
-        url: str | os.PathLike[str],
-        storage_options: dict[str, Any] | None = None,
-        tier: Tier = Tier.STORAGE,
-        retention: Retention = WITH_OLDER,
-    ) -> None:
-        self.directory = Directory(url, storage_options, tier)
-        self.retention = retention
+    def __init__(self, directory: Directory, index: Index) -> None:
+        self.directory = directory
+        self.index = index
         self.damaged: list[Damage] = []
-        self.index = Index(())
-        self._deltas: dict[str, Delta] = {}
 
     @property
+    @abstractmethod
     def deltas(self) -> list[Delta]:
         """The intact deltas found by the last :meth:`refresh`, by name."""
-        # A copy: another thread may be about to delete one.
-        return [delta for _, delta in sorted(self._deltas.copy().items(), key=lambda item: item[0])]
 
+    @abstractmethod
     def is_empty(self) -> bool:
-        """Whether the directory holds no file of a rank at all."""
-        return not self._names()
+        """Whether there is no file of a rank at all."""
 
-    def foreign_names(self) -> list[str]:
-        """What lies in the directory although it is no running checkpoint."""
-        names = self.directory.names()
-        ours = any(name.startswith(_RANK_FOLDER) or name == "lease.json" for name in names)
-        return [] if ours else names
-
+    @abstractmethod
     def refresh(self) -> None:
-        """Lists the directory and reads the headers that are new.
+        """Lists what there is and reads the headers that are new.
 
         Raises:
             NewerFormatError: If a delta was written by a newer version of this library.
 
         """
-        self.damaged = []
-        with no_collection():
-            self._deltas = retry_vanished(self._read_headers)
-            self.count(newest_lineage(self._deltas.values()))
 
+    @abstractmethod
     def count(self, lineage: Sequence[int]) -> None:
         """Lets the deltas of some starts of the training make up the running checkpoint, and no others.
 
@@ -125,57 +112,22 @@ class DeltaStore:
             lineage: The numbers of the starts, oldest first.
 
         """
-        self.index = Index(lineage, self._deltas.values(), self.retention.older)
 
-    def forget_vanished(self, folder: str) -> set[str]:
-        """Forgets the deltas of a rank that somebody else has removed.
-
-        Args:
-            folder: The rank's.
-
-        Returns:
-            The keys of the blocks for whose sake they were kept.
-
-        """
-        there = {f"{folder}/{name}" for name in self.directory.child(folder).names()}
-        vanished = [delta for delta in self.deltas if delta.name.startswith(f"{folder}/") and delta.name not in there]
-        keys = {block.key for delta in vanished for block in self.index.live(delta)}
-        for delta in vanished:
-            del self._deltas[delta.name]
-        if vanished:
-            self.count(self.index.lineage)
-        return keys
-
+    @abstractmethod
     def folders(self) -> list[str]:
         """The folders of all ranks that ever wrote."""
-        return [name for name in self.directory.names() if name.startswith(_RANK_FOLDER)]
+
+    def foreign_names(self) -> list[str]:
+        """What lies in the directory although it is no running checkpoint."""
+        names = self.directory.names()
+        ours = any(name.startswith(_RANK_FOLDER) or name == "lease.json" for name in names)
+        return [] if ours else names
 
     def missing_folders(self) -> list[str]:
         """The folders of ranks of the newest start of which no intact delta is left."""
         world_size = max((head.world_size for head in self.index.heads.values()), default=0)
         present = {rank_of(delta.name) for delta in self.deltas}
         return [rank_folder(rank) for rank in range(world_size) if rank not in present]
-
-    def _names(self) -> list[str]:
-        return [
-            f"{folder}/{name}"
-            for folder in self.folders()
-            for name in self.directory.child(folder).names()
-            if name.endswith(SUFFIX)
-        ]
-
-    def _read_headers(self) -> dict[str, Delta]:
-        def header(name: str) -> Delta | Damage:
-            try:
-                return self._deltas.get(name) or read_delta(self.directory, name)
-            except DamagedError as error:
-                return Damage(self.directory.file(name), str(error))
-
-        names = self._names()
-        with ThreadPoolExecutor(_READERS) as pool:
-            found = dict(zip(names, pool.map(header, names), strict=True))
-        self.damaged = [damage for damage in found.values() if isinstance(damage, Damage)]
-        return {name: delta for name, delta in found.items() if isinstance(delta, Delta)}
 
     def read(self, readings: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
         """Reads blocks into ready memory, in parallel, and verifies every checksum.
@@ -190,9 +142,11 @@ class DeltaStore:
             FileNotFoundError: If a compaction has replaced a file; :meth:`refresh` and ask again.
 
         """
-        by_file: dict[str, list[Reading]] = {}
+        by_file: dict[tuple[Directory, str], list[Reading]] = {}
         for reading in readings:
-            by_file.setdefault(reading.located.delta.file, []).append(reading)
+            # Two hosts may have the same file under the same path.
+            delta = reading.located.delta
+            by_file.setdefault((delta.directory, delta.name), []).append(reading)
         with ThreadPoolExecutor(_READERS) as pool:
             batches = [
                 pool.submit(self._read_batch, batch)
@@ -230,6 +184,94 @@ class DeltaStore:
             return self.damaged + found
 
         return retry_vanished(check)
+
+
+class DeltaStore(Store):
+    """All deltas below one directory.
+
+    Args:
+        url: The directory, any fsspec URL.
+        storage_options: Passed to the file system.
+        tier: How near it is.
+        retention: How much of the past is kept in it.
+
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        storage_options: dict[str, Any] | None = None,
+        tier: Tier = Tier.STORAGE,
+        retention: Retention = WITH_OLDER,
+    ) -> None:
+        super().__init__(Directory(url, storage_options, tier), Index(()))
+        self.retention = retention
+        self._deltas: dict[str, Delta] = {}
+
+    @property
+    @override
+    def deltas(self) -> list[Delta]:
+        # A copy: another thread may be about to delete one.
+        return [delta for _, delta in sorted(self._deltas.copy().items(), key=lambda item: item[0])]
+
+    @override
+    def is_empty(self) -> bool:
+        return not self._names()
+
+    @override
+    def refresh(self) -> None:
+        self.damaged = []
+        with no_collection():
+            self._deltas = retry_vanished(self._read_headers)
+            self.count(newest_lineage(self._deltas.values()))
+
+    @override
+    def count(self, lineage: Sequence[int]) -> None:
+        self.index = Index(lineage, self._deltas.values(), self.retention.older)
+
+    def forget_vanished(self, folder: str) -> set[str]:
+        """Forgets the deltas of a rank that somebody else has removed.
+
+        Args:
+            folder: The rank's.
+
+        Returns:
+            The keys of the blocks for whose sake they were kept.
+
+        """
+        there = {f"{folder}/{name}" for name in self.directory.child(folder).names()}
+        vanished = [delta for delta in self.deltas if delta.name.startswith(f"{folder}/") and delta.name not in there]
+        keys = {block.key for delta in vanished for block in self.index.live(delta)}
+        for delta in vanished:
+            del self._deltas[delta.name]
+        if vanished:
+            self.count(self.index.lineage)
+        return keys
+
+    @override
+    def folders(self) -> list[str]:
+        return [name for name in self.directory.names() if name.startswith(_RANK_FOLDER)]
+
+    def _names(self) -> list[str]:
+        return [
+            f"{folder}/{name}"
+            for folder in self.folders()
+            for name in self.directory.child(folder).names()
+            if name.endswith(SUFFIX)
+        ]
+
+    def _read_headers(self) -> dict[str, Delta]:
+        def header(name: str) -> Delta | Damage:
+            try:
+                return self._deltas.get(name) or read_delta(self.directory, name)
+            except DamagedError as error:
+                return Damage(self.directory.file(name), str(error))
+
+        names = self._names()
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = dict(zip(names, pool.map(header, names), strict=True))
+        self.damaged = [damage for damage in found.values() if isinstance(damage, Damage)]
+        return {name: delta for name, delta in found.items() if isinstance(delta, Delta)}
 
 
 def _stretches(batch: Iterable[Reading]) -> Iterator[list[Reading]]:

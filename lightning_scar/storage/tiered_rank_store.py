@@ -9,14 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import override
-
 from lightning_scar.storage.chain import Chain
-from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.delta import BlockData
 from lightning_scar.storage.head import Head
 from lightning_scar.storage.host_memory import HostMemory, left_in_memory
-from lightning_scar.storage.index import newest_lineage
 from lightning_scar.storage.inheritance import Inheritance
 from lightning_scar.storage.memory_store import MemoryStore
 from lightning_scar.storage.rank_store import RankStore
@@ -52,7 +48,6 @@ class TieredRankStore(TieredStore):
         memory: The memory; ``None`` without it.
         host: A name of this host's memory, for the other ranks; ``None`` if it has none of this run.
         chain: Copies the memory to other hosts; ``None`` if there are none.
-        neighbours: What other hosts have in memory, while that can be read.
         local_ranks: The ranks of this host.
         follows_nobody: Whether nothing that earlier starts have left in memory is needed any more.
         trouble: Why a save could not go to memory, if so. Such saves go to storage instead.
@@ -72,7 +67,6 @@ class TieredRankStore(TieredStore):
         self.memory: MemoryStore | None = None
         self.host: str | None = None
         self.chain: Chain | None = None
-        self.neighbours: Sequence[DeltaStore] = []
         self.local_ranks = {rank}
         self.follows_nobody = False
         self.trouble: OSError | None = None
@@ -121,23 +115,14 @@ class TieredRankStore(TieredStore):
         """Reads what other hosts have in memory, too.
 
         Args:
-            neighbours: That, instead of what was seen before; listed already, and not listed again by :meth:`refresh`.
+            neighbours: That, instead of what was seen before; listed already.
             own: Whether to read this host's memory.
 
         """
         here = [self.memory] if self.memory is not None else []
         inherited = self._inheritance.stores if self._inheritance is not None else []
-        self.neighbours = neighbours
+        self.listed = neighbours
         self.stores = [*((*here, *inherited) if own else ()), *neighbours, self.storage]
-
-    @override
-    def refresh(self) -> None:
-        with no_collection():
-            for store in self.stores:
-                if store not in self.neighbours:
-                    store.refresh()
-            self.count(newest_lineage(self.deltas))
-        self.damaged = [damage for store in self.stores for damage in store.damaged]
 
     @property
     def is_whole(self) -> bool:
@@ -255,7 +240,7 @@ class TieredRankStore(TieredStore):
             if is_first:
                 self._inheritance.bring_to_storage(self._spill, self._stored)
             self._inheritance.forget(remove=is_first)
-            self.see(self.neighbours)
+            self.see(self.listed)
         self.follows_nobody = True
 
     # -- the end -------------------------------------------------------------------------------------------------

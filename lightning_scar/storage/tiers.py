@@ -13,7 +13,7 @@ from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head, Mark, newest_heads
 from lightning_scar.storage.host_memory import left_in_memory
 from lightning_scar.storage.index import Index, Located, newest_lineage, recency
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.store import DeltaStore, Store
 
 
 class TieredIndex(Index):
@@ -68,19 +68,22 @@ class TieredIndex(Index):
             tier.discard(located)
 
 
-class TieredStore(DeltaStore):
+class TieredStore(Store):
     """The deltas of several stores.
 
     Args:
         stores: The stores, the nearest first, storage last.
 
+    Attributes:
+        stores: The same.
+        listed: Those of them that have been listed for good: :meth:`refresh` leaves them as they are.
+
     """
 
     def __init__(self, stores: Sequence[DeltaStore]) -> None:
+        super().__init__(stores[-1].directory, TieredIndex(lambda: [store.index for store in self.stores]))
         self.stores = list(stores)
-        self.directory = stores[-1].directory
-        self.damaged = []
-        self.index = TieredIndex(lambda: [store.index for store in self.stores])
+        self.listed: Sequence[DeltaStore] = []
 
     @property
     @override
@@ -95,7 +98,8 @@ class TieredStore(DeltaStore):
     def refresh(self) -> None:
         with no_collection():
             for store in self.stores:
-                store.refresh()
+                if store not in self.listed:
+                    store.refresh()
             self.count(newest_lineage(self.deltas))
         self.damaged = [damage for store in self.stores for damage in store.damaged]
 
@@ -110,7 +114,7 @@ class TieredStore(DeltaStore):
         return sorted({folder for store in self.stores for folder in store.folders()})
 
 
-def open_store(url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> DeltaStore:
+def open_store(url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> Store:
     """A running checkpoint to read: its directory, and what its newest start has left in this host's memory.
 
     Args:
