@@ -42,7 +42,8 @@ def figures(samples: Samples, facts: dict[str, Any]) -> dict[str, Any]:
     """Medians and ratios of a run."""
     found: dict[str, Any] = {key: median(values) for key, values in samples.items()} | facts
     for kind in ("", "lazy_"):
-        found[f"memory_{kind}stall_over_disk"] = found[f"memory_{kind}stall_s"] / found[f"disk_{kind}stall_s"]
+        ratios = _ratios(samples, f"memory_{kind}stall_s", f"disk_{kind}stall_s")
+        found[f"memory_{kind}stall_over_disk"] = median(ratios)
     found["memory_stall_over_floor"] = found["memory_stall_s"] / found["floor_s"]
     found["memory_written_over_disk"] = found["memory_written_s"] / found["disk_written_s"]
     for tier in ("own", "neighbour"):
@@ -53,11 +54,15 @@ def figures(samples: Samples, facts: dict[str, Any]) -> dict[str, Any]:
     found["replication_over_socket"] = found["replication_bytes_per_s"] / found["socket_bytes_per_s"]
     found["socket_over_replication"] = 1 / found["replication_over_socket"]
     found["first_copy_over_anew"] = found["first_copy_s"] / found["anew_s"]
-    pairs = zip(samples["step_replicated_s"], samples["step_not_replicated_s"], strict=True)
-    ratios = [replicated / alone for replicated, alone in pairs]
+    ratios = _ratios(samples, "step_replicated_s", "step_not_replicated_s")
     found["step_replicated_over_not"] = median(ratios)
     found["step_replicated_over_not_from"], found["step_replicated_over_not_to"] = min(ratios), max(ratios)
     return {**found, "samples": samples}
+
+
+def _ratios(samples: Samples, first: str, second: str) -> list[float]:
+    """Of samples that were taken one right after the other."""
+    return [one / other for one, other in zip(samples[first], samples[second], strict=True)]
 
 
 def targets(found: dict[str, Any]) -> list[Target]:
@@ -133,7 +138,8 @@ def run(size: Size, parent: Path, folder: Path, rounds: int, length: int) -> dic
     facts: dict[str, Any] = {"state_bytes": state_bytes(state.model, state.optimizer)[1]}
     check_room(facts["state_bytes"], parent, folder)
     with memory_folder(parent):
-        samples = tiers_saves.stalls(state, size, folder, rounds)
+        # They are short, and whatever else runs on the machine makes some of them long.
+        samples = tiers_saves.stalls(state, size, folder, 3 * rounds)
     with memory_folder(parent) as memory:
         restored, copied = tiers_restore.run(state, size, folder, memory, rounds)
     with memory_folder(parent) as memory:

@@ -21,6 +21,7 @@ from lightning_scar.core.skeleton import Path as Place
 Samples = dict[str, list[float]]
 Staging = Literal["eager", "lazy"]
 
+_STAGINGS: tuple[Staging, ...] = ("eager", "lazy")
 #: No save goes from memory to the disk on its own while it is measured.
 _NEVER = 1_000_000
 
@@ -96,20 +97,21 @@ def stalls(state: State, size: Size, folder: Path, rounds: int) -> Samples:
     """
     savers = {tier: Saver(state, size, folder / tier, tier == "memory") for tier in ("memory", "disk")}
     floor = Floor(list(state.model.parameters()), state_bytes(state.model, state.optimizer)[1])
-    kinds: list[tuple[str, Staging]] = [(tier, staging) for tier in savers for staging in ("eager", "lazy")]
     order, samples = random.Random(0), dict[str, list[float]]()
     try:
-        # The first save is full; after two more all buffers are made.
-        for turn in range(-2, rounds):
-            for tier, staging in order.sample(kinds, len(kinds)):
-                state.move()
-                stall, written = savers[tier].save(staging)
-                if turn < 0:
-                    continue
-                lazy = "lazy_" * (staging == "lazy")
-                samples.setdefault(f"{tier}_{lazy}stall_s", []).append(stall)
-                if staging == "eager":
-                    samples.setdefault(f"{tier}_written_s", []).append(written)
+        # The first save is full; each of two buffers is then made, and made larger by the first lazy save in it.
+        for turn in range(-4, rounds):
+            for staging in order.sample(_STAGINGS, len(_STAGINGS)):
+                # One right after the other: what else the machine does meanwhile comes and goes.
+                for tier in order.sample(list(savers), len(savers)):
+                    state.move()
+                    stall, written = savers[tier].save(staging)
+                    if turn < 0:
+                        continue
+                    lazy = "lazy_" * (staging == "lazy")
+                    samples.setdefault(f"{tier}_{lazy}stall_s", []).append(stall)
+                    if staging == "eager":
+                        samples.setdefault(f"{tier}_written_s", []).append(written)
             if turn >= 0:
                 floor.measure()
     finally:
