@@ -158,9 +158,11 @@ class TieredRankStore(TieredStore):
             OSError: If it cannot be written.
 
         """
-        if self.memory is None or not self._commit_to_memory(self.memory, head, blocks):
+        if self.memory is None:
+            self._store(head, blocks)
+        elif not self._commit_to_memory(self.memory, head, blocks):
             self._writer.drain()
-            self._commit_to_storage(head, blocks)
+            self._commit_to_storage(self.memory, head, blocks)
         elif head.kind == "full":
             self._writer.drain()
             self._store_newer(head)
@@ -185,13 +187,13 @@ class TieredRankStore(TieredStore):
             self.chain.follow()
         return True
 
-    def _commit_to_storage(self, head: Head, blocks: Sequence[BlockData]) -> None:
+    def _commit_to_storage(self, memory: MemoryStore, head: Head, blocks: Sequence[BlockData]) -> None:
         """In one file with all that memory has newer, so that memory can begin anew."""
         with ExitStack() as files:
             keys = {block.key for block in blocks}
             self._store(head, [*blocks, *(block for block in self._newer_in_memory(files) if block.key not in keys)])
-        if self.memory is not None:
-            self.memory.clear()
+        memory.clear()
+        memory.is_hollow &= head.kind != "full"
 
     def _is_due(self, head: Head) -> bool:
         assert self._every is not None

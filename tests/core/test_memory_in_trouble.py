@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -269,3 +271,122 @@ def test_a_block_damaged_in_inherited_memory_holds_no_save_up(url: str, host: Pa
         running.flush()
         assert running.stats.failed_saves == 0
     assert not folders(host)
+
+
+# -- a real tmpfs ------------------------------------------------------------------------------------------------------
+
+
+def mount(host: Path, size: str) -> None:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", host], stderr=subprocess.DEVNULL
+    ).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+
+
+def unmount(host: Path) -> None:
+    subprocess.run(["umount", "-l", host], check=True)
+
+
+def test_a_tmpfs_that_is_full_is_emptied_and_used_again(url: str, host: Path) -> None:
+    mount(host, "96k")
+    try:
+        training, used = make_training(), []
+        with warned() as said, opened(url, fraction=1.0, memory=True, durable_every_n_saves=1000) as running:
+            for step in range(1, 9):
+                training.step()
+                training.save(running)
+                running.flush()
+                assert_same(load(url), state_at(step))
+                used.append(stored(url) < step)
+            assert running.stats.failed_saves == 0
+        assert True in used
+        assert False in used[1:]
+        assert len([text for text in said if "No space left" in text]) == 1
+        assert not folders(host)
+    finally:
+        unmount(host)
+
+
+def test_a_tmpfs_that_is_mounted_anew_in_mid_run_is_noticed(
+    url: str, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount(host, "10m")
+    try:
+        training = make_training()
+        with warned() as said, opened(url, fraction=1.0, memory=True, durable_every_n_saves=1000) as running:
+            for _ in range(3):
+                training.step()
+                training.save(running)
+                running.flush()
+            unmount(host)
+            mount(host, "10m")
+            for _ in range(2):
+                training.step()
+                training.save(running)
+                running.flush()
+                assert_same(storage_alone(url, monkeypatch), state_at(training.steps))
+            training.step()
+            training.save(running)
+            running.flush()
+            assert stored(url) == 5
+            assert_same(load(url), state_at(6))
+        assert len([text for text in said if "somebody has removed" in text]) == 1
+        assert not folders(host)
+    finally:
+        unmount(host)
+
+
+# -- several runs ------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_live_run_has_inherited_is_not_swept_by_another_run(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    (left,) = host.glob("*/*/*")
+    yesterday = time.time() - 25 * 3600
+    for path in (left, *left.iterdir()):
+        os.utime(path, (yesterday, yesterday))
+    with opened(url, fraction=1.0, **MEMORY) as running:
+        with opened(f"{url}-2", **MEMORY):
+            assert left.exists()
+        assert_same(quietly(running)[0], state_at(6))
+
+
+def test_a_directory_that_is_begun_anew_beside_a_live_run_leaves_no_memory_in_the_end(url: str, host: Path) -> None:
+    training = make_training()
+    old = opened(url, fraction=1.0, **MEMORY)
+    training.step()
+    training.save(old)
+    old.flush()
+    shutil.rmtree(url)
+    with opened(url, fraction=1.0, **MEMORY) as new:
+        training.step()
+        training.save(new)
+        new.flush()
+        assert len(folders(host)) == 2, "the old one still holds its own"
+    with warned():
+        old.close()
+    assert_same(load(url), state_at(2))
+    with opened(url, fraction=1.0, **MEMORY) as running:
+        assert_same(quietly(running)[0], state_at(2))
+        assert len(folders(host)) == 1
+    assert not folders(host)
+
+
+def test_memory_that_cannot_be_made_again_is_done_without(url: str, host: Path) -> None:
+    training, history = make_training(), {}
+    with warned() as said, opened(url, **MEMORY) as running:
+        for step in range(8):
+            if step == 3:
+                shutil.rmtree(host)
+                host.write_text("no folder any more")
+            training.step()
+            training.save(running)
+            running.flush()
+            history[training.steps] = copied(training)
+            if step > 3:
+                assert stored(url) == training.steps
+                assert_made_of(load(url), history, url)
+        assert running.stats.full_saves == 2, "the first one, and one to make up for what was lost"
+        assert running.stats.failed_saves == 0
+    assert len([text for text in said if "somebody has removed" in text]) == 1
+    assert len([text for text in said if "could not go to memory" in text]) == 1
