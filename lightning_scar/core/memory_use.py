@@ -82,8 +82,9 @@ def warn_of_lost_hosts(notices: Notices, lost: Mapping[int, str], rank: int) -> 
     """
     if lost and rank == 0:
         found = "; ".join(f"that of rank {server}: {why}" for server, why in lost.items())
+        hosts = f"{len(lost)} host{'s' * (len(lost) != 1)}"
         notices.warn(
             "lost_hosts",
-            f"the memory of {len(lost)} hosts cannot be read ({found}), and what only they have falls through to the "
-            "next copy, or to storage. Hosts have to reach each other on all ports, as process groups need it, too",
+            f"the memory of {hosts} cannot be read ({found}), and what only they have falls through to storage. "
+            "Hosts have to reach each other on all ports, as process groups need it, too",
         )

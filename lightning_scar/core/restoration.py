@@ -277,7 +277,7 @@ def _report(store: Store, restored: Restored) -> None:
     # Several thousand blocks may lie in one lost file: name the first, count the rest.
     shown = "\n  ".join(map(str, damages[:8])) + (f"\n  and {len(damages) - 8} more" * (len(damages) > 8))
     if damages or not restored.plan.is_whole:
-        what = f"is damaged; older versions are used instead of\n  {shown}" if damages else "is not complete."
+        what = f"is damaged; copies or older versions are used instead of\n  {shown}" if damages else "is not complete."
         missing = "".join(f"\nNothing is left in {store.directory.file(folder)}." for folder in store.missing_folders())
         warnings.warn(
             f"{store.directory} {what}{missing}\nRecovery: {restored.plan}\n`lightning-scar verify` lists all damage.",

@@ -111,7 +111,7 @@ def test_a_host_that_cannot_be_reached_falls_through_to_storage_and_it_is_said_o
     assert set(steps_of(first)) == {4, 6}, "the other host's memory serves still"
     assert "from this host's memory" in recovery
     assert "from newest versions" in recovery
-    assert len([text for text in said if "the memory of 1 hosts cannot be read (that of rank 1:" in text]) == 1, said
+    assert len([text for text in said if "the memory of 1 host cannot be read (that of rank 1:" in text]) == 1, said
     assert not more
     assert load(url)["global_step"] == 7
     assert not left_behind(hosts)

@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from core_helpers import assert_same
-from memory_helpers import MEMORY, folders, kill, state_at, storage_alone, stored
+from memory_helpers import (
+    MEMORY,
+    folders,
+    hosts_of,
+    kill,
+    kill_on_hosts,
+    left_behind,
+    resumed_on_hosts,
+    state_at,
+    storage_alone,
+    stored,
+)
+from ranks import run_ranks
 from shared_helpers import assert_made_of, copied, make_training, opened, quietly
 
 from lightning_scar.core.restoration import load
@@ -390,3 +402,29 @@ def test_memory_that_cannot_be_made_again_is_done_without(url: str, host: Path) 
         assert running.stats.failed_saves == 0
     assert len([text for text in said if "somebody has removed" in text]) == 1
     assert len([text for text in said if "could not go to memory" in text]) == 1
+
+
+@pytest.mark.parametrize("sizes", [[2, 1, 3, 2, 1], [1, 3, 3, 1, 2]], ids=str)
+def test_nothing_is_lost_or_left_however_many_ranks_each_start_has(sizes: list[int], url: str, host: Path) -> None:
+    steps = [6, 1, 0, 5, 2]
+    for i, (n, more) in enumerate(zip(sizes, steps, strict=True)):
+        kill(n, host, url, more, resume=i > 0)
+        assert_same(load(url), state_at(sum(steps[: i + 1])))
+    with opened(url, fraction=1.0, **MEMORY) as running:
+        training = make_training()
+        training.load(quietly(running)[0])
+        training.step()
+        training.save(running)
+    assert not folders(host)
+    assert_same(load(url), state_at(sum(steps) + 1))
+
+
+def test_a_host_that_is_not_there_any_more_has_its_memory_cleaned_up_when_it_is_back(url: str, host: Path) -> None:
+    hosts = hosts_of(host, 2)
+    kill_on_hosts(hosts, url, 6)
+    run_ranks(resumed_on_hosts, 1, hosts[:1], url)
+    assert not left_behind(hosts[:1])
+    assert left_behind(hosts[1:])
+    results = run_ranks(resumed_on_hosts, 2, hosts, url)
+    assert results[0][0]["global_step"] == 7
+    assert not left_behind(hosts)

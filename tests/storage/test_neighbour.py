@@ -181,7 +181,9 @@ def test_threads_do_not_share_a_connection_and_connections_are_used_again(server
 
 
 def callers(server: FolderServer) -> list[threading.Thread]:
-    return list(server._callers.values())
+    # A caller may have been answered before it is entered.
+    with server._lock:
+        return list(server._callers.values())
 
 
 def test_connections_end_with_the_file_system(server: FolderServer, recwarn: pytest.WarningsRecorder) -> None:
