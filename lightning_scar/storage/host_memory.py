@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.lease import tokens_of
+from lightning_scar.storage.store import retry_vanished
 
 #: Where users may say which folder is in memory.
 VARIABLE = "LIGHTNING_SCAR_MEMORY"
@@ -57,11 +58,16 @@ class HostMemory:
         _sweep(self.path.parent, {self.path, *self.inherited})
 
     def _hold(self) -> None:
+        # Whoever ends at the same time removes what is empty.
+        self._locks[self.path] = retry_vanished(self._made_and_locked)
+
+    def _made_and_locked(self) -> int:
         for folder in (self.path.parents[1], self.path.parent, self.path):
             with suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
-        _check_private(self.path.parents[1])
-        self._locks[self.path] = _locked(self.path)
+        if not _is_private(self.path.parents[1]):
+            raise PermissionError(f"{self.path.parents[1]} is not this user's alone any more")
+        return _locked(self.path)
 
     def renew(self) -> None:
         """Makes the folder once more if somebody has removed it.
@@ -176,11 +182,6 @@ def _is_private(folder: Path) -> bool:
         status = folder.lstat()
         return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
     return False
-
-
-def _check_private(folder: Path) -> None:
-    if not _is_private(folder):
-        raise PermissionError(f"{folder} is not this user's alone any more")
 
 
 def _name(directory: Directory) -> str:

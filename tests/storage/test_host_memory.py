@@ -1,0 +1,75 @@
+"""The folders in a host's memory: whose they are, and that they come and go while others do."""
+
+import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.host_memory import VARIABLE, HostMemory, left_in_memory
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "host"
+    folder.mkdir()
+    monkeypatch.setenv(VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Directory:
+    return Directory(tmp_path / "scar")
+
+
+def nothing(folder: str) -> bool:
+    return False
+
+
+def test_starts_come_and_go_at_the_same_time(host: Path, directory: Directory) -> None:
+    def come_and_go(_: int) -> None:
+        for _ in range(100):
+            memory = HostMemory(directory, uuid.uuid4().hex)
+            memory.remove("rank-0000", nothing)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(come_and_go, range(8)))
+    assert not list(host.glob("*/*/*"))
+
+
+def test_a_start_that_wrote_nothing_leaves_nothing(host: Path, directory: Directory) -> None:
+    HostMemory(directory, "a").leave()
+    assert not list(host.glob("*/*"))
+
+
+def test_a_folder_that_was_removed_is_made_and_held_again(host: Path, directory: Directory) -> None:
+    memory = HostMemory(directory, "a")
+    memory.renew()
+    memory.path.rmdir()
+    memory.path.parent.rmdir()
+    memory.renew()
+    assert memory.path.stat().st_mode & 0o777 == 0o700
+    HostMemory(directory, "b")
+    assert memory.path.exists(), "it is held"
+    memory.leave()
+    (memory.path / "rank-0000").mkdir(parents=True)
+    HostMemory(directory, "c")
+    assert not memory.path.exists(), "it is not"
+
+
+def test_what_is_not_the_users_alone_any_more_is_not_renewed(host: Path, directory: Directory) -> None:
+    memory = HostMemory(directory, "a")
+    memory.path.rmdir()
+    memory.path.parents[1].chmod(0o755)
+    with pytest.raises(PermissionError, match="not this user's alone any more"):
+        memory.renew()
+
+
+def test_starts_are_found_by_their_tokens_the_newest_first(host: Path, directory: Directory) -> None:
+    held = [HostMemory(directory, token) for token in "abc"]
+    assert [path.name for path in left_in_memory(directory, ["c", "missing", "a"])] == ["c", "a"]
+    assert left_in_memory(directory) == [], "there is no lease"
+    assert left_in_memory(Directory(f"{directory}-2"), ["a"]) == []
+    assert {path.parents[1] for path in (memory.path for memory in held)} == {host / f"scar-memory-{os.getuid()}"}
