@@ -128,11 +128,12 @@ class ServedFolder:
         self._make(path.parent)
         # Under a name of its own: two callers may put the same file.
         temporary = _hidden(path)
-        with self._lock:
-            is_spare = self._spare.take(temporary)
-            descriptor = os.open(temporary, os.O_WRONLY | (0 if is_spare else os.O_CREAT | os.O_EXCL), 0o600)
+        descriptor: int | None = None
         try:
-            self._reserve(path.parent, descriptor, size)
+            with self._lock:
+                is_new = not self._spare.take(temporary)
+                descriptor = os.open(temporary, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if is_new else 0), 0o600)
+                self._reserve(path.parent, descriptor, size)
             yield descriptor
             os.replace(temporary, path)
         except BaseException:
@@ -140,7 +141,8 @@ class ServedFolder:
                 temporary.unlink()
             raise
         finally:
-            os.close(descriptor)
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _make(self, folder: Path) -> None:
         # One by one, since the mode that ``makedirs`` takes is the last one's only.
@@ -149,26 +151,19 @@ class ServedFolder:
                 parent.mkdir(0o700, exist_ok=True)
 
     def _reserve(self, folder: Path, descriptor: int, size: int) -> None:
-        with self._lock:
-            self._put_to.add(folder)
-            # What of a spare file is too much, or none of the limit any more, is given back first.
-            os.ftruncate(descriptor, min(size, os.fstat(descriptor).st_size))
-            if self._limit is not None:
-                self._check_room(size - os.fstat(descriptor).st_size, self._limit)
-            # From here on the whole file counts, for the next caller too.
-            os.ftruncate(descriptor, size)
-            self._last_put = size
+        self._put_to.add(folder)
+        if self._limit is not None:
+            self._check_room(size, os.fstat(descriptor).st_size, self._limit)
+        # From here on the whole file counts, for the next caller too.
+        os.ftruncate(descriptor, size)
+        self._last_put = size
 
-    def _check_room(self, size: int, limit: int) -> None:
+    def _check_room(self, size: int, own: int, limit: int) -> None:
         # Looked up each time: files are also deleted by others than the callers.
-        taken = sum(found.size for folder in self._put_to if folder.is_dir() for found in _entries(folder))
-        if taken + size <= limit:
-            return
-        if self._spare.drop():
-            self._check_room(size, limit)
-            return
-        reason = f"no room for {size} bytes, {taken} of {limit} are taken: delete files there, or raise the limit"
-        raise NoRoomError(errno.ENOSPC, reason)
+        taken = sum(found.size for folder in self._put_to if folder.is_dir() for found in _entries(folder)) - own
+        if taken + size > limit:
+            reason = f"no room for {size} bytes, {taken} of {limit} are taken: delete files there, or raise the limit"
+            raise NoRoomError(errno.ENOSPC, reason)
 
 
 def _hidden(path: Path) -> Path:

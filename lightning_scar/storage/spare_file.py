@@ -63,12 +63,11 @@ class SpareFile:
                 return True
         return False
 
-    def drop(self) -> bool:
-        """Deletes the file that was kept; ``False`` if there is none."""
+    def drop(self) -> None:
+        """Deletes the file that was kept, if there is one."""
         kept, self._path = self._path, None
         if kept is not None:
             kept.unlink(missing_ok=True)
-        return kept is not None
 
 
 def _is_worth_it(path: Path, at_most: int) -> bool:

@@ -114,12 +114,13 @@ def test_what_is_kept_takes_no_room_from_others(client: FolderClient, put: Put, 
     put("x/kept")
     put("x/old")
     client.delete("x/old")
-    put("x/empty", 0)
     data = put("x/large", 2 * SIZE)
     assert (there / "x/large").read_bytes() == data
     with pytest.raises(NoRoomError):
         put("x/one byte", 1)
     client.delete("x/kept")
+    with pytest.raises(NoRoomError, match=f"no room for {SIZE + 1} bytes, {2 * SIZE} of {3 * SIZE} are taken"):
+        put("x/too large", SIZE + 1)
     put("x/fits", SIZE)
 
 
