@@ -34,7 +34,11 @@ def test_the_others_go_on_without_a_host_until_another_one_is_in_its_place(
     assert_done(training, steps=36)
     assert world_sizes(training)[8] == 1
     assert [outage["reason"] for outage in training.outages(0)] == ["node 1 was lost"]
-    for line in ("node 1 was lost; the others go on.", "node 1 was lost in step 9; 1 of 2 workers go on", "is back"):
+    for line in (
+        "node 1 was lost; the job goes on without it.",
+        "node 1 was lost in step 9; 1 of 2 workers go on",
+        "is back",
+    ):
         assert line in training.console
     assert not [path for host in hosts for path in host.left_in_memory()]
 

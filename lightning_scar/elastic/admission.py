@@ -19,8 +19,8 @@ LINES_KEY = "lines"
 _GRACE_SECONDS = 10.0
 
 
-class TakenError(Exception):
-    """The node has another agent, which lives."""
+class NotAdmittedError(Exception):
+    """The node has another agent, which lives, or nobody waits for this one any more."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ def admission_key(node: int, agent: int) -> str:
 
 
 def loss_key(node: int, agent: int) -> str:
-    """Under which an agent finds that it counts as lost, and another one may have been admitted."""
+    """Under which an agent finds that it counts as lost, and another one may have been admitted.
+
+    One that does not want to wait any longer says so there, too.
+    """
     return f"loss/{node}/{agent}"
 
 
@@ -69,17 +72,18 @@ def line_name(node: int, agent: int) -> str:
     return f"{node}.{agent}"
 
 
-def arrive(store: Store, host: str, node: int, on_end: Callable[[], None] = lambda: None) -> Admission:
+def arrive(store: Store, host: str, node: int, *, stops: Callable[[], bool], on_end: Callable[[], None]) -> Admission:
     """Waits to be admitted as the agent of a node: at once if it has none, else when that turns out to be gone.
 
     Args:
         store: The supervisor's, on node 0.
         host: The address of node 0.
         node: Which node.
+        stops: Whether to wait no longer.
         on_end: Called in another thread when node 0 is gone, where there is a line to it.
 
     Raises:
-        TakenError: If the node's agent lives.
+        NotAdmittedError: If the node's agent lives, or at a stop.
 
     """
     agent = store.add(f"arrivals/{node}", 1)
@@ -88,12 +92,12 @@ def arrive(store: Store, host: str, node: int, on_end: Callable[[], None] = lamb
     # Where a firewall is in the way, silence has to tell.
     with suppress(OSError):
         line = Line(host, port, line_name(node, agent), on_end)
-    admission = Admission(agent, 0, line)
     Events(store).append(Arrived(node, agent))
     deadline = time.monotonic() + SILENCE_SECONDS + _GRACE_SECONDS
     while not store.check([admission_key(node, agent)]):
-        if time.monotonic() > deadline:
-            admission.close()
-            raise TakenError
+        if stops() or time.monotonic() > deadline:
+            store.set(loss_key(node, agent), "")
+            Admission(agent, 0, line).close()
+            raise NotAdmittedError
         time.sleep(0.05)
     return Admission(agent, int(store.get(admission_key(node, agent))), line)

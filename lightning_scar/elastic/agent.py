@@ -91,7 +91,6 @@ class Agent:
         self._notices = Notices(store)
         self._workers: dict[int, tuple[Spawn, WorkerProcess]] = {}
         self._beat_at = 0.0
-        self._counts_as_lost = False
         for notice in self._notices.skip(admission.heard):
             # The job may have ended meanwhile.
             if isinstance(notice, Stop | Finish):
@@ -105,8 +104,12 @@ class Agent:
 
         """
         self._beat()
-        for notice in self._notices.news():
+        # When the job is over the store may be gone any moment.
+        news = self._notices.news()
+        while self.code is None and (notice := next(news, None)) is not None:
             self._obey(notice)
+        if self.code is not None:
+            return
         for slot, (spawn, worker) in list(self._workers.items()):
             code = worker.poll()
             if code is not None:
@@ -117,12 +120,9 @@ class Agent:
         """Ends all workers that are left."""
         deadline = time.monotonic() + _LAST_GRACE
         workers = [worker for _, worker in self._workers.values()]
-        # Of a node that counts as lost they have no say any more: at SIGTERM they would ask the whole job to stop.
-        for worker in workers if not self._counts_as_lost else ():
+        for worker in workers:
             worker.send(signal.SIGTERM)
         while None in [worker.poll() for worker in workers] and time.monotonic() < deadline:
-            if self._counts_as_lost:
-                break
             time.sleep(0.02)
         for worker in workers:
             worker.send(signal.SIGKILL)
@@ -130,15 +130,20 @@ class Agent:
     def _beat(self) -> None:
         now = time.monotonic()
         if now - self._beat_at > BEAT_SECONDS:
-            node, agent = self._layout.node, self._admission.agent
-            self._store.add(heartbeat_key(node, agent), 1)
+            self._store.add(heartbeat_key(self._layout.node, self._admission.agent), 1)
             self._beat_at = now
-            if self._store.check([loss_key(node, agent)]):
-                self.code, self.reason, self._counts_as_lost = 1, "node 0 has given this node up for lost", True
+            self._check_loss()
+
+    def _check_loss(self) -> None:
+        """Ends the job here, if another agent may have this one's place."""
+        if self._store.check([loss_key(self._layout.node, self._admission.agent)]):
+            self.code, self.reason = 1, "node 0 has given this node up for lost"
 
     def _obey(self, notice: Notice) -> None:
         if isinstance(notice, Spawn) and notice.slot in self._layout.slots(self._layout.node):
-            self._start(notice)
+            self._check_loss()
+            if self.code is None:
+                self._start(notice)
         elif isinstance(notice, Kill) and notice.slot in self._workers:
             spawn, worker = self._workers[notice.slot]
             if spawn.spawn == notice.spawn:

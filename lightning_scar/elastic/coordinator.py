@@ -12,19 +12,20 @@ The rules, in the order of an outage:
 4. A replacement that is :class:`Ready` is announced (:class:`Joining`). The members leave their generation at a step
    that they agree on; all stand behind the same step then, and the next generation takes the replacement in.
 
-5. A node is lost (:class:`Lost`): all its workers died, and their slots stay empty until it is back (:class:`Back`).
-
+When a node is :class:`Lost` all its workers died, and their slots stay empty until it is :class:`Back`.
 Failures beyond ``max_restarts`` and signals end the job: whoever has something to save is told to (:class:`Stop`).
 """
 
 import signal
 from collections.abc import Callable
 
+from lightning_scar.elastic.absences import Absences
 from lightning_scar.elastic.messages import (
     Arrived,
     Back,
     Began,
     Broken,
+    Change,
     Ended,
     Event,
     Exited,
@@ -46,10 +47,11 @@ from lightning_scar.elastic.messages import (
     Waiting,
 )
 from lightning_scar.elastic.restarts import BackOff, Budget, Policy, ending, exhausted, last_words, signal_name
-from lightning_scar.elastic.roster import Phase, Remedy, Worker, absent, furthest, remedy_for
+from lightning_scar.elastic.roster import Phase, Remedy, Worker, furthest, remedy_for
 
 #: Seconds that a worker has at least to notice that its generation is broken, before it counts as hanging.
 _NOTICE_SECONDS = 2.0
+_NOBODY_ELSE = "Nobody else can fill its slots. Start the job again when the node is back.\n"
 #: Signals that come closer together are one request to stop.
 _IMPATIENCE_SECONDS = 1.0
 
@@ -70,6 +72,7 @@ class Coordinator:
         self._say = say
         self._budget = Budget(policy)
         self._back_off = BackOff()
+        self._absences = Absences(policy, say)
         self._notices: list[Notice] = []
         self._phase = Phase.OVER
         self._now = 0.0
@@ -90,20 +93,22 @@ class Coordinator:
         self._start_all()
         return self._posted()
 
-    def take(self, event: Event, now: float) -> list[Notice]:
-        """Takes an event in."""
+    def take(self, event: Event | Change, now: float) -> list[Notice]:
+        """Takes in what happened."""
         self._now = now
-        if isinstance(event, StopAsked):
-            self._stop_asked(event)
-        elif isinstance(event, Lost):
-            self._lost(event)
-        elif isinstance(event, Back):
-            self._say(f"node {event.node} is back")
-            self._due.update(dict.fromkeys(event.slots, now))
-        elif not isinstance(event, Arrived):
-            worker = self._living.get(event.slot)
-            if worker is not None and worker.spawn == event.spawn:
-                self._hear(worker, event)
+        match event:
+            case Lost():
+                self._lost(event)
+            case Back():
+                self._absences.end(event)
+            case StopAsked(slot=-1):
+                self._stop_asked(event)
+            case Arrived():
+                pass
+            case _:
+                worker = self._living.get(event.slot)
+                if worker is not None and worker.spawn == event.spawn:
+                    self._hear(worker, event)
         self._settle()
         return self._posted()
 
@@ -129,7 +134,7 @@ class Coordinator:
         self._finished: set[int] = set()
         #: Slots without which the training goes on, until their replacements have joined.
         self._replaced: set[int] = set()
-        #: When a slot may be filled again; never, as long as its node is gone.
+        #: When a slot may be filled again, if its node is there.
         self._due: dict[int, float] = {}
         #: Whether workers were told to exit, to be started again: they form no group any more, not even to stop.
         self._is_disbanded = False
@@ -173,6 +178,8 @@ class Coordinator:
                 self._give_up(event.reason)
             case Exited():
                 self._hear_exit(worker, event)
+            case StopAsked():
+                self._stop_asked(event)
             case _:
                 pass
 
@@ -256,7 +263,9 @@ class Coordinator:
         elif not members or (missing and remedy is Remedy.RESTART):
             self._leave(Phase.RESTARTING, grace=self._policy.kill_grace)
         else:
-            if missing and remedy is Remedy.REPLACEMENT:
+            if remedy in (Remedy.REPLACEMENT, Remedy.RESTART_OF_SHARDS):
+                self._replaced |= missing
+            if remedy is Remedy.REPLACEMENT:
                 self._fill(missing)
             self._regroup(members)
 
@@ -264,9 +273,8 @@ class Coordinator:
         return [worker for _, worker in sorted(self._living.items()) if worker.is_member]
 
     def _fill(self, missing: frozenset[int]) -> None:
-        self._replaced |= missing
-        for slot in sorted(missing):
-            if self._now >= self._due[slot]:
+        for slot in sorted(missing - self._absences.slots):
+            if self._now >= self._due.get(slot, 0.0):
                 self._spawn(slot, generation=-1)
 
     def _regroup(self, members: list[Worker]) -> None:
@@ -318,7 +326,7 @@ class Coordinator:
         if not self._is_within_budget(is_new=False):
             self._give_up(f"rank {stranded} lost the connection", exhausted(self._policy))
             return
-        if all(worker.can_take_in for worker in members):
+        if not self._deaths or all(worker.can_take_in for worker in members):
             self._say(f"the group cannot be put together again where it failed; {Remedy.RESTART.value}")
         keeper, _ = furthest([worker for worker in members if worker.began and worker.steps >= 0])
         self._post(Restart(self._generation.number, keeper, ", ".join(self._deaths)))
@@ -336,6 +344,14 @@ class Coordinator:
                 self._kill(worker, signal.SIGTERM)
             elif not (spare_state and worker.has_state):
                 self._kill(worker, signal.SIGKILL)
+        if phase is Phase.RESTARTING:
+            self._wait_for_nodes()
+
+    def _wait_for_nodes(self) -> None:
+        if (lost := self._absences.final) is not None:
+            self._give_up(lost.reason, _NOBODY_ELSE)
+        else:
+            self._absences.tell(Remedy.RESTART)
 
     def _settle_leaving(self) -> None:
         if self._living:
@@ -349,7 +365,7 @@ class Coordinator:
             if self._report:
                 self._say(self._report)
             self._post(Finish(self._code))
-        elif self._now >= max(self._due.values(), default=0.0):
+        elif not self._absences.slots and self._now >= max(self._due.values(), default=0.0):
             self._start_all()
 
     def _stop_asked(self, event: StopAsked) -> None:
@@ -376,19 +392,19 @@ class Coordinator:
 
     def _lost(self, event: Lost) -> None:
         gone = [self._living.pop(slot) for slot in event.slots if slot in self._living]
-        self._due.update(dict.fromkeys(event.slots, float("inf")))
-        reason = f"node {event.node} {event.how}"
+        self._absences.begin(event)
         if any(worker.is_member for worker in gone):
-            self._deaths.append(reason)
-            self._break(reason)
-        if self._phase not in (Phase.RUNNING, Phase.RESTARTING) or self._finished >= set(event.slots):
+            self._deaths.append(event.reason)
+            self._break(event.reason)
+        is_missed = self._phase is Phase.RUNNING and not self._finished >= set(event.slots)
+        if not is_missed and self._phase is not Phase.RESTARTING:
             return
         if event.for_good:
-            self._give_up(reason, "Nobody else can fill its slots. Start the job again when the node is back.\n")
+            self._give_up(event.reason, _NOBODY_ELSE)
         elif self._is_within_budget(is_new=bool(gone) and not any(worker.is_member for worker in gone)):
-            self._say(f"{reason}; {absent(event.node, remedy_for(self._members()), self._policy)}")
+            self._absences.tell(remedy_for(self._members()))
         else:
-            self._give_up(reason, exhausted(self._policy))
+            self._give_up(event.reason, exhausted(self._policy))
 
     def _give_up(self, failure: str, words: str = "") -> None:
         if self._members():

@@ -41,7 +41,7 @@ class Events:
         >>> events = Events.create(store)
         >>> Events(store).append(Began(slot=1, spawn=4))
         >>> list(events.news())
-        [Began(slot=1, spawn=4)]
+        [Began(slot=1, spawn=4, can_take_in=True)]
 
     """
 

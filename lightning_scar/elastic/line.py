@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 #: Seconds without an answer of the other kernel until it is asked, between two questions, and how many of these.
-_IDLE, _INTERVAL, _QUESTIONS = 3, 2, 3
+_IDLE, _INTERVAL, _QUESTIONS = 5, 2, 5
 #: Seconds to connect.
 _CONNECT = 5.0
 _LONGEST_NAME = 64

@@ -320,7 +320,7 @@ class Member:
 
     def ask_to_stop(self, signum: int) -> None:
         """Asks the supervisor to end the job: all workers save behind the same step."""
-        self._tell(StopAsked(signum))
+        self._tell(StopAsked(signum, slot=self.slot, spawn=self._spawn))
 
     @property
     def _call_key(self) -> str:

@@ -163,11 +163,15 @@ class StopAsked:
     Args:
         signal: Its number.
         node: The node whose agent was told; -1 if it was a worker.
+        slot: That worker's slot.
+        spawn: Its spawn number.
 
     """
 
     signal: int
     node: int = -1
+    slot: int = -1
+    spawn: int = -1
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ class Arrived:
     agent: int
 
 
-# -- events: of nodes, which are in no log ---------------------------------------------------------------------------
+# -- changes of nodes, which node 0 sees by itself ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,11 @@ class Lost:
     how: str = "was lost"
     for_good: bool = False
 
+    @property
+    def reason(self) -> str:
+        """What happened, for people."""
+        return f"node {self.node} {self.how}"
+
 
 @dataclass(frozen=True)
 class Back:
@@ -220,20 +229,10 @@ class Back:
 
 
 Event: TypeAlias = (
-    Registered
-    | Began
-    | Waiting
-    | Stranded
-    | Ready
-    | Ended
-    | GaveUp
-    | Started
-    | Exited
-    | StopAsked
-    | Arrived
-    | Lost
-    | Back
+    Registered | Began | Waiting | Stranded | Ready | Ended | GaveUp | Started | Exited | StopAsked | Arrived
 )
+
+Change: TypeAlias = Lost | Back
 
 
 # -- notices: to workers --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from lightning_scar.elastic.admission import (
 from lightning_scar.elastic.agent import Layout
 from lightning_scar.elastic.journal import Notices
 from lightning_scar.elastic.line import Lines
-from lightning_scar.elastic.messages import Arrived, Back, Lost
+from lightning_scar.elastic.messages import Arrived, Back, Change, Lost
 
 #: Seconds that the nodes have to show up at the start.
 JOIN_SECONDS = 600.0
@@ -72,20 +72,32 @@ class Nodes:
         self._node_timeout = node_timeout
         self._nodes = [_Node(number, tuple(layout.slots(number)), now) for number in range(1, layout.nodes)]
         self._looked = now
-        self._lines = Lines()
-        store.set(LINES_KEY, str(self._lines.port))
+        self._lines = Lines() if self._nodes else None
+        if self._lines is not None:
+            store.set(LINES_KEY, str(self._lines.port))
 
     def arrived(self, event: Arrived) -> None:
         """An agent waits to be admitted."""
         self._nodes[event.node - 1].waiting = event.agent
 
-    def changes(self, now: float) -> list[Lost | Back]:
-        """What has become of the nodes since the last call."""
-        gone = set(self._lines.ended())
+    def changes(self, now: float) -> Iterator[Change]:
+        """What has become of the nodes since the last call.
+
+        Each has to be published before the next one is asked for: a new agent begins to listen behind it.
+        """
+        gone = set(self._lines.ended()) if self._lines is not None else set()
         if now - self._looked >= _LOOK_SECONDS:
             self._looked = now
             gone |= {line_name(node.number, node.agent) for node in self._nodes if self._is_silent(node, now)}
-        return [change for node in self._nodes for change in self._changes_of(node, gone, now)]
+        for node in self._nodes:
+            if line_name(node.number, node.waiting) in gone:
+                node.waiting = 0
+            if node.agent and line_name(node.number, node.agent) in gone:
+                yield self._lose(node, now)
+            if node.waiting and not node.agent:
+                yield from self._admit(node, now)
+            if self._is_overdue(node, now):
+                yield self._give_up(node)
 
     def all_left(self) -> bool:
         """Whether no other node's agent needs the store any more."""
@@ -94,39 +106,42 @@ class Nodes:
 
     def close(self) -> None:
         """Hangs up."""
-        self._lines.close()
-
-    def _changes_of(self, node: _Node, gone: set[str], now: float) -> Iterator[Lost | Back]:
-        if line_name(node.number, node.waiting) in gone:
-            node.waiting = 0
-        if node.agent and line_name(node.number, node.agent) in gone:
-            self._store.set(loss_key(node.number, node.agent), "")
-            node.agent, node.since = 0, now
-            yield Lost(node.number, node.slots, for_good=self._node_timeout == 0)
-        if node.waiting and not node.agent:
-            if node.was_there:
-                yield Back(node.number, node.slots)
-            self._admit(node, now)
-        elif not node.agent and self._is_overdue(node, now):
-            node.is_given_up = True
-            how = "was lost and has not come back" if node.was_there else "has not come"
-            yield Lost(node.number, node.slots, f"{how} within {self._patience(node):g} s", for_good=True)
+        if self._lines is not None:
+            self._lines.close()
 
     def _is_silent(self, node: _Node, now: float) -> bool:
+        if not node.agent:
+            return False
         # Beats are compared with each other, never with a clock.
         beat = self._store.add(heartbeat_key(node.number, node.agent), 0)
         if beat != node.beat:
             node.beat, node.since = beat, now
         return now - node.since > SILENCE_SECONDS
 
+    def _lose(self, node: _Node, now: float) -> Lost:
+        self._store.set(loss_key(node.number, node.agent), "")
+        node.agent, node.since, node.is_given_up = 0, now, self._node_timeout == 0
+        return Lost(node.number, node.slots, for_good=node.is_given_up)
+
+    def _admit(self, node: _Node, now: float) -> Iterator[Back]:
+        agent, node.waiting = node.waiting, 0
+        if self._store.check([loss_key(node.number, agent)]):
+            # It did not want to wait any longer.
+            return
+        is_first, node.was_there = not node.was_there, True
+        node.agent, node.beat, node.since, node.is_given_up = agent, 0, now, False
+        # What was said to the one before it is not meant for this one.
+        self._store.set(admission_key(node.number, agent), str(0 if is_first else self._notices.length))
+        if not is_first:
+            yield Back(node.number, node.slots)
+
     def _is_overdue(self, node: _Node, now: float) -> bool:
-        return not node.is_given_up and now - node.since > self._patience(node)
+        return not node.agent and not node.is_given_up and now - node.since > self._patience(node)
 
     def _patience(self, node: _Node) -> float:
         return self._node_timeout if node.was_there else JOIN_SECONDS
 
-    def _admit(self, node: _Node, now: float) -> None:
-        # What was said to the one before it is not meant for this one.
-        heard = self._notices.length if node.was_there else 0
-        self._store.set(admission_key(node.number, node.waiting), str(heard))
-        node.agent, node.waiting, node.beat, node.since, node.was_there = node.waiting, 0, 0, now, True
+    def _give_up(self, node: _Node) -> Lost:
+        node.is_given_up = True
+        how = "was lost and has not come back" if node.was_there else "has not come"
+        return Lost(node.number, node.slots, f"{how} within {self._patience(node):g} s", for_good=True)

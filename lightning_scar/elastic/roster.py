@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from lightning_scar.elastic.messages import Stranded, Waiting
-from lightning_scar.elastic.restarts import Policy
 
 
 @dataclass
@@ -86,24 +85,6 @@ def remedy_for(survivors: Sequence[Worker]) -> Remedy:
     if any(worker.ended for worker in survivors):
         return Remedy.LATER
     return Remedy.REPLACEMENT if all(worker.can_take_in for worker in survivors) else Remedy.RESTART_OF_SHARDS
-
-
-def absent(node: int, remedy: Remedy, policy: Policy) -> str:
-    """What becomes of a job without a node, and what to do about it.
-
-    Args:
-        node: Which node.
-        remedy: What is to be done about its workers.
-        policy: How long it may stay away.
-
-    """
-    what = "all workers are started again when it is back"
-    if remedy in (Remedy.REPLACEMENT, Remedy.LATER):
-        what = "the others go on"
-    return (
-        f"{what}. Start its supervisor again within {policy.node_timeout:g} s, there or on another host, with "
-        f"--node-rank {node}"
-    )
 
 
 def furthest(members: Sequence[Worker]) -> tuple[int, int]:

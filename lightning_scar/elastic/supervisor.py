@@ -6,14 +6,14 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
-from lightning_scar.elastic.admission import Admission, TakenError, arrive
+from lightning_scar.elastic.admission import LINES_KEY, Admission, NotAdmittedError, arrive
 from lightning_scar.elastic.agent import Agent, Layout
 from lightning_scar.elastic.connections import Connections
 from lightning_scar.elastic.host import Host
@@ -24,7 +24,7 @@ from lightning_scar.elastic.nodes import JOIN_SECONDS
 from lightning_scar.elastic.restarts import Policy, signal_name
 
 _POLL_SECONDS = 0.02
-#: Seconds for which an agent waits for the store's answer, before it takes the supervisor of node 0 for gone.
+#: Seconds for which an agent waits for a key in the store.
 _ANSWER_SECONDS = 30
 
 
@@ -75,9 +75,11 @@ def supervise(job: Job) -> int:
         folder = stack.enter_context(closing(MemoryFolder()))
         environment = _environment(job, store, folder)
         host = stack.enter_context(closing(Host(store, job.layout, job.policy, say))) if job.layout.node == 0 else None
-        admission = Admission() if host is not None else stack.enter_context(closing(_arrive(job, store, connections)))
-        agent = stack.enter_context(closing(Agent(store, address, job.layout, admission, job.command, environment)))
+        admission = Admission()
+        if host is None:
+            admission = stack.enter_context(closing(_arrive(job, store, signals, connections.cut)))
         try:
+            agent = stack.enter_context(closing(Agent(store, address, job.layout, admission, job.command, environment)))
             return _run(agent, host, Events(store), signals, job.layout.node)
         except DistError as error:
             say(f"the supervisor on node 0 is gone or out of reach; the workers of this node are ended ({error})")
@@ -165,15 +167,21 @@ def _join(job: Job, signals: list[int]) -> TCPStore:
     return store
 
 
-def _arrive(job: Job, store: TCPStore, connections: Connections) -> Admission:
+def _arrive(job: Job, store: TCPStore, signals: list[int], on_end: Callable[[], None]) -> Admission:
     node = job.layout.node
     try:
         # A store that has vanished with its host is asked in vain, for ever.
-        return arrive(store, job.host, node, on_end=connections.cut)
-    except TakenError:
+        admission = arrive(store, job.host, node, stops=lambda: bool(signals), on_end=on_end)
+    except NotAdmittedError:
+        if signals:
+            raise LaunchError(f"ended by {signal_name(signals[0])} before node 0 admitted this node") from None
         raise LaunchError(f"another node has --node-rank {node} already, and is there; give each its own") from None
     except DistError as error:
         raise LaunchError(f"the supervisor on node 0 has ended ({error})") from None
+    if admission.line is None:
+        port = store.get(LINES_KEY).decode()
+        say(f"port {port} of {job.host} cannot be reached: if a host is lost, that is noticed late or not at all")
+    return admission
 
 
 def _wait_for_node_0(job: Job, signals: list[int]) -> None:

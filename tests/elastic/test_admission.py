@@ -9,11 +9,11 @@ import pytest
 from torch.distributed import TCPStore
 
 from lightning_scar.elastic import admission as admissions
-from lightning_scar.elastic.admission import Admission, TakenError, arrive, heartbeat_key, loss_key
+from lightning_scar.elastic.admission import Admission, NotAdmittedError, arrive, heartbeat_key, loss_key
 from lightning_scar.elastic.agent import Layout
 from lightning_scar.elastic.journal import Events, Notices
 from lightning_scar.elastic.line import Line, Lines
-from lightning_scar.elastic.messages import Arrived, Back, Lost, Stop
+from lightning_scar.elastic.messages import Arrived, Back, Change, Lost, Stop
 from lightning_scar.elastic.nodes import Nodes
 
 
@@ -26,13 +26,13 @@ class NodeZero:
         self.notices = Notices(self.store)
         self.nodes = Nodes(self.store, Layout(0, nodes, per_node=2), self.notices, node_timeout, now=0.0)
 
-    def changes(self, now: float = 0.0) -> list[Lost | Back]:
+    def changes(self, now: float = 0.0) -> list[Change]:
         for event in self.events.news():
             assert isinstance(event, Arrived)
             self.nodes.arrived(event)
-        return self.nodes.changes(now)
+        return list(self.nodes.changes(now))
 
-    def changes_soon(self) -> list[Lost | Back]:
+    def changes_soon(self) -> list[Change]:
         deadline = time.monotonic() + 10
         while not (changes := self.changes()):
             assert time.monotonic() < deadline, "nothing has changed"
@@ -43,12 +43,16 @@ class NodeZero:
         """A new agent of a node, which has none that lives."""
         found: list[Admission] = []
         client = TCPStore("127.0.0.1", self.store.port, is_master=False, wait_for_workers=False)
-        thread = threading.Thread(target=lambda: found.append(arrive(client, "127.0.0.1", node)))
+        thread = threading.Thread(target=lambda: found.append(come(client, node)))
         thread.start()
         while thread.is_alive():
             self.changes()
             thread.join(0.01)
         return found[0]
+
+
+def come(store: TCPStore, node: int = 1, stops: bool = False) -> Admission:
+    return arrive(store, "127.0.0.1", node, stops=lambda: stops, on_end=lambda: None)
 
 
 @pytest.fixture
@@ -86,13 +90,13 @@ def test_who_waits_while_the_one_before_is_lost_is_back_at_once(zero: NodeZero) 
 
 
 def test_an_agent_that_falls_silent_is_lost_once(zero: NodeZero) -> None:
-    line = zero.admit()
+    admission = zero.admit()
     zero.store.add(heartbeat_key(1, 1), 1)
     assert zero.changes(20) == []
     assert zero.changes(49) == []
     assert zero.changes(51) == [Lost(1, (2, 3))]
     assert zero.changes(100) == []
-    line.close()
+    admission.close()
 
 
 def test_a_node_that_stays_away_is_given_up_once(zero: NodeZero) -> None:
@@ -121,14 +125,51 @@ def test_a_node_with_two_agents(zero: NodeZero, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(admissions, "SILENCE_SECONDS", 0.1)
     monkeypatch.setattr(admissions, "_GRACE_SECONDS", 0.1)
     first = zero.admit()
-    with pytest.raises(TakenError):
-        arrive(zero.store, "127.0.0.1", 1)
+    with pytest.raises(NotAdmittedError):
+        come(zero.store)
     # It has gone, and is not admitted when the first one is lost.
-    time.sleep(0.1)
     assert zero.changes() == []
     first.close()
     assert zero.changes_soon() == [Lost(1, (2, 3))]
     assert zero.changes() == []
+
+
+def test_who_is_told_to_stop_waits_no_longer(zero: NodeZero) -> None:
+    first = zero.admit()
+    with pytest.raises(NotAdmittedError):
+        come(zero.store, stops=True)
+    # Without a line, too, that is known.
+    zero.store.set(loss_key(1, 3), "")
+    zero.events.append(Arrived(1, 3))
+    first.close()
+    assert zero.changes_soon() == [Lost(1, (2, 3))]
+    assert zero.changes() == []
+
+
+def test_a_new_agent_begins_to_listen_behind_all_that_was_said_of_the_one_before(zero: NodeZero) -> None:
+    first = zero.admit()
+    client = TCPStore("127.0.0.1", zero.store.port, is_master=False, wait_for_workers=False)
+    found: list[Admission] = []
+    thread = threading.Thread(target=lambda: found.append(come(client)))
+    thread.start()
+    first.close()
+    while thread.is_alive():
+        for event in zero.events.news():
+            zero.nodes.arrived(event)  # type: ignore[arg-type]
+        for change in zero.nodes.changes(0.0):
+            # As the coordinator does.
+            zero.notices.append(Stop(repr(change)))
+        thread.join(0.01)
+    assert found[0].heard == 1
+
+
+def test_a_node_that_is_lost_once_more_is_given_up_once_more(zero: NodeZero) -> None:
+    zero.admit().close()
+    assert zero.changes_soon() == [Lost(1, (2, 3))]
+    assert [change.for_good for change in zero.changes(601) if isinstance(change, Lost)] == [True]
+    zero.admit().close()
+    assert Lost(1, (2, 3)) in zero.changes_soon()
+    assert [change.for_good for change in zero.changes(1300) if isinstance(change, Lost)] == [True]
 
 
 def test_an_agent_notices_that_node_0_is_gone(zero: NodeZero) -> None:

@@ -495,8 +495,8 @@ def test_workers_that_each_hold_a_part_of_the_state_are_all_started_again(job: J
 def test_the_others_go_on_without_a_lost_node_until_it_is_back(job: Job) -> None:
     assert job.tell(Lost(1, (1, 2))) == [Broken(0, "node 1 was lost")]
     assert job.said == [
-        "node 1 was lost; the others go on. Start its supervisor again within 600 s, there or on another host, with "
-        "--node-rank 1"
+        "node 1 was lost; the job goes on without it. Start its supervisor again within 600 s, there or on another "
+        "host, with --node-rank 1"
     ]
     assert job.waits(0, step=7) == [Formed(Generation(1, {0: 0}, source=0, step=7, deaths="node 1 was lost"))]
     assert job.later(100) == []
@@ -566,6 +566,72 @@ def test_a_node_whose_workers_are_done_may_go() -> None:
     assert job.died(1, code=0) + job.tell(Lost(1, (1,))) + job.later(10) == []
     assert job.died(0, code=0) == [Finish(0)]
     assert job.said == []
+
+
+@pytest.mark.parametrize("is_given_up_before", [True, False])
+def test_a_node_whose_workers_are_done_is_missed_when_all_start_again(is_given_up_before: bool) -> None:
+    job = Job(2)
+    job.died(1, code=0)
+    final = Lost(1, (1,), "was lost and has not come back within 600 s", for_good=True)
+    job.tell(Lost(1, (1,)), *([final] if is_given_up_before else []))
+    assert job.said == []
+    job.died(0)
+    assert job.said[0] == "rank 0 was killed by SIGKILL; starting all workers again"
+    if not is_given_up_before:
+        assert job.said[1].startswith("node 1 was lost; all workers are started again when it is back.")
+        assert job.later(100) == []
+        job.tell(final)
+    assert job.said[-1].startswith(f"the job failed: {final.reason}.")
+
+
+def test_a_node_that_is_back_before_it_was_missed_is_not_mentioned() -> None:
+    job = Job(2)
+    job.died(1, code=0)
+    job.tell(Lost(1, (1,)), Back(1, (1,)))
+    job.died(0)
+    assert job.said == ["rank 0 was killed by SIGKILL; starting all workers again"]
+    assert job.spawns == {0: 2, 1: 3}
+
+
+def test_what_is_to_be_waited_for_is_told_anew_when_it_changes(job: Job) -> None:
+    job.tell(Lost(1, (2,)))
+    job.died(0)
+    job.died(1)
+    job.tell(Back(1, (2,)))
+    assert [line.split(".")[0] for line in job.said] == [
+        "node 1 was lost; the job goes on without it",
+        "rank 0 was killed by SIGKILL; starting a replacement",
+        "rank 1 was killed by SIGKILL; starting all workers again",
+        "node 1 was lost; all workers are started again when it is back",
+        "node 1 is back",
+    ]
+
+
+def test_a_worker_that_counts_as_dead_cannot_ask_the_job_to_stop(job: Job) -> None:
+    spawn = job.spawns[2]
+    job.tell(Lost(1, (2,)))
+    job.waits(0, step=7)
+    job.waits(1, step=7)
+    assert job.tell(StopAsked(15, slot=2, spawn=spawn)) == []
+    assert job.tell(StopAsked(15, slot=1, spawn=job.spawns[1])) == [Stop("SIGTERM")]
+
+
+def test_a_shard_that_dies_behind_the_end_of_the_training_does_not_undo_it() -> None:
+    job = Job(2)
+    job.train()
+    job.tell(*(Began(slot, job.spawns[slot], can_take_in=False) for slot in range(2)))
+    job.died(1)
+    job.tell(Ended(0, job.spawns[0]))
+    assert job.died(0, code=0) == [Finish(0)]
+
+
+def test_a_connection_that_is_lost_without_a_death_is_mentioned() -> None:
+    job = Job(2)
+    job.train()
+    job.tell(*(Began(slot, job.spawns[slot], can_take_in=False) for slot in range(2)))
+    job.strands(0, 7)
+    job.strands(1, 7)
+    assert job.said == ["the group cannot be put together again where it failed; starting all workers again"]
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

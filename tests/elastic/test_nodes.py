@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,18 @@ def test_a_node_that_was_only_silent_ends_when_it_hears_that_it_counts_as_lost(
     assert done.returncode == 0, done.stderr
     assert ours(done.stderr) == [LOST, "node 1 is back"]
     assert ended == [(1, ["the job ended: node 0 has given this node up for lost"]), (0, [])]
+
+
+def test_a_supervisor_that_waits_for_its_node_can_be_stopped_and_stops_nobody(tmp_path: Path) -> None:
+    path, port = script(tmp_path, SLEEPER), get_free_port()
+    with (
+        running(*options(0, port), path, tmp_path, "sleep") as first,
+        running(*options(1, port), path, tmp_path, "sleep") as other,
+    ):
+        wait_for(tmp_path / "pid1")
+        with running(*options(1, port), path, tmp_path, "sleep") as waiting:
+            time.sleep(5)
+            waiting.terminate()
+            _, err = waiting.communicate(timeout=20)
+        assert ours(err)[-1].startswith("ended by SIGTERM before node 0")
+        assert (first.poll(), other.poll()) == (None, None)
