@@ -3,11 +3,14 @@
 import logging
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import fsspec
 import pytest
 import s3fs
 from hypothesis import settings
+
+from lightning_scar.storage.host_memory import VARIABLE
 
 # Other processes share the machine: how long an example takes says nothing.
 settings.register_profile("tests", deadline=None)
@@ -51,3 +54,17 @@ def s3_url(s3_server: str) -> str:
     bucket = f"bucket-{uuid.uuid4().hex}"
     s3fs.S3FileSystem().mkdir(bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What stands for the memory of a host."""
+    folder = tmp_path / "host"
+    folder.mkdir()
+    monkeypatch.setenv(VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return str(tmp_path / "scar")
