@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.callbacks import Timer
 
 from lightning_scar.core.zero import is_sharded, shard_state
 
@@ -150,3 +151,9 @@ def logger_step(trainer: pl.Trainer) -> int:
 def mark_sigterm(trainer: pl.Trainer) -> None:
     """Makes the training loop end with ``SIGTERMException`` after the present batch."""
     trainer._signal_connector.received_sigterm = True
+
+
+def time_is_up(trainer: pl.Trainer) -> bool:
+    """Whether a Timer among the callbacks ends the training."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return any((timer.time_remaining() or 1) <= 0 for timer in timers)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -259,7 +259,7 @@ class SCARCheckpoint(Checkpoint):
         if self._running is None:
             return
         told_to_stop = self._sigterm is not None and self._sigterm.received
-        self._finished_here = not told_to_stop and not self._time_is_up(trainer)
+        self._finished_here = not told_to_stop and not _lightning.time_is_up(trainer)
         # A run whose time is up was saved in the middle of its epoch. By now Lightning has closed the epoch.
         if self._finished_here or self._step(trainer) != self._schedule.last_full_step:
             self._begin(trainer, full=True, finished=self._finished_here)
@@ -323,16 +323,12 @@ class SCARCheckpoint(Checkpoint):
             self._begin(trainer, full=True)
             self._running.fence()
             self._sigterm.proceed()
-        elif trainer.should_stop and self._time_is_up(trainer):
+        elif trainer.should_stop and _lightning.time_is_up(trainer):
             self._begin(trainer, full=True)
         elif self._schedule.is_due(step):
             if self._healer.is_due(self._running):
                 self.heal(trainer)
             self._begin(trainer, full=self._schedule.is_full(step))
-
-    def _time_is_up(self, trainer: pl.Trainer) -> bool:
-        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-        return any((timer.time_remaining() or 1) <= 0 for timer in timers)
 
     def _begin(self, trainer: pl.Trainer, full: bool, finished: bool = False) -> None:
         assert self._io is not None

@@ -46,11 +46,10 @@ from lightning_scar.elastic.messages import (
     Stranded,
     Waiting,
 )
+from lightning_scar.elastic.present import Present
 from lightning_scar.elastic.restarts import BackOff, Budget, Policy, ending, exhausted, last_words, signal_name
 from lightning_scar.elastic.roster import Phase, Remedy, Worker, furthest, remedy_for
 
-#: Seconds that a worker has at least to notice that its generation is broken, before it counts as hanging.
-_NOTICE_SECONDS = 2.0
 _NOBODY_ELSE = "Nobody else can fill its slots. Start the job again when the node is back.\n"
 #: Signals that come closer together are one request to stop.
 _IMPATIENCE_SECONDS = 1.0
@@ -141,7 +140,7 @@ class Coordinator:
         first = self._spawns
         self._form(Generation(self._generations, {slot: first + slot for slot in sorted(self._slots)}, source=0))
         for slot in sorted(self._slots):
-            self._spawn(slot, self._generation.number)
+            self._spawn(slot, self._present.generation.number)
 
     def _spawn(self, slot: int, generation: int) -> None:
         self._living[slot] = Worker(slot, self._spawns, self._now, is_member=generation >= 0)
@@ -149,15 +148,8 @@ class Coordinator:
         self._spawns += 1
 
     def _form(self, generation: Generation) -> None:
-        self._generation = generation
+        self._present = Present(generation)
         self._generations = generation.number + 1
-        self._is_broken = False
-        #: Who of its members died, and how.
-        self._deaths: list[str] = []
-        #: Since when members leave the generation.
-        self._leaving_since: float | None = None
-        #: Whether the failure of this generation has been counted.
-        self._is_counted = False
         self._post(Formed(generation))
 
     # -- what workers say -------------------------------------------------------------------------------------------
@@ -193,11 +185,10 @@ class Coordinator:
         self._announce_ready()
 
     def _hear_leaving(self, worker: Worker, event: Waiting | Stranded) -> None:
-        if event.generation != self._generation.number or not worker.is_member or isinstance(worker.left, Stranded):
+        if not self._present.is_left_by(worker, event):
             return
         worker.left = event
-        if self._leaving_since is None:
-            self._leaving_since = self._now
+        self._present.leave(self._now)
         # Members that stand behind a step have left to take joiners in: nothing failed.
         if isinstance(event, Stranded) or not event.boundary:
             self._break(f"rank {worker.slot} lost the connection")
@@ -210,15 +201,15 @@ class Coordinator:
             return
         if worker.is_member:
             # Survivors often notice before the process is gone; they are told who it was all the same.
-            self._deaths.append(f"rank {worker.slot} {how}")
-            self._break(self._deaths[-1])
+            self._present.deaths.append(f"rank {worker.slot} {how}")
+            self._break(self._present.deaths[-1])
         if self._phase is Phase.RUNNING:
             self._died(worker, event, how)
 
     def _died(self, worker: Worker, event: Exited, how: str) -> None:
         self._due[worker.slot] = self._now + self._back_off.pause(worker.slot, self._now - worker.born)
         failure = f"rank {worker.slot} {how}"
-        if self._is_own_fault(worker, event.code):
+        if worker.is_at_fault(event.code, is_first_start=self._attempt == 0):
             self._give_up(failure, last_words(worker.slot, event.code, event.tail))
             return
         # A replacement on its way in belongs to no generation: its death is always one more.
@@ -227,22 +218,12 @@ class Coordinator:
         else:
             self._give_up(failure, last_words(worker.slot, event.code, event.tail) + exhausted(self._policy))
 
-    def _is_own_fault(self, worker: Worker, code: int) -> bool:
-        """Whether the program itself ended a worker outside of any training: to start it again would end the same."""
-        is_first_start = self._attempt == 0 and not worker.began
-        return code > 0 and worker.registered and worker.is_member and (is_first_start or worker.ended)
-
     def _break(self, reason: str) -> None:
-        if not self._is_broken:
-            self._is_broken = True
-            self._leaving_since = self._now
-            self._post(Broken(self._generation.number, reason))
+        if self._present.end(self._now):
+            self._post(Broken(self._present.generation.number, reason))
 
     def _is_within_budget(self, is_new: bool) -> bool:
-        if self._is_counted and not is_new:
-            return True
-        self._is_counted = self._is_counted or not is_new
-        return self._budget.spend(self._now)
+        return self._present.is_within(self._budget, self._now, is_new)
 
     # -- what follows from it ---------------------------------------------------------------------------------------
 
@@ -298,25 +279,18 @@ class Coordinator:
         spawns = {worker.slot: worker.spawn for worker in self._members()}
         slots = tuple(worker.slot for worker in joiners)
         self._replaced.difference_update(slots)
-        self._form(Generation(self._generations, spawns, source, step, slots, ", ".join(self._deaths)))
+        self._form(Generation(self._generations, spawns, source, step, slots, ", ".join(self._present.deaths)))
         self._announce_ready()
 
     def _announce_ready(self) -> None:
         ready = tuple(sorted(slot for slot, worker in self._living.items() if worker.ready))
-        if ready and not self._is_broken and self._phase is Phase.RUNNING:
-            self._post(Joining(self._generation.number, ready))
+        if ready and not self._present.is_broken and self._phase is Phase.RUNNING:
+            self._post(Joining(self._present.generation.number, ready))
 
     def _kill_hanging(self, members: list[Worker]) -> None:
-        if self._leaving_since is None:
-            return
-        since = self._now - self._leaving_since
-        waited = max((worker.left.waited for worker in members if isinstance(worker.left, Waiting)), default=0.0)
-        if since < _NOTICE_SECONDS or since + waited <= self._policy.hang_timeout:
-            return
-        for worker in members:
-            if worker.left is None and not worker.killed:
-                worker.hung = True
-                self._kill(worker, signal.SIGKILL)
+        for worker in self._present.hanging(members, self._now, self._policy.hang_timeout):
+            worker.hung = True
+            self._kill(worker, signal.SIGKILL)
 
     def _restart_stranded(self, members: list[Worker]) -> None:
         if self._phase is Phase.STOPPING:
@@ -326,10 +300,10 @@ class Coordinator:
         if not self._is_within_budget(is_new=False):
             self._give_up(f"rank {stranded} lost the connection", exhausted(self._policy))
             return
-        if not self._deaths or all(worker.can_take_in for worker in members):
+        if not self._present.deaths or all(worker.can_take_in for worker in members):
             self._say(f"the group cannot be put together again where it failed; {Remedy.RESTART.value}")
         keeper, _ = furthest([worker for worker in members if worker.began and worker.steps >= 0])
-        self._post(Restart(self._generation.number, keeper, ", ".join(self._deaths)))
+        self._post(Restart(self._present.generation.number, keeper, ", ".join(self._present.deaths)))
         self._leave(Phase.RESTARTING, self._policy.stop_timeout, spare_state=True)
 
     # -- ways out ---------------------------------------------------------------------------------------------------
@@ -394,7 +368,7 @@ class Coordinator:
         gone = [self._living.pop(slot) for slot in event.slots if slot in self._living]
         self._absences.begin(event)
         if any(worker.is_member for worker in gone):
-            self._deaths.append(event.reason)
+            self._present.deaths.append(event.reason)
             self._break(event.reason)
         is_missed = self._phase is Phase.RUNNING and not self._finished >= set(event.slots)
         if not is_missed and self._phase is not Phase.RESTARTING:

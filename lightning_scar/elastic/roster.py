@@ -45,6 +45,17 @@ class Worker:
         """Whether it has a state worth keeping, and can be told so."""
         return self.is_member and self.registered and self.began
 
+    def is_at_fault(self, code: int, is_first_start: bool) -> bool:
+        """Whether its own program ended it, outside of any training: to start it again would end the same.
+
+        Args:
+            code: Its exit code.
+            is_first_start: Whether the workers of the job were started for the first time.
+
+        """
+        is_outside = self.ended or (is_first_start and not self.began)
+        return code > 0 and self.registered and self.is_member and is_outside
+
     @property
     def steps(self) -> int:
         """How many steps it had completed when it left; -1 if it has not left, or has no state."""
