@@ -5,6 +5,7 @@ When one of these fails after an upgrade, the function of the same name in ``_li
 
 import copy
 import inspect
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import BATCH_SIZE, TinyModel, loader, make_trainer, samples
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -185,3 +186,11 @@ def test_take_loader_states(tmp_path: Path) -> None:
     assert _lightning.loader_states(checkpoint) == states, "all ranks must go on with the same batch"
     _lightning.take_loader_states(checkpoint, own)
     assert _lightning.loader_states(checkpoint) == _lightning.loader_states(own) != states
+
+
+def test_time_is_up() -> None:
+    timer = Timer(duration=timedelta(hours=1))
+    trainer = make_trainer(timer)
+    assert not _lightning.time_is_up(trainer)
+    timer.load_state_dict({"time_elapsed": {"train": 7200.0}})
+    assert _lightning.time_is_up(trainer)

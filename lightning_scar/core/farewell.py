@@ -13,7 +13,7 @@ from lightning_scar.storage.tiered_rank_store import TieredRankStore
 def at_exit(store: TieredRankStore, claim: Claim) -> Callable[[], None]:
     """Sees to it when the interpreter ends, by itself or by an exception, without a collective.
 
-    Memory stays as it is for the next start, and so does the lease, which says that it may be taken at once. A process
+    Memory stays as it is for the next start, and where there is any so does the lease, which tells of it. A process
     that is killed, or that ends like the children of ``multiprocessing``, leaves things as they are.
 
     Args:
@@ -32,8 +32,10 @@ def _leave(store: TieredRankStore, claim: Claim, process: int) -> None:
     # A child process that was forked ends, too, and has nothing to do with it.
     if os.getpid() != process or claim.is_lost:
         return
+    is_stored = True
     try:
         store.bring_to_storage()
     except Exception as error:
+        is_stored = False
         warnings.warn(f"lightning-scar: the last saves are in this host's memory only: {error!r}", stacklevel=1)
-    claim.release(for_good=False)
+    claim.release(for_good=is_stored and store.memory is None)

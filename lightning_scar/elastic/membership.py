@@ -1,5 +1,6 @@
 """A worker's part in the generations of its process group."""
 
+import atexit
 import functools
 import os
 import sys
@@ -63,6 +64,8 @@ class Member:
         self._has_called = False
         self._excepthook = sys.excepthook
         self._history = History(self._connect, _heard_key(slot, spawn), self._wake)
+        # As Lightning does: threads of a group that come back while the interpreter ends may take the process down.
+        atexit.register(_destroy_group)
         self._tell(Registered(slot, spawn))
 
     @classmethod
@@ -341,6 +344,11 @@ class Member:
             self._events.append(event)
         except dist.DistError as error:
             raise CutOffError from error
+
+
+def _destroy_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _heard_key(slot: int, spawn: int) -> str:
