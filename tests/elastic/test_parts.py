@@ -54,9 +54,10 @@ def test_a_command_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
     assert "cannot run no-such-program" in capfd.readouterr().err
 
 
-def orphan(child: str) -> WorkerProcess:
-    """A worker that is gone and unnoticed yet; what it started is still there."""
-    text = f"import subprocess, sys; sys.stderr.write(str(subprocess.Popen([{child}]).pid))"
+def orphan(child: str, is_apart: bool = False) -> WorkerProcess:
+    """A worker that is gone and unnoticed yet; what it started is still there, perhaps in a session of its own."""
+    start = f"subprocess.Popen([{child}], start_new_session={is_apart})"
+    text = f"import subprocess, sys; sys.stderr.write(str({start}.pid))"
     worker = WorkerProcess([sys.executable, "-c", text], {})
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
     return worker
@@ -75,7 +76,7 @@ def test_who_holds_a_dead_workers_standard_error_keeps_nobody_waiting(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(worker_process, "_LAST_WORDS_SECONDS", 2.0)
-    worker = orphan("'setsid', 'sh', '-c', 'while sleep 0.02; do echo tick >&2; done'")
+    worker = orphan("'sh', '-c', 'while sleep 0.02; do echo tick >&2; done'", is_apart=True)
     longest, code = 0.0, None
     while code is None:
         before = time.monotonic()
