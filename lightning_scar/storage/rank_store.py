@@ -158,13 +158,18 @@ class RankStore(DeltaStore):
             raise LimitError(f"{self.limit} bytes may be taken, and with this file it would be {needed}")
 
     @property
+    def own_deltas(self) -> list[Delta]:
+        """Those of this rank, by name."""
+        return [delta for delta in self.deltas if self.is_own(delta.name)]
+
+    @property
     def own_bytes(self) -> int:
         """Bytes of all files that are this rank's."""
-        return sum(delta.nbytes for delta in self.deltas if self.is_own(delta.name))
+        return sum(delta.nbytes for delta in self.own_deltas)
 
     def clear(self) -> None:
         """Deletes all files of this rank, when all that they hold is elsewhere."""
-        for delta in [delta for delta in self.deltas if self.is_own(delta.name)]:
+        for delta in self.own_deltas:
             self._delete(delta)
         self.count(self.index.lineage)
 
@@ -182,8 +187,7 @@ class RankStore(DeltaStore):
     def _own(self) -> list[Delta]:
         # What an older training left is still needed as long as not all ranks have finished their first save.
         is_whole = self.is_whole and len(self.index.heads) == self.world_size
-        own = [delta for delta in self.deltas if self.is_own(delta.name)]
-        return [delta for delta in own if is_whole or delta.head.incarnation in self.index.lineage]
+        return [delta for delta in self.own_deltas if is_whole or delta.head.incarnation in self.index.lineage]
 
     def is_own(self, name: str) -> bool:
         """Whether a folder, or the file in it, is this rank's to delete and merge."""

@@ -220,8 +220,7 @@ class TieredRankStore(TieredStore):
     def _newer_in_memory(self, files: ExitStack) -> list[BlockData]:
         if self.memory is None:
             return []
-        own = [delta for delta in self.memory.deltas if self.memory.is_own(delta.name)]
-        return list(self._spill.newer(self.memory, own, files))
+        return list(self._spill.newer(self.memory, self.memory.own_deltas, files))
 
     def _store(self, head: Head, blocks: Sequence[BlockData]) -> None:
         self._spill.store(head, blocks)

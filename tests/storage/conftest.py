@@ -50,3 +50,11 @@ def spawn() -> Iterator[Spawn]:
     for process in processes:
         process.kill()
         process.join()
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    """The folder that is served."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    return folder

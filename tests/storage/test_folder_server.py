@@ -39,14 +39,6 @@ def here(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def there(tmp_path: Path) -> Path:
-    """The folder that is served."""
-    folder = tmp_path / "there"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def server(there: Path) -> Iterator[FolderServer]:
     with closing(FolderServer(there, KEY)) as server:
         yield server

@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.host_memory import VARIABLE, HostMemory, left_in_memory
-
-
-@pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "host"
-    folder.mkdir()
-    monkeypatch.setenv(VARIABLE, str(folder))
-    return folder
+from lightning_scar.storage.host_memory import HostMemory, left_in_memory
 
 
 @pytest.fixture

@@ -20,14 +20,6 @@ Put = Callable[..., bytes]
 
 
 @pytest.fixture
-def there(tmp_path: Path) -> Path:
-    """The folder that is served."""
-    folder = tmp_path / "there"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def server(there: Path) -> Iterator[FolderServer]:
     with closing(FolderServer(there, KEY, limit=3 * SIZE)) as server:
         yield server
