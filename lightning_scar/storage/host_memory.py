@@ -13,6 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from glob import glob
 from itertools import count
 from pathlib import Path
 
@@ -86,9 +87,10 @@ class HostMemory:
     def inherited_bytes(self) -> int:
         """Bytes of all files that dead starts left."""
         found = 0
-        for path in (path for folder in self.inherited for path in folder.rglob("*")):
-            with suppress(FileNotFoundError):
-                found += path.stat().st_size * path.is_file()
+        for folder, _, names in (entry for inherited in self.inherited for entry in os.walk(inherited)):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    found += os.stat(os.path.join(folder, name)).st_size
         return found
 
     def forget_inherited(self, remove: bool) -> None:
@@ -130,7 +132,7 @@ class HostMemory:
         shutil.rmtree(self.path / folder, ignore_errors=True)
         self.leave()
         with suppress(OSError):
-            if not any(is_needed(path.parent.name) for path in self.path.glob("rank-*/*")):
+            if not any(is_needed(path.parent.name) for path in _paths(self.path, "rank-*/*")):
                 _remove_unless_held(self.path)
             self.path.parent.rmdir()
 
@@ -190,12 +192,17 @@ def _name(directory: Directory) -> str:
 
 
 def _sweep(run: Path, needed: set[Path]) -> None:
-    for folder in {path for user in _user_folders() for path in user.glob("*/*")} - needed:
+    for folder in {path for user in _user_folders() for path in _paths(user, "*/*")} - needed:
         # Another process may be at it, too.
         with suppress(OSError):
             if folder.parent.name == run.name or time.time() - _last_touched(folder) > _KEPT_SECONDS:
                 _remove_unless_held(folder)
                 folder.parent.rmdir()
+
+
+def _paths(folder: Path, pattern: str) -> list[Path]:
+    # Path.glob fails when another process removes a folder in between.
+    return [folder / name for name in glob(pattern, root_dir=folder)]
 
 
 def _last_touched(folder: Path) -> float:

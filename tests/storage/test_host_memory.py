@@ -1,8 +1,10 @@
 """The folders in a host's memory: whose they are, and that they come and go while others do."""
 
 import os
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,29 @@ def test_starts_come_and_go_at_the_same_time(host: Path, directory: Directory) -
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(come_and_go, range(8)))
     assert not list(host.glob("*/*/*"))
+
+
+def test_folders_of_other_runs_come_and_go_while_a_start_looks_through_them(host: Path, directory: Directory) -> None:
+    held = HostMemory(directory, "held")
+    is_over = threading.Event()
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            for name in "abcdefgh":
+                run = held.path.parents[1] / name
+                run.mkdir()
+                # The start may have removed it already.
+                with suppress(FileNotFoundError):
+                    run.rmdir()
+
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(come_and_go)
+        try:
+            for _ in range(200):
+                HostMemory(directory, uuid.uuid4().hex).remove("rank-0000", nothing)
+        finally:
+            is_over.set()
+        others.result()
 
 
 def test_a_start_that_wrote_nothing_leaves_nothing(host: Path, directory: Directory) -> None:
