@@ -106,11 +106,28 @@ def _console() -> Console:
 def arguments(description: str, rounds: int) -> argparse.ArgumentParser:
     """The flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", metavar="OUT", help="write the figures to this file")
     parser.add_argument("--small", action="store_true", help="a tiny model and few rounds: does it all work?")
     parser.add_argument("--rounds", type=int, help=f"how often each thing is measured (default {rounds}, small 2)")
-    parser.add_argument("--dir", type=Path, help="where to put a temporary folder (default: the working directory)")
+    add_places(parser)
     return parser
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where things go, which are looked at before anything is measured."""
+    parser.add_argument("--json", type=_output, metavar="OUT", help="write the figures to this file")
+    parser.add_argument("--dir", type=_folder, help="where to put a temporary folder (default: the working directory)")
+
+
+def _folder(path: str) -> Path:
+    if not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path!r}: make it first")
+    return Path(path)
+
+
+def _output(path: str) -> str:
+    if Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"{path!r} is a folder: name a file")
+    return str(_folder(os.path.dirname(path) or ".") / os.path.basename(path))
 
 
 @contextmanager

@@ -181,8 +181,6 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", metavar="OUT", help="write the figures to this file")
-    parser.add_argument("--dir", type=Path, help="where to put a temporary folder (default: the working directory)")
     parser.add_argument("--seconds", type=float, default=300, help="how long workers are killed (default 300)")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--every", type=float, default=5, help="seconds between two kills, on average (default 5)")
@@ -190,6 +188,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pause", type=float, default=0.05, help="seconds of a step in which a worker only waits")
     parser.add_argument("--on-failure", default="shrink")
     parser.add_argument("--seed", type=int, default=0)
+    report.add_places(parser)
     return parser.parse_args()
 
 

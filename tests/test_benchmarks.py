@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import report
+
 PROMISED = {
     "stall": [
         *(
@@ -61,3 +63,19 @@ def test_a_benchmark_measures_what_is_promised(name: str, tmp_path: Path) -> Non
     for key in PROMISED[name]:
         assert math.isfinite(figures[key]), key
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--dir", "missing"], "argument --dir: there is no folder 'missing': make it first"),
+        (["--json", "missing/figures.json"], "argument --json: there is no folder 'missing': make it first"),
+        (["--json", "."], "argument --json: '.' is a folder: name a file"),
+    ],
+)
+def test_where_things_cannot_go_is_said_before_anything_is_measured(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        report.arguments("", rounds=1).parse_args(flags)
+    assert said in capsys.readouterr().err

@@ -113,12 +113,11 @@ def _options() -> argparse.Namespace:
         "--trials", type=int, help=f"failures of each task (default {_TRIALS[0]}, slow ones {_TRIALS_OF_SLOW[0]})"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the first trial (default 0)")
-    parser.add_argument("--json", metavar="OUT", help="write the figures to this file")
     parser.add_argument("--plots", metavar="DIR", type=Path, help="draw PNGs into this folder")
     parser.add_argument("--quick", action="store_true", help="few trials and strategies: does it all work?")
     parser.add_argument("--movielens", metavar="PATH", type=Path, help="u.data of MovieLens 100K (default: download)")
     parser.add_argument("--rounds", type=int, help="of the overhead: how often each save is measured")
-    parser.add_argument("--dir", type=Path, help="where to put a temporary folder (default: the working directory)")
+    report.add_places(parser)
     options = parser.parse_args()
     known = experiments(options)
     if unknown := [name for name in options.experiments if name not in known]:
