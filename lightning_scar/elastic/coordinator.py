@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 from lightning_scar.elastic.absences import Absences
 from lightning_scar.elastic.messages import (
-    Arrived,
     Back,
     Began,
     Broken,
@@ -102,8 +101,6 @@ class Coordinator:
                 self._absences.end(event)
             case StopAsked(slot=-1):
                 self._stop_asked(event)
-            case Arrived():
-                pass
             case _:
                 worker = self._living.get(event.slot)
                 if worker is not None and worker.spawn == event.spawn:

@@ -7,16 +7,16 @@ from typing import get_args
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from lightning_scar.elastic.messages import Event, Formed, Generation, Joining, Notice
+from lightning_scar.elastic.messages import Arrived, Event, Formed, Generation, Joining, Notice
 
-_KINDS = {kind.__name__: kind for kind in (*get_args(Event), *get_args(Notice))}
+_KINDS = {kind.__name__: kind for kind in (*get_args(Event), Arrived, *get_args(Notice))}
 
 
-def _encode(message: Event | Notice) -> str:
+def _encode(message: Event | Arrived | Notice) -> str:
     return json.dumps({"kind": type(message).__name__, **asdict(message)})
 
 
-def _decode(text: str | bytes) -> Event | Notice:
+def _decode(text: str | bytes) -> Event | Arrived | Notice:
     fields = json.loads(text)
     kind = _KINDS[fields.pop("kind")]
     if kind is Formed:
@@ -26,7 +26,7 @@ def _decode(text: str | bytes) -> Event | Notice:
         return Formed(Generation(**generation))
     if kind is Joining:
         fields["slots"] = tuple(fields["slots"])
-    message: Event | Notice = kind(**fields)
+    message: Event | Arrived | Notice = kind(**fields)
     return message
 
 
@@ -57,13 +57,13 @@ class Events:
         store.set(cls._KEY, "")
         return cls(store)
 
-    def append(self, event: Event) -> None:
+    def append(self, event: Event | Arrived) -> None:
         """Appends an event, in one operation of the store."""
         self._store.append(self._KEY, _encode(event) + "\n")  # type: ignore[attr-defined]
         # The store answers what it is asked, not what it is told: now it is there, or this raises.
         self._store.check([self._KEY])
 
-    def news(self) -> Iterator[Event]:
+    def news(self) -> Iterator[Event | Arrived]:
         """The events since the last call."""
         text = self._store.get(self._KEY)
         lines, self._read = text[self._read :], len(text)

@@ -228,9 +228,7 @@ class Back:
     slots: tuple[int, ...]
 
 
-Event: TypeAlias = (
-    Registered | Began | Waiting | Stranded | Ready | Ended | GaveUp | Started | Exited | StopAsked | Arrived
-)
+Event: TypeAlias = Registered | Began | Waiting | Stranded | Ready | Ended | GaveUp | Started | Exited | StopAsked
 
 Change: TypeAlias = Lost | Back
 
