@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from core_helpers import Training
 from ranks import run_ranks
 from shared_helpers import copied, make_training, opened, quietly
 
@@ -83,6 +85,23 @@ def resumed(rank: int, host: Path, url: str) -> tuple[dict[str, Any], str]:
         training.step()
         training.save(running)
         return found, running.recovery
+
+
+@torch.no_grad()
+def train_and_spoil(training: Training, running: RunningCheckpoint, steps: int) -> None:
+    """Saves behind every step, and then fills all parameters with NaN."""
+    for _ in range(steps):
+        training.step()
+        training.save(running)
+    running.flush()
+    for parameter in training.model.parameters():
+        parameter.fill_(torch.nan)
+
+
+def heal(training: Training, running: RunningCheckpoint) -> str:
+    """Heals everything; returns the plan."""
+    parts = {"optimizers": {("optimizer_states", 0): training.optimizers[0]}}
+    return str(running.heal(training.checkpoint(), parameters=training.model.parameters(), **parts))
 
 
 def hosts_of(host: Path, n: int) -> list[Path]:

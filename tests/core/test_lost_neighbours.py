@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 from core_helpers import assert_same
-from memory_helpers import MEMORY, hosts_of, kill_on_hosts, left_behind, state_at, wait_for_copies
+from memory_helpers import (
+    MEMORY,
+    heal,
+    hosts_of,
+    kill_on_hosts,
+    left_behind,
+    state_at,
+    train_and_spoil,
+    wait_for_copies,
+)
 from ranks import run_ranks
 from shared_helpers import copied, make_training, opened
 
@@ -160,18 +169,11 @@ def heals(rank: int, hosts: list[Path], url: str) -> tuple[dict[str, Any], str, 
     training = make_training()
     with warnings.catch_warnings(record=True) as caught, opened(url, fraction=1.0, replicas=0, **MEMORY) as running:
         warnings.simplefilter("always")
-        for _ in range(6):
-            training.step()
-            training.save(running)
-        running.flush()
-        with torch.no_grad():
-            for parameter in training.model.parameters():
-                parameter.fill_(torch.nan)
+        train_and_spoil(training, running, 6)
         if rank == 1:
             serves_nobody(running)
-        parts = {"optimizers": {("optimizer_states", 0): training.optimizers[0]}}
-        plan = running.heal(training.checkpoint(), parameters=training.model.parameters(), **parts)
-        return copied(training), str(plan), [str(warning.message) for warning in caught]
+        plan = heal(training, running)
+        return copied(training), plan, [str(warning.message) for warning in caught]
 
 
 def test_healing_goes_on_without_a_host_that_cannot_be_reached(url: str, host: Path) -> None:

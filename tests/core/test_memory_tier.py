@@ -15,6 +15,7 @@ from core_helpers import assert_same
 from memory_helpers import (
     MEMORY,
     folders,
+    heal,
     hosts_of,
     kill,
     kill_on_hosts,
@@ -25,6 +26,7 @@ from memory_helpers import (
     state_at,
     storage_alone,
     stored,
+    train_and_spoil,
     unwritable,
     wait_for_copies,
 )
@@ -331,16 +333,9 @@ def heals_on_hosts(rank: int, hosts: list[Path], url: str) -> dict[str, Any]:
     os.environ[VARIABLE] = str(hosts[rank])
     training = make_training()
     with opened(url, fraction=1.0, replicas=0, **MEMORY) as running:
-        for _ in range(3):
-            training.step()
-            training.save(running)
-        running.flush()
-        with torch.no_grad():
-            for parameter in training.model.parameters():
-                parameter.fill_(torch.nan)
-        parts = {"optimizers": {("optimizer_states", 0): training.optimizers[0]}}
-        plan = running.heal(training.checkpoint(), parameters=training.model.parameters(), **parts)
-        assert "a neighbour's memory" in str(plan), plan
+        train_and_spoil(training, running, 3)
+        plan = heal(training, running)
+        assert "a neighbour's memory" in plan, plan
         return copied(training)
 
 
