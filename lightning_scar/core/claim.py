@@ -52,7 +52,9 @@ class Claim:
     def __init__(self, store: TieredRankStore, ranks: Ranks, seat: Seat | None = None) -> None:
         self._store = store
         self._ranks = ranks
-        self._lease = Lease(store.directory)
+        self._lease = Lease(store.directory, memory=store.has_memory)
+        #: Whether the last start saved to memory, and none of these hosts has any of it.
+        self.memory_is_lost = False
         self.trouble: OSError | None = None
         try:
             if seat is not None:
@@ -63,6 +65,8 @@ class Claim:
                 self.trouble = OSError(trouble)
             ranks.together(lambda: self._follow(token, host))
             self.incarnation = 1 + max(ranks.gather(ranks.together(lambda: self._enter(token, previous))))
+            left = {folder.name for folders in ranks.gather(store.memory_folders) for folder in folders}
+            self.memory_is_lost = self._lease.last_had_memory and not left & set(previous[:1])
         except BaseException:
             self._store.leave_memory(remove=False)
             self.release()

@@ -20,7 +20,7 @@ from lightning_scar.core.committer import Committer, Save
 from lightning_scar.core.farewell import at_exit
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection, LiveState
-from lightning_scar.core.memory_use import tell_of_memory, warn_of_lost_hosts, warn_of_memory
+from lightning_scar.core.memory_use import tell_of_memory, warn_of_lost_hosts, warn_of_lost_memory, warn_of_memory
 from lightning_scar.core.neighbours import Neighbours
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
@@ -136,9 +136,13 @@ class RunningCheckpoint:
                 lambda: restore(self.store, weights_only=weights_only, initial=initial, ranks=self.ranks)
             )
         warn_of_lost_hosts(self._notices, self._neighbours.lost, self.ranks.rank)
+        if self._claim.memory_is_lost:
+            warn_of_lost_memory(self._notices, self.store)
         self._committer.go_on_from(self.store.index.lineage)
         for located, _ in restored.damages:
             self.store.index.discard(located)
+        if not restored.damages:
+            self.store.forget_obsolete()
         self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
         self.restored_ranks = restored.world_size
         self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
@@ -344,7 +348,7 @@ class RunningCheckpoint:
             self._claim.forget_previous()
         others = [head.info for rank, head in self.store.index.heads.items() if rank != self.ranks.rank]
         self.stats.note(save.staging, others)
-        self._warn_of_non_finite()
+        self.stats.warn_of_non_finite(self._notices)
         if self.stats.saves == 1 and self.store.memory is not None:
             tell_of_memory(self._notices, self.store, self.settings, self._stager.last.map.state_bytes)
         self._has_base = True
@@ -357,7 +361,7 @@ class RunningCheckpoint:
         if lost := [key for key in set(self._stager.failed) if not self._committer.is_stored(key)]:
             self._stager.forget(lost)
             self._has_base = self.store.index.newest(self._committer.skeleton_key) is not None
-        self._warn_of_non_finite()
+        self.stats.warn_of_non_finite(self._notices)
         self.stats.bytes_written = self.store.stored_bytes
         late = [*self.store.take_errors(), *self._late_errors]
         self._late_errors.clear()
@@ -371,14 +375,6 @@ class RunningCheckpoint:
                 "write_error",
                 f"a save to {self.store.directory} failed, training goes on without it: {errors[0]!r}. Further "
                 "failures are counted as failed_saves",
-            )
-
-    def _warn_of_non_finite(self) -> None:
-        if self.stats.non_finite_blocks:
-            self._notices.warn(
-                "non_finite",
-                f"{self.stats.non_finite_blocks} blocks hold NaN or Inf at step {self.stats.step}; their last good "
-                "versions stay in the running checkpoint (counted as non_finite_blocks)",
             )
 
     @contextmanager

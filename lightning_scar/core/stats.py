@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_scar.core.notices import Notices
 from lightning_scar.core.rework import Motion
 from lightning_scar.core.stager import Staging
 
@@ -69,3 +70,17 @@ class Stats:
         self.distance = math.hypot(staging.distance, *(info["distance"] for info in others))
         self.rework_cost = sum((Motion(*info["motion"]) for info in others), staging.motion).rework_cost
         self.oldest_age = max([staging.oldest_age, *(info["oldest_age"] for info in others)])
+
+    def warn_of_non_finite(self, notices: Notices) -> None:
+        """Warns once of blocks that were not saved.
+
+        Args:
+            notices: Warns.
+
+        """
+        if self.non_finite_blocks:
+            notices.warn(
+                "non_finite",
+                f"{self.non_finite_blocks} blocks hold NaN or Inf at step {self.step}; their last good versions "
+                "stay in the running checkpoint (counted as non_finite_blocks)",
+            )

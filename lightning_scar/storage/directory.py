@@ -67,7 +67,8 @@ class Directory:
         # A remembered listing hides what other processes, and other threads, have written or deleted since.
         self.fs.dircache = DirCache(use_listings_cache=False)
         self.path = str(path).rstrip("/")
-        self._local = isinstance(self.fs, LocalFileSystem)
+        #: Whether it is a path of this machine.
+        self.is_local = isinstance(self.fs, LocalFileSystem)
 
     def __str__(self) -> str:
         return self.url
@@ -105,7 +106,7 @@ class Directory:
 
         """
         self.fs.makedirs(self.path, exist_ok=True)
-        if self._local and not os.access(self.path, os.W_OK | os.X_OK):
+        if self.is_local and not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError(f"{self.path} is not writable")
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
@@ -119,7 +120,7 @@ class Directory:
             OSError: If the file cannot be written; nothing is left under ``name`` then.
 
         """
-        if self._local:
+        if self.is_local:
             self._write_local(Path(self.file(name)), pieces)
         else:
             data = b"".join(pieces)
@@ -160,7 +161,7 @@ class Directory:
             FileNotFoundError: If there is no such file.
 
         """
-        if self._local:
+        if self.is_local:
             return open(self.file(name), "rb", buffering=0)
         if isinstance(self.fs, MemoryFileSystem):
             # It has one file object a file, whose position all its readers would share.
@@ -194,7 +195,7 @@ class Directory:
 
     def sweep(self) -> None:
         """Deletes what writes cut short by a crash left behind. Only the folder's one writer may call it."""
-        if self._local and os.path.isdir(self.path):
+        if self.is_local and os.path.isdir(self.path):
             for path in Path(self.path).glob(f".*{_TEMPORARY}"):
                 with suppress(OSError):
                     path.unlink()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.lease import tokens_of
+from lightning_scar.storage.mounts import place_of
 from lightning_scar.storage.store import retry_vanished
 
 #: Where users may say which folder is in memory.
@@ -86,25 +87,28 @@ class HostMemory:
     @property
     def inherited_bytes(self) -> int:
         """Bytes of all files that dead starts left."""
-        found = 0
-        for folder, _, names in (entry for inherited in self.inherited for entry in os.walk(inherited)):
-            for name in names:
-                with suppress(FileNotFoundError):
-                    found += os.stat(os.path.join(folder, name)).st_size
-        return found
+        return sum(map(_bytes_in, self.inherited))
 
-    def forget_inherited(self, remove: bool) -> None:
+    @property
+    def room(self) -> int:
+        """Bytes that all processes of this start may have here: what is free, and what they have already."""
+        # Whatever has become of the folder by now, the lock is open.
+        status = os.fstatvfs(self._locks[self.path])
+        return status.f_frsize * status.f_bavail + _bytes_in(self.path)
+
+    def forget_inherited(self, folders: Sequence[Path], remove: bool) -> None:
         """Lets go of what dead starts left, when nobody needs it any more.
 
         Args:
+            folders: Which of it.
             remove: Whether to remove it, as one process of a host does.
 
         """
-        for folder in self.inherited:
+        for folder in folders:
             self._let_go(folder)
             if remove:
                 shutil.rmtree(folder, ignore_errors=True)
-        self.inherited = []
+        self.inherited = [folder for folder in self.inherited if folder not in folders]
 
     def leave(self) -> None:
         """Lets go of all folders; what is in them stays."""
@@ -152,7 +156,11 @@ def left_in_memory(directory: Directory, tokens: Sequence[str] | None = None) ->
 
 
 def _memory() -> Path:
-    return Path(os.environ.get(VARIABLE) or _MEMORY)
+    memory = Path(os.environ.get(VARIABLE) or _MEMORY)
+    if not memory.is_absolute():
+        # It would be another one after a chdir.
+        raise ValueError(f"{VARIABLE}={str(memory)!r} must be an absolute path, e.g. {str(memory.absolute())!r}")
+    return memory
 
 
 def _user_folders() -> list[Path]:
@@ -164,19 +172,21 @@ def _user_folder() -> Path:
     if found := _user_folders():
         return found[0]
     parent = _memory()
-    if not os.access(parent, os.W_OK):
+    try:
+        # Everybody can write to /dev/shm, and take a name there; but nobody can take all of them.
+        return next(folder for number in count() if (folder := _private_folder(parent, number)))
+    except OSError as error:
         raise FileNotFoundError(
-            f"memory=True needs a folder in memory, and {parent} is none that can be written to. "
+            f"memory=True needs a folder in memory, and {parent} is none that can be written to ({error.strerror}). "
             f"Set {VARIABLE} to a tmpfs folder, or leave memory out."
-        )
-    # Everybody can write to /dev/shm, and take a name there; but nobody can take all of them.
-    for number in count():
-        folder = parent / f"{_PREFIX}{os.getuid()}{f'-{number}' if number else ''}"
-        with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        if _is_private(folder):
-            return folder
-    raise AssertionError
+        ) from error
+
+
+def _private_folder(parent: Path, number: int) -> Path | None:
+    folder = parent / f"{_PREFIX}{os.getuid()}{f'-{number}' if number else ''}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    return folder if _is_private(folder) else None
 
 
 def _is_private(folder: Path) -> bool:
@@ -187,8 +197,8 @@ def _is_private(folder: Path) -> bool:
 
 
 def _name(directory: Directory) -> str:
-    url: str = directory.fs.unstrip_protocol(directory.path)
-    return hashlib.sha256(url.encode()).hexdigest()[:16]
+    place = place_of(directory.path) if directory.is_local else directory.fs.unstrip_protocol(directory.path)
+    return hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
 def _sweep(run: Path, needed: set[Path]) -> None:
@@ -203,6 +213,15 @@ def _sweep(run: Path, needed: set[Path]) -> None:
 def _paths(folder: Path, pattern: str) -> list[Path]:
     # Path.glob fails when another process removes a folder in between.
     return [folder / name for name in glob(pattern, root_dir=folder)]
+
+
+def _bytes_in(folder: Path) -> int:
+    found = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += os.stat(os.path.join(path, name)).st_size
+    return found
 
 
 def _last_touched(folder: Path) -> float:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head
 from lightning_scar.storage.host_memory import HostMemory
+from lightning_scar.storage.index import Index
 from lightning_scar.storage.spill import Spill
 from lightning_scar.storage.store import DeltaStore
 
@@ -51,5 +53,31 @@ class Inheritance:
             remove: Whether to remove it, as one process of a host does.
 
         """
-        self._host.forget_inherited(remove)
-        self.stores = []
+        self._forget(self.stores, remove)
+
+    def forget_obsolete(self, storage: Index, remove: bool) -> None:
+        """Lets go of starts that have no block which is newer than in later ones and in storage.
+
+        Else memory would grow with every start that dies before storage has all that it saved.
+
+        Args:
+            storage: What storage holds.
+            remove: As in :meth:`forget`.
+
+        """
+        indices = [store.index for store in self.stores]
+        obsolete = [store for i, store in enumerate(self.stores) if _is_overtaken(store.index, [*indices[:i], storage])]
+        self._forget(obsolete, remove)
+
+    def _forget(self, stores: Sequence[DeltaStore], remove: bool) -> None:
+        self._host.forget_inherited([Path(store.directory.path) for store in stores], remove)
+        self.stores = [store for store in self.stores if store not in stores]
+
+
+def _is_overtaken(index: Index, others: Sequence[Index]) -> bool:
+    """Whether others have every block of an index at least as new."""
+    newest = ((index.newest(key), [other.newest(key) for other in others]) for key in map(str, index.keys()))
+    return all(
+        block is None or any(other is not None and other.version >= block.version for other in found)
+        for block, found in newest
+    )

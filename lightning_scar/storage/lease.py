@@ -39,14 +39,18 @@ class Lease:
 
     Args:
         directory: The running checkpoint's directory.
+        memory: Whether its holder saves to memory first.
 
     """
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, memory: bool = False) -> None:
         self._directory = directory
+        self._memory = memory
         self.token = uuid.uuid4().hex
         #: The tokens of the holders before, the newest first, that may have left something in memory.
         self.continues: list[str] = []
+        #: Whether the last holder died while it saved to memory.
+        self.last_had_memory = False
         self._beat = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -67,6 +71,7 @@ class Lease:
                 f"dirpath, or end that process; if it is gone for certain, delete {self._directory.file(FILE)}."
             )
         self.continues = tokens_of(self._directory)[:_MOST_CONTINUED]
+        self.last_had_memory = holder is not None and holder.get("memory", False) and not holder["released"]
         self._directory.create()
         self._write()
         _held_here.add(self.token)
@@ -155,6 +160,7 @@ class Lease:
             "started": process.create_time(),
             "beat": self._beat,
             "continues": self.continues,
+            "memory": self._memory,
             "released": released,
         }
         self._directory.write(FILE, [json.dumps(holder).encode()])

@@ -93,16 +93,21 @@ class TieredRankStore(TieredStore):
 
         """
         self.storage.sweep()
-        if self._every is None and not left_in_memory(self.directory, previous):
+        if not self.has_memory and not left_in_memory(self.directory, previous):
             return
         self._host = HostMemory(self.directory, token, previous)
         # Containers may have the same name and path, but have each a memory of their own.
         self.host = f"{socket.gethostname()}-{self._host.path.stat().st_dev}:{self._host.path}"
         self._inheritance = Inheritance(self._host)
-        if self._every is not None:
+        if self.has_memory:
             self.memory = MemoryStore(self._host, self.storage.rank, self.storage.world_size, self._limit)
             self.memory.sweep()
         self.see([])
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether saves go to memory first."""
+        return self._every is not None
 
     @property
     def memory_folders(self) -> list[Path]:
@@ -236,13 +241,32 @@ class TieredRankStore(TieredStore):
         if saved != set(range(self.storage.world_size)):
             return
         if self._inheritance is not None and self._inheritance.stores:
-            # Of several ranks on a host one sees to it.
-            is_first = self.storage.rank == min(self.local_ranks)
-            if is_first:
+            if self.is_first_here:
                 self._inheritance.bring_to_storage(self._spill, self._stored)
-            self._inheritance.forget(remove=is_first)
+            self._inheritance.forget(remove=self.is_first_here)
             self.see(self.listed)
         self.follows_nobody = True
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the one of several ranks on a host that sees to what they share."""
+        return self.storage.rank == min(self.local_ranks)
+
+    def forget_obsolete(self) -> None:
+        """Lets go of dead starts that later ones have overtaken in all they had; what is read now must be intact."""
+        if self._inheritance is not None:
+            self._inheritance.forget_obsolete(self.storage.index, remove=self.is_first_here)
+            self.see(self.listed)
+
+    @property
+    def inherited_bytes(self) -> int:
+        """Bytes that dead starts have left here, for all ranks of this host."""
+        return self._host.inherited_bytes if self._host is not None else 0
+
+    @property
+    def room(self) -> int:
+        """Bytes of memory that all ranks of this host may have."""
+        return self._host.room if self._host is not None else 0
 
     # -- the end -------------------------------------------------------------------------------------------------
 

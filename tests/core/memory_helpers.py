@@ -4,6 +4,9 @@ import os
 import shutil
 import signal
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +139,13 @@ def lose(host: Path) -> None:
 
 def unwritable(*args: Any) -> Any:
     raise OSError("the disk is full")
+
+
+@contextmanager
+def warned() -> Iterator[list[str]]:
+    """What is warned of in the ``with`` block, filled in at its end."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield said
+    said += [str(warning.message) for warning in caught]

@@ -4,9 +4,7 @@ import os
 import shutil
 import subprocess
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from memory_helpers import (
     state_at,
     storage_alone,
     stored,
+    warned,
 )
 from ranks import run_ranks
 from shared_helpers import assert_made_of, copied, make_training, opened, quietly
@@ -32,16 +31,6 @@ from lightning_scar.storage.lease import FILE
 from lightning_scar.storage.tiers import open_store
 
 pytestmark = pytest.mark.usefixtures("host")
-
-
-@contextmanager
-def warned() -> Iterator[list[str]]:
-    """What is warned of in the ``with`` block, filled in at its end."""
-    said: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield said
-    said += [str(warning.message) for warning in caught]
 
 
 # -- removed in mid-run ------------------------------------------------------------------------------------------------
@@ -96,6 +85,19 @@ def test_memory_that_is_removed_is_noticed_at_the_next_save_and_made_whole_again
             assert len(folders(host)) == 2
     assert len([text for text in said if "somebody has removed" in text]) == 1, said
     assert_made_of(load(url), history, url)
+    assert not folders(host)
+
+
+def test_memory_that_is_removed_before_the_first_save_is_made_again(url: str, host: Path) -> None:
+    training = make_training()
+    with opened(url, fraction=1.0, **MEMORY) as running:
+        everything(host)
+        for _ in range(3):
+            training.step()
+            training.save(running)
+            running.flush()
+        assert_same(load(url), state_at(3))
+        assert stored(url) == 1
     assert not folders(host)
 
 

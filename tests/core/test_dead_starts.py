@@ -1,0 +1,134 @@
+"""What starts that died have left in memory: it does not pile up, any way leads to it, and its loss is told."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core_helpers import assert_same
+from memory_helpers import MEMORY, folders, kill, resumed, state_at, warned
+from ranks import run_ranks
+from shared_helpers import copied, make_training, opened, quietly
+
+from lightning_scar.core.restoration import load
+from lightning_scar.storage.host_memory import VARIABLE
+
+pytestmark = pytest.mark.usefixtures("host")
+
+IS_LOST = "none of these hosts has any of it"
+
+
+def said_on_resuming(url: str | Path, **options: object) -> list[str]:
+    training = make_training()
+    with warned() as said, opened(url, fraction=1.0, **{**MEMORY, **options}) as running:
+        training.load(running.restore().checkpoint)
+    return [text for text in said if IS_LOST in text]
+
+
+# -- more and more of them ---------------------------------------------------------------------------------------------
+
+
+def dies_before_storage_has_its_save(rank: int, host: Path, url: str, step: int, savers: int) -> None:
+    os.environ[VARIABLE] = str(host)
+    training = make_training()
+    running = opened(url, fraction=1.0, **MEMORY)
+    quietly(running)
+    while training.steps < step:
+        training.step()
+
+    def die(*_: object) -> None:
+        running.ranks.gather(None)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    running.store._store_newer = die
+    if rank >= savers:
+        die()
+    training.save(running)
+    running.flush()
+
+
+def die_one_after_the_other(n: int, host: Path, url: str, savers: int) -> list[int]:
+    """Four starts; returns the bytes in memory behind each."""
+    used = []
+    for step in range(4, 8):
+        failures = run_ranks(dies_before_storage_has_its_save, n, host, url, step, savers, failing=True)
+        assert [failure.type for failure in failures] == ["Ended"] * n, failures
+        used.append(sum(path.stat().st_size for path in host.glob("*/*/*/*/*")))
+    return used
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_starts_that_die_before_storage_has_their_saves_do_not_pile_up(n: int, url: str, host: Path) -> None:
+    kill(n, host, url, 3)
+    used = die_one_after_the_other(n, host, url, savers=n)
+    assert used[-1] <= used[0], "the last start's, and that of the one before"
+    for found, _ in run_ranks(resumed, n, host, url):
+        assert_same(found, state_at(7))
+    assert not folders(host)
+
+
+def test_a_start_that_only_one_rank_has_saved_replaces_no_other_ranks_blocks(url: str, host: Path) -> None:
+    kill(2, host, url, 3)
+    used = die_one_after_the_other(2, host, url, savers=1)
+    assert used[-1] <= used[1], "the last two starts' by one rank, and that of the first"
+    for found, _ in run_ranks(resumed, 2, host, url):
+        assert_made_of(found, {3: state_at(3), 7: state_at(7)})
+    assert not folders(host)
+
+
+def assert_made_of(found: dict[str, Any], states: dict[int, dict[str, Any]]) -> None:
+    """Rows of several steps, and some of each."""
+    steps = {
+        step
+        for name, tensor in found["state_dict"].items()
+        for i, row in enumerate(tensor)
+        for step, state in states.items()
+        if torch.equal(row, state["state_dict"][name][i])
+    }
+    assert steps == set(states)
+
+
+# -- memory that is gone -----------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_all_memory_is_told(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    shutil.rmtree(host)
+    host.mkdir()
+    assert len(said_on_resuming(url)) == 1
+    assert not said_on_resuming(url), "it ended well since"
+
+
+def test_a_directory_that_was_moved_is_told_of(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    shutil.move(url, moved := f"{url}-moved")
+    assert len(said_on_resuming(moved, memory=False)) == 1
+
+
+def test_nothing_is_told_where_nothing_is_lost(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    assert not said_on_resuming(url)
+    assert not said_on_resuming(url)
+    shutil.rmtree(url)
+    kill(1, host, url, 0)
+    training = make_training()
+    with warned() as said, opened(url, fraction=1.0, **MEMORY) as running:
+        training.step()
+        training.save(running)
+    assert not said
+
+
+def test_a_link_to_the_directory_leads_to_its_memory(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    os.symlink(url, link := f"{url}-link")
+    assert_same(load(link), state_at(6))
+    training = make_training()
+    with opened(link, fraction=1.0, **MEMORY) as running:
+        training.load(quietly(running)[0])
+        assert_same(copied(training), state_at(6))
+        training.step()
+        training.save(running)
+    assert not folders(host)
