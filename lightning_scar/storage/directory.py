@@ -1,5 +1,6 @@
 """A folder on any fsspec file system: durable atomic writes, fresh listings, reads into ready memory."""
 
+import fcntl
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -108,6 +109,23 @@ class Directory:
         self.fs.makedirs(self.path, exist_ok=True)
         if self.is_local and not os.access(self.path, os.W_OK | os.X_OK):
             raise PermissionError(f"{self.path} is not writable")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Lets no other process of this host into the same ``with`` block, where the file system knows such locks."""
+        if not self.is_local:
+            yield
+            return
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            # A child process that was forked meanwhile has it, too, and would keep it.
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Writes a file so that a reader sees all of it or none, and a power cut after the return loses nothing.

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +24,7 @@ FILE = "lease.json"
 #: Seconds between two beats, and how long a beat of another host may stand still before its holder counts as dead.
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 20.0
+_FIRST_BEAT_SECONDS = 0.5
 
 #: So many starts in a row may die before one has saved; what the one before them had in memory is not looked for then.
 _MOST_CONTINUED = 32
@@ -64,17 +66,19 @@ class Lease:
             OSError: If the directory cannot be written to.
 
         """
-        holder = _holder(self._directory)
-        if holder is not None and self._lives(holder):
-            raise DirectoryInUseError(
-                f"{self._directory} is in use by process {holder['pid']} on {holder['host']}. Give this run another "
-                f"dirpath, or end that process; if it is gone for certain, delete {self._directory.file(FILE)}."
-            )
-        self.continues = tokens_of(self._directory)[:_MOST_CONTINUED]
-        self.last_had_memory = holder is not None and holder.get("memory", False) and not holder["released"]
         self._directory.create()
-        self._write()
-        _held_here.add(self.token)
+        with self._directory.alone():
+            holder = _holder(self._directory)
+            if holder is not None and self._lives(holder):
+                raise DirectoryInUseError(
+                    f"{self._directory} is in use by process {holder['pid']} on {holder['host']}. Give this run "
+                    f"another dirpath, or end that process; if it is gone for certain, delete "
+                    f"{self._directory.file(FILE)}."
+                )
+            self.continues = tokens_of(self._directory)[:_MOST_CONTINUED]
+            self.last_had_memory = holder is not None and holder.get("memory", False) and not holder["released"]
+            self._write()
+            _held_here.add(self.token)
         self._start(self._keep_beating)
 
     def succeed(self, token: str) -> None:
@@ -123,8 +127,8 @@ class Lease:
         self._stop.set()
         self._thread.join()
         self._thread = None
-        if self.token in _held_here and not self.lost:
-            with suppress(OSError):
+        with suppress(OSError):
+            if self.token in _held_here and not self.lost and not self._is_lost():
                 if for_good and not self.continues:
                     self._directory.delete(FILE)
                 else:
@@ -132,7 +136,10 @@ class Lease:
         _held_here.discard(self.token)
 
     def _keep_beating(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
+        # Who took the directory on another host at the same moment is met at once.
+        pause = min(_FIRST_BEAT_SECONDS, BEAT_SECONDS)
+        while not self._stop.wait(pause):
+            pause = BEAT_SECONDS
             # A full or vanished disk is the writer's to report; the beat goes on when it is back.
             with suppress(OSError):
                 if self._is_lost():
@@ -152,12 +159,11 @@ class Lease:
         return self.lost
 
     def _write(self, released: bool = False) -> None:
-        process = psutil.Process()
         holder = {
             "token": self.token,
             "host": socket.gethostname(),
-            "pid": process.pid,
-            "started": process.create_time(),
+            "pid": os.getpid(),
+            "started": _start_of(os.getpid()),
             "beat": self._beat,
             "continues": self.continues,
             "memory": self._memory,
@@ -173,9 +179,9 @@ class Lease:
         if holder["pid"] == os.getpid():
             return holder["token"] in _held_here
         try:
-            process = psutil.Process(holder["pid"])
             # A process that was killed but not yet waited for writes nothing any more.
-            return bool(abs(process.create_time() - holder["started"]) < 2 and process.status() != psutil.STATUS_ZOMBIE)
+            is_dead = psutil.Process(holder["pid"]).status() == psutil.STATUS_ZOMBIE
+            return not is_dead and _start_of(holder["pid"]) == holder["started"]
         except psutil.NoSuchProcess:
             return False
 
@@ -189,6 +195,21 @@ class Lease:
             if now["beat"] != holder["beat"] or now["token"] != holder["token"]:
                 return True
         return False
+
+
+def _start_of(pid: int) -> str:
+    """When a process of this host began, in words that stay the same when the clock is set.
+
+    Raises:
+        psutil.NoSuchProcess: If there is none.
+
+    """
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # Behind the name, which may hold anything: proc_pid_stat(5), field 22.
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{boot} {ticks}"
+    return str(psutil.Process(pid).create_time())
 
 
 def token_of(directory: Directory) -> str | None:

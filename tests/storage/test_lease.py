@@ -6,8 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -26,7 +29,7 @@ from lightning_scar.storage.lease import FILE, DirectoryInUseError, Lease
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(lease_module, "WATCH_SECONDS", 1.0)
+    monkeypatch.setattr(lease_module, "WATCH_SECONDS", 5.0)
 
 
 @pytest.fixture
@@ -98,6 +101,54 @@ def test_a_second_run_in_the_same_process_is_refused_until_the_first_gives_back(
     acquire(url)
 
 
+def test_of_several_that_begin_at_the_same_moment_one_gets_it(file_url: str) -> None:
+    for _ in range(20):
+        leases = [Lease(Directory(file_url)) for _ in range(4)]
+        start = threading.Barrier(4)
+
+        def took(lease: Lease, start: threading.Barrier = start) -> bool:
+            start.wait()
+            with suppress(DirectoryInUseError):
+                lease.acquire()
+                return True
+            return False
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sum(pool.map(took, leases)) == 1
+        for lease in leases:
+            lease.release()
+
+
+def test_who_begins_at_the_same_moment_on_another_host_is_met_at_once(
+    url: str, acquire: Acquire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 60.0)
+    lease = acquire(url)
+    Directory(url).write(FILE, [json.dumps({**contents(url), "token": "0", "host": "another-host"}).encode()])
+    wait_for(lambda: lease.lost)
+
+
+def test_who_was_taken_over_and_has_not_noticed_leaves_the_new_holders_file(
+    url: str, acquire: Acquire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "BEAT_SECONDS", 60.0)
+    monkeypatch.setattr(lease_module, "_FIRST_BEAT_SECONDS", 60.0)
+    lease = acquire(url)
+    Directory(url).write(FILE, [json.dumps({**contents(url), "token": "0", "host": "another-host"}).encode()])
+    lease.release()
+    assert contents(url)["token"] == "0"
+
+
+def test_a_clock_that_is_set_makes_nobody_dead(
+    file_url: str, spawn: Spawn, acquire: Acquire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_holder(spawn, file_url, socket.gethostname())
+    create_time = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: create_time(process) + 3600)
+    with pytest.raises(DirectoryInUseError):
+        acquire(file_url)
+
+
 def test_two_directories_may_be_owned_at_once(url: str, acquire: Acquire) -> None:
     acquire(f"{url}/a")
     acquire(f"{url}/b")
@@ -165,7 +216,7 @@ def test_a_process_that_got_a_dead_holders_number_does_not_pass_for_it(
 
 def test_this_process_under_a_dead_runs_number_is_not_that_run(file_url: str, acquire: Acquire) -> None:
     acquire(file_url).release()
-    holder = {"token": "0", "host": socket.gethostname(), "pid": os.getpid(), "started": 0.0, "beat": 3}
+    holder = {"token": "0", "host": socket.gethostname(), "pid": os.getpid(), "started": "0", "beat": 3}
     Directory(file_url).write(FILE, [json.dumps(holder).encode()])
     acquire(file_url)
 
@@ -195,7 +246,7 @@ def test_a_holder_on_another_host_that_gives_back_is_followed_at_once(
     file_url: str, acquire: Acquire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "WATCH_SECONDS", 60.0)
-    holder = {"token": "0", "host": "another-host", "pid": 1, "started": 0.0, "beat": 3}
+    holder = {"token": "0", "host": "another-host", "pid": 1, "started": "0", "beat": 3}
     folder = Directory(file_url)
     folder.create()
     folder.write(FILE, [json.dumps(holder).encode()])
