@@ -333,7 +333,12 @@ class Member:
         """Lets the training thread go, should it be blocked in a collective of a generation that is no more."""
         if generation is not None and generation != self._number:
             return
-        if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
+        try:
+            is_nccl = dist.get_backend() == dist.Backend.NCCL
+        except ValueError:
+            # There is no group, or none any more: this is another thread than the one that makes and destroys it.
+            is_nccl = False
+        if is_nccl:
             group = dist.distributed_c10d._get_default_group()
             group._get_backend(torch.device("cuda")).abort()
         else:

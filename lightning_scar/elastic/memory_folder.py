@@ -4,8 +4,8 @@ import fcntl
 import os
 import shutil
 import tempfile
-import time
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 #: Where workers find the folder.
@@ -13,8 +13,6 @@ VARIABLE = "LIGHTNING_SCAR_STATE"
 
 _MEMORY = Path("/dev/shm")
 _PREFIX = "lightning-scar-"
-#: Between its creation and its lock a folder is nobody's.
-_YOUNG_SECONDS = 2.0
 
 
 class MemoryFolder:
@@ -31,9 +29,7 @@ class MemoryFolder:
         if parent is None:
             parent = _MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
         _sweep(parent)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        self._lock = os.open(self.path, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.path, self._lock = next(found for _ in count() if (found := _made_and_locked(parent)))
 
     def close(self) -> None:
         """Removes it, and what owners that were killed just before this one began have left."""
@@ -42,12 +38,23 @@ class MemoryFolder:
         _sweep(self.path.parent)
 
 
+def _made_and_locked(parent: Path) -> tuple[Path, int] | None:
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    with suppress(FileNotFoundError):
+        lock = os.open(path, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path, lock
+        # Before it had its lock another owner took it for a dead one's.
+        os.close(lock)
+    return None
+
+
 def _sweep(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         # Another user's, or just removed by another supervisor.
         with suppress(OSError):
-            if time.time() - folder.stat().st_mtime > _YOUNG_SECONDS:
-                _remove_unless_held(folder)
+            _remove_unless_held(folder)
 
 
 def _remove_unless_held(folder: Path) -> None:

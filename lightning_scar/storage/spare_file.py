@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def _is_open(path: Path) -> bool:
         return True
     descriptor = os.open(path, os.O_RDWR)
     try:
+        # Who opens it meanwhile has the system send a signal, by default one that ends the process.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         # The system grants it only to the one who alone has the file open.
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,15 @@ def test_folders_of_owners_that_are_gone_are_removed(tmp_path: Path) -> None:
     fresh.close()
     held.close()
     assert os.listdir(tmp_path) == ["somebody-else"]
+
+
+def test_owners_that_come_and_go_at_the_same_time_leave_each_others_folders_alone(tmp_path: Path) -> None:
+    def come_and_go(_: int) -> None:
+        for _ in range(100):
+            folder = MemoryFolder(tmp_path)
+            (folder.path / "state").write_text("state")
+            folder.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(come_and_go, range(8)))
+    assert not os.listdir(tmp_path)

@@ -1,17 +1,20 @@
 """The pages of a deleted copy are used for the next one, and nobody sees anything of it."""
 
+import fcntl
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from toy_blocks import Spawn
 
 from lightning_scar.storage import spare_file
 from lightning_scar.storage.folder_client import FolderClient
 from lightning_scar.storage.folder_protocol import NoRoomError
 from lightning_scar.storage.folder_server import FolderServer
+from lightning_scar.storage.spare_file import SpareFile
 
 KEY = b"a secret of this test"
 SIZE = 2_000_000
@@ -129,6 +132,27 @@ def test_what_is_kept_is_not_kept_beyond_its_use(
     client.delete("x/a")
     server.close()
     assert all_below(there) == {"b"}
+
+
+def keeps_what_somebody_opens(folder: Path) -> None:
+    """A search through all files comes by while it is asked whether anybody has one open."""
+    control = fcntl.fcntl
+
+    def opening(descriptor: int, what: int, value: int) -> int:
+        if value == fcntl.F_UNLCK:
+            with suppress(BlockingIOError):
+                os.close(os.open(folder / "hidden", os.O_RDONLY | os.O_NONBLOCK))
+        return control(descriptor, what, value)
+
+    spare_file.fcntl.fcntl = opening
+    SpareFile().delete(folder / "old", folder / "hidden", at_most=SIZE)
+
+
+def test_whoever_opens_a_file_meanwhile_does_not_end_the_process(tmp_path: Path, spawn: Spawn) -> None:
+    (tmp_path / "old").write_bytes(bytes(SIZE))
+    process = spawn(keeps_what_somebody_opens, tmp_path)
+    process.join(30)
+    assert process.exitcode == 0
 
 
 def test_a_kept_file_that_somebody_has_removed_is_not_missed(client: FolderClient, put: Put, there: Path) -> None:
