@@ -116,8 +116,9 @@ def test_a_synchronising_micro_batch_is_repeated_with_the_gradients_of_those_bef
 )
 def test_a_worker_that_hangs_is_replaced(tmp_path: Path, way: str, door: str) -> None:
     by_argument = way == "the strategy's argument"
-    how: dict[str, Any] = {"strategy": {"hang_timeout": 3}, "run": None} if by_argument else {}
-    training = train(tmp_path, ("training_step", 4, 0, "stop"), door=door, **{"run": ["--hang-timeout", "3"], **how})
+    # In so many seconds the first group has to form, too, however unevenly the workers start.
+    how: dict[str, Any] = {"strategy": {"hang_timeout": 10}, "run": None} if by_argument else {}
+    training = train(tmp_path, ("training_step", 4, 0, "stop"), door=door, **{"run": ["--hang-timeout", "10"], **how})
     assert_done(training, steps=24)
     assert_lived_through(training, 1, "rank 0 hung and was killed")
     assert_steps_of_what_they_saw(training)

@@ -1,6 +1,7 @@
 """Several nodes, on the loopback."""
 
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -135,6 +136,16 @@ def test_a_node_that_was_only_silent_ends_when_it_hears_that_it_counts_as_lost(
     assert ended == [(1, ["the job ended: node 0 has given this node up for lost"]), (0, [])]
 
 
+def wait_until_it_hears_sigterm(process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+        if int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never does")
+
+
 def test_a_supervisor_that_waits_for_its_node_can_be_stopped_and_stops_nobody(tmp_path: Path) -> None:
     path, port = script(tmp_path, SLEEPER), get_free_port()
     with (
@@ -143,7 +154,7 @@ def test_a_supervisor_that_waits_for_its_node_can_be_stopped_and_stops_nobody(tm
     ):
         wait_for(tmp_path / "pid1")
         with running(*options(1, port), path, tmp_path, "sleep") as waiting:
-            time.sleep(5)
+            wait_until_it_hears_sigterm(waiting)
             waiting.terminate()
             _, err = waiting.communicate(timeout=20)
         assert ours(err)[-1].startswith("ended by SIGTERM before node 0")
