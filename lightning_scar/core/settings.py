@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_scar.core.selection import POLICIES, Policy
+from lightning_scar.storage.host_memory import VARIABLE
 
 PolicyName = Literal["distance", "round_robin", "random"]
 
@@ -60,14 +61,19 @@ class Settings:
         )
         for name, least in _LEAST.items():
             value = getattr(self, name)
+            may_be_none = name in _MAY_BE_NONE
             _require(
-                value is None or (isinstance(value, int) and value >= least),
-                f"{name}={value!r} must be None or a whole number of at least {least}",
+                (may_be_none and value is None) or (_is_whole_number(value) and value >= least),
+                f"{name}={value!r} must be {'None or ' if may_be_none else ''}a whole number of at least {least}",
             )
         _require(self.staging in ("lazy", "eager"), f"staging={self.staging!r} must be 'lazy' or 'eager'")
         _require(
             self.on_write_error in ("warn", "raise"),
             f"on_write_error={self.on_write_error!r} must be 'warn' or 'raise'",
+        )
+        _require(
+            isinstance(self.memory, bool),
+            f"memory={self.memory!r} must be True or False; the environment variable {VARIABLE} says which folder",
         )
 
     @property
@@ -77,6 +83,12 @@ class Settings:
 
 
 _LEAST = {"block_size": 1, "max_age": 0, "durable_every_n_saves": 1, "replicas": 0, "memory_limit": 1}
+_MAY_BE_NONE = ("block_size", "max_age", "memory_limit")
+
+
+def _is_whole_number(value: object) -> bool:
+    # To Python a bool is one.
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(condition: bool, message: str) -> None:

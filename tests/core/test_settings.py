@@ -20,9 +20,18 @@ from lightning_scar.core.settings import Settings
         ("policy", 3, "must be one of distance, round_robin, random"),
         ("block_size", 0, "at least 1"),
         ("block_size", 4096.0, "a whole number"),
+        ("block_size", True, "None or a whole number"),
         ("max_age", -1, "at least 0"),
         ("staging", "later", "must be 'lazy' or 'eager'"),
         ("on_write_error", "ignore", "must be 'warn' or 'raise'"),
+        ("memory", "false", "must be True or False"),
+        ("memory", "/dev/shm/x", "LIGHTNING_SCAR_MEMORY says which folder"),
+        ("memory", None, "must be True or False"),
+        ("durable_every_n_saves", None, "must be a whole number of at least 1"),
+        ("durable_every_n_saves", True, "must be a whole number of at least 1"),
+        ("replicas", None, "must be a whole number of at least 0"),
+        ("replicas", True, "must be a whole number of at least 0"),
+        ("memory_limit", True, "None or a whole number of at least 1"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_remedy(name: str, value: Any, remedy: str) -> None:
