@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,9 +42,9 @@ class Saver:
         self._state = state
         self._parameters = list(state.model.parameters())
         self._tokens = torch.randint(size.vocabulary, (1, size.sequence + 1))
-        self.running = RunningCheckpoint(
-            folder, Settings(fraction=FRACTION, memory=memory, durable_every_n_saves=_NEVER, on_write_error="raise")
-        )
+        settings = Settings(fraction=FRACTION, on_write_error="raise")
+        in_memory = replace(settings, memory=True, durable_every_n_saves=_NEVER)
+        self.running = RunningCheckpoint(folder, in_memory if memory else settings)
 
     def begin(self) -> None:
         """Begins a save and stages it."""

@@ -400,6 +400,15 @@ def test_ranks_with_different_directories_are_told_so(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_options_of_memory_without_memory_are_told_once(tmp_path: Path, door: str) -> None:
+    first, second = train(2, tmp_path, scar={"replicas": 2, "memory_limit": 4096}, after=3, door=door)
+    assert [text for text in first.warned if "memory" in text] == [
+        "lightning-scar: without memory=True nothing comes of replicas=2, memory_limit=4096: add it, or leave them out"
+    ]
+    assert not [text for text in second.warned if "memory" in text]
+
+
 @pytest.mark.parametrize("told", [(0, 1, 2), (0,)])
 def test_ranks_that_are_told_to_stop_save_and_end(tmp_path: Path, told: tuple[int, ...]) -> None:
     seldom = {"every_n_train_steps": 100, "save_on_exception": True, "full_every_n_saves": None}

@@ -83,6 +83,7 @@ class RunningCheckpoint:
         self.store = TieredRankStore(url, storage_options, *members, every, self.settings.memory_limit)
         self.stats = Stats()
         self._notices = Notices()
+        self.settings.warn_of_unused(self._notices, self.ranks.rank)
         self._claim = Claim(self.store, self.ranks, seat)
         self._take_note_of(self._claim.trouble)
         self._neighbours = Neighbours(self.store, self.ranks, self.settings, self._claim.token, seat)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_scar.core.notices import Notices
 from lightning_scar.core.selection import POLICIES, Policy
 from lightning_scar.storage.host_memory import VARIABLE
 
@@ -80,6 +81,21 @@ class Settings:
     def policy_function(self) -> Policy:
         """The policy as a function."""
         return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+
+    def warn_of_unused(self, notices: Notices, rank: int) -> None:
+        """Warns once, on the first rank, of options of memory where there is none.
+
+        Args:
+            notices: Warns.
+            rank: This rank.
+
+        """
+        names = ("durable_every_n_saves", "replicas", "memory_limit")
+        unused = [f"{name}={value!r}" for name in names if (value := getattr(self, name)) != getattr(Settings, name)]
+        if unused and not self.memory and rank == 0:
+            notices.warn(
+                "unused", f"without memory=True nothing comes of {', '.join(unused)}: add it, or leave them out"
+            )
 
 
 _LEAST = {"block_size": 1, "max_age": 0, "durable_every_n_saves": 1, "replicas": 0, "memory_limit": 1}
