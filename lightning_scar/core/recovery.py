@@ -27,7 +27,7 @@ class Source(Enum):
     SURVIVOR = "survivors"
     MEMORY = "this host's memory"
     NEIGHBOUR = "a neighbour's memory"
-    NEWEST = "newest versions"
+    NEWEST = "newest versions in storage"
     OLDER = "older versions"
     INITIAL = "initial values"
 

@@ -176,13 +176,14 @@ def test_the_distance_is_unknown_when_something_older_is_used(times: int) -> Non
 def test_a_state_of_which_blocks_survive_is_moved_by_no_more() -> None:
     plan = RecoveryPlan(STATE, both(distance=3.0, motion=[1.0, 2.0]), alive={KEYS[0]: 1})
     assert plan.distance == pytest.approx(18**0.5)
-    assert str(plan).startswith("1 block (8 B) from survivors, 3 blocks (24 B) from newest versions. ")
+    assert str(plan).startswith("1 block (8 B) from survivors, 3 blocks (24 B) from newest versions in storage. ")
 
 
 def test_every_kind_of_source_is_counted() -> None:
     plan = RecoveryPlan(STATE, index(delta(0, KEYS[:3]), delta(3, KEYS[1:3])), alive={KEYS[0]: 1}, initial={"w"})
     plan.fall_back(KEYS[1], DAMAGE)
     assert str(plan) == (
-        "1 block (8 B) from survivors, 1 block (8 B) from newest versions, 1 block (8 B) from older versions, "
-        "1 block (8 B) from initial values. How far this is from the state that was lost is not known."
+        "1 block (8 B) from survivors, 1 block (8 B) from newest versions in storage, "
+        "1 block (8 B) from older versions, 1 block (8 B) from initial values. "
+        "How far this is from the state that was lost is not known."
     )
