@@ -5,10 +5,13 @@ import math
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks import tiers
 
 PROMISED = [
     *(f"{tier}_{what}_s" for tier in ("memory", "disk") for what in ("stall", "lazy_stall", "written")),
@@ -60,3 +63,9 @@ def test_it_says_what_is_missing(tmp_path: Path) -> None:
     )
     assert run.returncode == 1
     assert "set LIGHTNING_SCAR_MEMORY to one in memory" in run.stderr
+
+
+def test_the_ratio_that_is_printed_is_that_of_pairs_where_there_are_any() -> None:
+    pairs = {"memory_stall_over_disk": 2.0, "memory_lazy_stall_over_disk": 3.0, "step_replicated_over_not": 4.0}
+    ratios = [row[-1] for row in tiers._rows(defaultdict(lambda: 1.0, pairs))]
+    assert ratios == ["2.00", "3.00", *["1.00"] * 6, "4.00"]
