@@ -8,7 +8,6 @@ again at once, with nothing in its memory.
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,9 +19,8 @@ from typing_extensions import override
 
 from benchmarks.kills import Run, leashed
 from benchmarks.step_log import Kill
+from lightning_scar.elastic.memory_folder import MemoryFolder
 from lightning_scar.storage.host_memory import VARIABLE
-
-_MEMORY = Path("/dev/shm")
 
 
 class LostHosts(Run):
@@ -41,10 +39,10 @@ class LostHosts(Run):
         self._run = ["-m", "lightning_scar", "run", *endpoint, "--max-restarts", "1000"]
         self._training = training
         self._environment = environment
-        self._memories = [
-            Path(tempfile.mkdtemp(prefix=".benchmark-", dir=_MEMORY if _MEMORY.is_dir() else None))
-            for _ in range(hosts)
-        ]
+        self._memory = MemoryFolder()
+        self._memories = [self._memory.path / f"host-{host}" for host in range(hosts)]
+        for memory in self._memories:
+            memory.mkdir()
         super().__init__(self._command(0), folder, self._environment_of(0))
         self._others = [self._start(host) for host in range(1, hosts)]
 
@@ -74,8 +72,7 @@ class LostHosts(Run):
         super().close()
         for other in self._others:
             other.wait()
-        for memory in self._memories:
-            shutil.rmtree(memory, ignore_errors=True)
+        self._memory.close()
 
     def _command(self, host: int) -> list[str]:
         return [sys.executable, *self._run, "--node-rank", str(host), "--", *self._training]

@@ -102,20 +102,26 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def check_room(state: int, memory: Path, folder: Path) -> None:
-    """Ends the program if something of what is needed is missing, and says what.
+def place_in_memory() -> Path:
+    """Where folders in memory are made; ends the program if there is no such place."""
+    parent = Path(os.environ.get(VARIABLE) or "/dev/shm")
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        sys.exit(f"{parent} is no folder that can be written to: set {VARIABLE} to one in memory (tmpfs)")
+    return parent
+
+
+def check_room(state: int, parent: Path, folder: Path) -> None:
+    """Ends the program if there is too little room for what is needed, and says where.
 
     Args:
         state: Bytes of the state.
-        memory: Where files in memory are to lie.
+        parent: Where files in memory are to lie.
         folder: Where those on disk are to lie.
 
     """
-    if not (memory.is_dir() and os.access(memory, os.W_OK)):
-        sys.exit(f"{memory} is no folder that can be written to: set {VARIABLE} to one in memory (tmpfs)")
     room = {
-        f"in {memory} (give a container more --shm-size, or set {VARIABLE} to another tmpfs folder)": (
-            shutil.disk_usage(memory).free,
+        f"in {parent} (give a container more --shm-size, or set {VARIABLE} to another tmpfs folder)": (
+            shutil.disk_usage(parent).free,
             _STATES_IN_MEMORY,
         ),
         "of memory in all": (psutil.virtual_memory().available, _STATES_AT_ALL),
@@ -143,8 +149,9 @@ def run(size: Size, parent: Path, folder: Path, rounds: int, length: int) -> dic
     """
     state = State(size)
     facts: dict[str, Any] = {"state_bytes": state_bytes(state.model, state.optimizer)[1]}
-    check_room(facts["state_bytes"], parent, folder)
     with memory_folder(parent):
+        # Only now: what killed ones have left takes no room any more.
+        check_room(facts["state_bytes"], parent, folder)
         # They are short, and whatever else runs on the machine makes some of them long.
         samples = tiers_saves.stalls(state, size, folder, 3 * rounds)
     with memory_folder(parent) as memory:
@@ -168,7 +175,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     rounds = options.rounds or (2 if options.small else 7)
-    parent = Path(os.environ.get(VARIABLE) or "/dev/shm")
+    parent = place_in_memory()
     with report.scratch(options.dir) as folder:
         found = run(TINY if options.small else GPT2_SMALL, parent, folder.resolve(), rounds, options.steps)
     found["settings"] = {"fraction": FRACTION, "rounds": rounds, "steps": options.steps}

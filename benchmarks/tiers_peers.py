@@ -2,17 +2,16 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from lightning_scar.elastic.memory_folder import MemoryFolder
 from lightning_scar.storage.address_book import AddressBook, Entry
 from lightning_scar.storage.chain import Chain
 from lightning_scar.storage.directory import Directory
@@ -28,17 +27,19 @@ PATIENCE = 300.0
 
 @contextmanager
 def memory_folder(parent: Path) -> Iterator[Path]:
-    """A folder that is this host's memory for running checkpoints made meanwhile, removed at the end."""
-    folder = Path(tempfile.mkdtemp(prefix=".benchmark-", dir=parent))
+    """A folder that is this host's memory for running checkpoints made meanwhile, removed at the end.
+
+    Those of benchmarks that were killed are removed before.
+    """
     before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = str(folder)
-    try:
-        yield folder
-    finally:
-        os.environ.pop(VARIABLE)
-        if before is not None:
-            os.environ[VARIABLE] = before
-        shutil.rmtree(folder, ignore_errors=True)
+    with closing(MemoryFolder(parent)) as folder:
+        os.environ[VARIABLE] = str(folder.path)
+        try:
+            yield folder.path
+        finally:
+            os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
 
 
 @contextmanager

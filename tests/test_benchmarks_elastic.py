@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from benchmarks import soak
 from benchmarks.continuation import Curve
 from benchmarks.step_log import Kill, Line, StepLog, mistakes, read, recovery, redone
+from lightning_scar.elastic.memory_folder import MemoryFolder
 
 RUNS = {
     "overhead": ["--small", "--rounds", "3", "--steps", "5", "--torchft", "no"],
@@ -116,3 +118,29 @@ def test_a_loss_is_that_of_the_last_snapshot() -> None:
     assert [curve.at(when) for when in (0.0, 1.5, 2.0, 9.0)] == [0.9, 0.9, 0.5, 0.4]
     assert curve.reaches(0.5) == 2.0
     assert curve.reaches(0.1) == math.inf
+
+
+_HOSTS = """
+import sys, time
+from pathlib import Path
+from benchmarks.kills import environment
+from benchmarks.lost_hosts import LostHosts
+run = LostHosts(["-c", "import time; time.sleep(100)"], Path(sys.argv[1]), environment(), hosts=2)
+print(*run._memories, flush=True)
+time.sleep(100)
+"""
+
+
+def test_the_memory_of_hosts_whose_benchmark_was_killed_is_removed_by_the_next(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _HOSTS, str(tmp_path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        memories = [Path(path) for path in run.stdout.readline().split()]
+        assert all(path.is_dir() for path in memories)
+        assert len(memories) == 2
+        run.kill()
+    deadline = time.monotonic() + 20
+    while any(path.exists() for path in memories):
+        assert time.monotonic() < deadline
+        MemoryFolder().close()
+        time.sleep(0.1)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import tiers
+from benchmarks.tiers_peers import memory_folder
 
 PROMISED = [
     *(f"{tier}_{what}_s" for tier in ("memory", "disk") for what in ("stall", "lazy_stall", "written")),
@@ -47,6 +49,23 @@ def test_it_measures_what_is_promised(tmp_path: Path) -> None:
     assert "Warning" not in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures.json", "memory"]
     assert not list(memory.iterdir())
+
+
+def test_what_a_killed_one_leaves_in_memory_is_removed_by_the_next(tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    run = started(tmp_path, memory)
+    deadline = time.monotonic() + 60
+    while not list(memory.rglob("*.safetensors")):
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.kill()
+    run.communicate()
+    (left,) = memory.iterdir()
+    # What is younger than two seconds may be somebody's who is just about to lock it.
+    os.utime(left, (0, 0))
+    with memory_folder(memory) as fresh:
+        assert list(memory.iterdir()) == [fresh]
 
 
 def test_it_says_what_is_missing(tmp_path: Path) -> None:
