@@ -61,9 +61,7 @@ def test_what_a_killed_one_leaves_in_memory_is_removed_by_the_next(tmp_path: Pat
         time.sleep(0.01)
     run.kill()
     run.communicate()
-    (left,) = memory.iterdir()
-    # What is younger than two seconds may be somebody's who is just about to lock it.
-    os.utime(left, (0, 0))
+    assert list(memory.iterdir())
     with memory_folder(memory) as fresh:
         assert list(memory.iterdir()) == [fresh]
 
