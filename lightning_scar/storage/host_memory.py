@@ -11,8 +11,8 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from glob import glob
 from itertools import count
 from pathlib import Path
@@ -78,11 +78,14 @@ class HostMemory:
             OSError: If it cannot be made.
 
         """
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(self.path), os.fstat(self._locks[self.path])):
-                return
-        self._let_go(self.path)
-        self._hold()
+        if not _is_at(self.path, self._locks[self.path]):
+            self._let_go(self.path)
+            self._hold()
+
+    @property
+    def device(self) -> int:
+        """The number of the file system, which tells the memories of containers apart that have the same names."""
+        return os.fstat(self._locks[self.path]).st_dev
 
     @property
     def inherited_bytes(self) -> int:
@@ -114,7 +117,7 @@ class HostMemory:
         """Lets go of all folders; what is in them stays."""
         for folder in list(self._locks):
             self._let_go(folder)
-        with suppress(OSError):
+        with suppress(OSError), _unless_held(self.path):
             # If nothing was ever saved.
             self.path.rmdir()
             self.path.parent.rmdir()
@@ -231,13 +234,38 @@ def _last_touched(folder: Path) -> float:
 def _locked(folder: Path) -> int:
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_SH)
+    if not _is_at(folder, lock):
+        # Whoever removed it held the lock until then.
+        os.close(lock)
+        raise FileNotFoundError(folder)
     return lock
 
 
+def _is_at(folder: Path, descriptor: int) -> bool:
+    """Whether an open folder is still there."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(folder), os.fstat(descriptor))
+    return False
+
+
 def _remove_unless_held(folder: Path) -> None:
+    with _unless_held(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _unless_held(folder: Path) -> Iterator[None]:
+    """Keeps everybody else from holding a folder meanwhile.
+
+    Raises:
+        OSError: If somebody does, or it is gone.
+
+    """
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not _is_at(folder, lock):
+            raise FileNotFoundError(folder)
+        yield
     finally:
         os.close(lock)

@@ -25,6 +25,12 @@ class Inheritance:
         #: One for each dead start, the newest first.
         self.stores: Sequence[DeltaStore] = [DeltaStore(path, tier=Tier.MEMORY) for path in host.inherited]
 
+    def look_around(self) -> None:
+        """Forgets what somebody has removed: another rank that needs it no more, or who must not hold up the saves."""
+        for store in self.stores:
+            for folder in {delta.name.split("/")[0] for delta in store.deltas}:
+                store.forget_vanished(folder)
+
     def bring_to_storage(self, spill: Spill, head: Head) -> None:
         """Takes over as it is what was not saved anew, such as a block that holds NaN by now.
 
@@ -36,10 +42,7 @@ class Inheritance:
             OSError: If it cannot be written.
 
         """
-        for store in self.stores:
-            # What somebody else has removed must not hold up the saves.
-            for folder in {delta.name.split("/")[0] for delta in store.deltas}:
-                store.forget_vanished(folder)
+        self.look_around()
         with ExitStack() as files:
             found = [block for store in self.stores for block in spill.newer(store, store.deltas, files)]
             newest = {block.key: block for block in sorted(found, key=lambda block: block.version)}

@@ -96,8 +96,7 @@ class TieredRankStore(TieredStore):
         if not self.has_memory and not left_in_memory(self.directory, previous):
             return
         self._host = HostMemory(self.directory, token, previous)
-        # Containers may have the same name and path, but have each a memory of their own.
-        self.host = f"{socket.gethostname()}-{self._host.path.stat().st_dev}:{self._host.path}"
+        self.host = f"{socket.gethostname()}-{self._host.device}:{self._host.path}"
         self._inheritance = Inheritance(self._host)
         if self.has_memory:
             self.memory = MemoryStore(self._host, self.storage.rank, self.storage.world_size, self._limit)
@@ -138,6 +137,8 @@ class TieredRankStore(TieredStore):
         """Takes in what others have written and deleted since; what cannot be read now is left for later."""
         if self.memory is not None:
             self.memory.look_around()
+        if self._inheritance is not None:
+            self._inheritance.look_around()
         if not self._writer.depth:
             self.storage.look_around()
 
@@ -202,7 +203,8 @@ class TieredRankStore(TieredStore):
 
     def _is_due(self, head: Head) -> bool:
         assert self._every is not None
-        is_first = head.incarnation not in {at.incarnation for at in self.storage.index.heads.values()}
+        stored = self.storage.index.heads.get(self.storage.rank)
+        is_first = stored is None or stored.incarnation != head.incarnation
         return is_first or self._unstored >= self._every
 
     def _store_newer_beside(self, head: Head) -> None:

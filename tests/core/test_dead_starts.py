@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from core_helpers import assert_same
-from memory_helpers import MEMORY, folders, kill, resumed, state_at, warned
+from memory_helpers import MEMORY, folders, heal, kill, resumed, state_at, warned
 from ranks import run_ranks
 from shared_helpers import copied, make_training, opened, quietly
 
@@ -89,6 +89,37 @@ def assert_made_of(found: dict[str, Any], states: dict[int, dict[str, Any]]) -> 
         if torch.equal(row, state["state_dict"][name][i])
     }
     assert steps == set(states)
+
+
+def heals_when_the_other_rank_has_let_go(rank: int, host: Path, url: str) -> tuple[str, list[bool]]:
+    os.environ[VARIABLE] = str(host)
+    training = make_training()
+    running = opened(url, fraction=1.0, **MEMORY)
+    training.load(quietly(running)[0])
+    # What is NaN from the first save on stays with the dead start, or is brought to storage as it is.
+    with torch.no_grad():
+        for parameter in training.model.parameters():
+            parameter[:2].fill_(torch.nan)
+    if rank == 0:
+        running.ranks.gather(None)
+    for _ in range(4):
+        training.save(running)
+        running.flush()
+    if rank == 1:
+        running.ranks.gather(None)
+    running.ranks.gather(None)
+    is_there = [folder.exists() for folder in running.store.memory_folders]
+    plan = heal(training, running)
+    running.close()
+    return plan, is_there
+
+
+def test_healing_does_not_look_for_what_another_rank_has_removed(url: str, host: Path) -> None:
+    kill(2, host, url, 6)
+    (plan, _), (other, is_there) = run_ranks(heals_when_the_other_rank_has_let_go, 2, host, url)
+    assert is_there == [True, False], "the dead start's, which rank 1 still lists"
+    assert plan == other
+    assert "survivors" in plan
 
 
 # -- memory that is gone -----------------------------------------------------------------------------------------------

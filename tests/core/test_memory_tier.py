@@ -237,9 +237,16 @@ def test_nobody_else_can_read_it(url: str, host: Path) -> None:
         os.umask(before)
 
 
-def test_a_host_without_memory_is_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "/nowhere")
-    with pytest.raises(FileNotFoundError, match="/nowhere is none that can be written to"):
+@pytest.mark.parametrize("place", ["/nowhere", "/proc", __file__])
+def test_a_host_without_memory_is_told(place: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, place)
+    with pytest.raises(FileNotFoundError, match=f"{place} is none that can be written to .* Set {VARIABLE} to"):
+        opened(url, **MEMORY)
+
+
+def test_memory_that_would_be_elsewhere_after_a_chdir_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "memory")
+    with pytest.raises(ValueError, match=f"{VARIABLE}='memory' must be an absolute path"):
         opened(url, **MEMORY)
 
 

@@ -56,6 +56,18 @@ def test_folders_of_other_runs_come_and_go_while_a_start_looks_through_them(host
         others.result()
 
 
+def test_ranks_of_one_start_that_come_while_others_end_hold_their_folder(host: Path, directory: Directory) -> None:
+    def come_and_go(rank: int) -> None:
+        for _ in range(100):
+            memory = HostMemory(directory, "the same")
+            assert memory.path.stat().st_ino == os.fstat(memory._locks[memory.path]).st_ino
+            memory.remove(f"rank-{rank:04d}", nothing)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(come_and_go, range(8)))
+    assert not list(host.glob("*/*"))
+
+
 def test_a_start_that_wrote_nothing_leaves_nothing(host: Path, directory: Directory) -> None:
     HostMemory(directory, "a").leave()
     assert not list(host.glob("*/*"))
