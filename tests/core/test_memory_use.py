@@ -1,0 +1,126 @@
+"""What the user is told of the memory that saves take, and that they take no more."""
+
+import io
+import os
+import re
+import subprocess
+import time
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import pytest
+from memory_helpers import MEMORY, hosts_of, kill, wait_for_copies, warned
+from ranks import run_ranks
+from shared_helpers import make_training, opened, quietly
+
+from lightning_scar.storage.host_memory import VARIABLE
+
+pytestmark = pytest.mark.usefixtures("host")
+
+#: A header for each of the tiny blocks of these tests, which nobody counts in megabytes of a real one.
+HEADERS = 1.5
+
+
+def used(host: Path) -> int:
+    return sum(path.stat().st_size for path in host.glob("*/*/*/*/*"))
+
+
+def saves(rank: int, host: Path, url: str, resume: bool = False) -> tuple[str, int]:
+    """What is told, and how many bytes lie in the host's memory in the end."""
+    os.environ[VARIABLE] = str(host)
+    training = make_training()
+    with redirect_stderr(io.StringIO()) as said, opened(url, fraction=0.3, **MEMORY) as running:
+        if resume:
+            training.load(quietly(running)[0])
+        for _ in range(9):
+            training.step()
+            training.save(running)
+            running.flush()
+            if resume:
+                break
+        wait_for_copies(running)
+        running.ranks.gather(None)
+        found = used(host)
+        running.ranks.gather(None)
+        return said.getvalue(), found
+
+
+def saves_on_hosts(rank: int, hosts: list[Path], url: str) -> tuple[str, int]:
+    return saves(rank, hosts[rank], url)
+
+
+def stated(said: str) -> float:
+    """Bytes at most."""
+    (number, unit), *others = re.findall(r"at most ([\d.]+) (\w+) on a host", said)
+    assert not others
+    return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_is_stated_once_holds_for_all_ranks_of_a_host(n: int, url: str, host: Path) -> None:
+    (said, found), *others = run_ranks(saves, n, host, url)
+    assert stated(said) < found * 2
+    assert found < stated(said) * HEADERS
+    assert f"{n} ranks" in said or n == 1
+    assert all(not other for other, _ in others)
+
+
+def test_copies_for_other_hosts_are_stated_too(url: str, host: Path) -> None:
+    (said, found), (other, _) = run_ranks(saves_on_hosts, 2, hosts_of(host, 2), url)
+    assert "copies of 1 of other hosts" in said
+    assert stated(said) < found * 2
+    assert found < stated(said) * HEADERS
+    assert not other
+
+
+def test_what_dead_starts_have_left_is_stated_too(url: str, host: Path) -> None:
+    kill(1, host, url, 3)
+    ((said, _),) = run_ranks(saves, 1, host, url, True)
+    assert re.search(r"beside [\d.]+ kB that dead starts have left", said), said
+
+
+def test_a_limit_that_is_too_small_is_named(url: str) -> None:
+    training = make_training()
+    with warned() as said, opened(url, fraction=1.0, memory_limit=1000, **MEMORY) as running:
+        training.step()
+        training.save(running)
+    first, second = (text for text in said if "memory_limit" in text)
+    assert "memory_limit=1000 allows 1 kB" in first
+    assert "Raise memory_limit" in first
+    assert "1000 bytes may be taken" in second
+    assert not any("--shm-size" in text for text in said)
+
+
+def test_a_tmpfs_that_is_too_small_is_named(url: str, host: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", host], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        training = make_training()
+        with warned() as said, opened(url, fraction=1.0, **MEMORY) as running:
+            training.step()
+            training.save(running)
+        assert len([text for text in said if f"{host}" in text and "--shm-size" in text]) == 1
+    finally:
+        subprocess.run(["umount", "-l", host], check=True)
+
+
+def lags_behind(rank: int, hosts: list[Path], url: str) -> list[str]:
+    """The network carries nothing for a while."""
+    os.environ[VARIABLE] = str(hosts[rank])
+    training = make_training()
+    with warned() as said, opened(url, fraction=1.0, **MEMORY) as running:
+        assert running.store.chain is not None
+        running.store.chain._update = lambda *_: time.sleep(0.05)
+        for _ in range(12):
+            training.step()
+            training.save(running)
+            running.flush()
+        training.save(running)
+        del running.store.chain._update
+    return [text for text in said if "saves behind" in text]
+
+
+def test_copies_that_lag_behind_are_told_of_with_the_cause(url: str, host: Path) -> None:
+    for said in run_ranks(lags_behind, 2, hosts_of(host, 2), url):
+        assert len(said) == 1
+        assert "more is saved than the network carries: save less often" in said[0]
