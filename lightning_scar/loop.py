@@ -55,7 +55,7 @@ class SCARLoop:
         memory: Whether saves go to this host's memory first: ``/dev/shm``, or what ``LIGHTNING_SCAR_MEMORY`` names.
         durable_every_n_saves: With it, every how-manieth save goes to ``dirpath``, too; full ones always do.
         replicas: With it, on how many other hosts each rank keeps a copy, for the loss of its host.
-        memory_limit: Bytes of memory that each rank may take, and as many for copies; ``None`` for what there is.
+        memory_limit: Bytes of memory that each rank may take, and each of its copies; ``None`` for what there is.
         storage_options: Passed to the file system of ``dirpath``.
         continuation: Lets the workers of this loop outlive each other; steps are made by :meth:`training_step` then.
 

@@ -226,11 +226,8 @@ class Neighbours:
 
     def _serve(self) -> tuple[str, int]:
         if self._server is None:
-            limit = self._settings.memory_limit
-            if limit is not None:
-                # It takes the copies for all ranks of its host.
-                limit *= max(1, self._settings.replicas) * len(self._store.local_ranks)
-            self._server = FolderServer(self._store.memory_folders[0].parent, self._server_key, self._address, limit)
+            folder, limit = self._store.memory_folders[0].parent, self._settings.memory_limit
+            self._server = FolderServer(folder, self._server_key, self._address, limit)
         return self._server.address
 
 

@@ -26,8 +26,7 @@ class Settings:
         memory: Whether saves go to this host's memory first, which outlives the processes.
         durable_every_n_saves: With it, every how-manieth save goes to storage, too.
         replicas: With it, on how many other hosts each rank keeps a copy.
-        memory_limit: Bytes of it that each rank may take, and as many again for the copies of others; ``None`` for what
-            there is.
+        memory_limit: Bytes of it that each rank may take, and each of its copies; ``None`` for what there is.
 
     Raises:
         ValueError: If a value is out of range; the message names it and what is allowed.

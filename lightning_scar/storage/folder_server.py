@@ -27,8 +27,8 @@ class FolderServer:
         path: The folder. It has no other server.
         key: What callers have to know.
         host: The interface to listen on; others than this host reach the default one not.
-        limit: How many bytes may lie in the folders that puts went to; ``None`` for any number. What a caller deletes
-            gives its room back.
+        limit: How many bytes may lie in the folders of one name, which are those of one rank; ``None`` for any number.
+            What a caller deletes gives its room back.
 
     Attributes:
         address: Where it listens: the interface, and a port that was free.

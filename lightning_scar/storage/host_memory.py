@@ -20,6 +20,7 @@ from pathlib import Path
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.lease import tokens_of
 from lightning_scar.storage.mounts import place_of
+from lightning_scar.storage.room import bytes_in
 from lightning_scar.storage.store import retry_vanished
 
 #: Where users may say which folder is in memory.
@@ -87,17 +88,21 @@ class HostMemory:
         """The number of the file system, which tells the memories of containers apart that have the same names."""
         return os.fstat(self._locks[self.path]).st_dev
 
-    @property
-    def inherited_bytes(self) -> int:
-        """Bytes of all files that dead starts left."""
-        return sum(map(_bytes_in, self.inherited))
+    def inherited_bytes(self, folder: str | None = None) -> int:
+        """Bytes of all files that dead starts left.
+
+        Args:
+            folder: Counts those of one rank only, by the name of its folder.
+
+        """
+        return sum(bytes_in(inherited, folder) for inherited in self.inherited)
 
     @property
     def room(self) -> int:
         """Bytes that all processes of this start may have here: what is free, and what they have already."""
         # Whatever has become of the folder by now, the lock is open.
         status = os.fstatvfs(self._locks[self.path])
-        return status.f_frsize * status.f_bavail + _bytes_in(self.path)
+        return status.f_frsize * status.f_bavail + bytes_in(self.path)
 
     def forget_inherited(self, folders: Sequence[Path], remove: bool) -> None:
         """Lets go of what dead starts left, when nobody needs it any more.
@@ -216,15 +221,6 @@ def _sweep(run: Path, needed: set[Path]) -> None:
 def _paths(folder: Path, pattern: str) -> list[Path]:
     # Path.glob fails when another process removes a folder in between.
     return [folder / name for name in glob(pattern, root_dir=folder)]
-
-
-def _bytes_in(folder: Path) -> int:
-    found = 0
-    for path, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                found += os.stat(os.path.join(path, name)).st_size
-    return found
 
 
 def _last_touched(folder: Path) -> float:

@@ -26,7 +26,6 @@ class MemoryStore(RankStore):
     Attributes:
         is_hollow: Whether somebody has removed files, and no full save has followed.
         loss: Where that happened, if ever.
-        local_ranks: How many ranks share what the host has inherited.
 
     """
 
@@ -34,7 +33,6 @@ class MemoryStore(RankStore):
         super().__init__(host.path, None, rank, world_size, Tier.MEMORY, NEWEST_ONLY)
         self.is_hollow = False
         self.loss: Path | None = None
-        self.local_ranks = 1
         self._host = host
         self._bound = bound
         self._lost: set[str] = set()
@@ -56,6 +54,5 @@ class MemoryStore(RankStore):
     def commit(self, head: Head, blocks: Sequence[BlockData]) -> int:
         self._host.renew()
         if self._bound is not None:
-            # Each rank of the host counts its share of what they have inherited together.
-            self.limit = max(0, self._bound - -(-self._host.inherited_bytes // self.local_ranks))
+            self.limit = max(0, self._bound - self._host.inherited_bytes(self.folder))
         return super().commit(head, blocks)

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from lightning_scar.storage.folder_protocol import FileInfo, NoRoomError
+from lightning_scar.storage.room import bytes_in
 from lightning_scar.storage.spare_file import SpareFile
 
 _TEMPORARY = ".put.tmp"
@@ -20,7 +21,7 @@ class ServedFolder:
 
     Args:
         path: The folder. What puts that were cut off by a crash have left in it is removed.
-        limit: How many bytes may lie in the folders that puts went to; ``None`` for any number.
+        limit: How many bytes may lie in the folders of one name, which are those of one rank; ``None`` for any number.
 
     Example::
 
@@ -153,16 +154,16 @@ class ServedFolder:
     def _reserve(self, folder: Path, descriptor: int, size: int) -> None:
         self._put_to.add(folder)
         if self._limit is not None:
-            self._check_room(size, os.fstat(descriptor).st_size, self._limit)
+            self._check_room(folder, size, os.fstat(descriptor).st_size, self._limit)
         # From here on the whole file counts, for the next caller too.
         os.ftruncate(descriptor, size)
         self._last_put = size
 
-    def _check_room(self, size: int, own: int, limit: int) -> None:
+    def _check_room(self, folder: Path, size: int, own: int, limit: int) -> None:
         # Looked up each time: files are also deleted by others than the callers.
-        taken = sum(found.size for folder in self._put_to if folder.is_dir() for found in _entries(folder)) - own
+        taken = bytes_in(self._root, folder.name) - own
         if taken + size > limit:
-            reason = f"no room for {size} bytes, {taken} of {limit} are taken: delete files there, or raise the limit"
+            reason = f"no room for {size} bytes, this rank has taken {taken} of {limit} there: raise memory_limit"
             raise NoRoomError(errno.ENOSPC, reason)
 
 

@@ -182,7 +182,6 @@ class TieredRankStore(TieredStore):
             # The copies on other hosts follow the memory: what was lost here they keep until it is whole again.
             return False
         try:
-            memory.local_ranks = len(self.local_ranks)
             memory.commit(head, blocks)
         except OSError as error:
             self.trouble = error
@@ -263,7 +262,7 @@ class TieredRankStore(TieredStore):
     @property
     def inherited_bytes(self) -> int:
         """Bytes that dead starts have left here, for all ranks of this host."""
-        return self._host.inherited_bytes if self._host is not None else 0
+        return self._host.inherited_bytes() if self._host is not None else 0
 
     @property
     def room(self) -> int:

@@ -18,6 +18,7 @@ from shared_helpers import copied, make_training, opened, quietly
 
 from lightning_scar.core.restoration import load
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.storage.delta import SUFFIX
 from lightning_scar.storage.host_memory import VARIABLE
 from lightning_scar.storage.store import DeltaStore
 
@@ -121,6 +122,11 @@ def killed_on_hosts(rank: int, hosts: list[Path], url: str, steps: int, **option
 
 def resumed_on_hosts(rank: int, hosts: list[Path], url: str) -> tuple[dict[str, Any], str]:
     return resumed(rank, hosts[rank], url)
+
+
+def files_of(host: Path, rank: int) -> dict[str, bytes]:
+    """What a host has in memory of a rank, its own or a copy."""
+    return {path.name: path.read_bytes() for path in host.glob(f"*/*/*/rank-{rank:04d}/*{SUFFIX}")}
 
 
 def left_behind(hosts: list[Path]) -> list[Path]:

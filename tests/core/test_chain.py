@@ -1,6 +1,7 @@
 """Copies of what ranks have in memory, on the next hosts: what is lost with a host comes out of them."""
 
 import os
+import re
 import signal
 import time
 import warnings
@@ -12,6 +13,7 @@ import torch
 from core_helpers import assert_same
 from memory_helpers import (
     MEMORY,
+    files_of,
     hosts_of,
     kill_on_hosts,
     left_behind,
@@ -21,18 +23,21 @@ from memory_helpers import (
     stored,
     wait_for_copies,
 )
-from ranks import run_ranks
-from shared_helpers import make_training, opened
+from ranks import Failure, run_ranks
+from shared_helpers import make_training, opened, quietly
 
 from lightning_scar.core.restoration import load
 from lightning_scar.storage.delta import Delta
+from lightning_scar.storage.folder_client import FolderClient
 from lightning_scar.storage.host_memory import VARIABLE
 from lightning_scar.storage.store import DeltaStore
+
+put = FolderClient.put
 
 pytestmark = pytest.mark.usefixtures("host")
 
 
-# -- copies on other hosts ---------------------------------------------------------------------------------------------
+# -- a host is lost ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -67,6 +72,36 @@ def test_two_neighbours_lost_at_once_fall_through_to_storage(url: str, host: Pat
         assert_same(other, results[0][0])
 
 
+def test_two_neighbours_lost_at_once_cost_nothing_where_there_are_two_copies(url: str, host: Path) -> None:
+    hosts = hosts_of(host, 3)
+    kill_on_hosts(hosts, url, 6, replicas=2)
+    for rank, own in enumerate(hosts):
+        assert files_of(own, rank)
+        assert all(files_of(other, rank) == files_of(own, rank) for other in hosts)
+    lose(hosts[1])
+    lose(hosts[2])
+    for found, recovery in run_ranks(resumed_on_hosts, 3, hosts, url):
+        assert_same(found, state_at(6))
+        assert "newest versions" not in recovery, "something was read from storage"
+    assert_same(load(url), state_at(7))
+    assert not left_behind(hosts)
+
+
+# -- a host dies while the others go on --------------------------------------------------------------------------------
+
+
+def die_together(url: str, rank: int, survivors: set[int]) -> None:
+    """Waits for the others without the group, which is broken, and leaves what memory holds as it is."""
+    (Path(url).parent / f"done-{rank}").touch()
+    while not all((Path(url).parent / f"done-{other}").exists() for other in survivors):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def assert_killed(failures: list[Failure]) -> None:
+    assert all(failure.message == "ended with -9 and without a result" for failure in failures), failures
+
+
 def with_a_tail_that_dies(rank: int, hosts: list[Path], url: str) -> None:
     os.environ[VARIABLE] = str(hosts[rank])
     training = make_training()
@@ -84,17 +119,12 @@ def with_a_tail_that_dies(rank: int, hosts: list[Path], url: str) -> None:
     wait_for_copies(running)
     if rank == 0:
         assert [Path(memory.partition(":")[2]).parents[2] for memory in running.store.chain.hosts] == [hosts[2]]
-    # There is no group any more to wait in.
-    (Path(url).parent / f"done-{rank}").touch()
-    while not all((Path(url).parent / f"done-{other}").exists() for other in (0, 2)):
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
+    die_together(url, rank, survivors={0, 2})
 
 
 def test_the_chain_is_repaired_around_a_dead_member(url: str, host: Path) -> None:
     hosts = hosts_of(host, 3)
-    failures = run_ranks(with_a_tail_that_dies, 3, hosts, url, failing=True)
-    assert [failure.message for failure in failures] == ["ended with -9 and without a result"] * 3, failures
+    assert_killed(run_ranks(with_a_tail_that_dies, 3, hosts, url, failing=True))
     own = [b.key for d in deltas_of(url, 0) for b in d.blocks if b.key.startswith("state_dict/")]
     lose(hosts[0])
     lose(hosts[1])
@@ -113,7 +143,110 @@ def deltas_of(url: str, rank: int) -> list[Delta]:
     return [delta for delta in store.deltas if delta.head.rank == rank]
 
 
-def without_room_for_copies(rank: int, hosts: list[Path], url: str) -> tuple[int, list[str]]:
+def put_slowly(self: FolderClient, name: str, path: Path) -> None:
+    time.sleep(0.2)
+    put(self, name, path)
+
+
+def with_a_tail_that_dies_while_it_catches_up(rank: int, hosts: list[Path], url: str) -> None:
+    os.environ[VARIABLE] = str(hosts[rank])
+    training = make_training()
+    running = opened(url, fraction=0.2, memory=True, durable_every_n_saves=1000)
+    for _ in range(8):
+        training.step()
+        training.save(running)
+        running.flush()
+    wait_for_copies(running)
+    pids = running.ranks.gather(os.getpid())
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while psutil.pid_exists(pids[1]):
+        time.sleep(0.01)
+    if rank == 0:
+        FolderClient.put = put_slowly  # type: ignore[method-assign]
+        # That there is nobody any more it notices now, and begins with the next host.
+        training.save(running)
+        running.flush()
+        wait_for_copies(running)
+    if rank == 2:
+        while not files_of(hosts[2], 0):
+            time.sleep(0.01)
+        assert len(files_of(hosts[2], 0)) < len(files_of(hosts[0], 0))
+        os.kill(os.getpid(), signal.SIGKILL)
+    die_together(url, rank, survivors={0, 3})
+
+
+def test_copies_are_completed_elsewhere_when_the_next_host_dies_while_it_catches_up(url: str, host: Path) -> None:
+    hosts = hosts_of(host, 4)
+    assert_killed(run_ranks(with_a_tail_that_dies_while_it_catches_up, 4, hosts, url, failing=True))
+    assert files_of(hosts[3], 0) == files_of(hosts[0], 0)
+    assert 0 < len(files_of(hosts[2], 0)) < len(files_of(hosts[0], 0))
+
+
+# -- the limit ---------------------------------------------------------------------------------------------------------
+
+
+def bytes_of(host: Path, rank: int) -> int:
+    return sum(map(len, files_of(host, rank).values()))
+
+
+def with_a_host_that_dies(rank: int, hosts: list[Path], url: str, limit: int) -> None:
+    os.environ[VARIABLE] = str(hosts[rank])
+    training = make_training(width=100)
+    running = opened(url, fraction=0.1, block_size=4096, memory_limit=limit, **MEMORY)
+    for step in range(6):
+        training.step()
+        training.save(running)
+        running.flush()
+        if step == 3:
+            wait_for_copies(running)
+            running.ranks.gather(None)
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    wait_for_copies(running)
+    assert running.store.trouble is None, "all saves found room in memory"
+    die_together(url, rank, survivors={0, 2})
+
+
+def test_the_repaired_chain_has_room_beside_the_copies_of_the_dead(url: str, host: Path) -> None:
+    hosts, limit = hosts_of(host, 3), 250_000
+    assert_killed(run_ranks(with_a_host_that_dies, 3, hosts, url, limit, failing=True))
+    assert files_of(hosts[2], 0) == files_of(hosts[0], 0)
+    assert files_of(hosts[2], 1) == files_of(hosts[1], 1)
+    assert all(bytes_of(hosts[2], rank) <= limit for rank in range(3))
+    assert sum(bytes_of(hosts[2], rank) for rank in (0, 1)) > limit
+
+
+def test_a_host_has_room_for_the_copies_of_more_ranks_than_its_own(url: str, host: Path) -> None:
+    hosts, limit = hosts_of(host, 2), 48_000
+    places = [hosts[0]] * 3 + [hosts[1]]
+    kill_on_hosts(places, url, 6, memory_limit=limit)
+    assert sum(bytes_of(hosts[1], rank) for rank in range(3)) > limit
+    lose(hosts[0])
+    for found, recovery in run_ranks(resumed_on_hosts, 4, places, url):
+        assert_same(found, state_at(6))
+        assert "newest versions" not in recovery, "something was read from storage"
+
+
+def goes_on_within_a_limit(rank: int, hosts: list[Path], url: str, limit: int) -> OSError | None:
+    os.environ[VARIABLE] = str(hosts[rank])
+    training = make_training()
+    with opened(url, fraction=1.0, memory_limit=limit, **MEMORY) as running:
+        training.load(quietly(running)[0])
+        training.save(running)
+        running.flush()
+        return running.store.trouble
+
+
+def test_copies_that_dead_starts_have_left_take_no_room_from_a_ranks_own_files(url: str, host: Path) -> None:
+    hosts = hosts_of(host, 2)
+    kill_on_hosts(hosts, url, 6)
+    limit = int(2.5 * max(bytes_of(own, rank) for rank, own in enumerate(hosts)))
+    assert run_ranks(goes_on_within_a_limit, 2, hosts, url, limit) == [None, None]
+    assert not left_behind(hosts)
+
+
+def without_room_for_copies(rank: int, hosts: list[Path], url: str) -> tuple[int, str, list[str]]:
     os.environ[VARIABLE] = str(hosts[rank])
     training = make_training()
     with warnings.catch_warnings(record=True) as caught:
@@ -125,16 +258,22 @@ def without_room_for_copies(rank: int, hosts: list[Path], url: str) -> tuple[int
                 training.save(running)
                 running.flush()
             running.ranks.gather(None)
-        return running.stats.unreplicated_saves, [str(warning.message) for warning in caught]
+            assert running.store.chain is not None
+            trouble = str(running.store.chain.trouble)
+        return running.stats.unreplicated_saves, trouble, [str(warning.message) for warning in caught]
 
 
 def test_copies_that_find_no_room_are_counted_and_warned_of_once(url: str, host: Path) -> None:
     hosts = hosts_of(host, 2)
-    behind, said = run_ranks(without_room_for_copies, 2, hosts, url)[0]
+    behind, trouble, said = run_ranks(without_room_for_copies, 2, hosts, url)[0]
     assert behind == 10
+    assert re.search(r"no room for \d{5} bytes, this rank has taken 0 of 10000 there: raise memory_limit", trouble)
     assert len([text for text in said if "lag" in text and "saves behind" in text]) == 1
     assert_same(load(url), state_at(10))
     assert not left_behind(hosts)
+
+
+# -- who serves --------------------------------------------------------------------------------------------------------
 
 
 def listens(rank: int, hosts: list[Path], url: str) -> list[str]:

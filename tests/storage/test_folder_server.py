@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import stat
@@ -302,11 +303,12 @@ def test_puts_stay_within_the_limit_and_deletes_give_room_back(small: FolderServ
     source = written(here / "a", 400)
     with FolderClient(*small.address, KEY) as client:
         client.put("x/a", source)
-        client.put("y/b", source)
-        with pytest.raises(NoRoomError, match="no room for 400 bytes, 800 of 1000 are taken"):
+        client.put("x/b", source)
+        full = r"no room for 400 bytes, this rank has taken 800 of 1000 there: raise memory_limit: '.*/x/c'"
+        with pytest.raises(NoRoomError, match=full):
             client.put("x/c", source)
-        assert files_below(there) == ["own", "x/a", "y/b"]
-        client.delete("y/b")
+        assert files_below(there) == ["own", "x/a", "x/b"]
+        client.delete("x/b")
         client.put("x/c", source)
         client.put("x/small", written(here / "small", 200))
         with pytest.raises(NoRoomError):
@@ -314,6 +316,18 @@ def test_puts_stay_within_the_limit_and_deletes_give_room_back(small: FolderServ
         client.put("x/empty", written(here / "empty", 0))
         (there / "x/a").unlink()
         client.put("x/a", source)
+
+
+def test_each_rank_has_room_of_its_own_for_all_its_starts(small: FolderServer, here: Path, there: Path) -> None:
+    (there / "dead/rank-0000").mkdir(parents=True)
+    written(there / "dead/rank-0000/a", 600)
+    with FolderClient(*small.address, KEY) as client:
+        with pytest.raises(NoRoomError, match="no room for 401 bytes, this rank has taken 600 of 1000"):
+            client.put("live/rank-0000/a", written(here / "too large", 401))
+        client.put("live/rank-0000/a", written(here / "fits", 400))
+        client.put("live/rank-0001/a", written(here / "all", 1000))
+        shutil.rmtree(there / "dead")
+        client.put("live/rank-0000/b", written(here / "rest", 600))
 
 
 def test_what_has_no_room_is_not_even_sent(small: FolderServer, here: Path) -> None:

@@ -114,7 +114,7 @@ def test_what_is_kept_takes_no_room_from_others(client: FolderClient, put: Put, 
     with pytest.raises(NoRoomError):
         put("x/one byte", 1)
     client.delete("x/kept")
-    with pytest.raises(NoRoomError, match=f"no room for {SIZE + 1} bytes, {2 * SIZE} of {3 * SIZE} are taken"):
+    with pytest.raises(NoRoomError, match=f"no room for {SIZE + 1} bytes, .* taken {2 * SIZE} of {3 * SIZE} there"):
         put("x/too large", SIZE + 1)
     put("x/fits", SIZE)
 
