@@ -103,7 +103,7 @@ class Chain:
             self._news.clear()
             wanted = self._saves
             if not self._ending.is_set() and self._copy():
-                self._acknowledged = wanted
+                self._acknowledged, self.trouble = wanted, None
 
     def _copy(self) -> bool:
         """Whether there are as many copies as there should be, all of them up to date."""

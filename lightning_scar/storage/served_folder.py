@@ -42,9 +42,11 @@ class ServedFolder:
         self._spare = SpareFile()
         self._last_put = 0
         self._lock = threading.Lock()
-        for left in self._root.rglob(f".*{_TEMPORARY}"):
-            with suppress(OSError):
-                left.unlink()
+        # Not rglob, which fails when another process removes a folder in between.
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                if name.startswith(".") and name.endswith(_TEMPORARY):
+                    Path(folder, name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         path = Path(os.path.realpath(self._root / name))

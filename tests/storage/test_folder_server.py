@@ -677,3 +677,22 @@ def test_descriptors_and_threads_do_not_grow(server: FolderServer, here: Path, t
             FolderClient(*server.address, b"another")
     wait_for(lambda: used() == before)
     assert files_below(there) == ["x/a"]
+
+
+def test_it_begins_while_other_processes_remove_folders_of_theirs(there: Path) -> None:
+    is_over = threading.Event()
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            for name in "abcdefgh":
+                (there / name / "rank-0000").mkdir(parents=True)
+                shutil.rmtree(there / name)
+
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(come_and_go)
+        try:
+            for _ in range(200):
+                FolderServer(there, KEY).close()
+        finally:
+            is_over.set()
+        others.result()
