@@ -66,7 +66,7 @@ class Claim:
             ranks.together(lambda: self._follow(token, host))
             self.incarnation = 1 + max(ranks.gather(ranks.together(lambda: self._enter(token, previous))))
             left = {folder.name for folders in ranks.gather(store.memory_folders) for folder in folders}
-            self.memory_is_lost = self._lease.last_had_memory and not left & set(previous[:1])
+            self.memory_is_lost = token is not None and self._lease.needs_memory and not left & set(previous)
         except BaseException:
             self._store.leave_memory(remove=False)
             self.release()
@@ -82,14 +82,14 @@ class Claim:
         """Whether another run has taken the directory over."""
         return self._lease.lost
 
-    def release(self, for_good: bool = True) -> None:
+    def release(self, is_stored: bool = True) -> None:
         """Gives the directory back.
 
         Args:
-            for_good: ``False`` if the next start has to find what this one could not bring to it.
+            is_stored: ``False`` if the next start has to find in memory what this one could not bring to storage.
 
         """
-        self._lease.release(for_good)
+        self._lease.release(is_stored, has_memory=self._store.memory is not None)
 
     def _sit_down(self, seat: Seat) -> None:
         self.incarnation = seat.incarnation

@@ -38,4 +38,4 @@ def _leave(store: TieredRankStore, claim: Claim, process: int) -> None:
     except Exception as error:
         is_stored = False
         warnings.warn(f"lightning-scar: the last saves are in this host's memory only: {error!r}", stacklevel=1)
-    claim.release(for_good=is_stored and store.memory is None)
+    claim.release(is_stored)

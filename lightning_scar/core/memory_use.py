@@ -31,9 +31,10 @@ def tell_of_memory(notices: Notices, store: TieredRankStore, settings: Settings,
     assert store.memory is not None
     folder, every = store.memory.directory.path, settings.durable_every_n_saves
     each = int((NEWEST_ONLY.states + settings.fraction) * share)
+    local = len(store.local_ranks)
     # Hosts are taken to be alike: this one keeps as many copies for others as they do for it.
-    copies = settings.replicas if store.chain is not None else 0
-    need, inherited = each * len(store.local_ranks) * (1 + copies), store.inherited_bytes
+    copies = min(settings.replicas * local, store.storage.world_size - local) if store.chain is not None else 0
+    need, inherited = each * (local + copies), store.inherited_bytes
     limit = settings.memory_limit
     if limit is not None and each > limit:
         notices.warn(
@@ -50,8 +51,8 @@ def tell_of_memory(notices: Notices, store: TieredRankStore, settings: Settings,
             f"{_TO_STORAGE}. {_MORE_ROOM}",
         )
     elif store.storage.rank == 0:
-        ranks = f"{len(store.local_ranks)} ranks" if len(store.local_ranks) > 1 else "a rank"
-        of_others = f" and copies of {len(store.local_ranks) * copies} of other hosts" if copies else ""
+        ranks = f"{local} ranks" if local > 1 else "a rank"
+        of_others = f" and copies of {copies} of other hosts" if copies else ""
         left = f", beside {readable(inherited)} that dead starts have left until all is saved anew" if inherited else ""
         notices.tell(
             f"saves go to memory first, {folder}: at most {readable(need)} on a host for {ranks}{of_others}, of "
@@ -127,6 +128,6 @@ def warn_of_lost_memory(notices: Notices, store: TieredRankStore) -> None:
     notices.warn(
         "lost_memory",
         f"the last start that wrote to {store.directory} saved to memory first, and none of these hosts has any of it: "
-        "what it saved since its last save in storage is lost. It lay on another host, was removed by a reboot or by "
-        "somebody, or the directory was moved: then resume from where it was",
+        "what it saved since its last save in storage, if anything, is lost. It lay on another host, was removed by a "
+        "reboot or by somebody, or the directory was moved: then resume from where it was",
     )

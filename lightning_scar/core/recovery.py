@@ -10,7 +10,7 @@ from typing import Any
 from lightning_scar.core.blocks import BlockMap
 from lightning_scar.core.memory import readable
 from lightning_scar.core.rework import Motion
-from lightning_scar.storage.delta import StorageError
+from lightning_scar.storage.delta import Delta, StorageError
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head, Mark, Version
 from lightning_scar.storage.index import Index, Located
@@ -150,6 +150,11 @@ class RecoveryPlan:
         """The step of the version of every block that comes from disk."""
         planned = self._planned.items()
         return {key: source.versions[0].block.version.step for key, source in planned if source.versions}
+
+    @property
+    def deltas(self) -> list[Delta]:
+        """The files that blocks come from."""
+        return [planned.versions[0].delta for planned in self._planned.values() if planned.versions]
 
     @property
     def is_whole(self) -> bool:

@@ -142,8 +142,7 @@ class RunningCheckpoint:
         self._committer.go_on_from(self.store.index.lineage)
         for located, _ in restored.damages:
             self.store.index.discard(located)
-        if not restored.damages:
-            self.store.forget_obsolete()
+        self.store.forget_obsolete(restored.plan.deltas)
         self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
         self.restored_ranks = restored.world_size
         self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
@@ -340,8 +339,7 @@ class RunningCheckpoint:
         if self.store.follows_nobody:
             self._claim.forget_previous()
         self.store.leave_memory(is_stored, with_copies=self._neighbours.close(is_stored))
-        # Where there is memory, another rank may have left something there, too.
-        self._claim.release(for_good=is_stored and self.store.memory is None)
+        self._claim.release(is_stored)
         self.stats.bytes_written = self.store.stored_bytes
 
     def _hand_over(self, save: Save) -> None:

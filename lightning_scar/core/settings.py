@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from lightning_scar.core.notices import Notices
@@ -52,7 +53,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Checks every value."""
         _require(
-            0 < self.fraction <= 1,
+            _is_number(self.fraction) and 0 < self.fraction <= 1,
             f"fraction={self.fraction!r} must be in (0, 1]: the share of the state that one save may write, e.g. 0.125",
         )
         _require(
@@ -102,8 +103,12 @@ _MAY_BE_NONE = ("block_size", "max_age", "memory_limit")
 
 
 def _is_whole_number(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value)
+
+
+def _is_number(value: object) -> bool:
     # To Python a bool is one.
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -333,16 +334,13 @@ class Member:
         """Lets the training thread go, should it be blocked in a collective of a generation that is no more."""
         if generation is not None and generation != self._number:
             return
-        try:
-            is_nccl = dist.get_backend() == dist.Backend.NCCL
-        except ValueError:
-            # There is no group, or none any more: this is another thread than the one that makes and destroys it.
-            is_nccl = False
-        if is_nccl:
-            group = dist.distributed_c10d._get_default_group()
-            group._get_backend(torch.device("cuda")).abort()
-        else:
-            self._connections.cut()
+        # There may be no group, or none any more: this is another thread than the one that makes and destroys it.
+        with suppress(ValueError):
+            if dist.get_backend() == dist.Backend.NCCL:
+                group = dist.distributed_c10d._get_default_group()
+                group._get_backend(torch.device("cuda")).abort()
+                return
+        self._connections.cut()
 
     def _tell(self, event: Event) -> None:
         try:

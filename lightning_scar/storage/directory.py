@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -18,6 +19,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lightning_scar.storage.source import Source
 
 _TEMPORARY = ".tmp"
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Whether a file could be locked, or never can be."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager
@@ -111,15 +123,21 @@ class Directory:
             raise PermissionError(f"{self.path} is not writable")
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Lets no other process of this host into the same ``with`` block, where the file system knows such locks."""
+    def alone(self, patience: float) -> Iterator[None]:
+        """Lets no other process of this host into the same ``with`` block, where the file system knows such locks.
+
+        Args:
+            patience: Seconds to wait for another one. It may not be in such a block at all: users lock folders, too.
+
+        """
         if not self.is_local:
             yield
             return
         lock = os.open(self.path, os.O_RDONLY)
         try:
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            deadline = time.monotonic() + patience
+            while not _is_locked(lock) and time.monotonic() < deadline:
+                time.sleep(0.01)
             yield
         finally:
             # A child process that was forked meanwhile has it, too, and would keep it.

@@ -79,9 +79,10 @@ class HostMemory:
             OSError: If it cannot be made.
 
         """
-        if not _is_at(self.path, self._locks[self.path]):
-            self._let_go(self.path)
+        lock = self._locks[self.path]
+        if not _is_at(self.path, lock):
             self._hold()
+            _let_go(lock)
 
     @property
     def device(self) -> int:
@@ -113,25 +114,19 @@ class HostMemory:
 
         """
         for folder in folders:
-            self._let_go(folder)
+            _let_go(self._locks.pop(folder))
             if remove:
                 shutil.rmtree(folder, ignore_errors=True)
         self.inherited = [folder for folder in self.inherited if folder not in folders]
 
     def leave(self) -> None:
         """Lets go of all folders; what is in them stays."""
-        for folder in list(self._locks):
-            self._let_go(folder)
+        while self._locks:
+            _let_go(self._locks.popitem()[1])
         with suppress(OSError), _unless_held(self.path):
             # If nothing was ever saved.
             self.path.rmdir()
             self.path.parent.rmdir()
-
-    def _let_go(self, folder: Path) -> None:
-        if (lock := self._locks.pop(folder, None)) is not None:
-            # A child process that was forked has it, too, and would keep it.
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            os.close(lock)
 
     def remove(self, folder: str, is_needed: Callable[[str], bool]) -> None:
         """Removes what this process wrote, and everything when nobody else is left.
@@ -206,7 +201,7 @@ def _is_private(folder: Path) -> bool:
 
 def _name(directory: Directory) -> str:
     place = place_of(directory.path) if directory.is_local else directory.fs.unstrip_protocol(directory.path)
-    return hashlib.sha256(place.encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
 
 
 def _sweep(run: Path, needed: set[Path]) -> None:
@@ -235,6 +230,12 @@ def _locked(folder: Path) -> int:
         os.close(lock)
         raise FileNotFoundError(folder)
     return lock
+
+
+def _let_go(lock: int) -> None:
+    # A child process that was forked has it, too, and would keep it.
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
 
 
 def _is_at(folder: Path, descriptor: int) -> bool:

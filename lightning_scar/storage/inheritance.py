@@ -1,9 +1,10 @@
 """What dead starts of a run have left in this host's memory, until nobody needs it any more."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from lightning_scar.storage.delta import Delta
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head
 from lightning_scar.storage.host_memory import HostMemory
@@ -29,7 +30,8 @@ class Inheritance:
         """Forgets what somebody has removed: another rank that needs it no more, or who must not hold up the saves."""
         for store in self.stores:
             for folder in {delta.name.split("/")[0] for delta in store.deltas}:
-                store.forget_vanished(folder)
+                with suppress(OSError):
+                    store.forget_vanished(folder)
 
     def bring_to_storage(self, spill: Spill, head: Head) -> None:
         """Takes over as it is what was not saved anew, such as a block that holds NaN by now.
@@ -58,18 +60,24 @@ class Inheritance:
         """
         self._forget(self.stores, remove)
 
-    def forget_obsolete(self, storage: Index, remove: bool) -> None:
-        """Lets go of starts that have no block which is newer than in later ones and in storage.
+    def forget_obsolete(self, storage: Index, was_read: Collection[Delta], remove: bool) -> None:
+        """Lets go of starts of which later ones and storage have every block as new, and intact as far as it was read.
 
         Else memory would grow with every start that dies before storage has all that it saved.
 
         Args:
             storage: What storage holds.
+            was_read: From where the state was restored.
             remove: As in :meth:`forget`.
 
         """
         indices = [store.index for store in self.stores]
-        obsolete = [store for i, store in enumerate(self.stores) if _is_overtaken(store.index, [*indices[:i], storage])]
+        needed = {delta.directory.path for delta in was_read}
+        obsolete = [
+            store
+            for i, store in enumerate(self.stores)
+            if store.directory.path not in needed and _is_overtaken(store.index, [*indices[:i], storage])
+        ]
         self._forget(obsolete, remove)
 
     def _forget(self, stores: Sequence[DeltaStore], remove: bool) -> None:

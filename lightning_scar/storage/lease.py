@@ -25,6 +25,8 @@ FILE = "lease.json"
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 20.0
 _FIRST_BEAT_SECONDS = 0.5
+#: How long others of this host that begin at the same moment are waited for.
+_ALONE_SECONDS = 2.0
 
 #: So many starts in a row may die before one has saved; what the one before them had in memory is not looked for then.
 _MOST_CONTINUED = 32
@@ -51,8 +53,8 @@ class Lease:
         self.token = uuid.uuid4().hex
         #: The tokens of the holders before, the newest first, that may have left something in memory.
         self.continues: list[str] = []
-        #: Whether the last holder died while it saved to memory.
-        self.last_had_memory = False
+        #: Whether those that it follows may have left in memory what nothing else has.
+        self.needs_memory = False
         self._beat = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -67,7 +69,7 @@ class Lease:
 
         """
         self._directory.create()
-        with self._directory.alone():
+        with self._directory.alone(_ALONE_SECONDS):
             holder = _holder(self._directory)
             if holder is not None and self._lives(holder):
                 raise DirectoryInUseError(
@@ -75,8 +77,10 @@ class Lease:
                     f"another dirpath, or end that process; if it is gone for certain, delete "
                     f"{self._directory.file(FILE)}."
                 )
-            self.continues = tokens_of(self._directory)[:_MOST_CONTINUED]
-            self.last_had_memory = holder is not None and holder.get("memory", False) and not holder["released"]
+            # It may have said more before it ended.
+            holder = _holder(self._directory)
+            self.continues = _tokens(holder)[:_MOST_CONTINUED]
+            self.needs_memory = holder is not None and bool(holder.get("needs_memory"))
             self._write()
             _held_here.add(self.token)
         self._start(self._keep_beating)
@@ -114,12 +118,13 @@ class Lease:
         self._thread = threading.Thread(target=loop, name="scar-lease", daemon=True)
         self._thread.start()
 
-    def release(self, for_good: bool = True) -> None:
+    def release(self, is_stored: bool = True, has_memory: bool = False) -> None:
         """Gives the directory back. Never raises: a file that stays behind names a process that is gone.
 
         Args:
-            for_good: ``False`` leaves the file, so that the next holder knows whom it follows. It stays, too, if this
-                one follows others whose memory may still be needed.
+            is_stored: Whether all that this holder saved is in storage.
+            has_memory: Whether it, or another rank, may have left something in memory. The file stays then, and while
+                this holder follows others, so that the next one knows whom it follows.
 
         """
         if self._thread is None:
@@ -129,10 +134,10 @@ class Lease:
         self._thread = None
         with suppress(OSError):
             if self.token in _held_here and not self.lost and not self._is_lost():
-                if for_good and not self.continues:
+                if is_stored and not has_memory and not self.continues:
                     self._directory.delete(FILE)
                 else:
-                    self._write(released=True)
+                    self._write(released=True, is_stored=is_stored)
         _held_here.discard(self.token)
 
     def _keep_beating(self) -> None:
@@ -158,7 +163,7 @@ class Lease:
         self.lost = token is not None and token != self.token
         return self.lost
 
-    def _write(self, released: bool = False) -> None:
+    def _write(self, released: bool = False, is_stored: bool = False) -> None:
         holder = {
             "token": self.token,
             "host": socket.gethostname(),
@@ -166,7 +171,7 @@ class Lease:
             "started": _start_of(os.getpid()),
             "beat": self._beat,
             "continues": self.continues,
-            "memory": self._memory,
+            "needs_memory": (self._memory and not is_stored) or (self.needs_memory and bool(self.continues)),
             "released": released,
         }
         self._directory.write(FILE, [json.dumps(holder).encode()])
@@ -190,7 +195,7 @@ class Lease:
         while time.monotonic() < deadline:
             time.sleep(min(1.0, WATCH_SECONDS / 10))
             now = _holder(self._directory)
-            if now is None:
+            if now is None or now.get("released"):
                 return False
             if now["beat"] != holder["beat"] or now["token"] != holder["token"]:
                 return True
@@ -219,7 +224,10 @@ def token_of(directory: Directory) -> str | None:
 
 def tokens_of(directory: Directory) -> list[str]:
     """The token of the present or last holder, and of those that it follows, the newest first."""
-    holder = _holder(directory)
+    return _tokens(_holder(directory))
+
+
+def _tokens(holder: dict[str, Any] | None) -> list[str]:
     return [] if holder is None else [holder["token"], *holder.get("continues", ())]
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,16 @@ _MOUNTS = Path("/proc/self/mountinfo")
 class _Mount(NamedTuple):
     """A line of ``mountinfo`` (``man 5 proc_pid_mountinfo``)."""
 
+    number: str
     source: str
     root: str
     point: str
+
+    @property
+    def volume(self) -> str:
+        """What is mounted, by a name that nothing else has: of disks and most servers one that stays the same."""
+        is_named = self.source.startswith("/dev/") or (":/" in self.source and not self.source.startswith("127."))
+        return self.source if is_named else f"{self.source} {self.number}"
 
 
 def place_of(path: str) -> str:
@@ -45,14 +53,14 @@ def place_of(path: str) -> str:
     # Of several at one point the last one hides the others.
     mount = max(reversed(above), key=lambda mount: len(mount.point))
     there = os.path.join(mount.root, os.path.relpath(path, mount.point))
-    return f"{mount.source}:{os.path.normpath(there)}"
+    return f"{mount.volume}:{os.path.normpath(there)}"
 
 
 def _mounts() -> Iterator[_Mount]:
-    lines = _MOUNTS.read_text().splitlines() if _MOUNTS.is_file() else []
-    for line in lines:
-        _, _, _, root, point, *_ = fields = [_unescaped(field) for field in line.split(" ")]
-        yield _Mount(fields[fields.index("-") + 2], root, point)
+    with suppress(OSError):
+        for line in os.fsdecode(_MOUNTS.read_bytes()).split("\n")[:-1]:
+            _, _, number, root, point, *_ = fields = [_unescaped(field) for field in line.split(" ")]
+            yield _Mount(number, fields[fields.index("-") + 2], root, point)
 
 
 def _unescaped(field: str) -> str:

@@ -3,14 +3,14 @@
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_scar.storage.chain import Chain
-from lightning_scar.storage.delta import BlockData
+from lightning_scar.storage.delta import BlockData, Delta
 from lightning_scar.storage.head import Head
 from lightning_scar.storage.host_memory import HostMemory, left_in_memory
 from lightning_scar.storage.inheritance import Inheritance
@@ -253,10 +253,15 @@ class TieredRankStore(TieredStore):
         """Whether this is the one of several ranks on a host that sees to what they share."""
         return self.storage.rank == min(self.local_ranks)
 
-    def forget_obsolete(self) -> None:
-        """Lets go of dead starts that later ones have overtaken in all they had; what is read now must be intact."""
+    def forget_obsolete(self, was_read: Collection[Delta]) -> None:
+        """Lets go of dead starts that later ones have overtaken in all they had.
+
+        Args:
+            was_read: From where the state was restored.
+
+        """
         if self._inheritance is not None:
-            self._inheritance.forget_obsolete(self.storage.index, remove=self.is_first_here)
+            self._inheritance.forget_obsolete(self.storage.index, was_read, remove=self.is_first_here)
             self.see(self.listed)
 
     @property

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from core_helpers import assert_same
-from memory_helpers import MEMORY, folders, heal, kill, resumed, state_at, warned
+from memory_helpers import MEMORY, folders, heal, kill, resumed, state_at, unwritable, warned
 from ranks import run_ranks
 from shared_helpers import copied, make_training, opened, quietly
 
+from lightning_scar.core.claim import Claim
 from lightning_scar.core.restoration import load
 from lightning_scar.storage.host_memory import VARIABLE
 
@@ -25,7 +26,14 @@ def said_on_resuming(url: str | Path, **options: object) -> list[str]:
     training = make_training()
     with warned() as said, opened(url, fraction=1.0, **{**MEMORY, **options}) as running:
         training.load(running.restore().checkpoint)
+        training.step()
+        training.save(running)
     return [text for text in said if IS_LOST in text]
+
+
+def lose_all(host: Path) -> None:
+    shutil.rmtree(host)
+    host.mkdir()
 
 
 # -- more and more of them ---------------------------------------------------------------------------------------------
@@ -122,15 +130,71 @@ def test_healing_does_not_look_for_what_another_rank_has_removed(url: str, host:
     assert "survivors" in plan
 
 
+def test_what_was_read_stays_however_new_storage_looks(url: str, host: Path) -> None:
+    """Nobody has read what storage has, which is damaged here."""
+    kill(1, host, url, 1)
+    for file in Path(url).glob("*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-2000] + bytes(2000))
+    run_ranks(dies_after_restoring, 1, host, url, **MEMORY, failing=True)
+    ((found, _),) = run_ranks(resumed, 1, host, url)
+    assert_same(found, state_at(1))
+
+
 # -- memory that is gone -----------------------------------------------------------------------------------------------
 
 
 def test_the_loss_of_all_memory_is_told(url: str, host: Path) -> None:
     kill(1, host, url, 6)
-    shutil.rmtree(host)
-    host.mkdir()
+    lose_all(host)
     assert len(said_on_resuming(url)) == 1
     assert not said_on_resuming(url), "it ended well since"
+
+
+def test_the_loss_is_told_by_the_start_that_restores(url: str, host: Path) -> None:
+    """Not by one that ended before."""
+    kill(1, host, url, 6)
+    lose_all(host)
+    with opened(url, fraction=1.0, **MEMORY):
+        pass
+    assert len(said_on_resuming(url)) == 1
+
+
+def test_the_loss_of_what_a_start_without_memory_follows_is_told(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    run_ranks(dies_after_restoring, 1, host, url, failing=True)
+    lose_all(host)
+    assert len(said_on_resuming(url)) == 1
+
+
+def dies_after_restoring(rank: int, host: Path, url: str, **options: Any) -> None:
+    os.environ[VARIABLE] = str(host)
+    quietly(opened(url, fraction=1.0, **options))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_loss_of_what_storage_did_not_take_is_told(url: str, host: Path) -> None:
+    training = make_training()
+    with warned(), opened(url, fraction=1.0, **MEMORY) as running:
+        for _ in range(2):
+            training.step()
+            training.save(running)
+            running.flush()
+            running.store.storage._write = unwritable
+    lose_all(host)
+    assert len(said_on_resuming(url)) == 1
+
+
+def dies_on_its_way_in(rank: int, host: Path, url: str) -> None:
+    os.environ[VARIABLE] = str(host)
+    Claim._follow = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    opened(url, fraction=1.0, **MEMORY)
+
+
+def test_a_start_that_died_before_it_had_memory_has_lost_none(url: str, host: Path) -> None:
+    kill(1, host, url, 6)
+    run_ranks(dies_on_its_way_in, 1, host, url, failing=True)
+    assert not said_on_resuming(url)
+    assert not folders(host)
 
 
 def test_a_directory_that_was_moved_is_told_of(url: str, host: Path) -> None:

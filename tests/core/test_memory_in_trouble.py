@@ -101,6 +101,25 @@ def test_memory_that_is_removed_before_the_first_save_is_made_again(url: str, ho
     assert not folders(host)
 
 
+@pytest.mark.parametrize("is_back", [False, True])
+def test_saves_go_to_storage_while_memory_cannot_be_made_again(is_back: bool, url: str, host: Path) -> None:
+    training = make_training()
+    with warned() as said, opened(url, fraction=1.0, **MEMORY) as running:
+        for _ in range(7):
+            training.step()
+            training.save(running)
+            running.flush()
+            if training.steps == 2:
+                shutil.rmtree(host)
+            if training.steps >= 3:
+                assert stored(url) == training.steps or is_back
+            if training.steps == 4 and is_back:
+                host.mkdir()
+        assert running.stats.failed_saves == 0
+        assert_same(load(url), state_at(7))
+    assert len([text for text in said if "could not go to memory" in text]) == 1
+
+
 def test_memory_that_is_removed_at_the_end_is_told(url: str, host: Path) -> None:
     training = make_training()
     with warned() as said, opened(url, fraction=1.0, **MEMORY) as running:

@@ -12,6 +12,8 @@ from lightning_scar.core.settings import Settings
     ("name", "value", "remedy"),
     [
         ("fraction", 0, "must be in (0, 1]"),
+        ("fraction", True, "must be in (0, 1]"),
+        ("fraction", "1", "must be in (0, 1]"),
         ("fraction", -0.5, "must be in (0, 1]"),
         ("fraction", 1.01, "must be in (0, 1]"),
         ("fraction", float("nan"), "must be in (0, 1]"),

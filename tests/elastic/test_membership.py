@@ -327,12 +327,12 @@ def test_nothing_is_called_before_all_have_heard_of_the_reason(crew: Crew) -> No
     leader.generation = Generation(0, {0: 0, 1: 7}, source=0)
     crew.post(Broken(9, ""), Joining(0, (2,)))
     soon(leader.joiners_are_ready)
-    for count in ("0", "1"):
-        crew.store.set("heard/1/7", count)
-        leader.call("switch", 5)
+    for count in ("0", "1", "2"):
         assert not crew.store.check(["call/0"])
-    crew.store.set("heard/1/7", "2")
-    leader.call("switch", 6)
+        crew.store.set("heard/1/7", count)
+        # The store answers what it is asked, not what it is told: now it is there.
+        assert crew.store.get("heard/1/7") == count.encode()
+        leader.call("switch", 4 + int(count))
     assert crew.store.get("call/0") == b"6 switch"
 
 

@@ -257,6 +257,34 @@ def test_a_holder_on_another_host_that_gives_back_is_followed_at_once(
     remover.wait()
 
 
+def test_a_holder_on_another_host_that_ends_while_it_is_watched_is_followed_at_once(
+    file_url: str, acquire: Acquire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "WATCH_SECONDS", 60.0)
+    holder = {"token": "0", "host": "another-host", "pid": 1, "started": "0", "beat": 3, "needs_memory": True}
+    folder = Directory(file_url)
+    folder.create()
+    folder.write(FILE, [json.dumps(holder).encode()])
+    ended = json.dumps({**holder, "released": True, "needs_memory": False}).encode()
+    end = threading.Timer(0.3, lambda: folder.write(FILE, [ended]))
+    end.start()
+    assert not acquire(file_url).needs_memory
+    end.join()
+
+
+def test_a_folder_that_the_user_has_locked_is_taken(file_url: str, acquire: Acquire) -> None:
+    """As by ``flock DIR python train.py``."""
+    Directory(file_url).create()
+    with subprocess.Popen(["flock", file_url, "sh", "-c", "echo locked; read _"], **PIPES) as flock:
+        assert flock.stdout is not None
+        assert flock.stdout.readline() == b"locked\n"
+        assert acquire(file_url)
+        flock.communicate(b"\n")
+
+
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+
 def test_a_holder_file_that_holds_nonsense_is_nobodys(url: str, acquire: Acquire) -> None:
     Directory(url).create()
     Directory(url).write(FILE, [b"nonsense"])
