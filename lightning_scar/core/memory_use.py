@@ -34,8 +34,7 @@ def tell_of_memory(notices: Notices, store: TieredRankStore, settings: Settings,
     local = len(store.local_ranks)
     # Hosts are taken to be alike: this one keeps as many copies for others as they do for it.
     copies = min(settings.replicas * local, store.storage.world_size - local) if store.chain is not None else 0
-    need, inherited = each * (local + copies), store.inherited_bytes
-    limit = settings.memory_limit
+    need, limit = each * (local + copies), settings.memory_limit
     if limit is not None and each > limit:
         notices.warn(
             "memory",
@@ -44,19 +43,20 @@ def tell_of_memory(notices: Notices, store: TieredRankStore, settings: Settings,
         )
     elif not store.is_first_here:
         return
-    elif need > store.room:
+    elif need > (room := store.room):
         notices.warn(
             "memory",
-            f"this host may need {readable(need)} of memory, and {folder} has {readable(store.room)} for it; "
+            f"this host may need {readable(need)} of memory, and {folder} has {readable(room)} for it; "
             f"{_TO_STORAGE}. {_MORE_ROOM}",
         )
     elif store.storage.rank == 0:
+        inherited = store.inherited_bytes
         ranks = f"{local} ranks" if local > 1 else "a rank"
         of_others = f" and copies of {copies} of other hosts" if copies else ""
         left = f", beside {readable(inherited)} that dead starts have left until all is saved anew" if inherited else ""
         notices.tell(
             f"saves go to memory first, {folder}: at most {readable(need)} on a host for {ranks}{of_others}, of "
-            f"{readable(store.room)} that are free{left}. Every {f'{every} saves' if every > 1 else 'save'} what is "
+            f"{readable(room)} that are free{left}. Every {f'{every} saves' if every > 1 else 'save'} what is "
             f"new there goes to {store.directory}, too."
         )
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import time
 import warnings
 from collections.abc import Iterator
@@ -155,3 +156,25 @@ def warned() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield said
     said += [str(warning.message) for warning in caught]
+
+
+def steps_of(found: dict[str, Any], *steps: int) -> list[int]:
+    """For every row of every parameter of which of these steps it is."""
+    then = {step: state_at(step)["state_dict"] for step in steps}
+    found_steps = []
+    for name, tensor in found["state_dict"].items():
+        for i, row in enumerate(tensor):
+            (step,) = [step for step, state in then.items() if torch.equal(row, state[name][i])]
+            found_steps.append(step)
+    return found_steps
+
+
+def mount(host: Path, size: str) -> None:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", host], stderr=subprocess.DEVNULL
+    ).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+
+
+def unmount(host: Path) -> None:
+    subprocess.run(["umount", "-l", host], check=True)

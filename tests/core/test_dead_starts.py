@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from core_helpers import assert_same
-from memory_helpers import MEMORY, folders, heal, kill, resumed, state_at, unwritable, warned
+from memory_helpers import MEMORY, folders, heal, kill, lose, resumed, state_at, steps_of, unwritable, warned
 from ranks import run_ranks
 from shared_helpers import copied, make_training, opened, quietly
 
@@ -29,11 +29,6 @@ def said_on_resuming(url: str | Path, **options: object) -> list[str]:
         training.step()
         training.save(running)
     return [text for text in said if IS_LOST in text]
-
-
-def lose_all(host: Path) -> None:
-    shutil.rmtree(host)
-    host.mkdir()
 
 
 # -- more and more of them ---------------------------------------------------------------------------------------------
@@ -83,20 +78,8 @@ def test_a_start_that_only_one_rank_has_saved_replaces_no_other_ranks_blocks(url
     used = die_one_after_the_other(2, host, url, savers=1)
     assert used[-1] <= used[1], "the last two starts' by one rank, and that of the first"
     for found, _ in run_ranks(resumed, 2, host, url):
-        assert_made_of(found, {3: state_at(3), 7: state_at(7)})
+        assert set(steps_of(found, 3, 7)) == {3, 7}
     assert not folders(host)
-
-
-def assert_made_of(found: dict[str, Any], states: dict[int, dict[str, Any]]) -> None:
-    """Rows of several steps, and some of each."""
-    steps = {
-        step
-        for name, tensor in found["state_dict"].items()
-        for i, row in enumerate(tensor)
-        for step, state in states.items()
-        if torch.equal(row, state["state_dict"][name][i])
-    }
-    assert steps == set(states)
 
 
 def heals_when_the_other_rank_has_let_go(rank: int, host: Path, url: str) -> tuple[str, list[bool]]:
@@ -145,7 +128,7 @@ def test_what_was_read_stays_however_new_storage_looks(url: str, host: Path) -> 
 
 def test_the_loss_of_all_memory_is_told(url: str, host: Path) -> None:
     kill(1, host, url, 6)
-    lose_all(host)
+    lose(host)
     assert len(said_on_resuming(url)) == 1
     assert not said_on_resuming(url), "it ended well since"
 
@@ -153,7 +136,7 @@ def test_the_loss_of_all_memory_is_told(url: str, host: Path) -> None:
 def test_the_loss_is_told_by_the_start_that_restores(url: str, host: Path) -> None:
     """Not by one that ended before."""
     kill(1, host, url, 6)
-    lose_all(host)
+    lose(host)
     with opened(url, fraction=1.0, **MEMORY):
         pass
     assert len(said_on_resuming(url)) == 1
@@ -162,7 +145,7 @@ def test_the_loss_is_told_by_the_start_that_restores(url: str, host: Path) -> No
 def test_the_loss_of_what_a_start_without_memory_follows_is_told(url: str, host: Path) -> None:
     kill(1, host, url, 6)
     run_ranks(dies_after_restoring, 1, host, url, failing=True)
-    lose_all(host)
+    lose(host)
     assert len(said_on_resuming(url)) == 1
 
 
@@ -180,7 +163,7 @@ def test_the_loss_of_what_storage_did_not_take_is_told(url: str, host: Path) -> 
             training.save(running)
             running.flush()
             running.store.storage._write = unwritable
-    lose_all(host)
+    lose(host)
     assert len(said_on_resuming(url)) == 1
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from core_helpers import assert_same
 from memory_helpers import (
     MEMORY,
@@ -18,6 +17,7 @@ from memory_helpers import (
     kill_on_hosts,
     left_behind,
     state_at,
+    steps_of,
     train_and_spoil,
     wait_for_copies,
 )
@@ -98,17 +98,6 @@ def restored(rank: int, hosts: list[Path], url: str, trouble: Trouble, troubled:
         return found, running.recovery, said
 
 
-def steps_of(found: dict[str, Any]) -> list[int]:
-    """For every row of every parameter whether it is of step 6 or, as in storage, of step 4."""
-    then = {step: state_at(step)["state_dict"] for step in (4, 6)}
-    steps = []
-    for name, tensor in found["state_dict"].items():
-        for i, row in enumerate(tensor):
-            (step,) = [step for step, state in then.items() if torch.equal(row, state[name][i])]
-            steps.append(step)
-    return steps
-
-
 @pytest.mark.parametrize("trouble", [serves_nobody, cannot_serve])
 def test_a_host_that_cannot_be_reached_falls_through_to_storage_and_it_is_said_once(
     trouble: Trouble, url: str, host: Path
@@ -117,7 +106,7 @@ def test_a_host_that_cannot_be_reached_falls_through_to_storage_and_it_is_said_o
     kill_on_hosts(hosts, url, 6, replicas=0)
     (first, recovery, said), (second, _, more) = run_ranks(restored, 2, hosts, url, trouble, 1, replicas=0)
     assert_same(second, first)
-    assert set(steps_of(first)) == {4, 6}, "the other host's memory serves still"
+    assert set(steps_of(first, 4, 6)) == {4, 6}, "the other host's memory serves still"
     assert "from this host's memory" in recovery
     assert "from newest versions" in recovery
     assert len([text for text in said if "the memory of 1 host cannot be read (that of rank 1:" in text]) == 1, said
@@ -132,7 +121,7 @@ def test_two_neighbours_lost_at_once_fall_through_to_storage(url: str, host: Pat
     results = run_ranks(restored_without_servers, 3, hosts, url)
     for found, _, _ in results:
         assert_same(found, results[0][0])
-    assert set(steps_of(results[0][0])) == {4, 6}
+    assert set(steps_of(results[0][0], 4, 6)) == {4, 6}
     assert "from a neighbour's memory" not in results[0][1]
     assert sum("the memory of 2 hosts cannot be read" in text for _, _, said in results for text in said) == 1
 
@@ -157,7 +146,7 @@ def test_connections_that_are_lost_in_the_middle(trouble: Trouble, url: str, hos
     results = run_ranks(restored, 3, [*hosts[1:], hosts[0]], url, trouble, 1, replicas=0)
     for found, _, _ in results:
         assert_same(found, results[0][0])
-    assert set(steps_of(results[0][0])) == {4, 6}
+    assert set(steps_of(results[0][0], 4, 6)) == {4, 6}
     assert sum("the cable was pulled" in text for _, _, said in results for text in said) == 1
     assert not any(said for _, _, said in results[1:])
     assert load(url)["global_step"] == 7
@@ -179,7 +168,7 @@ def heals(rank: int, hosts: list[Path], url: str) -> tuple[dict[str, Any], str, 
 def test_healing_goes_on_without_a_host_that_cannot_be_reached(url: str, host: Path) -> None:
     (first, plan, said), (second, _, _) = run_ranks(heals, 2, hosts_of(host, 2), url)
     assert_same(second, first)
-    assert set(steps_of(first)) == {4, 6}
+    assert set(steps_of(first, 4, 6)) == {4, 6}
     assert "newest versions" in plan
     assert len([text for text in said if "cannot be read (that of rank 1:" in text]) == 1
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,12 @@ from memory_helpers import (
     kill,
     kill_on_hosts,
     left_behind,
+    mount,
     resumed_on_hosts,
     state_at,
     storage_alone,
     stored,
+    unmount,
     warned,
 )
 from ranks import run_ranks
@@ -307,17 +308,6 @@ def test_a_block_damaged_in_inherited_memory_holds_no_save_up(url: str, host: Pa
 
 
 # -- a real tmpfs ------------------------------------------------------------------------------------------------------
-
-
-def mount(host: Path, size: str) -> None:
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", host], stderr=subprocess.DEVNULL
-    ).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-
-
-def unmount(host: Path) -> None:
-    subprocess.run(["umount", "-l", host], check=True)
 
 
 def test_a_tmpfs_that_is_full_is_emptied_and_used_again(url: str, host: Path) -> None:

@@ -3,13 +3,12 @@
 import io
 import os
 import re
-import subprocess
 import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
-from memory_helpers import MEMORY, hosts_of, kill, wait_for_copies, warned
+from memory_helpers import MEMORY, hosts_of, kill, mount, unmount, wait_for_copies, warned
 from ranks import run_ranks
 from shared_helpers import make_training, opened, quietly
 
@@ -92,8 +91,7 @@ def test_a_limit_that_is_too_small_is_named(url: str) -> None:
 
 
 def test_a_tmpfs_that_is_too_small_is_named(url: str, host: Path) -> None:
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", host], stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
+    mount(host, "48k")
     try:
         training = make_training()
         with warned() as said, opened(url, fraction=1.0, **MEMORY) as running:
@@ -101,7 +99,7 @@ def test_a_tmpfs_that_is_too_small_is_named(url: str, host: Path) -> None:
             training.save(running)
         assert len([text for text in said if f"{host}" in text and "--shm-size" in text]) == 1
     finally:
-        subprocess.run(["umount", "-l", host], check=True)
+        unmount(host)
 
 
 def lags_behind(rank: int, hosts: list[Path], url: str) -> list[str]:

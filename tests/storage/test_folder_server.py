@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from toy_blocks import Spawn
+from toy_blocks import Spawn, meanwhile
 
 from lightning_scar.storage import folder_server as folder_server_module
 from lightning_scar.storage.folder_client import FolderClient, connect
@@ -680,19 +680,11 @@ def test_descriptors_and_threads_do_not_grow(server: FolderServer, here: Path, t
 
 
 def test_it_begins_while_other_processes_remove_folders_of_theirs(there: Path) -> None:
-    is_over = threading.Event()
-
     def come_and_go() -> None:
-        while not is_over.is_set():
-            for name in "abcdefgh":
-                (there / name / "rank-0000").mkdir(parents=True)
-                shutil.rmtree(there / name)
+        for name in "abcdefgh":
+            (there / name / "rank-0000").mkdir(parents=True)
+            shutil.rmtree(there / name)
 
-    with ThreadPoolExecutor(1) as pool:
-        others = pool.submit(come_and_go)
-        try:
-            for _ in range(200):
-                FolderServer(there, KEY).close()
-        finally:
-            is_over.set()
-        others.result()
+    with meanwhile(come_and_go):
+        for _ in range(200):
+            FolderServer(there, KEY).close()

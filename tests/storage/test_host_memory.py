@@ -1,13 +1,13 @@
 """The folders in a host's memory: whose they are, and that they come and go while others do."""
 
 import os
-import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from toy_blocks import meanwhile
 
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.host_memory import HostMemory, left_in_memory
@@ -35,25 +35,18 @@ def test_starts_come_and_go_at_the_same_time(host: Path, directory: Directory) -
 
 def test_folders_of_other_runs_come_and_go_while_a_start_looks_through_them(host: Path, directory: Directory) -> None:
     held = HostMemory(directory, "held")
-    is_over = threading.Event()
 
     def come_and_go() -> None:
-        while not is_over.is_set():
-            for name in "abcdefgh":
-                run = held.path.parents[1] / name
-                run.mkdir()
-                # The start may have removed it already.
-                with suppress(FileNotFoundError):
-                    run.rmdir()
+        for name in "abcdefgh":
+            run = held.path.parents[1] / name
+            run.mkdir()
+            # The start may have removed it already.
+            with suppress(FileNotFoundError):
+                run.rmdir()
 
-    with ThreadPoolExecutor(1) as pool:
-        others = pool.submit(come_and_go)
-        try:
-            for _ in range(200):
-                HostMemory(directory, uuid.uuid4().hex).remove("rank-0000", nothing)
-        finally:
-            is_over.set()
-        others.result()
+    with meanwhile(come_and_go):
+        for _ in range(200):
+            HostMemory(directory, uuid.uuid4().hex).remove("rank-0000", nothing)
 
 
 def test_ranks_of_one_start_that_come_while_others_end_hold_their_folder(host: Path, directory: Directory) -> None:

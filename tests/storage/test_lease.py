@@ -56,6 +56,10 @@ def contents(url: str) -> dict[str, Any]:
     return found
 
 
+def give_to_another_host(url: str) -> None:
+    Directory(url).write(FILE, [json.dumps({**contents(url), "token": "0", "host": "another-host"}).encode()])
+
+
 def wait_for(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 20
     while not condition():
@@ -124,7 +128,7 @@ def test_who_begins_at_the_same_moment_on_another_host_is_met_at_once(
 ) -> None:
     monkeypatch.setattr(lease_module, "BEAT_SECONDS", 60.0)
     lease = acquire(url)
-    Directory(url).write(FILE, [json.dumps({**contents(url), "token": "0", "host": "another-host"}).encode()])
+    give_to_another_host(url)
     wait_for(lambda: lease.lost)
 
 
@@ -134,7 +138,7 @@ def test_who_was_taken_over_and_has_not_noticed_leaves_the_new_holders_file(
     monkeypatch.setattr(lease_module, "BEAT_SECONDS", 60.0)
     monkeypatch.setattr(lease_module, "_FIRST_BEAT_SECONDS", 60.0)
     lease = acquire(url)
-    Directory(url).write(FILE, [json.dumps({**contents(url), "token": "0", "host": "another-host"}).encode()])
+    give_to_another_host(url)
     lease.release()
     assert contents(url)["token"] == "0"
 

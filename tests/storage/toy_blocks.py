@@ -2,7 +2,10 @@
 
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -18,6 +21,24 @@ def in_environment(environment: Mapping[str, str], function: Callable[..., Any],
     """What a child process runs: a fork server's children do not know what the environment has become since."""
     os.environ.update(environment)
     function(*arguments)
+
+
+@contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Does something again and again in another thread, until the end of the ``with`` block."""
+    is_over = threading.Event()
+
+    def act_on() -> None:
+        while not is_over.is_set():
+            act()
+
+    with ThreadPoolExecutor(1) as pool:
+        acting = pool.submit(act_on)
+        try:
+            yield
+        finally:
+            is_over.set()
+        acting.result()
 
 
 FIRST = Version(1, 0, 0)
