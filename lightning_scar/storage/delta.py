@@ -1,28 +1,23 @@
-"""The delta file: what one save writes. A safetensors file that checks itself.
+"""A delta, what one save writes: what goes into the file, and what is found there.
 
-``safetensors.safe_open`` reads it: 8 bytes with the header's length, a JSON header, the data. One entry holds one slot
-(``param``, ``exp_avg``, ...) of one block; ``__metadata__`` holds the table of the blocks with a version for each block
-and a checksum (XXH3, 64 bits) for each entry, and a checksum of the header itself. The data's checksums are verified
-when they are read; the header's decides whether the file counts at all.
+The blocks of one group stand together, in a *section*, and so does its *refresh*.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import orjson
 import xxhash
 
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Head, Version
-from lightning_scar.storage.source import Source
 
-FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
-_NO_CHECKSUM = "0" * 16
-_HEADER_READAHEAD = 1 << 16
+
+#: First row, row behind the last. ``(0, 0)`` for what is not cut into rows: its key is the name of its group.
+Span = tuple[int, int]
+WHOLE: Span = (0, 0)
 
 
 class StorageError(RuntimeError):
@@ -37,71 +32,200 @@ class NewerFormatError(StorageError):
     """A delta was written by a newer version of this library."""
 
 
-class Entry(NamedTuple):
-    """Where one slot of a block lies in its file.
+def block_key(group: str, span: Span) -> str:
+    """The name of a block.
+
+    Example::
+
+        >>> block_key("state_dict/weight", (0, 4)), block_key("skeleton-0000", WHOLE)
+        ('state_dict/weight[0:4]', 'skeleton-0000')
+
+    """
+    return group if span == WHOLE else f"{group}[{span[0]}:{span[1]}]"
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """The checksum of some bytes: XXH3 with 64 bits.
+
+    Example::
+
+        >>> hex(checksum(b"scar"))
+        '0x2473c2ef04edd4aa'
+
+    """
+    return xxhash.xxh3_64_intdigest(data)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One slot of a section on its way into a file.
 
     Attributes:
         dtype: The safetensors name of the data type.
-        shape: The shape of the block's rows.
-        start: Offset of the first byte in the file.
-        stop: Offset behind the last byte.
-        checksum: XXH3 of the bytes, in hexadecimal.
+        row_shape: The shape of one row.
+        nbytes: Bytes of all rows.
+        checksums: That of each block.
+        data: Gives the bytes piece by piece, block after block, when their turn has come.
 
     """
 
     dtype: str
-    shape: Sequence[int]
+    row_shape: tuple[int, ...]
+    nbytes: int
+    checksums: Sequence[int]
+    data: Callable[[], Iterable[memoryview]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks of one group that have the same slots, on their way into a file.
+
+    Attributes:
+        group: The name of the group.
+        spans: The rows of each block.
+        versions: The version of each block.
+        columns: The slots.
+
+    """
+
+    group: str
+    spans: Sequence[Span]
+    versions: Sequence[Version]
+    columns: Mapping[str, Column]
+
+    @property
+    def keys(self) -> list[str]:
+        """The names of the blocks."""
+        return [block_key(self.group, span) for span in self.spans]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(column.nbytes for column in self.columns.values())
+
+
+class Encoded(NamedTuple):
+    """One slot of a group's refresh on its way into a file.
+
+    Attributes:
+        codec: How it is encoded, e.g. ``"linear4"``.
+        codes: The bytes of the codes, block after block, in pieces.
+        scales: The bytes of the scales (bfloat16), block after block, in pieces.
+
+    """
+
+    codec: str
+    codes: Sequence[memoryview]
+    scales: Sequence[memoryview]
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """The refresh of one group on its way into a file.
+
+    Attributes:
+        group: The name of the group.
+        spans: The rows of each block.
+        bases: The version of each block's base, against which it was made: incarnation, sequence.
+        slots: The slots.
+
+    """
+
+    group: str
+    spans: Sequence[Span]
+    bases: Sequence[tuple[int, int]]
+    slots: Mapping[str, Encoded]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all codes and scales."""
+        return sum(len(piece) for slot in self.slots.values() for piece in (*slot.codes, *slot.scales))
+
+
+class Entry(NamedTuple):
+    """Where some bytes lie in a file.
+
+    Attributes:
+        dtype: The safetensors name of their data type.
+        start: Offset of the first byte in the file.
+        stop: Offset behind the last byte.
+        checksum: XXH3 of the bytes.
+
+    """
+
+    dtype: str
     start: int
     stop: int
-    checksum: str
+    checksum: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        return self.stop - self.start
 
 
 class StoredBlock:
     """One version of one block in a delta.
 
     Args:
-        key: The block's name.
+        group: The name of its group.
+        span: Its rows.
         version: Which version.
-        place: How many blocks lie before it in the delta.
-        checksums: The checksum of each of its slots.
-        header: The entries of the delta's header.
-        data_start: Where the data begin in the file.
+        slots: Gives its slots, when they are asked for: of tens of thousands in a directory few are read.
 
     """
 
-    def __init__(
-        self, key: str, version: Version, place: int, checksums: dict[str, str], header: dict[str, Any], data_start: int
-    ) -> None:
-        self.key = key
+    def __init__(self, group: str, span: Span, version: Version, slots: Callable[[], dict[str, Entry]]) -> None:
+        self.group = group
+        self.span = span
+        self.key = block_key(group, span)
         self.version = version
-        self.place = place
-        self._checksums = checksums
-        self._header = header
-        self._data_start = data_start
+        self._slots = slots
 
     @cached_property
     def slots(self) -> dict[str, Entry]:
-        """The entries by slot, looked up when they are asked for: of tens of thousands in a directory few are read."""
-        found, base = {}, self._data_start
-        for slot, expected in self._checksums.items():
-            raw = self._header[_entry_name(self.key, slot, self.version)]
-            start, stop = raw["data_offsets"]
-            found[slot] = Entry(raw["dtype"], raw["shape"], base + start, base + stop, expected)
-        return found
+        """Where each of its slots lies."""
+        return self._slots()
 
     def new_memory(self) -> dict[str, memoryview]:
         """Memory to read the block into."""
-        return {slot: memoryview(bytearray(entry.stop - entry.start)) for slot, entry in self.slots.items()}
+        return {slot: memoryview(bytearray(entry.nbytes)) for slot, entry in self.slots.items()}
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the block's entries."""
-        return sum(entry.stop - entry.start for entry in self.slots.values())
+        return sum(entry.nbytes for entry in self.slots.values())
+
+
+class StoredSlot(NamedTuple):
+    """One slot of a group's refresh in a file: how it is encoded, its codes and its scales."""
+
+    codec: str
+    codes: Entry
+    scales: Entry
+
+
+@dataclass(frozen=True)
+class StoredRefresh:
+    """The refresh of one group in a delta.
+
+    Attributes:
+        group: The name of the group.
+        spans: The rows of each block, in the order of their codes.
+        bases: The version of each block's base: incarnation, sequence.
+        slots: The slots.
+
+    """
+
+    group: str
+    spans: list[Span]
+    bases: list[tuple[int, int]]
+    slots: dict[str, StoredSlot]
 
     @property
-    def extent(self) -> tuple[int, int]:
-        """Offset of the block's first byte in the file, and the offset behind its last."""
-        return min(entry.start for entry in self.slots.values()), max(entry.stop for entry in self.slots.values())
+    def nbytes(self) -> int:
+        """Bytes of all its codes and scales."""
+        return sum(slot.codes.nbytes + slot.scales.nbytes for slot in self.slots.values())
 
 
 @dataclass(frozen=True)
@@ -113,7 +237,8 @@ class Delta:
         name: Its name there.
         nbytes: Its size.
         head: What it says about itself.
-        blocks: What it holds.
+        blocks: What it holds exactly.
+        refreshes: What it holds in low precision.
 
     """
 
@@ -122,6 +247,7 @@ class Delta:
     nbytes: int
     head: Head
     blocks: tuple[StoredBlock, ...]
+    refreshes: tuple[StoredRefresh, ...] = field(default=())
 
     @property
     def file(self) -> str:
@@ -130,182 +256,10 @@ class Delta:
 
     @cached_property
     def block_bytes(self) -> int:
-        """Bytes of its blocks, without the header."""
+        """Bytes of its blocks, without header and refresh."""
         return sum(block.nbytes for block in self.blocks)
 
-
-@dataclass(frozen=True)
-class Payload:
-    """One slot of a block on its way into a file.
-
-    Attributes:
-        dtype: The safetensors name of the data type.
-        shape: The shape of the block's rows.
-        nbytes: How many bytes there are.
-        checksum: Their checksum.
-        data: Gives the bytes, when their turn has come.
-
-    """
-
-    dtype: str
-    shape: Sequence[int]
-    nbytes: int
-    checksum: str
-    data: Callable[[], memoryview]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element."""
-        return self.nbytes // max(1, math.prod(self.shape))
-
-
-class BlockData(NamedTuple):
-    """One block on its way into a file."""
-
-    key: str
-    version: Version
-    slots: Mapping[str, Payload]
-
-
-def checksum(data: bytes | memoryview) -> str:
-    """The checksum of an entry: XXH3 with 64 bits, in hexadecimal.
-
-    Example::
-
-        >>> checksum(b"scar")
-        '2473c2ef04edd4aa'
-
-    """
-    return xxhash.xxh3_64_hexdigest(data)
-
-
-def encode(head: Head, blocks: Sequence[BlockData]) -> Iterator[bytes | memoryview]:
-    """The bytes of a delta, piece by piece.
-
-    Args:
-        head: What the delta says about itself.
-        blocks: The blocks to put in.
-
-    Yields:
-        The header with its own checksum in it, then each slot's bytes.
-
-    """
-    # Larger elements first: without gaps, every entry is then aligned to its element's size.
-    slots = [(block, slot, payload) for block in blocks for slot, payload in block.slots.items()]
-    slots.sort(key=lambda item: item[2].itemsize, reverse=True)
-    entries: dict[str, Any] = {}
-    position = 0
-    for block, slot, payload in slots:
-        offsets = [position, position := position + payload.nbytes]
-        name = _entry_name(block.key, slot, block.version)
-        entries[name] = {"dtype": payload.dtype, "shape": list(payload.shape), "data_offsets": offsets}
-    table = [
-        [key, version.incarnation, version.sequence, version.step, {slot: p.checksum for slot, p in slots.items()}]
-        for key, version, slots in blocks
-    ]
-    yield from _header({"head": head.to_json(), "blocks": orjson.dumps(table).decode()}, entries)
-    for _, _, payload in slots:
-        yield payload.data()
-
-
-def _header(metadata: dict[str, str], entries: dict[str, Any]) -> Iterator[bytes]:
-    metadata = {"format": str(FORMAT_VERSION), "header_checksum": _NO_CHECKSUM, **metadata}
-    text = orjson.dumps({"__metadata__": metadata, **entries})
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text.replace(_NO_CHECKSUM.encode(), checksum(text).encode(), 1)
-
-
-def _entry_name(key: str, slot: str, version: Version) -> str:
-    # With the version: a merged delta may hold two versions of a block.
-    return f"{key}/{slot}@{version.incarnation}.{version.sequence}"
-
-
-def read_delta(directory: Directory, name: str) -> Delta:
-    """Reads a delta's header and checks it.
-
-    Args:
-        directory: Where the file lies.
-        name: The file's name.
-
-    Raises:
-        DamagedError: If the header does not match its checksum, or the file ends before its data do.
-        NewerFormatError: If a newer version of this library wrote the file.
-        FileNotFoundError: If the file is gone.
-
-    """
-    with directory.open(name, readahead=_HEADER_READAHEAD) as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        # A damaged length may be any number; what is cut short here fails its checksum below.
-        text = file.read(min(int.from_bytes(file.read(8), "little"), size))
-    try:
-        metadata, entries = _checked_header(text)
-        head = Head.from_json(metadata["head"])
-        blocks = tuple(_blocks(orjson.loads(metadata["blocks"]), entries, 8 + len(text)))
-    except NewerFormatError as error:
-        raise NewerFormatError(f"{directory.file(name)} {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{directory.file(name)} is damaged: its header does not hold ({error!r})") from None
-    end = 8 + len(text) + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if end > size:
-        raise DamagedError(f"{directory.file(name)} is damaged: {size} bytes long, its data end at {end}")
-    return Delta(directory, name, size, head, blocks)
-
-
-def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
-    entries = orjson.loads(text)
-    metadata = entries.pop("__metadata__")
-    # Before the checksum: a newer format may well compute it in another way.
-    if int(metadata["format"]) > FORMAT_VERSION:
-        raise NewerFormatError(
-            f"has format {metadata['format']}, this version of lightning-scar reads up to {FORMAT_VERSION}: "
-            "upgrade lightning-scar"
-        )
-    expected = metadata["header_checksum"]
-    if checksum(text.replace(expected.encode(), _NO_CHECKSUM.encode(), 1)) != expected:
-        raise ValueError("checksum")
-    return metadata, entries
-
-
-def _blocks(table: list[Any], header: dict[str, Any], data_start: int) -> Iterator[StoredBlock]:
-    for place, (key, incarnation, sequence, step, checksums) in enumerate(table):
-        yield StoredBlock(key, Version(incarnation, sequence, step), place, checksums, header, data_start)
-
-
-def read_blocks(source: Source, blocks: Iterable[tuple[StoredBlock, Mapping[str, memoryview]]]) -> None:
-    """Reads blocks into ready memory and verifies their checksums.
-
-    Args:
-        source: The open delta.
-        blocks: Which blocks, and writable bytes for each of their slots.
-
-    Raises:
-        DamagedError: If an entry cannot be read, or a block has other slots.
-
-    """
-    entries: list[tuple[Entry, memoryview]] = []
-    for block, into in blocks:
-        if block.slots.keys() != into.keys():
-            raise DamagedError("its slots are not those of the block map")
-        entries += [(entry, into[slot]) for slot, entry in block.slots.items()]
-    read_entries(source, entries)
-
-
-def read_entries(source: Source, entries: Sequence[tuple[Entry, memoryview]]) -> None:
-    """Reads entries into ready memory and verifies their checksums.
-
-    Args:
-        source: The open delta.
-        entries: Which entries, and writable bytes for each.
-
-    Raises:
-        DamagedError: If the file ends too early, the bytes do not match their checksum, or there are not as many.
-
-    """
-    if any(len(into) != entry.stop - entry.start for entry, into in entries):
-        raise DamagedError("its size is not that of the block map")
-    if not source.fill([(entry.start, into) for entry, into in entries]):
-        raise DamagedError("the file ends too early")
-    if any(checksum(into) != entry.checksum for entry, into in entries):
-        raise DamagedError("the bytes do not match their checksum")
+    @cached_property
+    def refresh_bytes(self) -> int:
+        """Bytes of its refresh."""
+        return sum(refresh.nbytes for refresh in self.refreshes)

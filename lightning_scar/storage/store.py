@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.compaction import WITH_OLDER, Retention
-from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta, read_blocks, read_delta
+from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta
+from lightning_scar.storage.delta_file import read_blocks, read_delta
 from lightning_scar.storage.directory import Directory, Tier
 from lightning_scar.storage.index import Index, Located, newest_lineage
 from lightning_scar.storage.source import Source

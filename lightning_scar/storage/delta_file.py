@@ -1,0 +1,141 @@
+"""The file of a delta: safetensors that check themselves.
+
+``safetensors.safe_open`` reads it: 8 bytes with the header's length, a JSON header, the data. The header's own checksum
+(XXH3, 64 bits) decides whether the file counts at all; those of the data are verified when they are read.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from lightning_scar.storage import format_1, format_2
+from lightning_scar.storage.delta import (
+    DamagedError,
+    Delta,
+    Entry,
+    NewerFormatError,
+    Refresh,
+    Section,
+    StoredBlock,
+    checksum,
+)
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.head import Head
+from lightning_scar.storage.source import Source
+
+FORMAT_VERSION = 2
+_NO_CHECKSUM = "0" * 16
+_HEADER_READAHEAD = 1 << 17
+
+
+def encode(head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> Iterator[bytes | memoryview]:
+    """The bytes of a delta, piece by piece.
+
+    Args:
+        head: What the delta says about itself.
+        sections: The blocks to put in.
+        refreshes: The refresh, at most one of each group.
+
+    Yields:
+        The length of the header, the header with its own checksum in it, then the data.
+
+    """
+    about, entries, data = format_2.encode(sections, refreshes)
+    yield from _header({"head": head.to_json(), **about}, entries)
+    yield from data
+
+
+def _header(metadata: dict[str, str], entries: dict[str, Any]) -> Iterator[bytes]:
+    metadata = {"format": str(FORMAT_VERSION), "header_checksum": _NO_CHECKSUM, **metadata}
+    text = orjson.dumps({"__metadata__": metadata, **entries})
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text.replace(_NO_CHECKSUM.encode(), f"{checksum(text):016x}".encode(), 1)
+
+
+def read_delta(directory: Directory, name: str) -> Delta:
+    """Reads a delta's header and checks it.
+
+    Args:
+        directory: Where the file lies.
+        name: The file's name.
+
+    Raises:
+        DamagedError: If the header does not match its checksum, or the file ends before its data do.
+        NewerFormatError: If a newer version of this library wrote the file.
+        FileNotFoundError: If the file is gone.
+
+    """
+    with directory.open(name, readahead=_HEADER_READAHEAD) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        # A damaged length may be any number; what is cut short here fails its checksum below.
+        text = file.read(min(int.from_bytes(file.read(8), "little"), size))
+        try:
+            metadata, entries = _checked_header(text)
+            head, start = Head.from_json(metadata["head"]), 8 + len(text)
+            contents = format_1.contents if metadata["format"] == "1" else format_2.contents
+            blocks, refreshes = contents(file.read, metadata, entries, start)
+        except NewerFormatError as error:
+            raise NewerFormatError(f"{directory.file(name)} {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{directory.file(name)} is damaged: its header does not hold ({error!r})") from None
+    end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if end > size:
+        raise DamagedError(f"{directory.file(name)} is damaged: {size} bytes long, its data end at {end}")
+    return Delta(directory, name, size, head, tuple(blocks), tuple(refreshes))
+
+
+def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+    entries = orjson.loads(text)
+    metadata = entries.pop("__metadata__")
+    # Before the checksum: a newer format may well compute it in another way.
+    if int(metadata["format"]) > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"has format {metadata['format']}, this version of lightning-scar reads up to {FORMAT_VERSION}: "
+            "upgrade lightning-scar"
+        )
+    expected = metadata["header_checksum"]
+    if f"{checksum(text.replace(expected.encode(), _NO_CHECKSUM.encode(), 1)):016x}" != expected:
+        raise ValueError("checksum")
+    return metadata, entries
+
+
+def read_blocks(source: Source, blocks: Iterable[tuple[StoredBlock, Mapping[str, memoryview]]]) -> None:
+    """Reads blocks into ready memory and verifies their checksums.
+
+    Args:
+        source: The open delta.
+        blocks: Which blocks, and writable bytes for each of their slots.
+
+    Raises:
+        DamagedError: If an entry cannot be read, or a block has other slots.
+
+    """
+    entries: list[tuple[Entry, memoryview]] = []
+    for block, into in blocks:
+        if block.slots.keys() != into.keys():
+            raise DamagedError("its slots are not those of the block map")
+        entries += [(entry, into[slot]) for slot, entry in block.slots.items()]
+    read_entries(source, entries)
+
+
+def read_entries(source: Source, entries: Sequence[tuple[Entry, memoryview]]) -> None:
+    """Reads entries into ready memory and verifies their checksums.
+
+    Args:
+        source: The open delta.
+        entries: Which entries, and writable bytes for each.
+
+    Raises:
+        DamagedError: If the file ends too early, the bytes do not match their checksum, or there are not as many.
+
+    """
+    if any(len(into) != entry.nbytes for entry, into in entries):
+        raise DamagedError("its size is not that of the block map")
+    # Blocks that follow each other have their rows side by side in each slot: by place they are few long reads.
+    if not source.fill([(entry.start, into) for entry, into in sorted(entries, key=lambda item: item[0].start)]):
+        raise DamagedError("the file ends too early")
+    if any(checksum(into) != entry.checksum for entry, into in entries):
+        raise DamagedError("the bytes do not match their checksum")
