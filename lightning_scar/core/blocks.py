@@ -49,6 +49,7 @@ class Group:
         slots: The tensors; the first is the one whose distance counts.
         rows_per_block: Rows of the first dimension in every block but the last.
         lazy: Whether it changes between optimizer steps only, as far as is known: parameters and optimizer state.
+        frozen: Whether it does not change at all, as far as is known: a parameter that no optimizer trains.
         first_row: Where its rows begin in the parameter; not 0 in one rank's share of it.
         owner: The rank that alone has it as it should be; ``None`` where all have the same.
 
@@ -59,6 +60,7 @@ class Group:
     slots: tuple[Slot, ...]
     rows_per_block: int
     lazy: bool = False
+    frozen: bool = False
     first_row: int = 0
     owner: int | None = None
 
@@ -85,6 +87,14 @@ class Group:
     def __len__(self) -> int:
         """The number of blocks."""
         return -(-self.rows // self.rows_per_block)
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """How many blocks there are of a size, and their elements: of all but the last, then of that if it is shorter."""
+        rows = min(self.rows_per_block, self.rows)
+        whole, rest = divmod(self.rows, rows)
+        of_whole = whole, rows * self.row_numel
+        return (of_whole, (1, rest * self.row_numel)) if rest else (of_whole,)
 
     def span(self, i: int) -> tuple[int, int]:
         """First row of block ``i`` among the group's, and the row behind its last."""
@@ -178,7 +188,10 @@ def build_map(
     """
     moments = {path: pair for prefix, (opt, state) in optimizers.items() for path, pair in _moments(prefix, opt, state)}
     owners = _owners(optimizer for optimizer, _ in optimizers.values())
+    trained = set(_trained(optimizer for optimizer, _ in optimizers.values()))
     lazy = {identity(tensor) for tensor in parameters} | {parameter for parameter, _ in moments.values()} | set(owners)
+    # Without an optimizer nothing is known of what trains.
+    frozen = lazy - trained if trained else set()
     names: dict[tuple[Any, ...], str] = {}
     drafts: dict[str, _Draft] = {}
     unpaired: list[Leaf] = []
@@ -190,7 +203,8 @@ def build_map(
         if who not in names:
             names[who] = _unused("/".join(map(str, leaf.path)), drafts)
             # Who else than the optimizers changes a tensor may do so differently on every rank; the first one's counts.
-            drafts[names[who]] = _Draft({"param": []}, who in lazy, owners.get(who, None if who in lazy else 0))
+            owner = owners.get(who, None if who in lazy else 0)
+            drafts[names[who]] = _Draft({"param": []}, who in lazy, owner, who in frozen)
         drafts[names[who]].slots["param"].append(leaf)
     size = block_size or _automatic_size(drafts.values())
     for leaf in unpaired:
@@ -214,6 +228,7 @@ class _Draft:
     slots: dict[str, list[Leaf]]
     lazy: bool
     owner: int | None
+    frozen: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -225,7 +240,14 @@ class _Draft:
             for slot, leaves in self.slots.items()
         )
         row_bytes = torch.Size(self.shape[1:]).numel() * slots[0].dtype.itemsize
-        return Group(name, tuple(self.shape), slots, max(1, block_size // row_bytes), self.lazy, owner=self.owner)
+        rows_per_block = max(1, block_size // row_bytes)
+        return Group(name, tuple(self.shape), slots, rows_per_block, self.lazy, self.frozen, owner=self.owner)
+
+
+def _trained(optimizers: Iterable[Optimizer]) -> Iterator[tuple[Any, ...]]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from (identity(tensor) for tensor in group["params"] if tensor.requires_grad)
 
 
 def _owners(optimizers: Iterable[Optimizer]) -> dict[tuple[Any, ...], int]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from lightning_scar.core.blocks import BlockMap
-from lightning_scar.core.distance import is_finite
 from lightning_scar.core.live_state import LiveState
+from lightning_scar.core.memory import is_finite
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.reader import Reader
 from lightning_scar.core.recovery import RecoveryPlan
@@ -65,6 +65,7 @@ def heal(store: Store, state: LiveState, ranks: Ranks, lost: Sequence[set[str]])
     ranks.together(reader.read)
     reader.take(state.tensors)
     reader.exchange()
+    reader.refresh()
     _put_back(state, reader, set().union(*lost))
     return plan
 

@@ -40,9 +40,12 @@ class LiveState:
         """The live tensors of every group of a map as rows, one a slot."""
         return [[group.of(self.tensors[slot.paths[0]]) for slot in group.slots] for group in block_map.groups]
 
-    def pack(self) -> memoryview:
-        """The skeleton as it lies in a delta."""
-        return pack_skeleton(self.skeleton, self.description, self.sharded)
+    def pack(self) -> tuple[memoryview, list[tuple[list[Path], Tensor]]]:
+        """The skeleton as it lies in a delta, and what of it lies on an accelerator and is not packed."""
+        here = [stack for stack in self.skeleton["counters"] if stack[1].device.type == "cpu"]
+        away = [stack for stack in self.skeleton["counters"] if stack[1].device.type != "cpu"]
+        skeleton = Skeleton(tree=self.skeleton["tree"], counters=here)
+        return pack_skeleton(skeleton, self.description, self.sharded), away
 
 
 class Dissection:

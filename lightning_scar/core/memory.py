@@ -1,7 +1,10 @@
-"""A tensor's bytes, without a copy, and bytes in words."""
+"""A tensor's bytes, without a copy, and what is asked of them."""
 
 import torch
 from torch import Tensor
+
+#: Elements that are converted at once where that is needed.
+_CHUNK = 1 << 16
 
 
 def memory(tensor: Tensor) -> memoryview:
@@ -30,3 +33,21 @@ def readable(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or Inf, without a temporary of the tensor's size.
+
+    Example::
+
+        >>> is_finite(torch.tensor([1.0, float("inf")])), is_finite(torch.tensor([1, 2]))
+        (False, True)
+
+    """
+    if not (values.is_floating_point() or values.is_complex()):
+        return True
+    if values.is_complex():
+        values = torch.view_as_real(values)
+    if values.dtype.itemsize == 1:
+        return all(bool(chunk.float().isfinite().all()) for chunk in torch.split(values.reshape(-1), _CHUNK))
+    return bool(torch.linalg.vector_norm(values, ord=torch.inf).isfinite())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_scar.core.blocks import Group
+from lightning_scar.core.rows import pieces
 
 #: State that is a mean or a sum of squared gradients: of Adam and its kin, of RMSprop and Adadelta, of Adagrad.
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
@@ -16,7 +17,25 @@ _LEAST = 1e-3
 _SAMPLE = 2048
 
 
-def preconditioners(groups: Sequence[Group], live: Sequence[Sequence[Tensor]], step: int) -> Tensor:
+def sampled_squares(group: Group, live: Sequence[Tensor], step: int) -> Tensor:
+    """The mean squared gradient of every block, from a sample of its rows.
+
+    Args:
+        group: The group.
+        live: Its tensors as rows, one a slot.
+        step: The present optimizer step: which rows of a large block stand for all of it.
+
+    Returns:
+        float32, one element a block, on the tensors' device; NaN where the optimizer keeps no squared gradients.
+
+    """
+    squares = [tensor for slot, tensor in zip(group.slots, live, strict=True) if slot.name in _SECOND_MOMENTS]
+    if not squares or not squares[0].is_floating_point():
+        return torch.full((len(group),), torch.nan, device=live[0].device)
+    return torch.cat([_sampled_mean(blocks, step) for _, blocks in pieces(squares[0], group)])
+
+
+def preconditioners(groups: Sequence[Group], squares: Tensor) -> Tensor:
     r"""The preconditioner of every block, relative to the others: :math:`\sqrt{v}`, with the mean of :math:`v` over it.
 
     Adam's step is :math:`\delta = \eta P^{-1} m` with :math:`P = \operatorname{diag}(\sqrt{v})` (Kingma and Ba, ICLR
@@ -26,8 +45,7 @@ def preconditioners(groups: Sequence[Group], live: Sequence[Sequence[Tensor]], s
 
     Args:
         groups: The groups.
-        live: Their tensors as rows, one a slot.
-        step: The present optimizer step: which rows of a large block stand for all of it.
+        squares: The mean squared gradient of every block, group after group, from :func:`sampled_squares`; float64.
 
     Returns:
         float64, one element a block, group after group. 1 in the mean over the blocks whose optimizers keep squared
@@ -38,15 +56,14 @@ def preconditioners(groups: Sequence[Group], live: Sequence[Sequence[Tensor]], s
         >>> from lightning_scar.core.blocks import Slot
         >>> slots = tuple(Slot(word, torch.float32, None, ()) for word in ("param", "exp_avg_sq"))
         >>> weight = Group("weight", (3, 2), slots, rows_per_block=1)
-        >>> squares = torch.tensor([[1.0, 1.0], [4.0, 4.0], [9.0, 9.0]])
-        >>> preconditioners([weight], [[torch.zeros(3, 2), squares]], step=1)
+        >>> live = [torch.zeros(3, 2), torch.tensor([[1.0, 1.0], [4.0, 4.0], [9.0, 9.0]])]
+        >>> preconditioners([weight], sampled_squares(weight, live, step=1).double())
         tensor([0.5000, 1.0000, 1.5000], dtype=torch.float64)
 
     """
     sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64)
     kinds = torch.tensor([_kind(group) for group in groups], dtype=torch.int64).repeat_interleave(sizes)
-    means = [_mean_squares(group, tensors, step) for group, tensors in zip(groups, live, strict=True)]
-    roots = torch.cat([torch.empty(0, dtype=torch.float64), *means]).sqrt()
+    roots = squares.sqrt()
     found = torch.ones_like(roots)
     for kind in range(len(_SECOND_MOMENTS)):
         known = (kinds == kind) & roots.isfinite()
@@ -60,17 +77,6 @@ def _kind(group: Group) -> int:
     """How the optimizer keeps the group's squared gradients; -1 if it does not."""
     words = [slot.name for slot in group.slots]
     return next((kind for kind, word in enumerate(_SECOND_MOMENTS) if word in words), -1)
-
-
-def _mean_squares(group: Group, tensors: Sequence[Tensor], step: int) -> Tensor:
-    """The mean squared gradient of every block; NaN where it is not known."""
-    squares = [tensor for slot, tensor in zip(group.slots, tensors, strict=True) if slot.name in _SECOND_MOMENTS]
-    if not squares or not squares[0].is_floating_point():
-        return torch.full((len(group),), torch.nan, dtype=torch.float64)
-    height = min(group.rows_per_block, group.rows)
-    whole, rest = torch.split(squares[0], [group.rows // height * height, group.rows % height])
-    blocks = [whole.view(-1, height, *group.row_shape), *([rest.unsqueeze(0)] if len(rest) else [])]
-    return torch.cat([_sampled_mean(each, step) for each in blocks]).cpu().double()
 
 
 def _sampled_mean(blocks: Tensor, step: int) -> Tensor:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_scar.core.blocks import BlockMap, Group, Slot
+from lightning_scar.core.decoding import decode_into
 from lightning_scar.core.memory import memory
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.recovery import RecoveryPlan, Source
 from lightning_scar.core.shares import shares
 from lightning_scar.core.skeleton import Path
-from lightning_scar.storage.store import Reading, Store
+from lightning_scar.storage.delta import Delta, Encoded, Refresh, StoredRefresh
+from lightning_scar.storage.store import Damage, Reading, Store
 
 
 class Reader:
@@ -54,6 +56,10 @@ class Reader:
             group.name: [_target(group, slot, into or {}) for slot in group.slots] for group in self.groups
         }
         self._initial = {group.name: initial_value(group, initial or {}) for group in self.groups}
+        #: Refreshes that could not be read.
+        self.unrefreshed: list[Damage] = []
+        #: For each slot of a group, by name, whether its refresh can hold negative values.
+        self.negative: dict[tuple[str, str], bool] = {}
 
     def read(self) -> None:
         """Fills every block of this rank's share from the freshest source that turns out to be intact.
@@ -107,6 +113,51 @@ class Reader:
             for key, damage in damages if rank != self._ranks.rank else ():
                 self._plan.fall_back(key, damage)
 
+    def bases(self) -> dict[str, Tensor]:
+        """Copies of each group's first slot: before :meth:`refresh` its bases."""
+        return {group.name: self._targets[group.name][0].dense.clone() for group in self.groups}
+
+    def refresh(self) -> None:
+        """Brings every block that comes from disk as near to the live values as its refresh can. A collective."""
+        wanted = self._wanted_refreshes()
+        read = [
+            (w, refresh) for w, refresh in zip(wanted, self._read_refreshes(wanted), strict=True) if refresh is not None
+        ]
+        targets = {name: [target.dense for target in slots] for name, slots in self._targets.items()}
+        decode_into([(w.group, refresh, sorted(w.places)) for w, refresh in read], targets)
+        self._plan.refreshed = sum(len(w.places) for w, _ in read)
+        for w, refresh in read:
+            codecs = {slot: encoded.codec for slot, encoded in refresh.slots.items() if slot != w.group.slots[0].name}
+            self.negative |= {(w.group.name, slot): codec.startswith("linear") for slot, codec in codecs.items()}
+
+    def _wanted_refreshes(self) -> "list[_Refreshed]":
+        """The newest refresh of each block's base, gathered by file and group; in the same order on all ranks."""
+        whole = {group.name: group for group in self.groups}
+        found: dict[tuple[str, str], _Refreshed] = {}
+        for part in (part for parts in self._parts for part in parts):
+            for key in map(part.group.key, part.numbers):
+                for at in self._plan[key].versions[:1]:
+                    for newest in self._store.index.refreshes(at.block)[:1]:
+                        group = whole[part.group.name]
+                        empty = _Refreshed(newest.delta, newest.refresh, group, [])
+                        found.setdefault((newest.delta.file, group.name), empty).places.append(newest.position)
+        return [found[place] for place in sorted(found)]
+
+    def _read_refreshes(self, wanted: "Sequence[_Refreshed]") -> list[Refresh | None]:
+        """Reads a share of them, and gets the rest from the others; ``None`` for one that is damaged."""
+        rank, size = self._ranks.rank, self._ranks.world_size
+        own = self._store.read_refreshes([(w.delta, w.refresh) for w in wanted[rank::size]])
+        found = {rank + i * size: refresh for i, refresh in enumerate(own)}
+        damages = {i: damage for i, damage in found.items() if isinstance(damage, Damage)}
+        damaged = {i: damage for each in self._ranks.gather(damages) for i, damage in each.items()}
+        self.unrefreshed += damaged.values()
+        intact = {i: refresh for i, refresh in found.items() if isinstance(refresh, Refresh)}
+        read = [None if i in damaged else intact.get(i) or _unread(w.refresh) for i, w in enumerate(wanted)]
+        self._ranks.share_out(
+            [[m for refresh in read[source::size] if refresh for m in _memories(refresh)] for source in range(size)]
+        )
+        return read
+
     def tensors(self) -> list[list[Tensor]]:
         """The tensors of each of ``groups``, one a slot."""
         return [[target.filled() for target in self._targets[group.name]] for group in self.groups]
@@ -144,6 +195,27 @@ class Reader:
         value.copy_(group.of(initial)[span])
         for tensor in state:
             tensor.zero_()
+
+
+class _Refreshed(NamedTuple):
+    """The refresh of a group, and the places in it of the blocks that are wanted."""
+
+    delta: Delta
+    refresh: StoredRefresh
+    group: Group
+    places: list[int]
+
+
+def _unread(stored: StoredRefresh) -> Refresh:
+    """A refresh whose memory another rank will fill."""
+    memory = stored.new_memory().items()
+    slots = {slot: Encoded(stored.slots[slot].codec, [codes], [scales]) for slot, (codes, scales) in memory}
+    return Refresh(stored.group, stored.spans, stored.bases, slots)
+
+
+def _memories(refresh: Refresh) -> Iterator[Tensor]:
+    for slot in refresh.slots.values():
+        yield from (torch.frombuffer(part, dtype=torch.uint8) for part in (*slot.codes, *slot.scales) if part)
 
 
 class _Part(NamedTuple):

@@ -93,6 +93,8 @@ class RecoveryPlan:
         limit: Mark | None = None,
     ) -> None:
         self.damages: list[tuple[Located, Damage]] = []
+        #: How many blocks are brought near to the live values by a refresh.
+        self.refreshed = 0
         self.heads = index.heads
         self._initial = {group.key(i) for group in block_map.groups if group.name in initial for i in range(len(group))}
         self._planned: dict[str, Planned] = {}
@@ -146,10 +148,9 @@ class RecoveryPlan:
         planned.source = Source.INITIAL
 
     @property
-    def steps(self) -> dict[str, int]:
-        """The step of the version of every block that comes from disk."""
-        planned = self._planned.items()
-        return {key: source.versions[0].block.version.step for key, source in planned if source.versions}
+    def versions(self) -> dict[str, Version]:
+        """The version of every block that comes from disk."""
+        return {key: planned.versions[0].block.version for key, planned in self._planned.items() if planned.versions}
 
     @property
     def deltas(self) -> list[Delta]:
@@ -187,7 +188,8 @@ class RecoveryPlan:
             for source in Source
             if blocks[source]
         ]
-        return ", ".join(parts) + f".{self._outlook()}"
+        refreshed = f"; {self.refreshed} of these refreshed" if self.refreshed else ""
+        return f"{', '.join(parts)}{refreshed}.{self._outlook()}"
 
     def _outlook(self) -> str:
         if not self.heads or all(planned.source is Source.SURVIVOR for planned in self._planned.values()):

@@ -41,7 +41,8 @@ class Restored:
         step: The optimizer step of its newest save.
         map: The block map it was saved with.
         plan: Where each block was read from.
-        primary: For each group the tensor whose distance counts (the one in ``checkpoint``, not a copy).
+        bases: For each group a copy of the exact values of its first slot, where they were asked for.
+        negative: For each slot of a group, by name, whether it can hold negative values, as far as its refresh tells.
         damages: What had to be passed over.
 
     """
@@ -51,8 +52,10 @@ class Restored:
     step: int
     map: BlockMap
     plan: RecoveryPlan
-    primary: dict[str, Tensor]
+    bases: dict[str, Tensor]
+    negative: dict[tuple[str, str], bool]
     damages: list[tuple[Located, Damage]]
+    unrefreshed: list[Damage]
 
     @property
     def world_size(self) -> int:
@@ -136,6 +139,7 @@ def restore(
     initial: dict[str, Any] | None = None,
     weights_only: bool | None = None,
     ranks: Ranks | None = None,
+    with_bases: bool = False,
 ) -> Restored:
     """Reads the running checkpoint of a store; see :func:`load` for arguments and errors.
 
@@ -149,19 +153,35 @@ def restore(
             at zero.
         weights_only: As in :func:`load`.
         ranks: Who restores.
+        with_bases: Whether saves are to go on from there.
 
     """
     ranks = ranks or Ranks()
     with no_collection():
-        found = ranks.together(
-            lambda: retry_vanished(lambda: _read_share(store, consistent, into, initial, weights_only, ranks))
-        )
-        _check_agreement(store, found, ranks)
-        found.reader.exchange()
-        restored = found.put_together(ranks.rank)
+        restored = retry_vanished(lambda: _restored(store, consistent, into, initial, weights_only, ranks, with_bases))
     if ranks.rank == 0:
         _report(store, restored)
     return restored
+
+
+def _restored(
+    store: Store,
+    consistent: bool,
+    into: dict[str, Any] | None,
+    initial: dict[str, Any] | None,
+    weights_only: bool | None,
+    ranks: Ranks,
+    with_bases: bool,
+) -> Restored:
+    found = ranks.together(
+        lambda: retry_vanished(lambda: _read_share(store, consistent, into, initial, weights_only, ranks))
+    )
+    _check_agreement(store, found, ranks)
+    found.reader.exchange()
+    bases = found.reader.bases() if with_bases else {}
+    # A file may vanish here, too, if a live run is read from outside. That is one process, which may begin again.
+    found.reader.refresh()
+    return found.put_together(bases)
 
 
 @dataclass
@@ -176,7 +196,7 @@ class _Found:
     reader: Reader
     damages: list[tuple[Located, Damage]]
 
-    def put_together(self, rank: int) -> Restored:
+    def put_together(self, bases: dict[str, Tensor]) -> Restored:
         tensors = self.reader.tensors()
         leaves = {
             path: tensor
@@ -193,8 +213,10 @@ class _Found:
             step=version.step,
             map=self.map,
             plan=self.plan,
-            primary={group.name: slots[0] for group, slots in zip(self.map.groups, tensors, strict=True)},
+            bases=bases,
+            negative=self.reader.negative,
             damages=[*self.damages, *self.plan.damages],
+            unrefreshed=self.reader.unrefreshed,
         )
 
 
@@ -273,7 +295,7 @@ def _check_agreement(store: Store, found: _Found, ranks: Ranks) -> None:
 
 
 def _report(store: Store, restored: Restored) -> None:
-    damages = [*store.damaged, *(damage for _, damage in restored.damages)]
+    damages = [*store.damaged, *(damage for _, damage in restored.damages), *restored.unrefreshed]
     # Several thousand blocks may lie in one lost file: name the first, count the rest.
     shown = "\n  ".join(map(str, damages[:8])) + (f"\n  and {len(damages) - 8} more" * (len(damages) > 8))
     if damages or not restored.plan.is_whole:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -122,6 +123,10 @@ class Motion:
     (Adam) that is true in the metric of its preconditioner, so distances are taken in that. Ranks scale it each by
     their own mean; the estimate of all lies between theirs still.
 
+    Where a block has a refresh, what is off by then is the error :math:`e` of a code, which points anywhere. That costs
+    nothing to first order; to second order at most :math:`e^2 / 2`, as no step is stable where the loss is curved by
+    more than the inverse of the learning rate.
+
     It is never above distance over speed, the limit of :func:`rework_bound` for slow convergence, and never above the
     age of the oldest block. Where steps are mostly noise it means little: there old values may be as good as new ones,
     and nothing is lost.
@@ -153,23 +158,29 @@ class Motion:
         return self.squared_speed_steps / self.squared_speed
 
 
-def motion(distance: Tensor, age: Tensor, rest: Tensor) -> Motion:
+def motion(distance: Tensor, lag: Tensor, age: Tensor, rest: Tensor) -> Motion:
     """What the scores of a save tell of the blocks' motion.
 
     Args:
-        distance: How far every block was from its last saved values before this save, shape ``(blocks,)``, float64: L2
-            times the root of its preconditioner. Blocks at no finite distance (NaN or Inf in them, a failed write) are
-            left out.
-        age: Steps since then, shape ``(blocks,)``. Blocks of age 0 are left out: they show no speed.
-        rest: Which blocks this save leaves out, shape ``(blocks,)``, bool.
+        distance: How far every block was from its base before this save, shape ``(blocks,)``, float64: L2 times the
+            root of its preconditioner. Blocks at no finite distance (NaN or Inf in them, a failed write) are left out.
+        lag: How far it is from its base and its refresh together, the same way. Of a block without a refresh that is
+            its distance.
+        age: Steps since its base, shape ``(blocks,)``. Blocks of age 0 are left out: they show no speed.
+        rest: Which blocks this save does not write exactly, shape ``(blocks,)``, bool.
 
     Example::
 
         >>> import torch
-        >>> motion(torch.tensor([2.0, 3.0]), torch.tensor([2, 1]), rest=torch.tensor([True, False]))
+        >>> moved, age, rest = torch.tensor([2.0, 3.0]), torch.tensor([2, 1]), torch.tensor([True, False])
+        >>> motion(moved, moved, age, rest)
         Motion(squared_speed=10.0, squared_speed_steps=2.0)
+        >>> motion(moved, moved / 10, age, rest)
+        Motion(squared_speed=10.0, squared_speed_steps=0.02)
 
     """
     known = distance.isfinite() & (age > 0)
     squares = (distance[known].double() / age[known]).square()
-    return Motion(float(squares.sum()), float((squares * age[known])[rest[known]].sum()))
+    lost = torch.minimum(squares * age[known], lag[known].double().square() / 2)
+    lost = torch.where(lag[known] < distance[known], lost, squares * age[known])
+    return Motion(float(squares.sum()), float(lost[rest[known]].sum()))

@@ -1,4 +1,4 @@
-"""The running checkpoint: score, choose, stage, hand over.
+"""The running checkpoint: what a live training saves to.
 
 A save goes through three methods, in this order: :meth:`RunningCheckpoint.save` takes the checkpoint apart and pickles
 the skeleton, :meth:`RunningCheckpoint.stage` starts to score and copy, beside the next forward and backward if staging
@@ -7,16 +7,18 @@ is lazy, and :meth:`RunningCheckpoint.fence` waits for the copies before anythin
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
 from lightning_scar.core.claim import Claim, Seat
-from lightning_scar.core.committer import Committer, Save
+from lightning_scar.core.committer import Committer
+from lightning_scar.core.devices import HostBuffer
 from lightning_scar.core.farewell import at_exit
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection, LiveState
@@ -26,10 +28,10 @@ from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.recovery import RecoveryPlan
 from lightning_scar.core.restoration import Restored, restore
+from lightning_scar.core.save import Part, Save
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeleton import Path
-from lightning_scar.core.stager import Stager, Staging
-from lightning_scar.core.staging import StagingBuffer
+from lightning_scar.core.stager import Stager
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.head import Version
@@ -95,11 +97,11 @@ class RunningCheckpoint:
         self._has_base = False
         self._save: Save | None = None
         self._dissection = Dissection(self.ranks)
-        self._stager = Stager(self.settings, self.store)
-        self._committer = Committer(self.store, self._stager, self.stats, self.ranks, self._claim.incarnation)
+        self._committer = Committer(self.store, self.stats, self.ranks, self._claim.incarnation)
+        self._stager = Stager(self.settings, self._committer.negative)
         if seat is not None:
             self._committer.go_on_from(seat.lineage)
-        self._buffers = [StagingBuffer() for _ in range(DEPTH)]
+        self._buffers: list[HostBuffer] = []
         self._writer = BackgroundWriter()
         self._late_errors: list[Exception] = []
         self._call_off_exit = at_exit(self.store, self._claim)
@@ -134,7 +136,9 @@ class RunningCheckpoint:
         """
         with self._neighbours.look() as has_memory:
             restored = self._neighbours.read(
-                lambda: restore(self.store, weights_only=weights_only, initial=initial, ranks=self.ranks)
+                lambda: restore(
+                    self.store, weights_only=weights_only, initial=initial, ranks=self.ranks, with_bases=True
+                )
             )
         warn_of_lost_hosts(self._notices, self._neighbours.lost, self.ranks.rank)
         if self._claim.memory_is_lost:
@@ -145,11 +149,13 @@ class RunningCheckpoint:
         self.store.forget_obsolete(restored.plan.deltas)
         self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
         self.restored_ranks = restored.world_size
-        self._stager.last.adopt(restored.map, restored.primary, restored.plan.steps)
+        bases = self._stager.bases
+        bases.adopt(restored.map, restored.bases, restored.plan.versions)
+        self._committer.negative |= restored.negative
         self._has_base = not has_memory
         if has_memory:
             # All of it is saved anew: memory has to hold what does not change any more, too.
-            self._stager.fail(restored.map.numbers, restored.step)
+            bases.fail(torch.arange(len(restored.map)))
         if self.settings.block_size not in (None, restored.map.block_size):
             self._notices.warn(
                 "block_size",
@@ -190,7 +196,7 @@ class RunningCheckpoint:
         self.flush()
         # All ranks are done with writing, so that all see the same.
         self.ranks.gather(None)
-        self.store.look_around()
+        self.store.look_around(others=True)
         with self._neighbours.look():
             plan = heal(self.store, state, self.ranks, lost)
         warn_of_lost_hosts(self._notices, self._neighbours.lost, self.ranks.rank)
@@ -249,36 +255,38 @@ class RunningCheckpoint:
         try:
             state = self._take_apart(checkpoint, optimizers or {}, parameters)
             live = state.of(state.own)
-            self._stager.fit(state.own, live)
-            skeleton = state.pack()
+            self._stager.bases.fit(state.own, live)
+            skeleton, small = state.pack()
+            parts = [Part(group, tensors) for group, tensors in zip(state.own.groups, live, strict=True)]
+            version = Version(self._claim.incarnation, self._sequence - 1, step)
+            self._save = Save(version, full, skeleton, parts, small, dict(info or {}), self._buffer(full, live))
         except BaseException:
             self._writer.give_back()
             raise
-        version = Version(self._claim.incarnation, self._sequence - 1, step)
-        staging = Staging(step, full, live, self._buffer(full))
-        self._save = Save(version, skeleton, staging, dict(info or {}))
         self._save.stall += time.perf_counter() - started
         return True
 
     def stage(self) -> None:
-        """Starts to score and copy the save that was begun; returns at once for what is staged lazily."""
+        """Starts to measure and copy the save that was begun; returns at once for what is staged lazily."""
         save = self._save
         if save is None or save.is_staged:
             return
         with self._standing_still(save):
+            self._stager.start(save)
             save.is_staged = True
-            self._stager.start(save.staging)
-            if save.staging.lazily is None:
+            if not self._stager.is_busy:
                 self._hand_over(save)
 
     def fence(self) -> None:
-        """Waits until the save under way is copied, and hands it to the writer. Cheap when there is none."""
+        """Lets nothing change before the save under way is copied, and hands it to the writer. Cheap without one.
+
+        Interrupted while it waits, by Ctrl-C for one, it leaves the save for the next call to finish.
+        """
         self.stage()
         save = self._save
         if save is None:
             return
         with self._standing_still(save):
-            self._stager.finish(save.staging)
             self._hand_over(save)
 
     def save_now(self, checkpoint: dict[str, Any], step: int, **options: Any) -> None:
@@ -313,13 +321,16 @@ class RunningCheckpoint:
     def _take_apart(
         self, checkpoint: dict[str, Any], optimizers: Mapping[Path, Optimizer], parameters: Iterable[Tensor]
     ) -> LiveState:
-        block_size = self._stager.last.map.block_size or self.settings.block_size
+        block_size = self._stager.bases.map.block_size or self.settings.block_size
         return self._dissection.take_apart(checkpoint, optimizers, parameters, block_size)
 
-    def _buffer(self, full: bool) -> StagingBuffer:
-        if full:
-            # Memory of its own: a buffer of the whole state is not worth keeping.
-            return StagingBuffer()
+    def _buffer(self, full: bool, live: Sequence[Sequence[Tensor]]) -> HostBuffer:
+        pinned = any(tensor.device.type != "cpu" for tensors in live for tensor in tensors)
+        if full or len(self._buffers) < DEPTH:
+            buffer = HostBuffer(pinned)
+            # Memory of its own for a full save: a buffer of the whole state is not worth keeping.
+            self._buffers += [buffer] * (not full)
+            return buffer
         # The writer has a free place, so it is done with the save before the last, whose buffer this was.
         buffer = self._buffers.pop(0)
         self._buffers.append(buffer)
@@ -343,23 +354,21 @@ class RunningCheckpoint:
         self.stats.bytes_written = self.store.stored_bytes
 
     def _hand_over(self, save: Save) -> None:
+        self._stager.finish(save)
+        self._has_base, self._save = True, None
+        state_bytes = self._stager.bases.map.state_bytes
+        self._writer.submit(lambda: self._committer.commit(save, state_bytes))
         if self.store.follows_nobody:
             self._claim.forget_previous()
-        others = [head.info for rank, head in self.store.index.heads.items() if rank != self.ranks.rank]
-        self.stats.note(save.staging, others)
+        self.stats.note(save)
         self.stats.warn_of_non_finite(self._notices)
         if self.stats.saves == 1 and self.store.memory is not None:
-            tell_of_memory(self._notices, self.store, self.settings, self._stager.last.map.state_bytes)
-        self._has_base = True
-        self._save = None
-        self._writer.submit(lambda: self._committer.commit(save))
+            tell_of_memory(self._notices, self.store, self.settings, state_bytes)
         self.stats.queue_depth = self._writer.depth
 
     def _settle_failures(self) -> None:
-        """Raises or warns about failed writes, and forgets what they did not save."""
-        if lost := [key for key in set(self._stager.failed) if not self._committer.is_stored(key)]:
-            self._stager.forget(lost)
-            self._has_base = self.store.index.newest(self._committer.skeleton_key) is not None
+        """Raises or warns about failed writes, and has what they did not save saved again."""
+        self._take_unwritten()
         self.stats.warn_of_non_finite(self._notices)
         self.stats.bytes_written = self.store.stored_bytes
         late = [*self.store.take_errors(), *self._late_errors]
@@ -376,17 +385,41 @@ class RunningCheckpoint:
                 "failures are counted as failed_saves",
             )
 
+    def _take_unwritten(self) -> None:
+        bases, lost = self._stager.bases, self.store.take_lost()
+        while not self._committer.unwritten.empty():
+            version, keys = self._committer.unwritten.get()
+            written_by = set(bases.keys(bases.written_by(version)))
+            # Of a block that was staged again meanwhile a later save decides.
+            lost |= keys & written_by
+        numbers = [number for key in lost if (number := bases.map.numbers.get(key)) is not None]
+        for number in numbers:
+            group = bases.map.groups[bases.map.locate(number)[0]]
+            slots = {slot.name for slot in group.slots}
+            key = next(bases.keys(torch.tensor([number])))
+            (bases.fail if self._committer.is_stored(key, slots) else bases.forget)(torch.tensor([number]))
+        if lost:
+            self._has_base = self._committer.is_stored(self._committer.skeleton_key)
+
     @contextmanager
     def _standing_still(self, save: Save) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
+        except KeyboardInterrupt:
+            if not self._stager.is_busy:
+                self._call_off(save)
+            raise
         except BaseException:
-            # The error is the caller's to see; the next save begins anew.
-            self._save = None
-            self._writer.give_back()
+            self._call_off(save)
             raise
         save.stall += time.perf_counter() - started
         if self._save is None:
-            name = "full_stall_seconds" if save.staging.full else "stall_seconds"
-            setattr(self.stats, name, save.stall)
+            setattr(self.stats, "full_stall_seconds" if save.full else "stall_seconds", save.stall)
+
+    def _call_off(self, save: Save) -> None:
+        """The error is the caller's to see; the next save begins anew."""
+        if self._save is save:
+            self._save = None
+            self._stager.call_off(save)
+            self._writer.give_back()

@@ -1,167 +1,121 @@
-"""Scores blocks and chooses which of them a save writes."""
+"""How far blocks have moved from their bases, and their refresh: one pass over the live tensors, on their own device."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_scar.core.blocks import BlockMap
-from lightning_scar.core.distance import Compared, block_distances
-from lightning_scar.core.last_saved import NEVER, LastSaved
-from lightning_scar.core.memory import memory
-from lightning_scar.core.preconditioner import preconditioners
-from lightning_scar.core.rework import Motion, motion
-from lightning_scar.core.selection import Candidates, select
-from lightning_scar.core.settings import Settings
-from lightning_scar.core.threads import Run, in_turn
-from lightning_scar.storage.delta import checksum
-from lightning_scar.storage.store import Store
+from lightning_scar.core import codec
+from lightning_scar.core.bases import Base
+from lightning_scar.core.blocks import Group, rows
+from lightning_scar.core.preconditioner import sampled_squares
+from lightning_scar.core.rows import pieces
+from lightning_scar.core.save import Codes, Part
 
 
-@dataclass
-class Choice:
-    """What a save writes of some groups, and how far behind the rest stays.
+class Scores(NamedTuple):
+    """What a pass has seen of blocks, float64 on the host, one element a block.
 
     Attributes:
-        blocks: Numbers of the chosen blocks in the map, ascending.
-        nbytes: Their bytes.
-        non_finite: Blocks left out because they hold NaN or Inf and have a good version.
-        squared_rest: Squared distance between the blocks left out and their last saved values.
-        oldest_age: Steps since the oldest block left out, of those that have changed, was saved.
-        motion: How fast the blocks move, and what of that the save leaves out.
+        distance: L2 distance to the base. NaN for blocks that have to be looked at with care; infinite in a frozen
+            group that has changed.
+        error: L2 distance of base and refresh together to the live values.
+        unfit: 1 where a block has no refresh: it holds NaN, Inf, or what its codec cannot encode.
+        squares: The mean squared gradient, as far as the optimizer keeps it; NaN where it does not.
 
     """
 
-    blocks: Tensor
-    nbytes: int
-    non_finite: int
-    squared_rest: float
-    oldest_age: int
-    motion: Motion
+    distance: Tensor
+    error: Tensor
+    unfit: Tensor
+    squares: Tensor
 
-    def by_group(self, block_map: BlockMap) -> dict[int, list[int]]:
-        """The chosen blocks' numbers within each group, ascending."""
-        found: dict[int, list[int]] = {}
-        for block in self.blocks.tolist():
-            group, number = block_map.locate(block)
-            found.setdefault(group, []).append(number)
-        return found
+    @classmethod
+    def of(cls, seen: Tensor) -> "Scores":
+        """From what :func:`score` gives, of several groups one after the other."""
+        unit, norm, error, unfit, squares = seen.double()
+        return cls(norm.sqrt() * unit, error.sqrt() * unit, unfit, squares)
 
 
-class Scorer:
-    """Chooses blocks by the settings.
+def score(part: Part, base: Base, step: int, full: bool) -> Tensor:
+    """Compares a group with its base and encodes its refresh. Nothing waits for the device.
 
     Args:
-        settings: Fraction, policy and ``max_age``.
-        store: Knows the checksums of what is on disk.
+        part: The group. The memory of its codes is filled.
+        base: Its base.
+        step: The present optimizer step.
+        full: Whether it is enough to know what is not finite, or frozen: all else has moved as far as it can.
+
+    Returns:
+        float32, shape ``(5, blocks)``, on the group's device: unit, squared distance and squared error in units, unfit,
+        mean squared gradient.
 
     """
-
-    def __init__(self, settings: Settings, store: Store) -> None:
-        self._settings = settings
-        self._store = store
-
-    def choose(
-        self,
-        last: LastSaved,
-        live: Sequence[Sequence[Tensor]],
-        groups: Sequence[int],
-        step: int,
-        budget: int | None,
-        failed: Collection[str],
-        run: Run = in_turn,
-    ) -> Choice:
-        """Chooses among the blocks of some groups, within a byte budget.
-
-        Args:
-            last: What was saved before.
-            live: The present tensors of every group, one a slot.
-            groups: Which groups.
-            step: The present optimizer step.
-            budget: Bytes to spend, but never less than one block; ``None`` takes every block that has changed.
-            failed: Keys of blocks whose last write failed: they have moved infinitely far.
-            run: Shares the work out.
-
-        Returns:
-            The choice. Blocks that were never saved are always in it, whatever the budget.
-
-        """
-        block_map = last.map
-        blocks = torch.cat([torch.arange(*block_map.offsets[g : g + 2]) for g in groups])
-        never = last.steps[blocks] == NEVER
-        distance = self._distances(last, live, groups, never, run)
-        non_finite = distance.isnan() & ~never
-        unchanged = self._unchanged(last, live, blocks, (distance == 0) & ~never, full=budget is None)
-        if failed:
-            distance[self._among(block_map, blocks, failed) & ~non_finite] = torch.inf
-            unchanged &= distance != torch.inf
-        age = step - last.steps[blocks]
-        eligible = ~(never | non_finite | unchanged)
-        chosen = never.clone()
-        preconditioner = preconditioners([block_map.groups[g] for g in groups], [live[g] for g in groups], step)
-        nbytes = block_map.nbytes[blocks]
-        candidates = Candidates(distance[eligible], nbytes[eligible], age[eligible], step, preconditioner[eligible])
-        chosen[eligible.nonzero().flatten()[self._selected(candidates, budget)]] = True
-        rest = eligible & ~chosen
-        return Choice(
-            blocks=blocks[chosen],
-            nbytes=int(nbytes[chosen].sum()),
-            non_finite=int(non_finite.sum()),
-            squared_rest=float(distance[rest & distance.isfinite()].square().sum()),
-            oldest_age=int(age[rest].max()) if bool(rest.any()) else 0,
-            motion=motion(distance * preconditioner.sqrt(), age.masked_fill(never, 0), rest),
-        )
-
-    def _selected(self, candidates: Candidates, budget: int | None) -> Tensor:
-        if budget is None or not len(candidates):
-            return torch.arange(len(candidates))
-        # A row larger than the budget must not wait for ever.
-        budget = max(budget, int(candidates.nbytes.max()))
-        return select(candidates, self._settings.policy_function, budget, self._settings.max_age)
-
-    def _distances(
-        self, last: LastSaved, live: Sequence[Sequence[Tensor]], groups: Sequence[int], never: Tensor, run: Run
-    ) -> Tensor:
-        """The distance of every block of some groups; infinite in a group of which nothing was saved."""
-        sizes = torch.tensor([len(last.map.groups[g]) for g in groups])
-        saved = ~torch.stack([blocks.all() for blocks in torch.split(never, sizes.tolist())])
-        known = [last.map.groups[g] for g, is_saved in zip(groups, saved.tolist(), strict=True) if is_saved]
-        values = {last.map.groups[g].name: live[g][0] for g in groups}
-        distance = torch.full((len(never),), torch.inf, dtype=torch.float64)
-        distance[saved.repeat_interleave(sizes)] = block_distances(
-            [Compared(values[group.name], last.values(group), group.rows_per_block) for group in known], run
-        )
-        return distance
-
-    def _unchanged(
-        self, last: LastSaved, live: Sequence[Sequence[Tensor]], blocks: Tensor, resting: Tensor, full: bool
-    ) -> Tensor:
-        """Which of the blocks at distance 0 are on disk as they are now: frozen ones, mostly.
-
-        Distance 0 is not enough: state may move while the parameter rests (a warm-up that begins at rate 0), and
-        -0.0 equals 0.0. So what did not move is compared with the checksums on disk. Where the last version is still
-        on its way there, a partial save compares the bits of the parameter, and leaves the rest to the next save.
-        """
-        unchanged = torch.zeros_like(resting)
-        for i in resting.nonzero().flatten().tolist():
-            g, number = last.map.locate(int(blocks[i]))
-            group = last.map.groups[g]
-            stored = self._store.index.newest(group.key(number))
-            if stored is None or stored.version.step != last.steps[blocks[i]]:
-                span, values = group.span(number), last.values(group)
-                unchanged[i] = not full and _checksum(live[g][0], *span) == _checksum(values, *span)
-                continue
-            unchanged[i] = all(
-                slot.name in stored.slots and stored.slots[slot.name].checksum == _checksum(tensor, *group.span(number))
-                for slot, tensor in zip(group.slots, live[g], strict=True)
-            )
-        return unchanged
-
-    def _among(self, block_map: BlockMap, blocks: Tensor, keys: Collection[str]) -> Tensor:
-        located = (block_map.locate(block) for block in blocks.tolist())
-        return torch.tensor([block_map.groups[g].key(number) in keys for g, number in located])
+    group, live = part.group, part.live
+    seen = torch.zeros(5, len(group), device=live[0].device)
+    if base.values is not None and full and not group.frozen:
+        seen[:3] = torch.where(_measured(group, live[0], None, None)[3] > 0, torch.nan, torch.inf)
+    elif base.values is not None:
+        seen[:4] = _measured(group, live[0], rows(base.values), part.codes.get(group.slots[0].name))
+    elif base.seen is not None:
+        seen[1:3] = torch.where(base.seen.differs(live[0]), torch.inf, 0.0)
+        seen[0] = 1
+    else:
+        seen[:3] = torch.inf
+    if full:
+        return seen
+    seen[4] = sampled_squares(group, live, step)
+    for slot, tensor in zip(group.slots[1:], live[1:], strict=True):
+        if (codes := part.codes.get(slot.name)) is not None:
+            seen[3] = torch.maximum(seen[3], _measured(group, tensor, None, codes)[3])
+    return seen
 
 
-def _checksum(tensor: Tensor, start: int, stop: int) -> str:
-    return checksum(memory(tensor[start:stop].cpu().contiguous()))
+def careful(group: Group, number: int, live: Tensor, base: Tensor | None) -> Tensor:
+    """The distance of a block of which the fast way cannot tell.
+
+    Returns:
+        float32, no dimension, on the tensors' device: 0 if the block has not changed, such as a mask of minus infinity;
+        NaN if it has just become non-finite; infinite if its base is non-finite, or too far away for a float32; else, for
+        changes between non-finite values, the root of how many there are.
+
+    """
+    if base is None:
+        return torch.tensor(torch.inf)
+    span = slice(*group.span(number))
+    now, before = live[span], base[span]
+    changed = ((now != before) & ~(now.isnan() & before.isnan())).sum()
+    found = torch.where(before.isfinite().all(), torch.nan, changed.float().sqrt())
+    return torch.where(changed == 0, 0.0, torch.where(now.isfinite().all(), torch.inf, found))
+
+
+def _measured(group: Group, live: Tensor, base: Tensor | None, codes: Codes | None) -> Tensor:
+    """What :func:`~lightning_scar.core.codec.encode` has seen, of all blocks: shape ``(4, blocks)``."""
+    found = torch.empty(4, len(group), device=live.device)
+    bases = pieces(base, group) if base is not None else None
+    memories = codes.pieces(group) if codes is not None else None
+    for numbers, blocks in pieces(live, group):
+        against = next(bases).blocks if bases is not None else None
+        if codes is None or memories is None:
+            seen = codec.encode(None, *_as_numbers(blocks, against))
+        else:
+            host = next(memories)
+            is_here = blocks.device == host[0].device
+            own = host if is_here else codes.codec.empty(len(blocks), blocks[0].numel(), blocks.device)
+            wanted = base is not None
+            seen = codec.encode(codes.codec, blocks, against, codes=own[0], scales=own[1], measure=wanted)
+            for to, made in zip(host, own, strict=True) if not is_here else ():
+                to.copy_(made, non_blocking=True)
+        found[:, numbers] = torch.stack([*seen[:3], seen.bad.to(torch.float32)])
+    return found
+
+
+def _as_numbers(blocks: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What can be subtracted. Integers have no measure: each that changed counts as one."""
+    if blocks.is_complex():
+        blocks, base = torch.view_as_real(blocks), torch.view_as_real(base) if base is not None else None
+    if not blocks.dtype.is_floating_point:
+        return (torch.zeros(len(blocks), 1) if base is None else (blocks != base).float()), None
+    if blocks.dtype.itemsize == 1:
+        return blocks.float(), base.float() if base is not None else None
+    return blocks, base

@@ -12,7 +12,7 @@ class Candidates:
     """The blocks that may be saved, one element of each tensor a block.
 
     Attributes:
-        distance: L2 distance to the last saved values, float64; ``inf`` where the last write failed.
+        distance: L2 distance to the base, float64; ``inf`` where the last write failed.
         nbytes: Bytes of the block over all slots, int64.
         age: Steps since the block was last saved, int64.
         step: The present optimizer step.
@@ -30,6 +30,11 @@ class Candidates:
     def __len__(self) -> int:
         """The number of blocks."""
         return len(self.distance)
+
+    def of(self, blocks: Tensor) -> "Candidates":
+        """Some of them, by number."""
+        nbytes, age, steep = self.nbytes[blocks], self.age[blocks], self.preconditioner[blocks]
+        return Candidates(self.distance[blocks], nbytes, age, self.step, steep)
 
 
 #: Gives every block a priority (any real dtype, shape ``(blocks,)``); the highest is saved first.

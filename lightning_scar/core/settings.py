@@ -28,6 +28,8 @@ class Settings:
         durable_every_n_saves: With it, every how-manieth save goes to storage, too.
         replicas: With it, on how many other hosts each rank keeps a copy.
         memory_limit: Bytes of it that each rank may take, and each of its copies; ``None`` for what there is.
+        refresh: ``"auto"`` spends a part of a save on a low-precision copy of all that it does not write exactly;
+            ``None`` is the paper's own form.
 
     Raises:
         ValueError: If a value is out of range; the message names it and what is allowed.
@@ -49,6 +51,7 @@ class Settings:
     durable_every_n_saves: int = 8
     replicas: int = 1
     memory_limit: int | None = None
+    refresh: Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         """Checks every value."""
@@ -60,6 +63,7 @@ class Settings:
             self.policy in POLICIES or isinstance(self.policy, Callable),  # type: ignore[arg-type]
             f"policy={self.policy!r} must be one of {', '.join(POLICIES)}, or a function of the candidates",
         )
+        _require(self.refresh in ("auto", None), f"refresh={self.refresh!r} must be 'auto' or None")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             may_be_none = name in _MAY_BE_NONE

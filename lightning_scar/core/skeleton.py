@@ -43,8 +43,9 @@ class Skeleton(TypedDict):
 
     Attributes:
         tree: The nest, with ``None`` where a tensor was taken out.
-        counters: Its 0-d tensors, those of one dtype in one tensor, with their places. An optimizer has one for each
-            parameter; pickled one by one, they would take longer than all the rest.
+        counters: Its 0-d tensors, and all small ones of an accelerator, those of one kind stacked, with their places.
+            An optimizer has one for each parameter; pickled or transferred one by one, they would take longer than all
+            the rest.
 
     """
 
@@ -70,14 +71,14 @@ def take_apart(value: Any, parameters: Mapping[tuple[Any, ...], Any]) -> tuple[S
 
     """
     leaves: list[Leaf] = []
-    counters: dict[torch.dtype, list[Leaf]] = {}
+    counters: dict[tuple[Any, ...], list[Leaf]] = {}
 
     def visit(value: Any, path: Path) -> Any:
         if isinstance(value, Tensor):
             if _is_large(value, parameters):
                 leaves.append(Leaf(path, value.detach()))
             elif _is_counter(value):
-                counters.setdefault(value.dtype, []).append(Leaf(path, value))
+                counters.setdefault((value.device, value.dtype, value.shape), []).append(Leaf(path, value.detach()))
             else:
                 return value
             return None
@@ -125,8 +126,9 @@ def _is_large(tensor: Tensor, parameters: Mapping[tuple[Any, ...], Any]) -> bool
 
 
 def _is_counter(tensor: Tensor) -> bool:
-    plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.dim() == 0 and tensor.dtype in _COUNTERS and not tensor.requires_grad
+    if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.requires_grad or tensor.is_meta:
+        return False
+    return tensor.device.type != "cpu" or (tensor.dim() == 0 and tensor.dtype in _COUNTERS)
 
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -160,6 +160,8 @@ class Skeletons:
                 self.damages += [(reading.located, damage) for reading, damage in found]
             return None
         content = unpack(memory["bytes"], self._weights_only)
+        if "small" in memory:
+            content["skeleton"]["counters"] += unpack(memory["small"], self._weights_only)
         sharded = [tuple(path) for path in content["sharded"]]
         return Stored(content["skeleton"], parse(content["map"]), sharded, at)
 

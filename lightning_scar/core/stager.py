@@ -1,138 +1,90 @@
-"""Scores, chooses and copies blocks: at once, or beside the next forward and backward."""
+"""Brings a save from live tensors to host memory: measures and encodes, chooses, gathers, beside the training."""
 
-from collections.abc import Iterable, Sequence
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lightning_scar.core.blocks import BlockMap
-from lightning_scar.core.last_saved import NEVER, LastSaved
-from lightning_scar.core.rework import Motion
-from lightning_scar.core.scoring import Choice, Scorer
+from lightning_scar.core.bases import NEVER, Bases
+from lightning_scar.core.devices import HostBuffer, on_host, queue_of
+from lightning_scar.core.preconditioner import preconditioners
+from lightning_scar.core.refresh import plan
+from lightning_scar.core.rework import motion
+from lightning_scar.core.rows import gather
+from lightning_scar.core.save import Codes, Part, Save
+from lightning_scar.core.scoring import Scores, careful, score
+from lightning_scar.core.selection import Candidates, select
 from lightning_scar.core.settings import Settings
-from lightning_scar.core.staging import StagedGroup, StagingBuffer, stage
-from lightning_scar.core.threads import Run, in_turn, team
-from lightning_scar.storage.store import Store
-
-
-@dataclass
-class Staging:
-    """What one save copies.
-
-    Attributes:
-        step: The optimizer step.
-        full: Whether to take every block that has changed.
-        live: The live tensors of every group, one a slot, as rows.
-        buffer: Where the copies go.
-        choices: What was chosen.
-        groups: The copies.
-
-    """
-
-    step: int
-    full: bool
-    live: list[list[Tensor]]
-    buffer: StagingBuffer
-    choices: list[Choice] = field(default_factory=list)
-    groups: list[StagedGroup] = field(default_factory=list)
-    tensor_versions: dict[int, list[int]] = field(default_factory=dict)
-    lazily: "Future[None] | None" = None
-
-    @property
-    def non_finite(self) -> int:
-        """Blocks left out because their parameter holds NaN or Inf."""
-        return sum(choice.non_finite for choice in self.choices)
-
-    @property
-    def distance(self) -> float:
-        """L2 distance between the live state and the running checkpoint, once this save is in it."""
-        return float(sum(choice.squared_rest for choice in self.choices) ** 0.5)
-
-    @property
-    def motion(self) -> Motion:
-        """How fast the blocks move, and what of that the running checkpoint lags behind."""
-        return sum((choice.motion for choice in self.choices), Motion())
-
-    @property
-    def oldest_age(self) -> int:
-        """Steps since the oldest block left out, of those that have changed, was saved."""
-        return max((choice.oldest_age for choice in self.choices), default=0)
 
 
 class Stager:
-    """Fills stagings.
+    """Stages saves.
 
-    Lazy staging reads live tensors beside the forward and backward pass. What may change there is copied at once:
-    buffers and callback state, and every tensor that was once caught changing by its version counter.
+    Lazy staging reads live tensors beside the forward and backward pass. What may change there is copied at once, on
+    its own device: buffers, callback state, what was never saved before, and every tensor that was once caught changing
+    by its version counter.
 
     Args:
         settings: What to save and how.
-        store: Knows what is on disk.
+        negative: For each slot of a group, by name, whether it has held negative values; what is not in it is not
+            known yet, and not refreshed.
+
+    Attributes:
+        bases: What was saved before.
 
     """
 
-    def __init__(self, settings: Settings, store: Store) -> None:
-        self.last = LastSaved()
-        #: Blocks whose last copy did not reach the disk, and the step of that copy.
-        self.failed: dict[str, int] = {}
+    def __init__(self, settings: Settings, negative: dict[tuple[str, str], bool]) -> None:
+        self.bases = Bases()
+        self._negative = negative
         self._settings = settings
-        self._scorer = Scorer(settings, store)
         self._caught: set[str] = set()
+        self._counters: dict[str, list[int]] = {}
         self._thread: ThreadPoolExecutor | None = None
-        self._recording: Future[None] | None = None
+        self._staging: Future[None] | None = None
 
-    def start(self, staging: Staging) -> None:
-        """Copies what cannot wait; the rest is on its way when this returns."""
-        self._recorded()
-        lazy = self._lazy_groups(staging)
-        staging.tensor_versions = {g: _versions(staging.live[g]) for g in lazy}
-        eager = [g for g in range(len(staging.live)) if g not in lazy]
-        with team(torch.get_num_threads()) as run:
-            spent = self._copy(staging, eager, self._budget(staging, eager), run)
+    def start(self, save: Save) -> None:
+        """Copies what cannot wait; the rest is on its way when this returns, or done if it is staged eagerly."""
+        save.queue = queue_of([tensor for part in save.parts for tensor in part.live])
+        is_lazy = not save.full and self._settings.staging == "lazy"
+        unsaved = self._unsaved() if is_lazy else set()
+        for part in save.parts:
+            if is_lazy and (not part.group.lazy or part.group.name in self._caught | unsaved):
+                part.live = [tensor.clone() for tensor in part.live]
+        self._counters = {part.group.name: _counters(part) for part in save.parts}
+        ready = save.queue.mark()
+        if not is_lazy:
+            self._stage(save, ready)
+            return
         if self._thread is None:
             self._thread = _one_thread()
-        # The copies themselves tell what was saved last; nobody need wait for that either.
-        self._recording = self._thread.submit(self._record, staging, list(staging.groups))
-        if lazy:
-            rest = int(self._settings.fraction * self.last.map.state_bytes) - spent
-            staging.lazily = self._thread.submit(self._copy_and_record, staging, lazy, rest)
+        self._staging = self._thread.submit(self._stage, save, ready)
 
-    def finish(self, staging: Staging) -> None:
-        """Waits for the copies, and drops those of tensors that changed meanwhile."""
-        if staging.lazily is None:
-            return
-        staging.lazily.result()
-        changed = [g for g, versions in staging.tensor_versions.items() if _versions(staging.live[g]) != versions]
-        if changed:
-            torn = {self.last.map.groups[g].name for g in changed}
-            # What changed outside the optimizer will do so again: from now on it is copied at once.
-            self._caught |= torn
-            dropped = [staged for staged in staging.groups if staged.group.name in torn]
-            self.fail((staged.group.key(number) for staged in dropped for number in staged.numbers), staging.step)
-            staging.groups = [staged for staged in staging.groups if staged.group.name not in torn]
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is being staged beside the training."""
+        return self._staging is not None
 
-    def fit(self, block_map: BlockMap, live: Sequence[Sequence[Tensor]]) -> None:
-        """Follows a change of the state; see :meth:`LastSaved.fit`."""
-        if block_map is not self.last.map:
-            self._recorded()
-            self.last.fit(block_map, live)
+    def finish(self, save: Save) -> None:
+        """Lets nothing change before it is copied, and drops the copies of tensors that changed all the same."""
+        if self._staging is not None:
+            self._staging.result()
+            self._staging = None
+        save.queue.hold(save.copied)
+        torn = [part for part in save.parts if _counters(part) != self._counters[part.group.name]]
+        # What changed outside of the optimizer will do so again: from now on it is copied at once.
+        self._caught |= {part.group.name for part in torn}
+        for part in torn:
+            self.bases.fail(self._numbers(part))
+            part.exact, part.refreshed = [], []
 
-    def forget(self, keys: Iterable[str]) -> None:
-        """Makes blocks count as never saved."""
-        self._recorded()
-        self.last.forget(keys)
-
-    def fail(self, keys: Iterable[str], step: int) -> None:
-        """Notes that the copies of one step did not reach the disk."""
-        self.failed |= dict.fromkeys(keys, step)
-
-    def succeed(self, keys: Iterable[str], step: int) -> None:
-        """Notes that the copies of one step are on disk; a later copy may have failed meanwhile."""
-        for key in keys:
-            if self.failed.get(key, step) <= step:
-                self.failed.pop(key, None)
+    def call_off(self, save: Save) -> None:
+        """Notes that nothing of a save will be written."""
+        self._staging = None
+        chosen = save.chosen.nonzero().flatten()
+        self.bases.fail(chosen)
+        self.bases.forget(chosen[save.never[chosen]])
 
     def close(self) -> None:
         """Ends the thread."""
@@ -140,61 +92,180 @@ class Stager:
             self._thread.shutdown()
             self._thread = None
 
-    def _lazy_groups(self, staging: Staging) -> list[int]:
-        if staging.full or self._settings.staging == "eager":
-            return []
-        # A block without a version on disk must not be dropped, so it must not be torn.
-        unsaved = {self.last.map.locate(block)[0] for block in (self.last.steps == NEVER).nonzero().flatten().tolist()}
-        return [
-            g
-            for g, group in enumerate(self.last.map.groups)
-            if group.lazy
-            and group.name not in self._caught
-            and g not in unsaved
-            and all(tensor.device.type == "cpu" for tensor in staging.live[g])
-        ]
+    def _unsaved(self) -> set[str]:
+        """The groups of which some block was never saved: such a block must not be torn, for it cannot be dropped."""
+        missing = (self.bases.steps == NEVER).nonzero().flatten().tolist()
+        return {self.bases.map.groups[self.bases.map.locate(block)[0]].name for block in missing}
 
-    def _budget(self, staging: Staging, eager: Sequence[int]) -> int | None:
-        """The share of the budget for what is copied at once; ``None`` for a full save."""
-        if staging.full:
-            return None
-        block_map = self.last.map
-        total = int(self._settings.fraction * block_map.state_bytes)
-        if len(eager) == len(block_map.groups):
-            return total
-        own = sum(group.rows * group.row_nbytes for group in (block_map.groups[g] for g in eager))
+    def _numbers(self, part: Part) -> Tensor:
+        """The numbers in the map of the part's exact blocks."""
+        return torch.tensor(part.exact, dtype=torch.int64) + self.bases.map.numbers[part.group.key(0)]
+
+    # -- one save, step by step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _stage(self, save: Save, ready: object) -> None:
+        scores = self._score(save, ready)
+        self._choose(save, scores)
+        self._gather(save, scores, ready)
+        self.bases.record(save.chosen.nonzero().flatten(), save.version)
+
+    def _score(self, save: Save, ready: object) -> Scores:
+        """Compares every group with its base and encodes its refresh."""
+        found: list[Tensor] = []
+
+        def work() -> None:
+            step, full = save.version.step, save.full
+            seen = [score(part, self.bases.base(part.group), step, full) for part in save.parts]
+            found[:] = on_host([*seen, *(values for _, values in save.small)])
+
+        self._provide_codes(save)
+        save.queue.wait(save.queue.beside(work, ready))
+        save.small = list(zip((paths for paths, _ in save.small), found[len(save.parts) :], strict=True))
+        scores = Scores.of(torch.cat([torch.empty(5, 0), *found[: len(save.parts)]], 1))
+        self._look_again(save, scores, ready)
+        return scores
+
+    def _provide_codes(self, save: Save) -> None:
+        """Takes memory for all that a partial save copies, and for the codes first."""
+        if save.full:
+            return
+        block_map, pieces = self.bases.map, 3 * sum(len(part.group.slots) for part in save.parts)
+        save.buffer.reserve(int(self._settings.fraction * block_map.state_bytes) + pieces * HostBuffer.ALIGNMENT)
+        if self._settings.refresh is None:
+            return
+        moving = [part.group for part in save.parts if self.bases.values(part.group) is not None]
+        codecs = plan(moving, block_map.state_bytes, self._negative, self._settings.fraction)
+        for part in save.parts:
+            own = codecs.get(part.group.name, {}).items()
+            part.codes = {slot: Codes.of(codec, part.group, save.buffer) for slot, codec in own}
+
+    def _look_again(self, save: Save, scores: Scores, ready: object) -> None:
+        """Settles what the fast way cannot tell: the distance where there is NaN or Inf, and signs that have changed."""
+        bases, block_map = self.bases, self.bases.map
+        unclear = (scores.distance.isnan() & (bases.steps != NEVER)).nonzero().flatten().tolist()
+        places = [(save.parts[g], number) for g, number in map(block_map.locate, unclear)]
+        doubtful = [
+            (part.group.name, slot.name, tensor)
+            for g, part in enumerate(save.parts)
+            if bool((scores.unfit[bases.blocks(g)] > 0).any())
+            for slot, tensor in zip(part.group.slots, part.live, strict=True)
+            if slot.name in part.codes and part.codes[slot.name].codec.kind == "log"
+        ]
+        if not (unclear or doubtful):
+            return
+        found: list[Tensor] = []
+
+        def work() -> None:
+            distances = [careful(part.group, i, part.live[0], bases.values(part.group)) for part, i in places]
+            found[:] = on_host([*distances, *((tensor < 0).any() for _, _, tensor in doubtful)])
+
+        save.queue.wait(save.queue.beside(work, ready))
+        for block, distance in zip(unclear, found, strict=False):
+            scores.distance[block] = distance
+        for (group, slot, _), is_negative in zip(doubtful, found[len(unclear) :], strict=True):
+            # This save goes without a refresh of the blocks concerned.
+            self._negative[group, slot] = bool(is_negative)
+
+    def _choose(self, save: Save, scores: Scores) -> None:
+        """Chooses the blocks to write exactly, and those to refresh."""
+        bases, block_map = self.bases, self.bases.map
+        for g, part in enumerate(save.parts):
+            # A frozen tensor that has changed after all.
+            if (
+                part.group.frozen
+                and bases.values(part.group) is None
+                and scores.distance[bases.blocks(g)].isinf().any()
+            ):
+                bases.thaw(g, part.live[0])
+        never = bases.steps == NEVER
+        scores.distance[bases.due & ~scores.distance.isnan()] = math.inf
+        non_finite = scores.distance.isnan() & ~never
+        eligible = ~(never | non_finite | self._unmoved(save, scores))
+        age = save.version.step - bases.steps
+        preconditioner = preconditioners(block_map.groups, scores.squares)
+        candidates = Candidates(scores.distance, block_map.nbytes, age, save.version.step, preconditioner)
+        chosen = never | eligible if save.full else never | self._selected(save, candidates, eligible)
+        refreshed = self._refreshed(save, scores) & ~chosen & ~non_finite
+        rest = eligible & ~chosen
+        lag = torch.where(refreshed, scores.error, scores.distance)
+        save.chosen, save.never, save.non_finite = chosen, never, int(non_finite.sum())
+        save.squared_rest = float(lag[rest & lag.isfinite()].square().sum())
+        save.oldest_age = int(age[rest].max()) if bool(rest.any()) else 0
+        root = preconditioner.sqrt()
+        save.motion = motion(scores.distance * root, lag * root, age.masked_fill(never, 0), rest)
+        for g, part in enumerate(save.parts):
+            own = bases.blocks(g)
+            part.exact = chosen[own].nonzero().flatten().tolist()
+            part.refreshed = refreshed[own].nonzero().flatten().tolist()
+            part.bases = torch.stack([bases.incarnations[own], bases.sequences[own]], 1)[part.refreshed].tolist()
+
+    def _unmoved(self, save: Save, scores: Scores) -> Tensor:
+        """Blocks that are on disk as they are now.
+
+        Distance 0 is enough where there is no optimizer state, and in a frozen tensor. Else the state may move while
+        the parameter rests (a warm-up that begins at rate 0). Minus zero equals zero: a full save takes no chances.
+        """
+        resting = scores.distance == 0
+        for g, part in enumerate(save.parts):
+            if not part.group.frozen and (save.full or len(part.group.slots) > 1):
+                resting[self.bases.blocks(g)] = False
+        return resting
+
+    def _selected(self, save: Save, candidates: Candidates, eligible: Tensor) -> Tensor:
+        """The furthest blocks, as many as the share of the state allows."""
+        sizes = candidates.nbytes
+        total = int(self._settings.fraction * int(sizes.sum())) - sum(part.code_bytes for part in save.parts)
         # Running statistics and other buffers are small in bytes and in distance, and matter all the same: where they
         # fit in a quarter of the budget they are always fresh.
-        return max(int(own * self._settings.fraction), min(own, total // 4))
+        restless = torch.tensor(
+            [not part.group.lazy for part in save.parts for _ in range(len(part.group))], dtype=torch.bool
+        )
+        chosen = torch.zeros_like(eligible)
+        own = int(sizes[restless].sum())
+        first = max(int(own * self._settings.fraction), min(own, total // 4))
+        for among, budget in ((restless, first), (~restless, total)):
+            numbers = (eligible & among).nonzero().flatten()
+            if len(numbers):
+                # A row larger than the budget must not wait for ever.
+                budget = max(budget - int(sizes[chosen].sum()), int(sizes[numbers].max()))
+                policy, max_age = self._settings.policy_function, self._settings.max_age
+                chosen[numbers[select(candidates.of(numbers), policy, budget, max_age)]] = True
+        return chosen
 
-    def _copy(self, staging: Staging, groups: Sequence[int], budget: int | None, run: Run = in_turn) -> int:
-        """Scores groups, chooses among their blocks and copies those; returns the bytes spent."""
-        if not groups:
-            return 0
-        block_map = self.last.map
-        choice = self._scorer.choose(self.last, staging.live, groups, staging.step, budget, set(self.failed), run)
-        staging.choices.append(choice)
-        staging.buffer.reserve(choice.nbytes, sum(len(group.slots) for group in block_map.groups))
-        chosen = [(block_map.groups[g], staging.live[g], numbers) for g, numbers in choice.by_group(block_map).items()]
-        staging.groups += stage(staging.buffer, chosen, run)
-        return choice.nbytes
+    def _refreshed(self, save: Save, scores: Scores) -> Tensor:
+        """The blocks that their refresh brings nearer to the live values."""
+        coded = torch.tensor(
+            [bool(part.codes) for part in save.parts for _ in range(len(part.group))], dtype=torch.bool
+        )
+        with_state = [len(part.codes) > 1 for part in save.parts for _ in range(len(part.group))]
+        nearer = (scores.error < scores.distance) | (
+            torch.tensor(with_state, dtype=torch.bool) & (scores.distance == 0)
+        )
+        return coded & nearer & (scores.unfit == 0) & self.bases.is_known()
 
-    def _recorded(self) -> None:
-        if self._recording is not None:
-            self._recording.result()
+    def _gather(self, save: Save, scores: Scores, ready: object) -> None:
+        """Copies the chosen blocks to the host, and makes them the new bases."""
+        for part in save.parts:
+            sizes = [slot.dtype.itemsize * part.group.row_numel for slot in part.group.slots]
+            count = sum(stop - start for start, stop in map(part.group.span, part.exact))
+            part.rows = [save.buffer.take(count * size) for size in sizes] if part.exact else []
 
-    def _record(self, staging: Staging, groups: Sequence[StagedGroup]) -> None:
-        for staged in groups:
-            self.last.record(staged, staging.step)
+        def work() -> None:
+            for g, part in enumerate(save.parts):
+                base = self.bases.values(part.group)
+                slots = zip(part.group.slots, part.live, part.rows, strict=False)
+                for i, (slot, live, into) in enumerate(slots):
+                    gather(live, part.group, part.exact, into.view(slot.dtype), base if i == 0 else None)
+                is_resting = bool((scores.distance[self.bases.blocks(g)] == 0).all())
+                if part.group.frozen and (is_resting or len(part.exact) == len(part.group)):
+                    self.bases.freeze(g, part.live[0])
 
-    def _copy_and_record(self, staging: Staging, lazy: Sequence[int], budget: int) -> None:
-        done = len(staging.groups)
-        self._copy(staging, lazy, budget)
-        self._record(staging, staging.groups[done:])
+        save.copied = save.queue.beside(work, ready)
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
+def _counters(part: Part) -> list[int]:
+    return [tensor._version for tensor in part.live]
 
 
 def _one_thread() -> ThreadPoolExecutor:

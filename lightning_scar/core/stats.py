@@ -1,21 +1,16 @@
 """Counters of a run, for loggers and programs."""
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_scar.core.notices import Notices
-from lightning_scar.core.rework import Motion
-from lightning_scar.core.stager import Staging
+from lightning_scar.core.save import Save
 
 
 @dataclass
 class Stats:
     """What a running checkpoint has cost and how far behind it is.
 
-    With several ranks, what this rank saves; ``distance``, ``rework_cost`` and ``oldest_age`` are those of the whole
-    state, as far as the other ranks' saves tell.
+    With several ranks, all of it of this rank's share of the state.
 
     Attributes:
         step: The optimizer step of the last save.
@@ -33,7 +28,7 @@ class Stats:
         distance: L2 distance between the live state and the running checkpoint after the last save.
         rework_cost: About how many steps a crash right after the last save would cost; see
             :class:`~lightning_scar.core.rework.Motion`.
-        oldest_age: Steps since the oldest block that has changed was saved.
+        oldest_age: Steps since the oldest block that has changed was written exactly.
         queue_depth: Deltas waiting to be written when the last save was handed over.
 
     """
@@ -55,21 +50,15 @@ class Stats:
     oldest_age: int = 0
     queue_depth: int = 0
 
-    def note(self, staging: Staging, others: Sequence[Mapping[str, Any]]) -> None:
-        """Counts a save in.
-
-        Args:
-            staging: What it copies.
-            others: What the last saves of the other ranks say about themselves.
-
-        """
+    def note(self, save: Save) -> None:
+        """Counts a save in."""
         self.saves += 1
-        self.full_saves += staging.full
-        self.step = staging.step
-        self.non_finite_blocks = staging.non_finite
-        self.distance = math.hypot(staging.distance, *(info["distance"] for info in others))
-        self.rework_cost = sum((Motion(*info["motion"]) for info in others), staging.motion).rework_cost
-        self.oldest_age = max([staging.oldest_age, *(info["oldest_age"] for info in others)])
+        self.full_saves += save.full
+        self.step = save.version.step
+        self.non_finite_blocks = save.non_finite
+        self.distance = save.distance
+        self.rework_cost = save.motion.rework_cost
+        self.oldest_age = save.oldest_age
 
     def warn_of_non_finite(self, notices: Notices) -> None:
         """Warns once of blocks that were not saved.

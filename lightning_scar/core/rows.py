@@ -1,0 +1,83 @@
+"""Blocks of a tensor as the rows of matrices: gathered, scattered, measured."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_scar.core.blocks import Group
+
+
+class Piece(NamedTuple):
+    """Blocks of one size: their numbers, and the tensor with a block an item of its first dimension."""
+
+    numbers: slice
+    blocks: Tensor
+
+
+def pieces(tensor: Tensor, group: Group) -> Iterator[Piece]:
+    """All blocks of a tensor: those of equal size, then the last one if it is shorter.
+
+    Args:
+        tensor: The rows of a group, in any layout.
+        group: The group.
+
+    Example::
+
+        >>> group = Group("w", (5, 3), (), rows_per_block=2)
+        >>> [(piece.numbers, tuple(piece.blocks.shape)) for piece in pieces(torch.zeros(5, 3), group)]
+        [(slice(0, 2, None), (2, 2, 3)), (slice(2, 3, None), (1, 1, 3))]
+
+    """
+    whole = group.sizes[0][0]
+    size = min(group.rows_per_block, group.rows)
+    yield Piece(slice(0, whole), torch.unflatten(tensor[: whole * size], 0, (whole, size)))
+    if whole < len(group):
+        yield Piece(slice(whole, whole + 1), tensor[whole * size :].unsqueeze(0))
+
+
+def gather(tensor: Tensor, group: Group, numbers: Sequence[int], into: Tensor, base: Tensor | None = None) -> None:
+    """Copies some blocks to host memory, one after the other; one operation for all of a size.
+
+    Args:
+        tensor: The rows of a group.
+        group: The group.
+        numbers: Which of its blocks, ascending.
+        into: Where to: the tensor's dtype, one dimension, on the host. On an accelerator the copy is only launched.
+        base: If given, the blocks are copied to their places in it, too; like ``tensor``, on its device.
+
+    """
+    done = 0
+    for piece in pieces(tensor, group):
+        wanted = [
+            number - piece.numbers.start for number in numbers if piece.numbers.start <= number < piece.numbers.stop
+        ]
+        if not wanted:
+            continue
+        end = done + len(wanted) * piece.blocks[0].numel()
+        _copy(piece.blocks, wanted, into[done:end].view(len(wanted), *piece.blocks.shape[1:]))
+        if base is not None:
+            _update(next(b for n, b in pieces(base, group) if n == piece.numbers), piece.blocks, wanted)
+        done = end
+
+
+def _copy(blocks: Tensor, wanted: list[int], into: Tensor) -> None:
+    if len(wanted) == len(blocks):
+        into.copy_(blocks, non_blocking=True)
+    elif blocks.device == into.device and blocks.is_contiguous():
+        torch.index_select(blocks.flatten(1), 0, torch.tensor(wanted), out=into.flatten(1))
+    else:
+        into.copy_(blocks[_index(wanted, blocks)], non_blocking=True)
+
+
+def _update(base: Tensor, live: Tensor, wanted: list[int]) -> None:
+    if len(wanted) == len(live):
+        base.copy_(live)
+    else:
+        index = _index(wanted, live)
+        base.index_copy_(0, index, live[index])
+
+
+def _index(wanted: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(wanted, device=like.device)

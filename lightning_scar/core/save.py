@@ -1,0 +1,219 @@
+"""One save, on its way from live tensors to a file."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_scar.core.bases import runs
+from lightning_scar.core.blocks import Group, Slot
+from lightning_scar.core.codec import Codec
+from lightning_scar.core.devices import CPUQueue, HostBuffer, Queue
+from lightning_scar.core.memory import memory
+from lightning_scar.core.rework import Motion
+from lightning_scar.core.skeleton import Path
+from lightning_scar.storage.delta import Column, Encoded, Refresh, Section, checksum
+from lightning_scar.storage.head import Version
+
+#: What safetensors calls a data type. The others are written as bytes; the skeleton knows their true type.
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+
+
+@dataclass
+class Codes:
+    """One slot of a group in low precision, all blocks one after the other.
+
+    Attributes:
+        codec: How it is encoded.
+        codes: uint8, host memory.
+        scales: The bytes of the scales, uint8, host memory.
+
+    """
+
+    codec: Codec
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, codec: Codec, group: Group, buffer: HostBuffer) -> "Codes":
+        """Memory for the codes of a group, from a buffer."""
+        codes, scales = zip(*code_bytes(codec, group), strict=True)
+        return cls(codec, buffer.take(sum(codes)), buffer.take(sum(scales)))
+
+    def pieces(self, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
+        """Codes and scales as matrices with a block a row: of the blocks of equal size, then of the last one."""
+        done = 0
+        for count, _ in group.sizes:
+            codes, scales = self._run(group, done, done := done + count)
+            yield codes.view(count, -1), scales.view(torch.bfloat16).view(count, -1)
+
+    def encoded(self, group: Group, blocks: Sequence[int]) -> Encoded:
+        """Those of some blocks, as they lie in a delta."""
+        found = [self._run(group, *run) for run in runs(blocks)]
+        return Encoded(self.codec.name, [memory(codes) for codes, _ in found], [memory(scales) for _, scales in found])
+
+    def _run(self, group: Group, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The bytes of a run of blocks."""
+        whole, sizes = group.sizes[0][0], code_bytes(self.codec, group, each=True)
+        (first, end), (first_scale, end_scale) = (
+            [min(number, whole) * kind[0] + max(0, number - whole) * kind[-1] for number in (start, stop)]
+            for kind in zip(*sizes, strict=True)
+        )
+        return self.codes[first:end], self.scales[first_scale:end_scale]
+
+
+def code_bytes(codec: Codec, group: Group, each: bool = False) -> list[tuple[int, int]]:
+    """Bytes of the codes and of the scales of a group: of all blocks of a size, or of each; by size."""
+    return [
+        ((1 if each else count) * codec.code_bytes(n), (1 if each else count) * 2 * codec.scale_count(n))
+        for count, n in group.sizes
+    ]
+
+
+@dataclass
+class Part:
+    """One group in a save.
+
+    Attributes:
+        group: The group.
+        live: Its live tensors as rows, one a slot.
+        exact: The numbers of the blocks that are written exactly, ascending.
+        rows: For each slot the bytes of these, one after the other; uint8, host memory.
+        refreshed: The numbers of the blocks that are written in low precision, ascending.
+        codes: That of all blocks, by slot.
+        bases: For each of the refreshed blocks the version of its base: incarnation, sequence.
+
+    """
+
+    group: Group
+    live: list[Tensor]
+    exact: list[int] = field(default_factory=list)
+    rows: list[Tensor] = field(default_factory=list)
+    refreshed: list[int] = field(default_factory=list)
+    codes: dict[str, Codes] = field(default_factory=dict)
+    bases: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes and scales of all blocks."""
+        return sum(codes.codes.nbytes + codes.scales.nbytes for codes in self.codes.values())
+
+    def section(self, version: Version, left_out: set[int]) -> Section | None:
+        """The exact blocks as they lie in a delta, or ``None`` if there are none.
+
+        Args:
+            version: Their version.
+            left_out: The numbers of blocks that are not to be written after all.
+
+        """
+        numbers = [number for number in self.exact if number not in left_out]
+        if not numbers:
+            return None
+        spans = [self.group.span(number) for number in numbers]
+        columns = {slot.name: self._column(slot, rows, numbers) for slot, rows in self._slots()}
+        return Section(self.group.name, [self._absolute(span) for span in spans], [version] * len(spans), columns)
+
+    def blocks(self) -> Iterator[tuple[int, dict[Slot, Tensor]]]:
+        """The number of each exact block, and its bytes in each slot."""
+        for number, start, stop in self._rows(self.exact):
+            yield (
+                number,
+                {slot: rows[start * size : stop * size] for slot, rows in self._slots() for size in [self._size(slot)]},
+            )
+
+    def refresh(self) -> Refresh | None:
+        """The refresh as it lies in a delta, or ``None`` if there is none."""
+        if not self.refreshed:
+            return None
+        spans = [self._absolute(self.group.span(number)) for number in self.refreshed]
+        slots = {name: codes.encoded(self.group, self.refreshed) for name, codes in self.codes.items()}
+        return Refresh(self.group.name, spans, self.bases, slots)
+
+    def _slots(self) -> Iterator[tuple[Slot, Tensor]]:
+        return zip(self.group.slots, self.rows, strict=True)
+
+    def _size(self, slot: Slot) -> int:
+        return slot.dtype.itemsize * self.group.row_numel
+
+    def _rows(self, numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """The numbers of exact blocks, and where their rows begin and end among those that were copied."""
+        wanted, done = set(numbers), 0
+        for number in self.exact:
+            start, stop = self.group.span(number)
+            if number in wanted:
+                yield number, done, done + stop - start
+            done += stop - start
+
+    def _column(self, slot: Slot, rows: Tensor, numbers: Sequence[int]) -> Column:
+        data, size = memory(rows), self._size(slot)
+        pieces = [data[start * size : stop * size] for _, start, stop in self._rows(numbers)]
+        name = _NAMES.get(slot.dtype)
+        row_shape = self.group.row_shape if name else (size,)
+        together = [data] if len(numbers) == len(self.exact) else pieces
+        return Column(name or "U8", row_shape, sum(map(len, pieces)), [checksum(p) for p in pieces], lambda: together)
+
+    def _absolute(self, span: tuple[int, int]) -> tuple[int, int]:
+        return self.group.first_row + span[0], self.group.first_row + span[1]
+
+
+@dataclass
+class Save:
+    """One save.
+
+    Attributes:
+        version: Its version.
+        full: Whether every block is written exactly that may have changed.
+        skeleton: The pickled rest of the checkpoint.
+        parts: The groups.
+        small: Tensors of the skeleton that lay on an accelerator when it was pickled, with their places; see
+            :class:`~lightning_scar.core.skeleton.Skeleton`.
+        buffer: Where copies go.
+        info: Small facts to keep with the delta.
+        queue: What works beside the training.
+        chosen: Which blocks are written exactly, by number, bool.
+        never: Which of these were never saved before.
+        copied: The mark that is reached when nothing is read from live tensors any more.
+        stall: Seconds that the training thread stood still.
+        non_finite: Blocks left out because they hold NaN or Inf and have a good version.
+        squared_rest: Squared distance between the live state and the running checkpoint once this save is in it.
+        oldest_age: Steps since the oldest block left out, of those that have changed, was written exactly.
+        motion: How fast the blocks move, and what of that a crash would undo.
+
+    """
+
+    version: Version
+    full: bool
+    skeleton: memoryview
+    parts: list[Part]
+    small: list[tuple[list[Path], Tensor]] = field(default_factory=list)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    buffer: HostBuffer = field(default_factory=HostBuffer)
+    queue: Queue = field(default_factory=CPUQueue)
+    chosen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    never: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    copied: Any = None
+    is_staged: bool = False
+    stall: float = 0.0
+    non_finite: int = 0
+    squared_rest: float = 0.0
+    oldest_age: int = 0
+    motion: Motion = field(default_factory=Motion)
+
+    @property
+    def distance(self) -> float:
+        """L2 distance between the live state and the running checkpoint, once this save is in it."""
+        return float(self.squared_rest**0.5)
