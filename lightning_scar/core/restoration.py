@@ -179,8 +179,9 @@ def _restored(
     _check_agreement(store, found, ranks)
     found.reader.exchange()
     bases = found.reader.bases() if with_bases else {}
-    # A file may vanish here, too, if a live run is read from outside. That is one process, which may begin again.
-    found.reader.refresh()
+    if not consistent:
+        # A refresh is of a later step than the bases of a full save.
+        found.reader.refresh()
     return found.put_together(bases)
 
 

@@ -204,11 +204,11 @@ class Stager:
         """Blocks that are on disk as they are now.
 
         Distance 0 is enough where there is no optimizer state, and in a frozen tensor. Else the state may move while
-        the parameter rests (a warm-up that begins at rate 0). Minus zero equals zero: a full save takes no chances.
+        the parameter rests (a warm-up that begins at rate 0). Minus zero equals zero: who saves everything means it.
         """
-        resting = scores.distance == 0
+        resting, is_all = scores.distance == 0, save.full or self._settings.fraction == 1
         for g, part in enumerate(save.parts):
-            if not part.group.frozen and (save.full or len(part.group.slots) > 1):
+            if not part.group.frozen and (is_all or len(part.group.slots) > 1):
                 resting[self.bases.blocks(g)] = False
         return resting
 

@@ -103,8 +103,6 @@ class Training:
 def drain(running: RunningCheckpoint) -> None:
     """Waits until everything that was handed over is written and remembered."""
     running._writer.drain()
-    if running._stager._recording is not None:
-        running._stager._recording.result()
 
 
 def save_tensors(running: RunningCheckpoint, step: int, **tensors: Tensor) -> None:
