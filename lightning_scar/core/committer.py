@@ -107,9 +107,9 @@ class Committer:
         self._stats.unreplicated_saves = self._store.chain.behind if self._store.chain is not None else 0
 
     def _bad(self, part: Part) -> Iterator[int]:
-        """The blocks whose optimizer state holds NaN or Inf, and that have a good version; looked at where nobody waits.
+        """The blocks whose optimizer state holds NaN or Inf, and that have a good version.
 
-        Of the parameter itself its distance has told.
+        It is looked at here, where nobody waits. Of the parameter itself its distance has told.
         """
         if not part.exact:
             return

@@ -1,7 +1,6 @@
 """Refreshes decoded into the tensors that hold their bases."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from lightning_scar.core.blocks import Group, rows
 from lightning_scar.core.codec import Codec, decode
+from lightning_scar.core.threads import pool
 from lightning_scar.storage.delta import Refresh
 
 #: Values that one thread decodes before it takes the next ones.
@@ -34,12 +34,9 @@ def decode_into(found: Sequence[tuple[Group, Refresh, Sequence[int]]], targets: 
         if slot.name in refresh.slots
         for stretch in _stretches(refresh, places, group.row_numel)
     ]
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, "scar-decoder", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for done in [pool.submit(_decode, *job) for job in jobs]:
+    with pool(torch.get_num_threads(), "scar-decoder") as threads:
+        for done in [threads.submit(_decode, *job) for job in jobs]:
             done.result()
-    # The number holds for the thread that set it, but is also what later threads begin with.
-    torch.set_num_threads(threads)
 
 
 class _Stretch(NamedTuple):

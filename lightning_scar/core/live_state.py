@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lightning_scar.core.blocks import BlockMap, build_map
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.shares import shares
-from lightning_scar.core.skeleton import Path, Skeleton, identity, take_apart
+from lightning_scar.core.skeleton import Leaf, Path, Skeleton, heavy, identity, take_apart
 from lightning_scar.core.skeletons import describe, pack_skeleton
 from lightning_scar.core.zero import is_sharded
 
@@ -26,6 +26,7 @@ class LiveState:
         skeleton: What is left without them.
         sharded: The places of dicts of which each rank has some items only.
         description: The map as text.
+        heavy: What is large and no blocks: it is in every skeleton as a whole.
 
     """
 
@@ -35,6 +36,7 @@ class LiveState:
     skeleton: Skeleton
     sharded: list[Path]
     description: str
+    heavy: list[Leaf]
 
     def of(self, block_map: BlockMap) -> list[list[Tensor]]:
         """The live tensors of every group of a map as rows, one a slot."""
@@ -60,6 +62,7 @@ class Dissection:
         self._ranks = ranks
         self._signature: list[Any] | None = None
         self._map, self._own, self._description = BlockMap((), 0), BlockMap((), 0), ""
+        self._heavy: list[Leaf] = []
 
     def take_apart(
         self,
@@ -77,9 +80,10 @@ class Dissection:
             self._map = build_map(leaves, states, parameters, block_size)
             self._own = shares(self._map, self._ranks.world_size)[self._ranks.rank]
             self._signature, self._description = signature, describe(self._map)
+            self._heavy = list(heavy(skeleton["tree"]))
         sharded: list[Path] = [(*path, "state") for path, optimizer in optimizers.items() if is_sharded(optimizer)]
         tensors = {leaf.path: leaf.tensor for leaf in leaves}
-        return LiveState(self._map, self._own, tensors, skeleton, sharded, self._description)
+        return LiveState(self._map, self._own, tensors, skeleton, sharded, self._description, self._heavy)
 
 
 def _at(value: Any, path: Path) -> Any:

@@ -22,6 +22,7 @@ from lightning_scar.core.devices import HostBuffer
 from lightning_scar.core.farewell import at_exit
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection, LiveState
+from lightning_scar.core.memory import readable
 from lightning_scar.core.memory_use import tell_of_memory, warn_of_lost_hosts, warn_of_lost_memory, warn_of_memory
 from lightning_scar.core.neighbours import Neighbours
 from lightning_scar.core.notices import Notices
@@ -30,7 +31,7 @@ from lightning_scar.core.recovery import RecoveryPlan
 from lightning_scar.core.restoration import Restored, restore
 from lightning_scar.core.save import Part, Save
 from lightning_scar.core.settings import Settings
-from lightning_scar.core.skeleton import Path
+from lightning_scar.core.skeleton import Leaf, Path
 from lightning_scar.core.stager import Stager
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.delta import StorageError
@@ -257,6 +258,7 @@ class RunningCheckpoint:
             live = state.of(state.own)
             self._stager.bases.fit(state.own, live)
             skeleton, small = state.pack()
+            self._warn_of_heavy(state.heavy)
             parts = [Part(group, tensors) for group, tensors in zip(state.own.groups, live, strict=True)]
             version = Version(self._claim.incarnation, self._sequence - 1, step)
             self._save = Save(version, full, skeleton, parts, small, dict(info or {}), self._buffer(full, live))
@@ -323,6 +325,15 @@ class RunningCheckpoint:
     ) -> LiveState:
         block_size = self._stager.bases.map.block_size or self.settings.block_size
         return self._dissection.take_apart(checkpoint, optimizers, parameters, block_size)
+
+    def _warn_of_heavy(self, heavy: Sequence[Leaf]) -> None:
+        if heavy:
+            names = ", ".join(f"{'/'.join(map(str, path))} ({type(tensor).__name__})" for path, tensor in heavy[:3])
+            self._notices.warn(
+                "heavy",
+                f"{len(heavy)} tensors cannot be cut into blocks, and every save writes them as a whole, "
+                f"{readable(sum(tensor.numel() * tensor.dtype.itemsize for _, tensor in heavy))}: {names}{', ...' if len(heavy) > 3 else ''}",
+            )
 
     def _buffer(self, full: bool, live: Sequence[Sequence[Tensor]]) -> HostBuffer:
         pinned = any(tensor.device.type != "cpu" for tensors in live for tensor in tensors)

@@ -1,4 +1,4 @@
-"""How far blocks have moved from their bases, and their refresh: one pass over the live tensors, on their own device."""
+"""How far blocks are from their bases, and their refresh: one pass over the live tensors, on their device."""
 
 from typing import NamedTuple
 
@@ -76,8 +76,8 @@ def careful(group: Group, number: int, live: Tensor, base: Tensor | None) -> Ten
 
     Returns:
         float32, no dimension, on the tensors' device: 0 if the block has not changed, such as a mask of minus infinity;
-        NaN if it has just become non-finite; infinite if its base is non-finite, or too far away for a float32; else, for
-        changes between non-finite values, the root of how many there are.
+        NaN if it has just become non-finite; infinite if its base is non-finite, or too far away for a float32; else,
+        for changes between non-finite values, the root of how many there are.
 
     """
     if base is None:

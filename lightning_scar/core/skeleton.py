@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 #: Where a value sits in nested dicts, lists and tuples.
 Path = tuple[str | int, ...]
@@ -76,7 +77,7 @@ def take_apart(value: Any, parameters: Mapping[tuple[Any, ...], Any]) -> tuple[S
     def visit(value: Any, path: Path) -> Any:
         if isinstance(value, Tensor):
             if _is_large(value, parameters):
-                leaves.append(Leaf(path, value.detach()))
+                leaves.append(Leaf(path, value.detach().as_subclass(Tensor)))
             elif _is_counter(value):
                 counters.setdefault((value.device, value.dtype, value.shape), []).append(Leaf(path, value.detach()))
             else:
@@ -115,8 +116,18 @@ def put_together(skeleton: Skeleton, leaves: Mapping[Path, Tensor]) -> Any:
     return visit(skeleton["tree"], ())
 
 
+def heavy(value: Any, path: Path = ()) -> Iterator[Leaf]:
+    """The tensors of a skeleton's tree that are no small ones: of kinds that cannot be cut into blocks."""
+    if isinstance(value, Tensor) and value.numel() * value.dtype.itemsize > _SMALL_BYTES:
+        yield Leaf(path, value)
+    for key, item in _items(value):
+        yield from heavy(item, (*path, key))
+
+
 def _is_large(tensor: Tensor, parameters: Mapping[tuple[Any, ...], Any]) -> bool:
-    if type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or tensor.layout != torch.strided:
+    # A subclass that is a plain tensor underneath, such as a quantized parameter of bitsandbytes, is one for a save.
+    is_wrapper = hasattr(tensor, "__tensor_flatten__")
+    if is_wrapper or is_lazy(tensor) or tensor.layout != torch.strided:
         return False
     if tensor.numel() == 0 or tensor.is_quantized or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
         return False

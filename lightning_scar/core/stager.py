@@ -16,6 +16,7 @@ from lightning_scar.core.save import Codes, Part, Save
 from lightning_scar.core.scoring import Scores, careful, score
 from lightning_scar.core.selection import Candidates, select
 from lightning_scar.core.settings import Settings
+from lightning_scar.core.threads import pool
 
 
 class Stager:
@@ -58,7 +59,7 @@ class Stager:
             self._stage(save, ready)
             return
         if self._thread is None:
-            self._thread = _one_thread()
+            self._thread = pool(1, "scar-stager")
         self._staging = self._thread.submit(self._stage, save, ready)
 
     @property
@@ -141,7 +142,7 @@ class Stager:
             part.codes = {slot: Codes.of(codec, part.group, save.buffer) for slot, codec in own}
 
     def _look_again(self, save: Save, scores: Scores, ready: object) -> None:
-        """Settles what the fast way cannot tell: the distance where there is NaN or Inf, and signs that have changed."""
+        """Settles what the fast way cannot tell: distances where there is NaN or Inf, and signs that have changed."""
         bases, block_map = self.bases, self.bases.map
         unclear = (scores.distance.isnan() & (bases.steps != NEVER)).nonzero().flatten().tolist()
         places = [(save.parts[g], number) for g, number in map(block_map.locate, unclear)]
@@ -266,13 +267,3 @@ class Stager:
 
 def _counters(part: Part) -> list[int]:
     return [tensor._version for tensor in part.live]
-
-
-def _one_thread() -> ThreadPoolExecutor:
-    """A thread whose torch operations use one core, so that it does not fight with the training for all of them."""
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(1, "scar-stager", initializer=torch.set_num_threads, initargs=(1,))
-    pool.submit(int).result()
-    # The number holds for the thread that set it, but is also what later threads begin with.
-    torch.set_num_threads(threads)
-    return pool

@@ -1,52 +1,35 @@
-"""Independent pieces of work, shared out among threads."""
+"""Threads that work on tensors beside the training, and pieces of work for them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
-#: Calls a function with each piece, in any order, and returns when all are done.
-Run = Callable[[Callable[[Any], None], Iterable[Any]], None]
+import torch
 
 T = TypeVar("T")
 
 
-def in_turn(function: Callable[[Any], None], pieces: Iterable[Any]) -> None:
-    """A :data:`Run` in the thread that calls it.
+def pool(size: int, name: str) -> ThreadPoolExecutor:
+    """So many threads whose torch operations use one core each, and so do not fight for all of them.
+
+    Args:
+        size: The number of threads.
+        name: What their names begin with.
 
     Example::
 
-        >>> found = []
-        >>> in_turn(found.append, [1, 2])
-        >>> found
-        [1, 2]
+        >>> with pool(1, "example") as threads:
+        ...     threads.submit(torch.get_num_threads).result()
+        1
 
     """
-    for piece in pieces:
-        function(piece)
-
-
-@contextmanager
-def team(size: int) -> Iterator[Run]:
-    """A :data:`Run` in so many threads.
-
-    They do what torch's own would, but are not woken for every piece anew, which takes longer than a small copy. The
-    function should spend its time where Python lets other threads run.
-
-    Args:
-        size: The number of threads; 1 needs no other thread.
-
-    """
-    if size == 1:
-        yield in_turn
-        return
-    with ThreadPoolExecutor(size, "scar-team") as pool:
-
-        def run(function: Callable[[Any], None], pieces: Iterable[Any]) -> None:
-            for _ in pool.map(function, pieces):
-                pass
-
-        yield run
+    threads = torch.get_num_threads()
+    found = ThreadPoolExecutor(size, name, initializer=torch.set_num_threads, initargs=(1,))
+    for started in [found.submit(int) for _ in range(size)]:
+        started.result()
+    # The number holds for the thread that set it, but is also what later threads begin with.
+    torch.set_num_threads(threads)
+    return found
 
 
 def batches(pieces: Iterable[T], nbytes: Callable[[T], int], at_least: int) -> Iterator[list[T]]:
