@@ -16,16 +16,15 @@ from benchmarks import report
 from benchmarks.data import Images, mnist
 from benchmarks.report import median
 from benchmarks.rework import FRACTION, cnn
-from lightning_scar.core.last_saved import LastSaved
 from lightning_scar.core.live_state import Dissection, LiveState
 from lightning_scar.core.ranks import Ranks
-from lightning_scar.core.scoring import Scorer
+from lightning_scar.core.save import Part, Save
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.shares import shares
 from lightning_scar.core.skeleton import Path
-from lightning_scar.core.staging import StagingBuffer, stage
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.core.stager import Stager
+from lightning_scar.storage.head import Version
 
 WORLD_SIZES = (1, 2, 4, 8)
 EVERY = 5
@@ -37,7 +36,7 @@ def _furthest(candidates: Candidates) -> Tensor:
 
 
 class Shared:
-    """A running checkpoint in memory, divided over so many ranks.
+    """A running checkpoint of which nothing is written, divided over so many ranks.
 
     Args:
         world_size: The number of ranks.
@@ -45,8 +44,9 @@ class Shared:
     """
 
     def __init__(self, world_size: int) -> None:
-        self._ranks = [LastSaved() for _ in range(world_size)]
-        self._scorer = Scorer(Settings(fraction=FRACTION, policy=_furthest), DeltaStore("memory://choice"))
+        # Without a refresh: what is compared is the choice of the exact blocks.
+        settings = Settings(fraction=FRACTION, policy=_furthest, staging="eager", refresh=None)
+        self._ranks = [Stager(settings, {}) for _ in range(world_size)]
         self.distances: list[float] = []
 
     def save(self, state: LiveState, step: int) -> None:
@@ -56,16 +56,14 @@ class Shared:
             self.distances.append(sum(squares) ** 0.5)
 
     def _save_share(self, rank: int, state: LiveState, step: int) -> float:
-        last, own = self._ranks[rank], shares(state.map, len(self._ranks))[rank]
+        stager, own = self._ranks[rank], shares(state.map, len(self._ranks))[rank]
         live = state.of(own)
-        if own != last.map:
-            last.fit(own, live)
-        budget = int(FRACTION * own.state_bytes) if step > EVERY else None
-        choice = self._scorer.choose(last, live, range(len(own.groups)), step, budget, failed=())
-        chosen = [(own.groups[g], live[g], numbers) for g, numbers in choice.by_group(own).items()]
-        for staged in stage(StagingBuffer(), chosen):
-            last.record(staged, step)
-        return choice.squared_rest
+        stager.bases.fit(own, live)
+        parts = [Part(group, tensors) for group, tensors in zip(own.groups, live, strict=True)]
+        save = Save(Version(0, step, step), step <= EVERY, memoryview(b""), parts)
+        stager.start(save)
+        stager.finish(save)
+        return save.squared_rest
 
 
 def run(seed: int, steps: int, block_size: int, digits: Images) -> dict[int, float]:
@@ -97,7 +95,10 @@ def main() -> None:
     figures: dict[str, Any] = {"settings": {"fraction": FRACTION, "every": EVERY, "steps": steps, "rounds": rounds}}
     rows = []
     for block_size in (512, 2048):
-        runs = [run(seed, steps, block_size, digits) for seed in range(rounds)]
+        runs = []
+        for seed in range(rounds):
+            report.progress(f"blocks of {block_size} bytes, training {seed + 1} of {rounds}")
+            runs.append(run(seed, steps, block_size, digits))
         for world_size in WORLD_SIZES[1:]:
             ratio = median([distances[world_size] / distances[1] for distances in runs])
             figures[f"distance_of_{world_size}_ranks_over_one_{block_size}_byte_blocks"] = ratio

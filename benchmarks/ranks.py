@@ -152,8 +152,10 @@ class Saver:
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes of the copy of what was last saved."""
-        return sum(values.nbytes for values in self._running._stager.last._values.values())
+        """Bytes of the bases, a copy of the parameters."""
+        bases = self._running._stager.bases
+        values = [bases.values(group) for group in bases.map.groups]
+        return sum(each.nbytes for each in values if each is not None)
 
     def close(self) -> None:
         """Gives the directory back."""

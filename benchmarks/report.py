@@ -6,7 +6,9 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -58,6 +60,11 @@ def _processor() -> str:
 def median(samples: Sequence[float]) -> float:
     """The median; NaN, which JSON readers of Python understand, when nothing was measured."""
     return statistics.median(samples) if samples else float("nan")
+
+
+def progress(line: str) -> None:
+    """Says on stderr what is being measured, with the time of day, so that nobody waits in the dark."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def write(path: str | None, figures: Mapping[str, Any], targets: Sequence[Target]) -> None:

@@ -1,13 +1,14 @@
 """How far the estimate of the rework cost is off: ``python -m benchmarks.rework --json OUT``.
 
-Trainings on handwritten digits save an eighth of their state every few steps. Some are killed, right after a save and
+Trainings on handwritten digits save an eighth of their state every few steps, once with the low-precision refresh of
+the rest (``sgd_refresh``), once without it (``sgd``). Some are killed, right after a save and
 halfway to the next one: a second training begins with what the folder holds and goes on with the batch behind its last
 save. The measured rework cost is the number of steps after which its loss is back where the first training's loss was
 at the kill. Both losses are taken over the training digits and averaged over a window of steps; the first training
 goes on as if nothing had happened, so that its window can be complete.
 
 The estimate uses what the save scored anyway, and not the loss. Next to it stands what the paper's bound makes of the
-distance, with the speed in place of the step length and for slow convergence.
+distance to what the folder holds, with the speed in place of the step length and for slow convergence.
 
 Learning rates and batches are chosen such that the loss still falls visibly: in a training whose loss only goes up and
 down, there is no step at which it is back.
@@ -16,9 +17,9 @@ down, there is no step at which it is back.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,9 @@ from lightning_scar.core.settings import Settings
 from lightning_scar.storage.store import DeltaStore
 
 FRACTION = 0.125
+#: Whether saves hold a refresh, and what is added to the names of tasks then.
+Refresh = Literal["auto"] | None
+KINDS: dict[str, Refresh] = {"": None, "_refresh": "auto"}
 #: Steps to both sides over which a loss is averaged.
 RADIUS = 10
 #: What the figures of an estimate are called.
@@ -171,26 +175,36 @@ class Training:
 
 
 class Scores(NamedTuple):
-    """How far every block is from what the folder holds (L2), and for how many steps it was not saved."""
+    """What every block is like, one element a block.
+
+    Attributes:
+        distance: L2 distance to its base.
+        lag: L2 distance to what a restart would begin with, base and refresh together.
+        age: Steps since its base.
+
+    """
 
     distance: Tensor
+    lag: Tensor
     age: Tensor
 
 
 def score(training: Training, folder: Path) -> Scores:
     """Compares a live training with a folder, block by block."""
-    held = restore(DeltaStore(folder))
-    saved_at = held.plan.steps
-    live = {f"state_dict/{name}": value.detach() for name, value in training.model.named_parameters()}
-    distances, ages = [], []
+    held = restore(DeltaStore(folder), with_bases=True)
+    live = {f"state_dict/{name}": value.detach().double() for name, value in training.model.named_parameters()}
+    refreshed = {f"state_dict/{name}": value for name, value in held.checkpoint["state_dict"].items()}
+    found: list[list[Tensor]] = [[], []]
+    ages = []
     for group in held.map.groups:
-        if group.name in live:
-            difference = live[group.name].double() - held.primary[group.name]
-            for i in range(len(group)):
-                start, stop = group.span(i)
-                distances.append(difference[start:stop].norm())
-                ages.append(training.steps - saved_at[group.key(i)])
-    return Scores(torch.stack(distances), torch.tensor(ages))
+        if group.name not in live:
+            continue
+        for own, there in zip(found, (held.bases, refreshed), strict=True):
+            difference = live[group.name] - there[group.name]
+            own += [difference[slice(*group.span(i))].norm() for i in range(len(group))]
+        ages += [training.steps - held.plan.versions[group.key(i)].step for i in range(len(group))]
+    distance, lag = map(torch.stack, found)
+    return Scores(distance, lag, torch.tensor(ages))
 
 
 @dataclass
@@ -198,7 +212,7 @@ class Kill:
     """A moment at which a training was killed, with what was known then, in steps.
 
     Attributes:
-        task: The training's name.
+        task: The training's name, with ``_refresh`` where saves held one.
         seed: Its seed.
         step: When.
         since_save: Steps since the last save.
@@ -219,7 +233,7 @@ class Kill:
     measured: float = math.nan
 
 
-def killed(task: Task, digits: Images, seed: int, folder: Path) -> list[Kill]:
+def killed(task: Task, digits: Images, seed: int, folder: Path, kind: str) -> list[Kill]:
     """Trains, and again from what the folder holds at the end of some saves.
 
     Args:
@@ -227,13 +241,15 @@ def killed(task: Task, digits: Images, seed: int, folder: Path) -> list[Kill]:
         digits: What on.
         seed: Of the training.
         folder: Where to save.
+        kind: Of :data:`KINDS`.
 
     """
     training, losses = Training(task, digits, seed), dict[int, float]()
     kills: list[Kill] = []
     held: dict[int, dict[str, Any]] = {}
     moved = Motion()
-    with RunningCheckpoint(folder, Settings(fraction=FRACTION, block_size=task.block_size)) as running:
+    settings = Settings(fraction=FRACTION, block_size=task.block_size, refresh=KINDS[kind])
+    with RunningCheckpoint(folder, settings) as running:
         for step in range(1, max(task.saves) + task.every // 2 + RADIUS + 1):
             training.step()
             last_save = step - step % task.every
@@ -241,14 +257,14 @@ def killed(task: Task, digits: Images, seed: int, folder: Path) -> list[Kill]:
                 before = score(training, folder) if last_save > task.every else None
                 training.save(running)
                 if before is not None:
-                    moved = motion(before.distance, before.age, rest=before.age > 0)
+                    moved = motion(*before, rest=before.age > 0)
                 if step in task.saves:
                     held[step] = load(folder)
             if last_save in task.saves and step - last_save in (0, task.every // 2):
-                distance, speed = float(score(training, folder).distance.norm()), math.sqrt(moved.squared_speed)
+                distance, speed = float(score(training, folder).lag.norm()), math.sqrt(moved.squared_speed)
                 estimate = running.stats.rework_cost + step - last_save
                 bound = rework_bound(distance, speed / (1 - SLOW), SLOW)
-                kills.append(Kill(task.name, seed, step, step - last_save, distance, estimate, bound))
+                kills.append(Kill(task.name + kind, seed, step, step - last_save, distance, estimate, bound))
             losses[step] = training.loss()
     for save, checkpoint in held.items():
         resumed = resume(task, digits, seed, checkpoint)
@@ -308,9 +324,10 @@ def main() -> None:
     rounds = options.rounds or (2 if options.small else 3)
     digits, kills = mnist(), []
     with report.scratch(options.dir) as folder:
-        for task in SMALL if options.small else TASKS:
+        for task, kind in product(SMALL if options.small else TASKS, KINDS):
             for seed in range(rounds):
-                kills += killed(task, digits, seed, folder / f"{task.name}-{seed}")
+                report.progress(f"{task.name}{kind}, training {seed + 1} of {rounds}")
+                kills += killed(task, digits, seed, folder / f"{task.name}{kind}-{seed}", kind)
     found = summary(kills)
     columns = ["training", "seed", "step", "since save", "distance", "estimate", "bound", "measured"]
     rows = [
