@@ -1,5 +1,6 @@
 """The command ``lightning-scar``: run scripts that outlive their workers; look at, verify, export checkpoints."""
 
+import math
 import os
 import pickle
 import sys
@@ -157,6 +158,7 @@ def _summary(store: Store) -> Table:
         "step": f"{head.step}{' (finished)' if head.info.get('finished') else ''}",
         "age of the oldest block that has changed": f"{oldest_age} steps",
         "distance of the live state when it was saved": f"{distance:.4g}" if distance is not None else "not known",
+        "refresh": _refresh(store),
         "cost of a crash then": f"about {rework:.3g} steps" if rework is not None else "not known",
         "newest consistent state": f"step {consistent.step}" if consistent else "none",
         "blocks": f"{len(newest)}, {readable(sum(block.nbytes for block in newest))}",
@@ -169,6 +171,17 @@ def _summary(store: Store) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _refresh(store: Store) -> str:
+    """How far it is off, and what it takes."""
+    newest = {delta.head.rank: delta for delta in sorted(store.deltas, key=lambda delta: delta.head.sequence)}
+    deltas = [delta for delta in newest.values() if delta.refreshes]
+    bases = [delta.head.info.get("distance_of_bases") for delta in newest.values()]
+    if not deltas or None in bases:
+        return "none"
+    share = sum(delta.refresh_bytes for delta in deltas) / sum(delta.nbytes for delta in deltas)
+    return f"{share:.0%} of the bytes of the last save; without it the distance would be {math.hypot(*bases):.4g}"
 
 
 def _ranks(store: Store) -> Table:

@@ -156,6 +156,7 @@ class Committer:
         known = {
             "oldest_age": save.oldest_age,
             "distance": _finite(save.distance),
+            "distance_of_bases": _finite(save.squared_bases**0.5),
             "motion": [_finite(value) for value in astuple(save.motion)],
         }
         return Head(

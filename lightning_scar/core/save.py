@@ -190,6 +190,7 @@ class Save:
         stall: Seconds that the training thread stood still.
         non_finite: Blocks left out because they hold NaN or Inf and have a good version.
         squared_rest: Squared distance between the live state and the running checkpoint once this save is in it.
+        squared_bases: What that would be without a refresh.
         oldest_age: Steps since the oldest block left out, of those that have changed, was written exactly.
         motion: How fast the blocks move, and what of that a crash would undo.
 
@@ -210,6 +211,7 @@ class Save:
     stall: float = 0.0
     non_finite: int = 0
     squared_rest: float = 0.0
+    squared_bases: float = 0.0
     oldest_age: int = 0
     motion: Motion = field(default_factory=Motion)
 

@@ -191,7 +191,9 @@ class Stager:
         rest = eligible & ~chosen
         lag = torch.where(refreshed, scores.error, scores.distance)
         save.chosen, save.never, save.non_finite = chosen, never, int(non_finite.sum())
-        save.squared_rest = float(lag[rest & lag.isfinite()].square().sum())
+        is_finite = rest & scores.distance.isfinite()
+        save.squared_rest = float(lag[is_finite].square().sum())
+        save.squared_bases = float(scores.distance[is_finite].square().sum())
         save.oldest_age = int(age[rest].max()) if bool(rest.any()) else 0
         root = preconditioner.sqrt()
         save.motion = motion(scores.distance * root, lag * root, age.masked_fill(never, 0), rest)
