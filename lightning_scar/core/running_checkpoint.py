@@ -291,6 +291,11 @@ class RunningCheckpoint:
         with self._standing_still(save):
             self._hand_over(save)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way, from its beginning until its delta is written."""
+        return self._save is not None or self._writer.depth > 0
+
     def save_now(self, checkpoint: dict[str, Any], step: int, **options: Any) -> None:
         """Saves and returns when the copy is made; arguments as in :meth:`save`. Never skipped."""
         self.save(checkpoint, step, wait=True, **options)
@@ -329,10 +334,11 @@ class RunningCheckpoint:
     def _warn_of_heavy(self, heavy: Sequence[Leaf]) -> None:
         if heavy:
             names = ", ".join(f"{'/'.join(map(str, path))} ({type(tensor).__name__})" for path, tensor in heavy[:3])
+            nbytes = readable(sum(tensor.numel() * tensor.dtype.itemsize for _, tensor in heavy))
             self._notices.warn(
                 "heavy",
-                f"{len(heavy)} tensors cannot be cut into blocks, and every save writes them as a whole, "
-                f"{readable(sum(tensor.numel() * tensor.dtype.itemsize for _, tensor in heavy))}: {names}{', ...' if len(heavy) > 3 else ''}",
+                f"{len(heavy)} tensors cannot be cut into blocks, and every save writes them whole, "
+                f"{nbytes}: {names}{', ...' if len(heavy) > 3 else ''}",
             )
 
     def _buffer(self, full: bool, live: Sequence[Sequence[Tensor]]) -> HostBuffer:
