@@ -21,7 +21,7 @@ History = dict[int, dict[str, Any]]
 
 
 def opened(url: str | Path, **settings: Any) -> RunningCheckpoint:
-    options = {"fraction": 0.3, "block_size": 256, **settings}
+    options = {"fraction": 0.3, "block_size": 256, "refresh": None, **settings}
     return RunningCheckpoint(url, Settings(**options), ranks=Ranks.of_default_group())
 
 

@@ -268,7 +268,7 @@ def damage_in(host: Path, url: str, key: str) -> None:
     delta, block = store.index.versions(key)[0]
     assert Path(delta.file).is_relative_to(host)
     content = bytearray(Path(delta.file).read_bytes())
-    content[block.extent[0]] ^= 255
+    content[next(iter(block.slots.values())).start] ^= 255
     Path(delta.file).write_bytes(content)
 
 

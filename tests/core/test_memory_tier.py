@@ -171,7 +171,7 @@ def test_a_block_damaged_in_memory_comes_from_storage(url: str, host: Path) -> N
     store.refresh()
     delta, block = store.index.versions("state_dict/0.weight[0:2]")[0]
     content = bytearray(Path(delta.file).read_bytes())
-    content[block.extent[0]] ^= 255
+    content[next(iter(block.slots.values())).start] ^= 255
     Path(delta.file).write_bytes(content)
     with opened(url, fraction=1.0, **MEMORY) as running:
         found, said = quietly(running)

@@ -8,7 +8,7 @@ from torch import Tensor, nn, optim
 
 from lightning_scar.core.blocks import Group, Slot
 from lightning_scar.core.live_state import Dissection
-from lightning_scar.core.preconditioner import preconditioners
+from lightning_scar.core.preconditioner import preconditioners, sampled_squares
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
@@ -19,9 +19,15 @@ def group_of(tensor: Tensor, *words: str, rows_per_block: int = 1) -> Group:
     return Group("weight", tuple(tensor.shape), slots, rows_per_block)
 
 
+def of(groups: list[Group], live: list[list[Tensor]], step: int = 1) -> Tensor:
+    """Of some groups, from their live tensors."""
+    squares = [sampled_squares(group, tensors, step).double() for group, tensors in zip(groups, live, strict=True)]
+    return preconditioners(groups, torch.cat([torch.empty(0), *squares]))
+
+
 def found(squares: Tensor, rows_per_block: int = 1, word: str = "exp_avg_sq") -> list[float]:
     group = group_of(squares, word, rows_per_block=rows_per_block)
-    values: list[float] = preconditioners([group], [[torch.zeros_like(squares), squares]], step=1).tolist()
+    values: list[float] = of([group], [[torch.zeros_like(squares), squares]]).tolist()
     return values
 
 
@@ -54,16 +60,16 @@ def test_who_has_no_squared_gradients_counts_as_the_mean() -> None:
     squares = torch.tensor([[1.0], [9.0]])
     known, other = group_of(squares, "exp_avg", "exp_avg_sq"), group_of(squares, "momentum_buffer")
     live = [[squares, squares], [squares, squares, squares]]
-    assert preconditioners([other, known], live, step=1).tolist() == [1.0, 1.0, 0.5, 1.5]
-    assert preconditioners([other], live[:1], step=1).tolist() == [1.0, 1.0]
-    assert preconditioners([], [], step=1).tolist() == []
+    assert of([other, known], live).tolist() == [1.0, 1.0, 0.5, 1.5]
+    assert of([other], live[:1]).tolist() == [1.0, 1.0]
+    assert of([], []).tolist() == []
 
 
 def test_sums_of_squares_are_not_compared_with_means() -> None:
     squares = torch.tensor([[1.0], [9.0]])
     adagrad, adam = group_of(squares, "sum"), group_of(squares, "exp_avg", "exp_avg_sq")
     live = [[squares, 100 * squares], [squares, squares, squares]]
-    assert preconditioners([adagrad, adam], live, step=1).tolist() == [0.5, 1.5, 0.5, 1.5]
+    assert of([adagrad, adam], live).tolist() == [0.5, 1.5, 0.5, 1.5]
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
@@ -80,7 +86,7 @@ def test_of_large_blocks_some_rows_stand_for_all_and_all_have_their_turn_whateve
     group = group_of(squares, "exp_avg_sq", rows_per_block=30)
     ratios = []
     for step in range(0, 1000, 10):
-        first, second = preconditioners([group], [[squares, squares]], step).tolist()
+        first, second = of([group], [[squares, squares]], step).tolist()
         ratios.append(first / second)
     # Three of the 30 rows are looked at, one in ten.
     assert max(ratios) == pytest.approx(math.sqrt(10 / 4))
@@ -120,14 +126,14 @@ def test_the_squared_gradients_of_torchs_optimizers_are_found(optimizer: Any) ->
         training.checkpoint(), {("optimizer_states", 0): training.optimizers[0]}, model.parameters(), 16
     )
     at = [group.name for group in state.map.groups].index("state_dict/weight")
-    values = preconditioners([state.map.groups[at]], [state.of(state.map)[at]], step=1)
+    values = of([state.map.groups[at]], [state.of(state.map)[at]])
     assert values.tolist() == pytest.approx([0.5, 1.0, 1.5], rel=1e-4)
 
 
 def test_of_blocks_that_moved_alike_the_one_with_the_larger_gradients_is_saved(memory_url: str) -> None:
     model = nn.Linear(4, 6, bias=False)
     training = Training(model, optim.Adam(model.parameters(), lr=0.1))
-    with RunningCheckpoint(memory_url, Settings(fraction=1 / 3, block_size=16, staging="eager")) as running:
+    with RunningCheckpoint(memory_url, Settings(fraction=1 / 3, block_size=16, staging="eager", refresh=None)) as running:
         for _ in range(2):
             # Adam's steps are as long whatever the gradients.
             model.weight.grad = torch.tensor([[1.0], [5.0], [2.0], [3.0], [6.0], [4.0]]).expand(6, 4).clone()

@@ -171,9 +171,8 @@ def test_a_restore_tells_its_step_the_versions_and_the_age_of_the_oldest_block(m
     trained(memory_url)
     restored = restore(DeltaStore(memory_url))
     assert restored.step == 6
-    assert restored.plan.steps == saved_steps(memory_url)
+    assert {key: version.step for key, version in restored.plan.versions.items()} == saved_steps(memory_url)
     assert restored.oldest_age > 0
-    assert restored.primary["state_dict/0.weight"] is restored.checkpoint["state_dict"]["0.weight"]
 
 
 def test_frozen_blocks_do_not_make_a_checkpoint_old(memory_url: str) -> None:

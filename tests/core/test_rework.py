@@ -21,8 +21,11 @@ Blocks = list[tuple[float, int, bool]]
 
 def of(blocks: Blocks) -> Motion:
     distance, age, rest = zip(*blocks, strict=True) if blocks else ((), (), ())
+    # Without a refresh they are as far behind as they are from their bases.
+    moved = torch.tensor(distance, dtype=torch.float64)
     return motion(
-        torch.tensor(distance, dtype=torch.float64),
+        moved,
+        moved,
         torch.tensor(age, dtype=torch.int64),
         torch.tensor(rest, dtype=torch.bool),
     )
@@ -165,7 +168,7 @@ def test_a_state_that_is_as_a_whole_some_steps_old_costs_these_steps(seed: int, 
     now = torch.randn(5, 8, dtype=torch.float64, generator=generator)
     distance = (now / rate**age - now).norm(dim=1)
     everything = torch.ones(5, dtype=torch.bool)
-    assert motion(distance, torch.full((5,), age), everything).rework_cost == pytest.approx(age)
+    assert motion(distance, distance, torch.full((5,), age), everything).rework_cost == pytest.approx(age)
 
 
 @pytest.mark.parametrize("rate", [0.99, 0.999])
@@ -186,11 +189,23 @@ def test_of_gradient_descent_with_partial_saves_the_estimate_is_near_the_steps_t
         if step >= 200:
             losses_now = [*losses, float((curvature * live.square()).sum())]
             loss_restored = float((curvature * saved.square()).sum())
-            estimates.append(motion(distance, age, rest).rework_cost)
+            estimates.append(motion(distance, distance, age, rest).rework_cost)
             costs.append(step - next(k for k, loss in enumerate(losses_now) if loss <= loss_restored))
     mean = sum(costs) / len(costs)
     assert mean > 8
     assert sum(estimates) / len(estimates) == pytest.approx(mean, rel=0.15)
+
+
+@given(BLOCKS, st.floats(1e-6, 1.0))
+def test_a_refresh_never_makes_a_crash_dearer_and_an_exact_one_makes_it_free(blocks: Blocks, share: float) -> None:
+    distance, age, rest = zip(*blocks, strict=True) if blocks else ((), (), ())
+    moved, ages, left = torch.tensor(distance, dtype=torch.float64), torch.tensor(age), torch.tensor(rest).bool()
+    without, near, exact = (
+        motion(moved, lag, ages.long(), left) for lag in (moved, moved * share, torch.zeros_like(moved))
+    )
+    assert near.squared_speed == exact.squared_speed == without.squared_speed
+    assert exact.rework_cost <= near.rework_cost <= without.rework_cost
+    assert exact.rework_cost == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

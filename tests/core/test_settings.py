@@ -26,6 +26,8 @@ from lightning_scar.core.settings import Settings
         ("max_age", -1, "at least 0"),
         ("staging", "later", "must be 'lazy' or 'eager'"),
         ("on_write_error", "ignore", "must be 'warn' or 'raise'"),
+        ("refresh", "always", "must be 'auto' or None"),
+        ("refresh", True, "must be 'auto' or None"),
         ("memory", "false", "must be True or False"),
         ("memory", "/dev/shm/x", "LIGHTNING_SCAR_MEMORY says which folder"),
         ("memory", None, "must be True or False"),
@@ -44,7 +46,7 @@ def test_a_value_out_of_range_is_named_with_its_remedy(name: str, value: Any, re
 
 @pytest.mark.parametrize(
     "allowed",
-    [{"fraction": 1}, {"fraction": 1e-6}, {"block_size": 1}, {"max_age": 0}, {"staging": "eager"}],
+    [{"fraction": 1}, {"fraction": 1e-6}, {"block_size": 1}, {"max_age": 0}, {"staging": "eager"}, {"refresh": None}],
     ids=str,
 )
 def test_the_ends_of_the_ranges_are_allowed(allowed: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ def test_every_block_of_a_rank_is_damaged_and_older_versions_serve(tmp_path: Pat
     content = bytearray(newest.read_bytes())
     own = next(d for d in refreshed(url).deltas if d.name.endswith(f"rank-0002/{newest.name}"))
     for block in own.blocks:
-        content[block.extent[0]] ^= 255
+        content[next(iter(block.slots.values())).start] ^= 255
     newest.write_bytes(content)
     results = run_ranks(recovered, 2, url, False)
     assert_same(results[0][0], results[1][0])
@@ -291,7 +291,7 @@ def with_a_change_of_owners(rank: int, url: str) -> Any:
     training = Training(model, optim.Adam(model.parameters(), lr=0.01))
     with opened(url, fraction=1.0, block_size=160) as running:
         training.save(running)
-        before = set(running._stager.last.map.numbers)
+        before = set(running._stager.bases.map.numbers)
         commit = running.store.commit
         if rank == 1:
             running.store.commit = lambda *args: held.wait() and commit(*args)  # type: ignore
@@ -314,7 +314,7 @@ def with_a_change_of_owners(rank: int, url: str) -> Any:
         with torch.no_grad():
             model.late += 1
         training.save(running)
-        gained = set(running._stager.last.map.numbers) - before
+        gained = set(running._stager.bases.map.numbers) - before
         return copied(training), len(gained), running.stats.skipped_saves
 
 

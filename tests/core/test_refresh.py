@@ -1,0 +1,66 @@
+"""How the bytes of a save are divided between exact blocks and a refresh."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_scar.core.blocks import Group, Slot
+from lightning_scar.core.refresh import plan
+
+ADAM = ("param", "exp_avg", "exp_avg_sq")
+
+
+def group_of(*slots: str, rows: int = 256, width: int = 64, lazy: bool = True, dtype: Any = torch.float32) -> Group:
+    return Group("w", (rows, width), tuple(Slot(name, dtype, None, ()) for name in slots), 4, lazy=lazy)
+
+
+def signs(group: Group, **negative: bool) -> dict[tuple[str, str], bool]:
+    return {(group.name, slot): is_negative for slot, is_negative in negative.items()}
+
+
+def state_bytes(group: Group) -> int:
+    return group.rows * group.row_nbytes
+
+
+def test_a_save_of_everything_needs_no_refresh() -> None:
+    group = group_of(*ADAM)
+    assert plan([group], state_bytes(group), signs(group, exp_avg=True, exp_avg_sq=False), 1.0) == {}
+
+
+def test_the_parameter_is_signed_and_so_are_moments_that_have_been_negative() -> None:
+    group = group_of(*ADAM)
+    found = plan([group], state_bytes(group), signs(group, exp_avg=True, exp_avg_sq=False), 0.25)["w"]
+    assert {slot: codec.kind for slot, codec in found.items()} == {
+        "param": "linear",
+        "exp_avg": "linear",
+        "exp_avg_sq": "log",
+    }
+
+
+def test_a_slot_whose_signs_are_not_known_yet_waits() -> None:
+    group = group_of(*ADAM)
+    assert plan([group], state_bytes(group), {}, 0.25)["w"].keys() == {"param"}
+
+
+def test_buffers_and_very_small_tensors_are_not_refreshed() -> None:
+    buffer, small = group_of("param", lazy=False), group_of("param", rows=4, width=4)
+    assert plan([buffer, small], 10**6, {}, 0.25) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_what_is_no_plain_floating_point_number_is_not_refreshed(dtype: torch.dtype) -> None:
+    group = group_of("param", dtype=dtype)
+    assert plan([group], state_bytes(group), {}, 0.25) == {}
+
+
+@given(st.sampled_from([0.1, 0.125, 0.2, 0.25, 0.5, 0.9]), st.integers(8, 300), st.integers(16, 300))
+def test_the_refresh_of_an_adam_state_leaves_room_for_exact_blocks(fraction: float, rows: int, width: int) -> None:
+    group = group_of(*ADAM, rows=rows, width=width)
+    found = plan([group], state_bytes(group), signs(group, exp_avg=True, exp_avg_sq=False), fraction).get("w", {})
+    codes = sum(
+        count * (codec.code_bytes(n) + 2 * codec.scale_count(n)) for codec in found.values() for count, n in group.sizes
+    )
+    assert codes < state_bytes(group)
