@@ -44,6 +44,10 @@ def block_key(group: str, span: Span) -> str:
     return group if span == WHOLE else f"{group}[{span[0]}:{span[1]}]"
 
 
+def _memory(nbytes: int) -> memoryview:
+    return memoryview(bytearray(nbytes))
+
+
 def checksum(data: bytes | memoryview) -> int:
     """The checksum of some bytes: XXH3 with 64 bits.
 
@@ -150,6 +154,7 @@ class Entry(NamedTuple):
         start: Offset of the first byte in the file.
         stop: Offset behind the last byte.
         checksum: XXH3 of the bytes.
+        row_shape: The shape of one row, if they are rows.
 
     """
 
@@ -157,6 +162,7 @@ class Entry(NamedTuple):
     start: int
     stop: int
     checksum: int
+    row_shape: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -189,7 +195,7 @@ class StoredBlock:
 
     def new_memory(self) -> dict[str, memoryview]:
         """Memory to read the block into."""
-        return {slot: memoryview(bytearray(entry.nbytes)) for slot, entry in self.slots.items()}
+        return {slot: _memory(entry.nbytes) for slot, entry in self.slots.items()}
 
     @cached_property
     def nbytes(self) -> int:
@@ -227,6 +233,11 @@ class StoredRefresh:
         """Bytes of all its codes and scales."""
         return sum(slot.codes.nbytes + slot.scales.nbytes for slot in self.slots.values())
 
+    def new_memory(self) -> dict[str, tuple[memoryview, memoryview]]:
+        """Memory to read it into: codes and scales of each slot."""
+        entries = ((slot, found.codes, found.scales) for slot, found in self.slots.items())
+        return {slot: (_memory(codes.nbytes), _memory(scales.nbytes)) for slot, codes, scales in entries}
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -253,6 +264,16 @@ class Delta:
     def file(self) -> str:
         """Its full path."""
         return self.directory.file(self.name)
+
+    @property
+    def folder(self) -> str:
+        """The folder of a rank that it lies in, relative to the directory."""
+        return self.name.partition("/")[0]
+
+    @cached_property
+    def oldest_incarnation(self) -> int:
+        """The start that wrote the oldest of its blocks."""
+        return min((block.version.incarnation for block in self.blocks), default=self.head.incarnation)
 
     @cached_property
     def block_bytes(self) -> int:

@@ -5,7 +5,9 @@
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from io import BytesIO
+from itertools import chain
+from typing import IO, Any, NamedTuple
 
 import orjson
 
@@ -13,11 +15,13 @@ from lightning_scar.storage import format_1, format_2
 from lightning_scar.storage.delta import (
     DamagedError,
     Delta,
+    Encoded,
     Entry,
     NewerFormatError,
     Refresh,
     Section,
     StoredBlock,
+    StoredRefresh,
     checksum,
 )
 from lightning_scar.storage.directory import Directory
@@ -29,29 +33,54 @@ _NO_CHECKSUM = "0" * 16
 _HEADER_READAHEAD = 1 << 17
 
 
-def encode(head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> Iterator[bytes | memoryview]:
-    """The bytes of a delta, piece by piece.
+class DeltaFile(NamedTuple):
+    """A delta on its way into a file.
+
+    Attributes:
+        front: Header and tables: all that :func:`read_delta` reads.
+        data: The rest, piece by piece.
+        nbytes: Bytes of both.
+
+    """
+
+    front: bytes
+    data: Iterator[memoryview]
+    nbytes: int
+
+    def write(self, directory: Directory, name: str) -> Delta:
+        """Writes it, durably; what lies there is known without reading it back.
+
+        Raises:
+            OSError: If it cannot be written.
+
+        """
+        directory.write(name, chain((self.front,), self.data))
+        return _parse(directory, name, BytesIO(self.front), self.nbytes)
+
+
+def encode(head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> DeltaFile:
+    """Lays out the file of a delta.
 
     Args:
         head: What the delta says about itself.
         sections: The blocks to put in.
         refreshes: The refresh, at most one of each group.
 
-    Yields:
-        The length of the header, the header with its own checksum in it, then the data.
-
     """
-    about, entries, data = format_2.encode(sections, refreshes)
-    yield from _header({"head": head.to_json(), **about}, entries)
-    yield from data
+    about, entries, tables, data = format_2.encode(sections, refreshes)
+    front = _header({"head": head.to_json(), **about}, entries)
+    return DeltaFile(front + tables, data, len(front) + _end(entries))
 
 
-def _header(metadata: dict[str, str], entries: dict[str, Any]) -> Iterator[bytes]:
+def _header(metadata: dict[str, str], entries: dict[str, Any]) -> bytes:
     metadata = {"format": str(FORMAT_VERSION), "header_checksum": _NO_CHECKSUM, **metadata}
     text = orjson.dumps({"__metadata__": metadata, **entries})
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text.replace(_NO_CHECKSUM.encode(), f"{checksum(text):016x}".encode(), 1)
+    return len(text).to_bytes(8, "little") + text.replace(_NO_CHECKSUM.encode(), f"{checksum(text):016x}".encode(), 1)
+
+
+def _end(entries: dict[str, Any]) -> int:
+    return max((entry["data_offsets"][1] for entry in entries.values()), default=0)
 
 
 def read_delta(directory: Directory, name: str) -> Delta:
@@ -70,18 +99,22 @@ def read_delta(directory: Directory, name: str) -> Delta:
     with directory.open(name, readahead=_HEADER_READAHEAD) as file:
         size = file.seek(0, 2)
         file.seek(0)
-        # A damaged length may be any number; what is cut short here fails its checksum below.
-        text = file.read(min(int.from_bytes(file.read(8), "little"), size))
-        try:
-            metadata, entries = _checked_header(text)
-            head, start = Head.from_json(metadata["head"]), 8 + len(text)
-            contents = format_1.contents if metadata["format"] == "1" else format_2.contents
-            blocks, refreshes = contents(file.read, metadata, entries, start)
-        except NewerFormatError as error:
-            raise NewerFormatError(f"{directory.file(name)} {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(f"{directory.file(name)} is damaged: its header does not hold ({error!r})") from None
-    end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        return _parse(directory, name, file, size)
+
+
+def _parse(directory: Directory, name: str, file: IO[bytes], size: int) -> Delta:
+    # A damaged length may be any number; what is cut short here fails its checksum below.
+    text = file.read(min(int.from_bytes(file.read(8), "little"), size))
+    try:
+        metadata, entries = _checked_header(text)
+        head, start = Head.from_json(metadata["head"]), 8 + len(text)
+        contents = format_1.contents if metadata["format"] == "1" else format_2.contents
+        blocks, refreshes = contents(file.read, metadata, entries, start)
+    except NewerFormatError as error:
+        raise NewerFormatError(f"{directory.file(name)} {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{directory.file(name)} is damaged: its header does not hold ({error!r})") from None
+    end = start + _end(entries)
     if end > size:
         raise DamagedError(f"{directory.file(name)} is damaged: {size} bytes long, its data end at {end}")
     return Delta(directory, name, size, head, tuple(blocks), tuple(refreshes))
@@ -119,6 +152,24 @@ def read_blocks(source: Source, blocks: Iterable[tuple[StoredBlock, Mapping[str,
             raise DamagedError("its slots are not those of the block map")
         entries += [(entry, into[slot]) for slot, entry in block.slots.items()]
     read_entries(source, entries)
+
+
+def read_refresh(source: Source, stored: StoredRefresh) -> Refresh:
+    """Reads the refresh of a group and verifies its checksums.
+
+    Args:
+        source: The open delta.
+        stored: Which refresh.
+
+    Raises:
+        DamagedError: If an entry cannot be read.
+
+    """
+    memory = stored.new_memory()
+    places = ((stored.slots[slot], into) for slot, into in memory.items())
+    read_entries(source, [pair for slot, into in places for pair in zip((slot.codes, slot.scales), into, strict=True)])
+    slots = {slot: Encoded(stored.slots[slot].codec, [codes], [scales]) for slot, (codes, scales) in memory.items()}
+    return Refresh(stored.group, stored.spans, stored.bases, slots)
 
 
 def read_entries(source: Source, entries: Sequence[tuple[Entry, memoryview]]) -> None:

@@ -19,6 +19,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lightning_scar.storage.source import Source
 
 _TEMPORARY = ".tmp"
+#: Smaller pieces than this are gathered before they are written.
+_BUFFER = 1 << 18
+#: What is handed at once to a file that collects all it gets in memory until that is enough for a part of an upload.
+_SLICE = 1 << 23
 
 
 def _is_locked(descriptor: int) -> bool:
@@ -32,15 +36,52 @@ def _is_locked(descriptor: int) -> bool:
     return True
 
 
+#: The packages with which the file systems for S3, Google, Azure, HTTP and others reach a server. Most of their errors
+#: are no ``OSError``.
+_CLIENTS = {
+    "adlfs",
+    "aiobotocore",
+    "aiohttp",
+    "asyncio",
+    "azure",
+    "boto3",
+    "botocore",
+    "concurrent",
+    "fsspec",
+    "gcsfs",
+    "google",
+    "httpx",
+    "msal",
+    "paramiko",
+    "requests",
+    "s3fs",
+    "urllib3",
+}
+
+
+def _is_of_client(error: Exception) -> bool:
+    return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
+
+
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """Turns the errors that object stores raise in words of their own into ``OSError``."""
+    """Turns the errors that object stores raise in words of their own into ``OSError``; mistakes stay what they are."""
     try:
         yield
     except OSError:
         raise
     except Exception as error:
+        if not _is_of_client(error):
+            raise
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """An instance that no user has, who may want listings to be remembered; another one takes long to make."""
+    try:
+        return url_to_fs(url, **{**options, "use_listings_cache": False})  # type: ignore[no-any-return]
+    except TypeError:
+        return url_to_fs(url, **options, skip_instance_cache=True)  # type: ignore[no-any-return]
 
 
 class Tier(IntEnum):
@@ -76,7 +117,7 @@ class Directory:
     ) -> None:
         self.url = os.fspath(url)
         self.tier = tier
-        self.fs, path = url_to_fs(self.url, **(storage_options or {}))
+        self.fs, path = _file_system(self.url, storage_options or {})
         # A remembered listing hides what other processes, and other threads, have written or deleted since.
         self.fs.dircache = DirCache(use_listings_cache=False)
         self.path = str(path).rstrip("/")
@@ -158,17 +199,34 @@ class Directory:
         """
         if self.is_local:
             self._write_local(Path(self.file(name)), pieces)
+        elif isinstance(self.fs, MemoryFileSystem):
+            # A file that is open for writing is seen there already.
+            self.fs.pipe_file(self.file(name), b"".join(pieces))
         else:
-            data = b"".join(pieces)
-            # One put: object stores show an object whole or not at all.
-            with _as_os_errors():
-                self.fs.pipe_file(self.file(name), data)
+            self._write_remote(self.file(name), pieces)
+
+    def _write_remote(self, path: str, pieces: Iterable[bytes | memoryview]) -> None:
+        # In parts if it is large: object stores show an object at the end, as a whole.
+        with _as_os_errors():
+            file = self.fs.open(path, "wb")
+            try:
+                for piece in pieces:
+                    for start in range(0, len(piece), _SLICE):
+                        file.write(piece[start : start + _SLICE])
+                file.close()
+            except BaseException:
+                # Closing it, as its end does too, would complete the object with what there is.
+                with suppress(AttributeError):
+                    file.closed = True
+                with suppress(Exception):
+                    file.discard()
+                raise
 
     def _write_local(self, path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         # Beside the final name: a rename is atomic within one file system only, and $TMPDIR may be another.
         temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "wb", buffering=_BUFFER) as file:
                 for piece in pieces:
                     file.write(piece)
                 file.flush()

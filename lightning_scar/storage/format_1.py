@@ -37,5 +37,6 @@ def _slots(
     for slot, expected in checksums.items():
         raw = entries[f"{key}/{slot}@{version.incarnation}.{version.sequence}"]
         start, stop = raw["data_offsets"]
-        found[slot] = Entry(raw["dtype"], data_start + start, data_start + stop, int(expected, 16))
+        row_shape = tuple(raw["shape"][1:])
+        found[slot] = Entry(raw["dtype"], data_start + start, data_start + stop, int(expected, 16), row_shape)
     return found

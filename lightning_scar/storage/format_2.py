@@ -1,8 +1,8 @@
 """Format 2 of the delta: a section of rows for each group, and its refresh.
 
 One entry for each slot (``param``, ``exp_avg``, ...) of a section holds the rows of its blocks, one block after the
-other; the refresh of a group is one entry of codes and one of scales for each slot. Three tables of numbers at the
-beginning of the data say which rows these are, in which versions, with a checksum for each block.
+other. Of the refresh there is one entry of codes and one of scales for each slot, one group after the other. Tables of
+numbers at the beginning of the data say which rows these are, in which versions, with a checksum for each block.
 """
 
 import math
@@ -31,7 +31,7 @@ from lightning_scar.storage.head import Version
 
 def encode(
     sections: Sequence[Section], refreshes: Sequence[Refresh]
-) -> tuple[dict[str, str], dict[str, Any], Iterator[bytes | memoryview]]:
+) -> tuple[dict[str, str], dict[str, Any], bytes, Iterator[memoryview]]:
     """Lays a delta out.
 
     Args:
@@ -39,51 +39,57 @@ def encode(
         refreshes: The refresh, at most one of each group.
 
     Returns:
-        What the header says about them, the header's entries, and the data, piece by piece.
+        What the header says about them, the header's entries, the tables, and the other data, piece by piece.
 
     """
     layout = _Layout()
     blocks = [(*span, *version) for s in sections for span, version in zip(s.spans, s.versions, strict=True)]
     sums = [number for section in sections for column in section.columns.values() for number in column.checksums]
     refreshed = [(*span, *base) for r in refreshes for span, base in zip(r.spans, r.bases, strict=True)]
-    tables = [
-        layout.table("blocks", "I64", np.array(blocks, dtype="<i8").reshape(-1, 5)),
-        layout.table("checksums", "U64", np.array(sums, dtype="<u8")),
-        layout.table("refreshed", "I64", np.array(refreshed, dtype="<i8").reshape(-1, 4)),
-    ]
+    encoded = [(slot, found) for refresh in refreshes for slot, found in refresh.slots.items()]
+    places = [_place(pieces) for _, found in encoded for pieces in (found.codes, found.scales)]
+    tables = (
+        layout.table("blocks", np.array(blocks, dtype="<i8").reshape(-1, 5))
+        + layout.table("checksums", np.array(sums, dtype="<u8"))
+        + layout.table("refreshed", _narrow(np.array(refreshed, dtype="<i8").reshape(-1, 4)))
+        + layout.table("encoded", np.array(places, dtype="<u8").reshape(-1, 4))
+    )
     # Names are given in the order of the header, whatever the order of the data.
     columns = [(layout.name(s.group, slot), column) for s in sections for slot, column in s.columns.items()]
-    encoded = [(r.group, slot, found) for r in refreshes for slot, found in r.slots.items()]
-    codes = [(layout.name("refresh", group, slot, "codes"), found.codes) for group, slot, found in encoded]
-    scales = [(layout.name("refresh", group, slot, "scales"), found.scales) for group, slot, found in encoded]
+    slots = [(layout.name("refresh", slot), slot) for slot in dict.fromkeys(slot for slot, _ in encoded)]
     # Larger elements first: without gaps, every entry is then aligned to its element's size.
     for name, column in sorted(columns, key=lambda entry: _itemsize(entry[1].dtype), reverse=True):
         layout.rows(name, column)
-    for name, pieces in scales:
-        layout.numbers(name, "BF16", pieces)
-    for name, pieces in codes:
-        layout.numbers(name, "U8", pieces)
+    for name, slot in slots:
+        layout.numbers(
+            f"{name}/scales", "BF16", [piece for of, found in encoded if of == slot for piece in found.scales]
+        )
+    for name, slot in slots:
+        layout.numbers(f"{name}/codes", "U8", [piece for of, found in encoded if of == slot for piece in found.codes])
+    codecs = [[r.group, {slot: found.codec for slot, found in r.slots.items()}, len(r.spans)] for r in refreshes]
     about = {
         "sections": orjson.dumps([[s.group, list(s.columns), len(s.spans)] for s in sections]).decode(),
-        "refresh": orjson.dumps([_about_refresh(refresh) for refresh in refreshes]).decode(),
-        "tables": f"{checksum(b''.join(tables)):016x}",
+        "refresh": orjson.dumps(codecs).decode(),
+        "tables": f"{checksum(tables):016x}",
     }
-    return about, layout.entries, chain(tables, chain.from_iterable(data() for data in layout.data))
+    return about, layout.entries, tables, chain.from_iterable(data() for data in layout.data)
 
 
-def _about_refresh(refresh: Refresh) -> list[Any]:
-    slots = {
-        slot: [found.codec, *(f"{_checksum_of(pieces):016x}" for pieces in (found.codes, found.scales))]
-        for slot, found in refresh.slots.items()
-    }
-    return [refresh.group, slots, len(refresh.spans)]
+def _narrow(table: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """The largest of the tables in half as many bytes, if its numbers allow that."""
+    return table.astype("<i4") if table.size and table.max() <= np.iinfo("<i4").max else table
 
 
-def _checksum_of(pieces: Iterable[memoryview]) -> int:
-    digest = xxhash.xxh3_64()
+def _place(pieces: Iterable[memoryview]) -> tuple[int, int]:
+    """How many bytes, and their checksum."""
+    digest, nbytes = xxhash.xxh3_64(), 0
     for piece in pieces:
         digest.update(piece)
-    return digest.intdigest()
+        nbytes += len(piece)
+    return nbytes, digest.intdigest()
+
+
+_TABLES = {"<i4": "I32", "<i8": "I64", "<u8": "U64"}
 
 
 class _Layout:
@@ -98,8 +104,8 @@ class _Layout:
     def name(self, *parts: str) -> str:
         return _new_name("/".join(parts), self._names)
 
-    def table(self, name: str, dtype: str, table: "np.ndarray[Any, Any]") -> bytes:
-        self._add(name, dtype, table.shape, table.nbytes)
+    def table(self, name: str, table: "np.ndarray[Any, Any]") -> bytes:
+        self._add(name, _TABLES[table.dtype.str], table.shape, table.nbytes)
         return table.tobytes()
 
     def rows(self, name: str, column: Column) -> None:
@@ -137,19 +143,22 @@ class _Tables(NamedTuple):
     blocks: "np.ndarray[Any, Any]"
     checksums: "np.ndarray[Any, Any]"
     refreshed: "np.ndarray[Any, Any]"
+    encoded: "np.ndarray[Any, Any]"
 
     @classmethod
     def read(cls, read: Callable[[int], bytes], metadata: dict[str, str], entries: dict[str, Any]) -> "_Tables":
-        sizes = [entries[name]["data_offsets"][1] - entries[name]["data_offsets"][0] for name in cls._fields]
+        about = [entries[name] for name in cls._fields]
+        sizes = [stop - start for start, stop in (each["data_offsets"] for each in about)]
         data = read(sum(sizes))
         if f"{checksum(data):016x}" != metadata["tables"]:
             raise ValueError("checksum of the tables")
-        ends = list(accumulate(sizes, initial=0))
-        blocks, sums, refreshed = (data[start:stop] for start, stop in pairwise(ends))
+        types = {name: dtype for dtype, name in _TABLES.items()}
+        ends = pairwise(accumulate(sizes, initial=0))
         return cls(
-            np.frombuffer(blocks, "<i8").reshape(-1, 5),
-            np.frombuffer(sums, "<u8"),
-            np.frombuffer(refreshed, "<i8").reshape(-1, 4),
+            *(
+                np.frombuffer(data[start:stop], types[each["dtype"]]).reshape(each["shape"])
+                for each, (start, stop) in zip(about, ends, strict=True)
+            )
         )
 
 
@@ -182,36 +191,35 @@ def contents(
             StoredBlock(group, (first, last), Version(*version), partial(section.slots, i))
             for i, (first, last, *version) in enumerate(rows)
         )
-    return blocks, list(_refreshes(orjson.loads(metadata["refresh"]), tables.refreshed, entries, names, data_start))
+    return blocks, list(_refreshes(orjson.loads(metadata["refresh"]), tables, entries, names, data_start))
 
 
 def _refreshes(
-    about: list[Any], table: "np.ndarray[Any, Any]", entries: dict[str, Any], names: set[str], data_start: int
+    about: list[Any], tables: _Tables, entries: dict[str, Any], names: set[str], data_start: int
 ) -> Iterator[StoredRefresh]:
-    found = {
-        (group, slot, kind): entries[_new_name(f"refresh/{group}/{slot}/{kind}", names)]
+    slots = dict.fromkeys(slot for _, codecs, _ in about for slot in codecs)
+    columns = {slot: _new_name(f"refresh/{slot}", names) for slot in slots}
+    ends = {
+        (slot, kind): data_start + entries[f"{name}/{kind}"]["data_offsets"][0]
+        for slot, name in columns.items()
         for kind in ("codes", "scales")
-        for group, slots, _ in about
-        for slot in slots
     }
-    at = 0
-    for group, slots, count in about:
-        rows = table[at : at + count].tolist()
+
+    def entry(slot: str, kind: str, dtype: str, nbytes: int, checksum: int) -> Entry:
+        start = ends[slot, kind]
+        ends[slot, kind] += nbytes
+        return Entry(dtype, start, start + nbytes, checksum)
+
+    places, at = iter(tables.encoded.tolist()), 0
+    for group, codecs, count in about:
+        rows = tables.refreshed[at : at + count].tolist()
         at += count
-        by_slot = {
-            slot: StoredSlot(
-                codec,
-                _entry(found[group, slot, "codes"], data_start, codes),
-                _entry(found[group, slot, "scales"], data_start, scales),
-            )
-            for slot, (codec, codes, scales) in slots.items()
-        }
-        yield StoredRefresh(group, [(row[0], row[1]) for row in rows], [(row[2], row[3]) for row in rows], by_slot)
-
-
-def _entry(raw: dict[str, Any], data_start: int, checksum: str) -> Entry:
-    start, stop = raw["data_offsets"]
-    return Entry(raw["dtype"], data_start + start, data_start + stop, int(checksum, 16))
+        found = {}
+        for slot, codec in codecs.items():
+            codes, codes_checksum, scales, scales_checksum = next(places)
+            codes_entry = entry(slot, "codes", "U8", codes, codes_checksum)
+            found[slot] = StoredSlot(codec, codes_entry, entry(slot, "scales", "BF16", scales, scales_checksum))
+        yield StoredRefresh(group, [(row[0], row[1]) for row in rows], [(row[2], row[3]) for row in rows], found)
 
 
 class _StoredSection:
@@ -237,5 +245,6 @@ class _StoredSection:
             if self._rows[-1]:
                 row_bytes = (stop - start) // self._rows[-1]
                 start, stop = start + self._rows[i] * row_bytes, start + self._rows[i + 1] * row_bytes
-            found[slot] = Entry(raw["dtype"], self._data_start + start, self._data_start + stop, int(sums[i]))
+            place = self._data_start + start, self._data_start + stop
+            found[slot] = Entry(raw["dtype"], *place, int(sums[i]), tuple(raw["shape"][1:]))
         return found

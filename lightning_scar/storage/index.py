@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from lightning_scar.storage.delta import Delta, StoredBlock
+from lightning_scar.storage.delta import Delta, Span, StoredBlock, StoredRefresh
 from lightning_scar.storage.head import Head, Mark, Version, newest_consistent, newest_heads
 
 
@@ -12,6 +12,47 @@ class Located(NamedTuple):
 
     delta: Delta
     block: StoredBlock
+
+
+class Refreshed(NamedTuple):
+    """The refresh of one block: in which delta, in which group's refresh, and its place there."""
+
+    delta: Delta
+    refresh: StoredRefresh
+    position: int
+
+
+#: A block by group and rows, and the base that its refresh was made against: incarnation, sequence.
+_Base = tuple[str, Span, tuple[int, int]]
+
+
+class _Live:
+    """The blocks for whose sake a file is kept."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[tuple[str, Version], StoredBlock] = {}
+        self.newest = 0
+        self._nbytes: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        if self._nbytes is None:
+            self._nbytes = sum(block.nbytes for block in self.blocks.values())
+        return self._nbytes
+
+    def add(self, block: StoredBlock, is_newest: bool) -> None:
+        self.blocks[block.key, block.version] = block
+        self._note(block, is_newest, 1)
+
+    def remove(self, block: StoredBlock, is_newest: bool) -> None:
+        del self.blocks[block.key, block.version]
+        self._note(block, is_newest, -1)
+
+    def _note(self, block: StoredBlock, is_newest: bool, sign: int) -> None:
+        self.newest += sign * is_newest
+        # Only where somebody has asked: it would look up every block of every file at a start.
+        if self._nbytes is not None:
+            self._nbytes += sign * block.nbytes
 
 
 def newest_lineage(deltas: Iterable[Delta]) -> tuple[int, ...]:
@@ -57,7 +98,9 @@ class Index:
         self._keeps_older = older
         self._marks: list[Mark] = []
         self._versions: dict[str, list[Located]] = {}
-        self._live: dict[str, dict[tuple[str, Version], StoredBlock]] = {}
+        self._live: dict[str, _Live] = {}
+        self._refreshing: dict[str, Delta] = {}
+        self._refreshes: dict[_Base, list[Refreshed]] | None = None
         self._take(deltas)
 
     @property
@@ -86,6 +129,8 @@ class Index:
             for block in delta.blocks:
                 if block.version.incarnation in self._lineage:
                     found.setdefault(block.key, {})[block.version] = Located(delta, block)
+            if delta.refreshes:
+                self._refreshing[delta.file], self._refreshes = delta, None
         self._heads = newest_heads([*self._heads.values(), *(delta.head for delta in counting)])
         marks = sorted({mark for head in self._heads.values() for mark in head.consistent}, reverse=True)
         if marks != self._marks:
@@ -96,9 +141,11 @@ class Index:
             self._settle(key, sorted((known | by_version).values(), key=recency, reverse=True))
 
     def remove(self, delta: Delta) -> None:
-        """Forgets a file that another rank has deleted."""
+        """Forgets a file that was deleted."""
         for block in self.live(delta):
             self._settle(block.key, [at for at in self._versions[block.key] if at.delta.file != delta.file])
+        if self._refreshing.pop(delta.file, None):
+            self._refreshes = None
 
     def discard(self, located: Located) -> None:
         """Drops a version that turned out to be damaged, lest it take the place of a good one."""
@@ -110,15 +157,18 @@ class Index:
             self._settle(key, remaining)
 
     def _settle(self, key: str, located: list[Located]) -> None:
-        for delta, block in self._versions.get(key, []):
-            del self._live[delta.file][key, block.version]
+        for i, (delta, block) in enumerate(self._versions.get(key, [])):
+            live = self._live[delta.file]
+            live.remove(block, i == 0)
+            if not live.blocks:
+                del self._live[delta.file]
         if not located:
             self._versions.pop(key, None)
             return
         # Never without an entry in between: the training thread looks blocks up meanwhile.
         self._versions[key] = kept = self._kept(located)
-        for delta, block in kept:
-            self._live.setdefault(delta.file, {})[key, block.version] = block
+        for i, (delta, block) in enumerate(kept):
+            self._live.setdefault(delta.file, _Live()).add(block, i == 0)
 
     def _kept(self, located: list[Located]) -> list[Located]:
         newest, *older = located
@@ -144,7 +194,42 @@ class Index:
 
     def live(self, delta: Delta) -> list[StoredBlock]:
         """The blocks for whose sake a delta is still needed."""
-        return list(self._live.get(delta.file, {}).values())
+        live = self._live.get(delta.file)
+        return list(live.blocks.values()) if live is not None else []
+
+    def is_live(self, delta: Delta) -> bool:
+        """Whether a delta is still needed for the sake of any block."""
+        return delta.file in self._live
+
+    def live_bytes(self, delta: Delta) -> int:
+        """Bytes of these blocks."""
+        live = self._live.get(delta.file)
+        return live.nbytes if live is not None else 0
+
+    def newest_share(self, delta: Delta) -> float:
+        """The share of these blocks that are the newest version of theirs."""
+        live = self._live.get(delta.file)
+        return live.newest / len(live.blocks) if live is not None else 0.0
+
+    def refreshes(self, block: StoredBlock) -> list[Refreshed]:
+        """The refreshes that were made against exactly this version of a block, the newest first.
+
+        The first call after a change looks at all of them; a save asks for none.
+        """
+        # Another thread may add a delta meanwhile.
+        by_base = self._refreshes
+        if by_base is None:
+            by_base = self._refreshes = _by_base(self._refreshing.copy().values())
+        return by_base.get((block.group, block.span, block.version[:2]), [])
+
+
+def _by_base(deltas: Iterable[Delta]) -> dict[_Base, list[Refreshed]]:
+    found: dict[_Base, list[Refreshed]] = {}
+    for delta in sorted(deltas, key=lambda delta: (delta.head.incarnation, delta.head.sequence), reverse=True):
+        for refresh in delta.refreshes:
+            for i, (span, base) in enumerate(zip(refresh.spans, refresh.bases, strict=True)):
+                found.setdefault((refresh.group, span, base), []).append(Refreshed(delta, refresh, i))
+    return found
 
 
 def recency(located: Located) -> tuple[int, int]:

@@ -46,8 +46,8 @@ class Inheritance:
         """
         self.look_around()
         with ExitStack() as files:
-            found = [block for store in self.stores for block in spill.newer(store, store.deltas, files)]
-            newest = {block.key: block for block in sorted(found, key=lambda block: block.version)}
+            found = [copy for store in self.stores for copy in spill.newer(store, store.deltas, files).copies]
+            newest = {copy.block.key: copy for copy in sorted(found, key=lambda copy: copy.block.version)}
             if newest:
                 spill.take_over(head, list(newest.values()))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from lightning_scar.storage.compaction import NEWEST_ONLY
-from lightning_scar.storage.delta import BlockData
+from lightning_scar.storage.delta import Refresh, Section
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head
 from lightning_scar.storage.host_memory import HostMemory
@@ -38,8 +38,8 @@ class MemoryStore(RankStore):
         self._lost: set[str] = set()
 
     @override
-    def look_around(self) -> None:
-        super().look_around()
+    def look_around(self, others: bool = False) -> None:
+        super().look_around(others)
         with suppress(OSError):
             if lost := self.forget_vanished(self.folder):
                 self.is_hollow, self.loss = True, self._host.path
@@ -51,8 +51,13 @@ class MemoryStore(RankStore):
         return lost
 
     @override
-    def commit(self, head: Head, blocks: Sequence[BlockData]) -> int:
+    def _depends_on_others(self, head: Head) -> bool:
+        # Memory begins anew with every start, and nobody else's blocks lie here.
+        return False
+
+    @override
+    def commit(self, head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> int:
         self._host.renew()
         if self._bound is not None:
             self.limit = max(0, self._bound - self._host.inherited_bytes(self.folder))
-        return super().commit(head, blocks)
+        return super().commit(head, sections, refreshes)

@@ -2,30 +2,18 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
-from itertools import chain
 from typing import Any
 
 from lightning_scar.storage.compaction import WITH_OLDER, Retention, Usage, worth_merging
-from lightning_scar.storage.delta import (
-    SUFFIX,
-    BlockData,
-    DamagedError,
-    Delta,
-    Entry,
-    Payload,
-    StoredBlock,
-    encode,
-    read_delta,
-    read_entries,
-)
+from lightning_scar.storage.copies import Copy, DamagedCopyError, as_sections
+from lightning_scar.storage.delta import SUFFIX, Delta, Refresh, Section
+from lightning_scar.storage.delta_file import encode
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head
 from lightning_scar.storage.index import newest_lineage
-from lightning_scar.storage.source import Source
 from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of
 
 
@@ -64,8 +52,10 @@ class RankStore(DeltaStore):
         self.rank = rank
         self.world_size = world_size
         self.limit: int | None = None
+        self._whole: tuple[int, ...] = ()
         self._unmergeable: set[str] = set()
         self._merges = 0
+        self._saves = 0
 
     @property
     def folder(self) -> str:
@@ -75,7 +65,15 @@ class RankStore(DeltaStore):
     @property
     def is_whole(self) -> bool:
         """Whether all ranks have finished their first save, as far as this one knows."""
-        return newest_lineage(self.deltas) == self.index.lineage
+        if self._whole != self.index.lineage and newest_lineage(self.deltas) == self.index.lineage:
+            # For good: no other start begins beside this one.
+            self._whole = self.index.lineage
+        return self._whole == self.index.lineage
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether nothing that an older training left is needed any more: all ranks have saved since the start."""
+        return self.is_whole and len(self.index.heads) == self.world_size
 
     def sweep(self) -> None:
         """Deletes what writes of the rank, and of ranks that are no more, left behind when a crash cut them short."""
@@ -83,27 +81,36 @@ class RankStore(DeltaStore):
             if self.is_own(folder):
                 self.directory.child(folder).sweep()
 
-    def look_around(self) -> None:
-        """Takes in what the other ranks have written and deleted since; what cannot be read now is left for later."""
-        if self.world_size == 1:
+    def look_around(self, others: bool = False) -> None:
+        """Takes in what has changed behind this rank's back; what cannot be read now is left for later.
+
+        Args:
+            others: Whether to look at what the other ranks have written and deleted since, too. That takes the longer
+                the more there are.
+
+        """
+        if not others or self.world_size == 1:
             return
         with suppress(OSError):
-            names = {name for name in self._names() if not self.is_own(name)}
-            for name in sorted(names - self._deltas.keys()):
-                with suppress(OSError, DamagedError):
-                    delta = self._deltas[name] = read_delta(self.directory, name)
-                    self.index.add(delta)
-            for name in [name for name in self._deltas if not self.is_own(name) and name not in names]:
-                self.index.remove(self._deltas.pop(name))
+            names = {folder: self._names_in(folder) for folder in self.folders() if not self.is_own(folder)}
+            for delta in self.deltas:
+                if not self.is_own(delta.folder) and delta.name not in names.get(delta.folder, ()):
+                    self.index.remove(self._deltas[delta.folder].pop(delta.name))
+            new = [name for found in names.values() for name in found if not self._has(name)]
+            for read in self._headers(new):
+                if isinstance(read, Delta):
+                    self._take(read)
+                    self.index.add(read)
 
-    def commit(self, head: Head, blocks: Sequence[BlockData]) -> int:
+    def commit(self, head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> int:
         """Writes one delta; when this returns, it is durable and part of the running checkpoint.
 
         Afterwards deltas that nobody needs any more are deleted, and mostly dead ones are merged.
 
         Args:
             head: What the delta says about itself.
-            blocks: The blocks, in the order in which they are to lie in the file.
+            sections: The blocks, in the order in which they are to lie in the file.
+            refreshes: The refresh of blocks that it does not hold exactly.
 
         Returns:
             Bytes of all files written, merged ones included.
@@ -113,16 +120,30 @@ class RankStore(DeltaStore):
             OSError: If the file cannot be written; nothing has changed then.
 
         """
-        delta = self._write(self._new_name("delta", head), head, blocks)
-        self.look_around()
+        delta = self._write(self._new_name("delta", head), head, sections, refreshes)
+        self._saves += 1
+        if self._depends_on_others(head):
+            self.look_around(others=True)
         return delta.nbytes + self._tidy(head, delta.nbytes)
 
-    def take_over(self, head: Head, blocks: Sequence[BlockData]) -> int:
+    def _depends_on_others(self, head: Head) -> bool:
+        """Whether what others have saved since makes anything of this rank's obsolete."""
+        if not self._is_settled:
+            return True
+        own = self.own_deltas
+        if not any(delta.oldest_incarnation < head.incarnation for delta in own):
+            return False
+        # Another rank may own, since this start, blocks that lie in this one's files. Each time it is less likely to
+        # have saved them only now; and more than two versions of what a rank owns are not its own.
+        is_time = self._saves & (self._saves - 1) == 0
+        return is_time or sum(map(self.index.live_bytes, own)) > (self.retention.states - 1) * head.state_bytes
+
+    def take_over(self, head: Head, sections: Sequence[Section]) -> int:
         """Writes blocks of earlier starts that lie elsewhere; they keep their versions.
 
         Args:
             head: What the delta says about itself.
-            blocks: The blocks.
+            sections: The blocks.
 
         Returns:
             Bytes written.
@@ -131,21 +152,20 @@ class RankStore(DeltaStore):
             OSError: If the file cannot be written.
 
         """
-        return self._write(self._new_name("taken", head), replace(head, kind="compacted"), blocks).nbytes
+        return self._write(self._new_name("taken", head), replace(head, kind="compacted"), sections).nbytes
 
     def _new_name(self, kind: str, head: Head) -> str:
         name = f"{self.folder}/{kind}-{head.incarnation:05d}-{head.sequence:08d}"
         # Nothing is written over, whoever asks for it.
-        again = sum(other.startswith(name) for other in self._deltas.copy())
+        again = sum(delta.name.startswith(name) for delta in self.own_deltas)
         return f"{name}-{again:04d}{SUFFIX}" if again else f"{name}{SUFFIX}"
 
-    def _write(self, name: str, head: Head, blocks: Sequence[BlockData]) -> Delta:
-        pieces = encode(head, blocks)
-        header = [next(pieces), next(pieces)]
-        self._check_limit(sum(map(len, header)) + sum(p.nbytes for block in blocks for p in block.slots.values()))
+    def _write(self, name: str, head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> Delta:
+        file = encode(head, sections, refreshes)
+        self._check_limit(file.nbytes)
         self.directory.child(self.folder).create()
-        self.directory.write(name, chain(header, pieces))
-        delta = self._deltas[name] = read_delta(self.directory, name)
+        delta = file.write(self.directory, name)
+        self._take(delta)
         if head.lineage != self.index.lineage:
             self.count(head.lineage)
         else:
@@ -159,8 +179,9 @@ class RankStore(DeltaStore):
 
     @property
     def own_deltas(self) -> list[Delta]:
-        """Those of this rank, by name."""
-        return [delta for delta in self.deltas if self.is_own(delta.name)]
+        """Those of this rank."""
+        own = [folder for folder in self._deltas.copy() if self.is_own(folder)]
+        return [delta for folder in own for delta in self._deltas[folder].copy().values()]
 
     @property
     def own_bytes(self) -> int:
@@ -173,86 +194,88 @@ class RankStore(DeltaStore):
             self._delete(delta)
         self.count(self.index.lineage)
 
-    def _tidy(self, head: Head, save_bytes: int) -> int:
-        merged_bytes = 0
-        for delta in self._own():
-            if not self.index.live(delta):
-                self._delete(delta)
-        # Without room for a merged file the others stay as they are.
-        with suppress(LimitError):
-            while sources := self._mergeable(head.state_bytes, save_bytes):
-                merged_bytes += self._merge(head, sources)
-        return merged_bytes
-
-    def _own(self) -> list[Delta]:
-        # What an older training left is still needed as long as not all ranks have finished their first save.
-        is_whole = self.is_whole and len(self.index.heads) == self.world_size
-        return [delta for delta in self.own_deltas if is_whole or delta.head.incarnation in self.index.lineage]
-
     def is_own(self, name: str) -> bool:
         """Whether a folder, or the file in it, is this rank's to delete and merge."""
         # The folders of ranks that are no more are shared out among those that are.
         return rank_of(name) % self.world_size == self.rank
 
-    def _mergeable(self, state_bytes: int, save_bytes: int) -> list[Delta]:
-        own = [delta for delta in self._own() if delta.name not in self._unmergeable]
-        usage = [Usage(delta.nbytes, self._live_bytes(delta)) for delta in own]
-        return [own[i] for i in worth_merging(usage, state_bytes, save_bytes, self.retention.states)]
+    def _tidy(self, head: Head, save_bytes: int) -> int:
+        merged_bytes = 0
+        refreshing = self._refreshing()
+        for delta in self._disposable():
+            if not self.index.is_live(delta) and delta.name not in refreshing:
+                self._delete(delta)
+        # Without room for a merged file the others stay as they are.
+        with suppress(LimitError):
+            while sources := self._mergeable(head, save_bytes, refreshing):
+                merged_bytes += self._merge(head, sources)
+        return merged_bytes
 
-    def _live_bytes(self, delta: Delta) -> int:
-        live = sum(block.nbytes for block in self.index.live(delta))
-        # With their share of the header, which outweighs the data of tiny blocks.
-        return delta.nbytes * live // delta.block_bytes
+    def _disposable(self) -> list[Delta]:
+        # What an older training left is still needed as long as not all ranks have finished their first save.
+        is_settled, lineage = self._is_settled, self.index.lineage
+        return [delta for delta in self.own_deltas if is_settled or delta.head.incarnation in lineage]
+
+    def _refreshing(self) -> set[str]:
+        """The files whose refresh counts, by name: each rank's newest, until all have saved since the start."""
+        newest: dict[str, Delta] = {}
+        for delta in sorted(self._disposable(), key=lambda delta: (delta.head.incarnation, delta.head.sequence)):
+            is_obsolete = self._is_settled and delta.head.incarnation < self.index.lineage[-1]
+            if delta.head.kind != "compacted" and not is_obsolete:
+                newest[delta.folder] = delta
+        return {delta.name for delta in newest.values() if delta.refreshes}
+
+    def _mergeable(self, head: Head, save_bytes: int, refreshing: Container[str]) -> list[Delta]:
+        own = self._disposable()
+        usage = [self._usage(delta, head, refreshing) for delta in own]
+        return [own[i] for i in worth_merging(usage, head.state_bytes, save_bytes, self.retention.states)]
+
+    def _usage(self, delta: Delta, head: Head, refreshing: Container[str]) -> Usage:
+        if delta.name in refreshing or delta.name in self._unmergeable:
+            return Usage(delta.nbytes, delta.nbytes, may_merge=False)
+        live = self.index.live_bytes(delta)
+        if live:
+            # With their share of the header, which outweighs the data of tiny blocks.
+            header = delta.nbytes - delta.block_bytes - delta.refresh_bytes
+            live += header * live // delta.block_bytes
+        is_of_this_start = delta.head.incarnation == head.incarnation
+        age = head.sequence - delta.head.sequence if is_of_this_start else head.sequence
+        return Usage(delta.nbytes, live, self.index.newest_share(delta), age)
 
     def _merge(self, head: Head, sources: list[Delta]) -> int:
-        name = f"{self.folder}/merged-{head.incarnation:05d}-{head.sequence:08d}-{self._merges:04d}{SUFFIX}"
-        self._merges += 1
+        written = 0
         try:
             with ExitStack() as files:
-                blocks = [
-                    copied(delta, source, block, partial(self._unmergeable.add, delta.name))
+                copies = [
+                    Copy(delta, block, source)
                     for delta in sources
                     for source in [files.enter_context(self.directory.source(delta.name))]
                     for block in self.index.live(delta)
                 ]
-                merged = self._write(name, replace(head, kind="compacted"), blocks)
-        except DamagedError as error:
-            # What cannot be read cannot be copied. The files stay as they are, and readers report the damage.
-            if not self._unmergeable.intersection(delta.name for delta in sources):
-                self._unmergeable.update(delta.name for delta in sources)
+                for together in self._apart(copies):
+                    name = f"{self.folder}/merged-{head.incarnation:05d}-{head.sequence:08d}-{self._merges:04d}{SUFFIX}"
+                    self._merges += 1
+                    written += self._write(name, replace(head, kind="compacted"), as_sections(together)).nbytes
+        except DamagedCopyError as error:
+            # What cannot be read cannot be copied. The file stays as it is, and readers report the damage.
+            self._unmergeable.add(error.copy.delta.name)
             warnings.warn(f"lightning-scar leaves damaged deltas out of the compaction: {error}", stacklevel=2)
-            return 0
+            return written
         for delta in sources:
             self._delete(delta)
-        return merged.nbytes
+        return written
+
+    def _apart(self, copies: Sequence[Copy]) -> list[list[Copy]]:
+        """A file for newest versions and one for older ones: no block falls back on the file it falls back from.
+
+        Besides, what is older dies sooner.
+        """
+        parts: tuple[list[Copy], list[Copy]] = [], []
+        for copy in copies:
+            parts[self.index.newest(copy.block.key) is not copy.block].append(copy)
+        return [part for part in parts if part]
 
     def _delete(self, delta: Delta) -> None:
         self.directory.delete(delta.name)
-        self._deltas.pop(delta.name, None)
-
-
-def copied(delta: Delta, source: Source, block: StoredBlock, on_damage: Callable[[], object]) -> BlockData:
-    """A block on its way from one delta into another one.
-
-    Args:
-        delta: Where it is.
-        source: That delta's open file.
-        block: Which block.
-        on_damage: Called before a :class:`~lightning_scar.storage.delta.DamagedError` is raised by reading it.
-
-    """
-
-    def data(entry: Entry) -> memoryview:
-        into = memoryview(bytearray(entry.stop - entry.start))
-        try:
-            read_entries(source, [(entry, into)])
-        except DamagedError as error:
-            on_damage()
-            raise DamagedError(f"{delta.file}: {error}") from None
-        return into
-
-    slots = {
-        slot: Payload(entry.dtype, entry.shape, entry.stop - entry.start, entry.checksum, partial(data, entry))
-        for slot, entry in block.slots.items()
-    }
-    return BlockData(block.key, block.version, slots)
+        self._deltas[delta.folder].pop(delta.name, None)
+        self.index.remove(delta)

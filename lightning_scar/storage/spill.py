@@ -2,14 +2,32 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass, field
+from itertools import starmap
 
-from lightning_scar.storage.delta import BlockData, DamagedError, Delta, StoredBlock
+from lightning_scar.storage.copies import Copy, DamagedCopyError, as_sections
+from lightning_scar.storage.delta import DamagedError, Delta, Refresh, Section, StoredBlock, StoredRefresh
+from lightning_scar.storage.delta_file import read_refresh
 from lightning_scar.storage.head import Head
-from lightning_scar.storage.rank_store import RankStore, copied
+from lightning_scar.storage.rank_store import RankStore
+from lightning_scar.storage.source import Source
 from lightning_scar.storage.store import DeltaStore
+
+
+@dataclass(frozen=True)
+class Newer:
+    """What is newer somewhere than in storage.
+
+    Attributes:
+        copies: The blocks.
+        refreshes: The newest refresh, and the open files that hold it.
+
+    """
+
+    copies: Sequence[Copy] = ()
+    refreshes: Sequence[tuple[Source, StoredRefresh]] = field(default=())
 
 
 class Spill:
@@ -27,63 +45,86 @@ class Spill:
 
     def __init__(self, storage: RankStore) -> None:
         self._storage = storage
-        self._damaged: set[str] = set()
         self._left_out: deque[str] = deque()
         self.nbytes = 0
 
-    def newer(self, store: DeltaStore, deltas: Sequence[Delta], files: ExitStack) -> Iterator[BlockData]:
-        """The blocks that are newer there than in storage.
+    def newer(self, store: DeltaStore, deltas: Sequence[Delta], files: ExitStack) -> Newer:
+        """What is newer there than in storage.
 
         Args:
-            store: Where they are.
+            store: Where it is.
             deltas: In which files of it.
-            files: Closes what is opened. Open, a file stays readable even if a later save replaces it.
+            files: Closes what is opened.
 
         """
+        copies: list[Copy] = []
+        refreshes: list[tuple[Source, StoredRefresh]] = []
+        saves = [delta for delta in deltas if delta.head.kind != "compacted"]
+        newest = max(saves, key=lambda delta: (delta.head.incarnation, delta.head.sequence), default=None)
         for delta in deltas:
             blocks = [block for block in store.index.live(delta) if self._is_newer(block)]
             if blocks:
                 source = files.enter_context(store.directory.source(delta.name))
-                for block in blocks:
-                    yield copied(delta, source, block, partial(self._damaged.add, block.key))
+                copies += [Copy(delta, block, source) for block in blocks]
+                if delta is newest:
+                    refreshes = [(source, refresh) for refresh in delta.refreshes]
+        return Newer(copies, refreshes)
 
     def _is_newer(self, block: StoredBlock) -> bool:
         stored = self._storage.index.newest(block.key)
         return stored is None or stored.version < block.version
 
-    def store(self, head: Head, blocks: Sequence[BlockData]) -> None:
-        """Writes blocks as a delta of a save.
+    def store(
+        self, head: Head, newer: Newer, sections: Sequence[Section] = (), refreshes: Sequence[Refresh] = ()
+    ) -> None:
+        """Writes a delta of a save.
+
+        Args:
+            head: What it says about itself.
+            newer: What it takes from elsewhere.
+            sections: Other blocks.
+            refreshes: Their refresh.
 
         Raises:
             DamagedError: If a block of a full save is damaged, of which all have to be there.
             OSError: If the file cannot be written.
 
         """
-        self._write(partial(self._storage.commit, head), blocks, must_be_whole=head.kind == "full")
+        refreshes = [*refreshes, *filter(None, starmap(_read, newer.refreshes))]
+        self._write(
+            lambda copied: self._storage.commit(head, [*sections, *copied], refreshes),
+            newer.copies,
+            must_be_whole=head.kind == "full",
+        )
 
-    def take_over(self, head: Head, blocks: Sequence[BlockData]) -> None:
+    def take_over(self, head: Head, copies: Sequence[Copy]) -> None:
         """Writes blocks of dead starts, which keep their versions.
 
         Raises:
             OSError: If the file cannot be written.
 
         """
-        self._write(partial(self._storage.take_over, head), blocks, must_be_whole=False)
+        self._write(lambda copied: self._storage.take_over(head, copied), copies, must_be_whole=False)
 
     def take_left_out(self) -> set[str]:
         """The keys of the blocks that were left out since the last call."""
         return {self._left_out.popleft() for _ in range(len(self._left_out))}
 
-    def _write(
-        self, write: Callable[[Sequence[BlockData]], int], blocks: Sequence[BlockData], must_be_whole: bool
-    ) -> None:
-        self._damaged.clear()
+    def _write(self, write: Callable[[list[Section]], int], copies: Sequence[Copy], must_be_whole: bool) -> None:
         try:
-            self.nbytes += write(blocks)
-        except DamagedError as error:
-            intact = [block for block in blocks if block.key not in self._damaged]
-            self._left_out.extend(self._damaged)
-            if must_be_whole or len(intact) == len(blocks):
+            self.nbytes += write(as_sections(copies))
+        except DamagedCopyError as error:
+            key = error.copy.block.key
+            self._left_out.append(key)
+            if must_be_whole:
                 raise
             warnings.warn(f"lightning-scar leaves out what is damaged in memory, {error}", stacklevel=2)
-            self._write(write, intact, must_be_whole)
+            self._write(write, [copy for copy in copies if copy.block.key != key], must_be_whole)
+
+
+def _read(source: Source, stored: StoredRefresh) -> Refresh | None:
+    try:
+        return read_refresh(source, stored)
+    except DamagedError as error:
+        warnings.warn(f"lightning-scar leaves out the refresh of {stored.group} in memory: {error}", stacklevel=2)
+        return None

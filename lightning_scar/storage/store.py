@@ -1,6 +1,7 @@
 """The delta store: what the deltas of a directory add up to, read by anyone at any time."""
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,13 @@ from typing_extensions import override
 
 from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.compaction import WITH_OLDER, Retention
-from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta
-from lightning_scar.storage.delta_file import read_blocks, read_delta
+from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta, Refresh, StoredRefresh
+from lightning_scar.storage.delta_file import read_blocks, read_delta, read_refresh
 from lightning_scar.storage.directory import Directory, Tier
 from lightning_scar.storage.index import Index, Located, newest_lineage
 from lightning_scar.storage.source import Source
 
-_RANK_FOLDER = "rank-"
+_RANK_FOLDER = re.compile(r"rank-(\d{4}|[1-9]\d{4,})")
 _READERS = max(2, min(8, os.cpu_count() or 2))
 #: Blocks that are not worth a reader of their own.
 _SMALLEST_BATCH = 64
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 def rank_folder(rank: int) -> str:
     """The folder that a rank writes to, relative to the directory."""
-    return f"{_RANK_FOLDER}{rank:04d}"
+    return f"rank-{rank:04d}"
 
 
 def rank_of(name: str) -> int:
@@ -44,7 +45,12 @@ def rank_of(name: str) -> int:
         3
 
     """
-    return int(name.split("/")[0].removeprefix(_RANK_FOLDER))
+    return int(name.partition("/")[0].removeprefix("rank-"))
+
+
+def _is_rank_folder(name: str) -> bool:
+    """Whether it is a rank's; a copy that somebody has made of one, ``rank-0000.bak``, is nobody's."""
+    return _RANK_FOLDER.fullmatch(name) is not None
 
 
 class Reading(NamedTuple):
@@ -56,14 +62,26 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Damage:
-    """A place where the bytes on disk are not what was written."""
+    """A place where the bytes on disk are not what was written.
+
+    Attributes:
+        file: Its full path.
+        reason: What is wrong.
+        block: The block, if it is one.
+        step: The step of its version.
+        refresh: The group whose refresh it is, if so. That costs precision only.
+
+    """
 
     file: str
     reason: str
     block: str | None = None
     step: int | None = None
+    refresh: str | None = None
 
     def __str__(self) -> str:
+        if self.refresh is not None:
+            return f"refresh of {self.refresh} in {self.file}: {self.reason}, which costs precision only"
         what = f"block {self.block} of step {self.step} in {self.file}" if self.block else self.file
         return f"{what}: {self.reason}"
 
@@ -121,7 +139,7 @@ class Store(ABC):
     def foreign_names(self) -> list[str]:
         """What lies in the directory although it is no running checkpoint."""
         names = self.directory.names()
-        ours = any(name.startswith(_RANK_FOLDER) or name == "lease.json" for name in names)
+        ours = any(_is_rank_folder(name) or name == "lease.json" for name in names)
         return [] if ours else names
 
     def missing_folders(self) -> list[str]:
@@ -152,7 +170,7 @@ class Store(ABC):
             batches = [
                 pool.submit(self._read_batch, batch)
                 for found in by_file.values()
-                for batch in _shared_out(sorted(found, key=lambda reading: reading.located.block.place))
+                for batch in _shared_out(sorted(found, key=_place))
             ]
             return [damage for batch in batches for damage in batch.result()]
 
@@ -160,7 +178,8 @@ class Store(ABC):
         delta = batch[0].located.delta
         try:
             with delta.directory.source(delta.name) as source:
-                source.expect(reading.located.block.extent for reading in batch)
+                entries = (entry for reading in batch for entry in reading.located.block.slots.values())
+                source.expect(sorted((entry.start, entry.stop) for entry in entries))
                 return [damage for stretch in _stretches(batch) for damage in _read_stretch(source, stretch)]
         except (ConnectionError, FileNotFoundError) as error:
             if delta.directory.tier is not Tier.NEIGHBOUR:
@@ -168,21 +187,41 @@ class Store(ABC):
             # What another host had may be elsewhere, too. Without storage there is nothing.
             return [(reading, _damage(reading, error)) for reading in batch]
 
+    def read_refreshes(self, wanted: Sequence[tuple[Delta, StoredRefresh]]) -> list[Refresh | Damage]:
+        """Reads refreshes of groups, in parallel, and verifies every checksum.
+
+        Args:
+            wanted: Which ones, in which deltas.
+
+        Returns:
+            Each of them with its codes and scales in memory, or what is wrong with it. That costs precision only.
+
+        Raises:
+            FileNotFoundError: If a compaction has replaced a file; :meth:`refresh` and ask again.
+
+        """
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(_read_refresh, *zip(*wanted, strict=True))) if wanted else []
+
     def verify(self) -> list[Damage]:
         """Reads everything that counts and checks it.
 
         Returns:
-            Every damaged header and every damaged version of a block that is kept.
+            Every damaged header, and every damaged version of a block that is kept, or refresh of one.
 
         """
 
         def check() -> list[Damage]:
             self.refresh()
             found = []
+            refreshes: dict[tuple[str, str], tuple[Delta, StoredRefresh]] = {}
             for delta in self.deltas:
-                readings = [Reading(Located(delta, block), block.new_memory) for block in self.index.live(delta)]
-                found += [damage for _, damage in self.read(readings)]
-            return self.damaged + found
+                live = self.index.live(delta)
+                found += [damage for _, damage in self.read([Reading(Located(delta, b), b.new_memory) for b in live])]
+                newest = (refreshed for block in live for refreshed in self.index.refreshes(block)[:1])
+                refreshes.update({(at.delta.file, at.refresh.group): (at.delta, at.refresh) for at in newest})
+            read = self.read_refreshes(list(refreshes.values()))
+            return self.damaged + found + [damage for damage in read if isinstance(damage, Damage)]
 
         return retry_vanished(check)
 
@@ -207,28 +246,35 @@ class DeltaStore(Store):
     ) -> None:
         super().__init__(Directory(url, storage_options, tier), Index(()))
         self.retention = retention
-        self._deltas: dict[str, Delta] = {}
+        #: By folder and by name.
+        self._deltas: dict[str, dict[str, Delta]] = {}
 
     @property
     @override
     def deltas(self) -> list[Delta]:
-        # A copy: another thread may be about to delete one.
-        return [delta for _, delta in sorted(self._deltas.copy().items(), key=lambda item: item[0])]
+        # Copies: another thread may be about to delete one.
+        found = [delta for folder in self._deltas.copy().values() for delta in folder.copy().values()]
+        return sorted(found, key=lambda delta: delta.name)
+
+    def _take(self, delta: Delta) -> None:
+        self._deltas.setdefault(delta.folder, {})[delta.name] = delta
+
+    def _has(self, name: str) -> bool:
+        return name in self._deltas.get(name.partition("/")[0], ())
 
     @override
     def is_empty(self) -> bool:
-        return not self._names()
+        return not any(map(self._names_in, self.folders()))
 
     @override
     def refresh(self) -> None:
-        self.damaged = []
         with no_collection():
-            self._deltas = retry_vanished(self._read_headers)
-            self.count(newest_lineage(self._deltas.values()))
+            retry_vanished(self._read_headers)
+            self.count(newest_lineage(self.deltas))
 
     @override
     def count(self, lineage: Sequence[int]) -> None:
-        self.index = Index(lineage, self._deltas.values(), self.retention.older)
+        self.index = Index(lineage, self.deltas, self.retention.older)
 
     def forget_vanished(self, folder: str) -> set[str]:
         """Forgets the deltas of a rank that somebody else has removed.
@@ -240,39 +286,62 @@ class DeltaStore(Store):
             The keys of the blocks for whose sake they were kept.
 
         """
-        there = {f"{folder}/{name}" for name in self.directory.child(folder).names()}
-        vanished = [delta for delta in self.deltas if delta.name.startswith(f"{folder}/") and delta.name not in there]
+        there = self._names_in(folder)
+        vanished = [delta for name, delta in self._deltas.get(folder, {}).copy().items() if name not in there]
         keys = {block.key for delta in vanished for block in self.index.live(delta)}
         for delta in vanished:
-            del self._deltas[delta.name]
+            del self._deltas[folder][delta.name]
         if vanished:
             self.count(self.index.lineage)
         return keys
 
     @override
     def folders(self) -> list[str]:
-        return [name for name in self.directory.names() if name.startswith(_RANK_FOLDER)]
+        return list(filter(_is_rank_folder, self.directory.names()))
 
-    def _names(self) -> list[str]:
-        return [
-            f"{folder}/{name}"
-            for folder in self.folders()
-            for name in self.directory.child(folder).names()
-            if name.endswith(SUFFIX)
-        ]
+    def _names_in(self, folder: str) -> list[str]:
+        return [f"{folder}/{name}" for name in self.directory.child(folder).names() if name.endswith(SUFFIX)]
 
-    def _read_headers(self) -> dict[str, Delta]:
-        def header(name: str) -> Delta | Damage:
+    def _read_headers(self) -> None:
+        names = [name for folder in self.folders() for name in self._names_in(folder)]
+        known = [self._deltas[folder][name] for name in names if self._has(name) for folder in [name.partition("/")[0]]]
+        found = list(self._headers(name for name in names if not self._has(name)))
+        for error in found:
+            if isinstance(error, OSError):
+                raise error
+        self._deltas = {}
+        for delta in (*known, *found):
+            if isinstance(delta, Delta):
+                self._take(delta)
+        self.damaged = [damage for damage in found if isinstance(damage, Damage)]
+
+    def _headers(self, names: Iterable[str]) -> Iterator[Delta | Damage | OSError]:
+        """Reads headers in parallel; for each the delta, or why there is none."""
+
+        def header(name: str) -> Delta | Damage | OSError:
             try:
-                return self._deltas.get(name) or read_delta(self.directory, name)
+                return read_delta(self.directory, name)
             except DamagedError as error:
                 return Damage(self.directory.file(name), str(error))
+            except OSError as error:
+                return error
 
-        names = self._names()
         with ThreadPoolExecutor(_READERS) as pool:
-            found = dict(zip(names, pool.map(header, names), strict=True))
-        self.damaged = [damage for damage in found.values() if isinstance(damage, Damage)]
-        return {name: delta for name, delta in found.items() if isinstance(delta, Delta)}
+            yield from pool.map(header, names)
+
+
+def _place(reading: Reading) -> int:
+    return min((entry.start for entry in reading.located.block.slots.values()), default=0)
+
+
+def _read_refresh(delta: Delta, stored: StoredRefresh) -> Refresh | Damage:
+    try:
+        with delta.directory.source(delta.name) as source:
+            return read_refresh(source, stored)
+    except (DamagedError, OSError) as error:
+        if isinstance(error, FileNotFoundError) and delta.directory.tier is not Tier.NEIGHBOUR:
+            raise
+        return Damage(delta.file, str(error), refresh=stored.group)
 
 
 def _stretches(batch: Iterable[Reading]) -> Iterator[list[Reading]]:

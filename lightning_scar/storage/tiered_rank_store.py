@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_scar.storage.chain import Chain
-from lightning_scar.storage.delta import BlockData, Delta
+from lightning_scar.storage.delta import Delta, Refresh, Section
 from lightning_scar.storage.head import Head
 from lightning_scar.storage.host_memory import HostMemory, left_in_memory
 from lightning_scar.storage.inheritance import Inheritance
 from lightning_scar.storage.memory_store import MemoryStore
 from lightning_scar.storage.rank_store import RankStore
-from lightning_scar.storage.spill import Spill
+from lightning_scar.storage.spill import Newer, Spill
 from lightning_scar.storage.store import DeltaStore, rank_folder
 from lightning_scar.storage.tiers import TieredStore
 from lightning_scar.storage.writer import BackgroundWriter
@@ -133,14 +133,19 @@ class TieredRankStore(TieredStore):
         """Whether all ranks have finished their first save in storage, as far as this one knows."""
         return self.storage.is_whole
 
-    def look_around(self) -> None:
-        """Takes in what others have written and deleted since; what cannot be read now is left for later."""
+    def look_around(self, others: bool = False) -> None:
+        """Takes in what was removed from memory; what cannot be read now is left for later.
+
+        Args:
+            others: Whether to look at what the other ranks have written and deleted since, too.
+
+        """
         if self.memory is not None:
-            self.memory.look_around()
+            self.memory.look_around(others)
         if self._inheritance is not None:
             self._inheritance.look_around()
         if not self._writer.depth:
-            self.storage.look_around()
+            self.storage.look_around(others)
 
     def take_lost(self) -> set[str]:
         """The keys of blocks that were removed from memory, or damaged there, since the last call."""
@@ -153,22 +158,23 @@ class TieredRankStore(TieredStore):
 
     # -- a save --------------------------------------------------------------------------------------------------
 
-    def commit(self, head: Head, blocks: Sequence[BlockData]) -> None:
+    def commit(self, head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> None:
         """Writes one delta; when this returns, it is part of the running checkpoint, a full one durably so.
 
         Args:
             head: What the delta says about itself.
-            blocks: The blocks, in the order in which they are to lie in the file.
+            sections: The blocks, in the order in which they are to lie in the file.
+            refreshes: The refresh of blocks that it does not hold exactly.
 
         Raises:
             OSError: If it cannot be written.
 
         """
         if self.memory is None:
-            self._store(head, blocks)
-        elif not self._commit_to_memory(self.memory, head, blocks):
+            self._store(head, Newer(), sections, refreshes)
+        elif not self._commit_to_memory(self.memory, head, sections, refreshes):
             self._writer.drain()
-            self._commit_to_storage(self.memory, head, blocks)
+            self._commit_to_storage(self.memory, head, sections, refreshes)
         elif head.kind == "full":
             self._writer.drain()
             self._store_newer(head)
@@ -177,12 +183,14 @@ class TieredRankStore(TieredStore):
             # Else the next one brings along what this one would have.
             self._store_newer_beside(head)
 
-    def _commit_to_memory(self, memory: MemoryStore, head: Head, blocks: Sequence[BlockData]) -> bool:
+    def _commit_to_memory(
+        self, memory: MemoryStore, head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh]
+    ) -> bool:
         if memory.is_hollow and head.kind != "full":
             # The copies on other hosts follow the memory: what was lost here they keep until it is whole again.
             return False
         try:
-            memory.commit(head, blocks)
+            memory.commit(head, sections, refreshes)
         except OSError as error:
             self.trouble = error
             return False
@@ -192,11 +200,15 @@ class TieredRankStore(TieredStore):
             self.chain.follow()
         return True
 
-    def _commit_to_storage(self, memory: MemoryStore, head: Head, blocks: Sequence[BlockData]) -> None:
+    def _commit_to_storage(
+        self, memory: MemoryStore, head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh]
+    ) -> None:
         """In one file with all that memory has newer, so that memory can begin anew."""
+        keys = {key for section in sections for key in section.keys}
         with ExitStack() as files:
-            keys = {block.key for block in blocks}
-            self._store(head, [*blocks, *(block for block in self._newer_in_memory(files) if block.key not in keys)])
+            # Its refresh is not needed any more.
+            copies = [copy for copy in self._newer_in_memory(files).copies if copy.block.key not in keys]
+            self._store(head, Newer(copies), sections, refreshes)
         memory.clear()
         memory.is_hollow &= head.kind != "full"
 
@@ -208,28 +220,29 @@ class TieredRankStore(TieredStore):
 
     def _store_newer_beside(self, head: Head) -> None:
         with ExitStack() as opened:
-            blocks = self._newer_in_memory(opened)
+            newer = self._newer_in_memory(opened)
             files = opened.pop_all()
         self._unstored = 0
         self._writer.reserve(wait=True)
-        self._writer.submit(partial(self._store_and_close, head, blocks, files))
+        self._writer.submit(partial(self._store_and_close, head, newer, files))
 
-    def _store_and_close(self, head: Head, blocks: Sequence[BlockData], files: ExitStack) -> None:
+    def _store_and_close(self, head: Head, newer: Newer, files: ExitStack) -> None:
         with files:
-            self._store(head, blocks)
+            self._store(head, newer)
 
     def _store_newer(self, head: Head) -> None:
         with ExitStack() as files:
-            if blocks := self._newer_in_memory(files):
-                self._store(head, blocks)
+            newer = self._newer_in_memory(files)
+            if newer.copies:
+                self._store(head, newer)
 
-    def _newer_in_memory(self, files: ExitStack) -> list[BlockData]:
-        if self.memory is None:
-            return []
-        return list(self._spill.newer(self.memory, self.memory.own_deltas, files))
+    def _newer_in_memory(self, files: ExitStack) -> Newer:
+        return Newer() if self.memory is None else self._spill.newer(self.memory, self.memory.own_deltas, files)
 
-    def _store(self, head: Head, blocks: Sequence[BlockData]) -> None:
-        self._spill.store(head, blocks)
+    def _store(
+        self, head: Head, newer: Newer, sections: Sequence[Section] = (), refreshes: Sequence[Refresh] = ()
+    ) -> None:
+        self._spill.store(head, newer, sections, refreshes)
         self._stored = head
         self._forget_inherited()
 
@@ -310,7 +323,7 @@ class TieredRankStore(TieredStore):
         """Lets the other ranks of a short run finish their first save, on which depends what a dead start has left."""
         deadline = time.monotonic() + FAREWELL_SECONDS
         while self._stored and len(self.memory_folders) > 1 and time.monotonic() < deadline:
-            self.storage.look_around()
+            self.storage.look_around(others=True)
             self._forget_inherited()
             time.sleep(0.05)
 

@@ -12,7 +12,7 @@ from lightning_scar.storage.delta import Delta, StoredBlock
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head, Mark, newest_heads
 from lightning_scar.storage.host_memory import left_in_memory
-from lightning_scar.storage.index import Index, Located, newest_lineage, recency
+from lightning_scar.storage.index import Index, Located, Refreshed, newest_lineage, recency
 from lightning_scar.storage.store import DeltaStore, Store
 
 
@@ -61,6 +61,11 @@ class TieredIndex(Index):
     @override
     def live(self, delta: Delta) -> list[StoredBlock]:
         return [block for tier in self._tiers() for block in tier.live(delta)]
+
+    @override
+    def refreshes(self, block: StoredBlock) -> list[Refreshed]:
+        found = [at for tier in self._tiers() for at in tier.refreshes(block)]
+        return sorted(found, key=lambda at: (at.delta.head.incarnation, at.delta.head.sequence), reverse=True)
 
     @override
     def discard(self, located: Located) -> None:

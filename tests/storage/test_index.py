@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_blocks import block, head
 
-from lightning_scar.storage.delta import Delta, encode, read_delta
+from lightning_scar.storage.delta import Delta
+from lightning_scar.storage.delta_file import encode
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Version
 from lightning_scar.storage.index import Index, newest_lineage
@@ -35,8 +36,7 @@ def delta(
     name = f"{next(COUNTER)}.safetensors"
     lineage = lineage or tuple(range(1, at.incarnation + 1))
     said = head(at, consistent=consistent, lineage=lineage, rank=rank, world_size=world_size)
-    FOLDER.write(name, encode(said, [block(key, each) for key in keys for each in versions or [at]]))
-    return read_delta(FOLDER, name)
+    return encode(said, [block(key, each) for key in keys for each in versions or [at]]).write(FOLDER, name)
 
 
 def kept(index: Index, key: str) -> list[int]:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from toy_blocks import block as block_data
 from toy_blocks import check, content, head, newest, read, save
 
-from lightning_scar.storage import rank_store
+from lightning_scar.storage import store as store_module
 from lightning_scar.storage.compaction import MAX_FILES, WITH_OLDER
-from lightning_scar.storage.delta import DamagedError, read_delta
+from lightning_scar.storage.delta import DamagedError
+from lightning_scar.storage.delta_file import read_delta
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Version
 from lightning_scar.storage.index import newest_lineage
@@ -38,7 +39,11 @@ def commit(store: RankStore, keys: Any, sequence: int, incarnation: int = 1, siz
 
 def files(url: str) -> dict[str, int]:
     store = DeltaStore(url)
-    return {name: int(store.directory.fs.size(store.directory.file(name))) for name in store._names()}
+    return {name: int(store.directory.fs.size(store.directory.file(name))) for name in names(store)}
+
+
+def names(store: DeltaStore) -> list[str]:
+    return [name for folder in store.folders() for name in store._names_in(folder)]
 
 
 def sequences(store: DeltaStore, key: str) -> list[int]:
@@ -53,11 +58,13 @@ def test_a_rank_sees_what_the_others_have_written(url: str) -> None:
     commit(first, "ab", 0)
     commit(second, "cd", 0)
     assert newest(first) == {key: Version(1, 0, 0) for key in "ab"}
-    first.look_around()
+    first.look_around(others=True)
     assert newest(first) == {key: Version(1, 0, 0) for key in "abcd"}
     assert sorted(first.index.heads) == [0, 1]
     commit(second, "c", 1)
-    commit(first, "a", 1)
+    first.look_around()
+    assert sequences(first, "c") == [0]
+    first.look_around(others=True)
     assert sequences(first, "c") == [1, 0]
 
 
@@ -67,8 +74,8 @@ def test_a_rank_forgets_what_another_has_deleted_or_merged(memory_url: str) -> N
     for i in range(130):
         commit(second, [f"b{i}"], i, size=1_000)
         if i % 9 == 0:
-            first.look_around()
-    first.look_around()
+            first.look_around(others=True)
+    first.look_around(others=True)
     assert any("merged" in name for name in files(memory_url))
     assert {delta.name for delta in first.deltas} == set(files(memory_url))
     assert newest(first) == newest(second) | {"a": Version(1, 0, 0)} == check(DeltaStore(memory_url))
@@ -83,8 +90,8 @@ def test_what_cannot_be_read_now_is_taken_in_later(memory_url: str) -> None:
     commit(second, "c", 0)
     commit(second, "d", 1)
     for error in (DamagedError("half of it"), FileNotFoundError("gone again"), OSError("the network")):
-        with patch.object(rank_store, "read_delta", side_effect=error):
-            first.look_around()
+        with patch.object(store_module, "read_delta", side_effect=error):
+            first.look_around(others=True)
         assert set(newest(first)) == {"a"}
 
     def only_the_second(directory: Directory, name: str) -> Any:
@@ -92,10 +99,10 @@ def test_what_cannot_be_read_now_is_taken_in_later(memory_url: str) -> None:
             raise OSError("the network")
         return read_delta(directory, name)
 
-    with patch.object(rank_store, "read_delta", side_effect=only_the_second):
-        first.look_around()
+    with patch.object(store_module, "read_delta", side_effect=only_the_second):
+        first.look_around(others=True)
     assert set(newest(first)) == {"a", "d"}
-    first.look_around()
+    first.look_around(others=True)
     assert set(newest(first)) == {"a", "c", "d"}
 
 
@@ -103,9 +110,9 @@ def test_a_listing_that_fails_changes_nothing(memory_url: str) -> None:
     first, second = opened(memory_url, 2)
     commit(first, "a", 0)
     commit(second, "c", 0)
-    first.look_around()
+    first.look_around(others=True)
     with patch.object(Directory, "names", side_effect=OSError("the network")):
-        first.look_around()
+        first.look_around(others=True)
     assert set(newest(first)) == {"a", "c"}
 
 
@@ -113,7 +120,7 @@ def test_a_file_of_another_training_is_seen_and_does_not_count(memory_url: str) 
     first, second = opened(memory_url, 2)
     commit(first, "a", 0, incarnation=2, lineage=(2,))
     commit(second, "a", 5, incarnation=1, lineage=(1,))
-    first.look_around()
+    first.look_around(others=True)
     assert newest(first) == {"a": Version(2, 0, 0)}
 
 
@@ -121,7 +128,7 @@ def test_alone_nobody_looks_around(memory_url: str) -> None:
     alone = RankStore(memory_url)
     commit(alone, "a", 0)
     with patch.object(Directory, "names", side_effect=AssertionError):
-        alone.look_around()
+        alone.look_around(others=True)
 
 
 # -- folders of ranks that are no more ---------------------------------------------------------------------------------
@@ -185,7 +192,7 @@ def test_nothing_of_an_old_rank_is_deleted_before_its_successor_is_durable(memor
     first, second = opened(memory_url, 2)
     for sequence in range(5):
         commit(second, "b", sequence, incarnation=2)
-        first.look_around()
+        first.look_around(others=True)
     assert set(check(DeltaStore(memory_url))) == set("abc")
     commit(first, "a", 0, incarnation=2)
     assert sequences(first, "a") == [0, 0], "the old one is there to fall back to"
@@ -303,7 +310,7 @@ def lineage(url: str) -> tuple[int, ...]:
 def fresh(stores: list[RankStore], keys: str, incarnation: int, ranks: Iterator[int]) -> None:
     for rank in ranks:
         store = stores[rank]
-        store.look_around()
+        store.look_around(others=True)
         sequence = sum(delta.head.incarnation == incarnation and delta.head.rank == rank for delta in store.deltas)
         whole = store.is_whole and store.index.lineage == (incarnation,)
         commit(store, keys[rank], sequence, incarnation, lineage=(incarnation,), whole=whole)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from toy_blocks import block, check, content, head, newest, read, save
 
 from lightning_scar.storage.compaction import MAX_FILES, WITH_OLDER
-from lightning_scar.storage.delta import NewerFormatError, encode
+from lightning_scar.storage.delta import NewerFormatError
+from lightning_scar.storage.delta_file import encode
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Version
 from lightning_scar.storage.rank_store import RankStore
@@ -69,7 +70,7 @@ class Model:
         consistent = version if full else self.consistent
         said = head(version, lineage=self.lineage, consistent=consistent, state_bytes=self.state_bytes)
         blocks = [block(key, version, self.sizes[key]) for key in sorted(keys)]
-        nbytes = sum(map(len, encode(said, blocks)))
+        nbytes = encode(said, blocks).nbytes
         assert store.commit(said, blocks) >= nbytes
         self.consistent = consistent
         for key in keys:
@@ -277,7 +278,7 @@ def test_other_files_in_a_ranks_folder_do_not_count(file_url: str) -> None:
 
 def test_a_newer_format_is_refused_and_the_file_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save(RankStore(url), "a", at(0))
-    monkeypatch.setattr("lightning_scar.storage.delta.FORMAT_VERSION", 7)
+    monkeypatch.setattr("lightning_scar.storage.delta_file.FORMAT_VERSION", 7)
     save(RankStore(url), "a", at(1))
     monkeypatch.undo()
     with pytest.raises(NewerFormatError, match=r"delta-00001-00000001\.safetensors has format 7.*upgrade"):

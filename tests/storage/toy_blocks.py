@@ -3,13 +3,13 @@
 import os
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from lightning_scar.storage.delta import BlockData, Payload, checksum
+from lightning_scar.storage.delta import WHOLE, Column, Encoded, Refresh, Section, Span, block_key, checksum
 from lightning_scar.storage.head import Head, Mark, Version
 from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.store import DeltaStore, Located, Reading, retry_vanished
@@ -61,20 +61,47 @@ def head(version: Version = FIRST, consistent: Version | tuple[Mark, ...] | None
     return Head(**{**fields, **changes})
 
 
-def payload(data: bytes) -> Payload:
-    return Payload("U8", (len(data),), len(data), checksum(data), lambda: memoryview(data))
+def column(*rows: bytes, row_shape: tuple[int, ...] = (), dtype: str = "U8") -> Column:
+    return Column(dtype, row_shape, sum(map(len, rows)), [checksum(r) for r in rows], lambda: map(memoryview, rows))
 
 
 def content(key: str, version: Version, size: int = 64) -> bytes:
     return random.Random(f"{key} {version.incarnation} {version.sequence}").randbytes(size)
 
 
-def block(key: str, version: Version, size: int = 64) -> BlockData:
-    return BlockData(key, version, {"param": payload(content(key, version, size))})
+def block(key: str, version: Version, size: int = 64) -> Section:
+    """One block that is not cut into rows, so that its key is the name of its group."""
+    return Section(key, [WHOLE], [version], {"param": column(content(key, version, size))})
 
 
-def save(store: RankStore, keys: Iterable[str], version: Version, size: int = 64, **changes: Any) -> int:
-    return store.commit(head(version, **changes), [block(key, version, size) for key in keys])
+def rows(group: str, spans: Sequence[Span], version: Version, row_nbytes: int = 16, slots: str = "param") -> Section:
+    """Some blocks of a group that is cut into rows; with more slots, each has the bytes of a block of that name."""
+    columns = {}
+    for slot in slots.split():
+        found = [content(f"{block_key(group, s)}/{slot}", version, (s[1] - s[0]) * row_nbytes) for s in spans]
+        columns[slot] = column(*found, row_shape=(row_nbytes,))
+    return Section(group, list(spans), [version] * len(spans), columns)
+
+
+def refresh(group: str, bases: Mapping[Span, Version], at: Version, codes: int = 8, scales: int = 2) -> Refresh:
+    """The refresh of blocks as of a save, with so many bytes for each."""
+    pieces = [
+        [memoryview(content(f"{kind} {block_key(group, span)}", at, size)) for span in bases]
+        for kind, size in (("codes", codes), ("scales", scales))
+    ]
+    slots = {"param": Encoded("linear4", *pieces)}
+    return Refresh(group, list(bases), [version[:2] for version in bases.values()], slots)
+
+
+def save(
+    store: RankStore,
+    keys: Iterable[str],
+    version: Version,
+    size: int = 64,
+    refreshes: Sequence[Refresh] = (),
+    **changes: Any,
+) -> int:
+    return store.commit(head(version, **changes), [block(key, version, size) for key in keys], refreshes)
 
 
 def read(store: DeltaStore, located: Located) -> bytes:
