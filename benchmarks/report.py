@@ -9,16 +9,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+Item = TypeVar("Item")
+
+#: Seconds between two lines of progress.
+_TELL_EVERY = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,23 @@ def median(samples: Sequence[float]) -> float:
 def progress(line: str) -> None:
     """Says on stderr what is being measured, with the time of day, so that nobody waits in the dark."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def counted(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Says on stderr how many of them there were, at the end and every few seconds before.
+
+    Args:
+        items: What comes one by one.
+        total: How many there will be.
+        what: What they are, e.g. ``"mlr_mnist: failures"``.
+
+    """
+    told = time.monotonic()
+    for number, item in enumerate(items, start=1):
+        if number == total or time.monotonic() - told > _TELL_EVERY:
+            told = time.monotonic()
+            progress(f"{what}: {number} of {total}")
+        yield item
 
 
 def write(path: str | None, figures: Mapping[str, Any], targets: Sequence[Target]) -> None:

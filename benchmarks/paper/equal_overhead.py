@@ -26,6 +26,7 @@ from benchmarks import data, report
 from benchmarks.gpt import GPT2_SMALL, TINY, GPTModule, Size, new_trainer, token_loader
 from benchmarks.paper import save_costs
 from benchmarks.paper.save_costs import Cost
+from benchmarks.report import Target
 from benchmarks.stall import FRACTION
 from lightning_scar import SCARCheckpoint
 
@@ -283,3 +284,8 @@ def _sentences(of_model: dict[str, Any], kind: str) -> list[str]:
     if all(row.interval == 1 for row in own.values()):
         found.append("Every method can save at every step.")
     return found
+
+
+def targets(found: dict[str, Any]) -> list[Target]:
+    """What was to be reached."""
+    return []

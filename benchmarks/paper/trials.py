@@ -17,6 +17,7 @@ from benchmarks.rework import first_below
 from lightning_scar.core.live_state import Dissection, LiveState
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.core.save import Part
 from lightning_scar.core.selection import Candidates, random
 from lightning_scar.core.settings import Settings
 
@@ -42,6 +43,7 @@ class Task:
         start: Begins a training, from a seed.
         iterations: The undisturbed training's loss after so many of them is the threshold.
         block_size: Bytes of a block, before rows are kept whole.
+        is_refreshed: Whether its state has a meaning in low precision.
 
     """
 
@@ -49,6 +51,11 @@ class Task:
     start: Callable[[int], Training]
     iterations: int
     block_size: int
+    is_refreshed: bool = True
+
+    def suits(self, strategy: Strategy) -> bool:
+        """Whether its state can be saved so."""
+        return self.is_refreshed or strategy.refresh is None
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class Trial:
         failed: The iteration after which the failure came.
         saves: How often each strategy had saved, after the first time.
         nbytes: What it had written then, with headers, skeletons and merging.
+        nominal: Bytes of exact blocks, codes and scales of a mean save, over the iterations from one to the next.
         largest_block: Its share of the state.
         outcomes: Of every strategy with every share of lost blocks.
 
@@ -91,6 +99,7 @@ class Trial:
     failed: int
     saves: dict[str, int]
     nbytes: dict[str, int]
+    nominal: dict[str, float]
     largest_block: float
     outcomes: list[Outcome]
 
@@ -103,18 +112,20 @@ def run(task: Task, seed: int, strategies: Sequence[Strategy] = STRATEGIES) -> T
     failed = strikes_after(seed, math.ceil(converged) - 1, fate)
     training = task.start(seed)
     with ExitStack() as stack:
-        runs = [(strategy, stack.enter_context(_running(task, seed, strategy))) for strategy in strategies]
+        own = [strategy for strategy in strategies if task.suits(strategy)]
+        runs = [(strategy, stack.enter_context(_running(task, seed, strategy))) for strategy in own]
         block_map = _taken_apart(training, task).map
         largest_block = int(block_map.nbytes.max()) / block_map.state_bytes
-        first_bytes = _train(training, [(running, strategy.every(largest_block)) for strategy, running in runs], failed)
+        every = [strategy.every(largest_block) for strategy in own]
+        savers = [_Saver(running, steps) for (_, running), steps in zip(runs, every, strict=True)]
+        _train(training, savers, failed)
         failure = Failure(task, training, losses[-1], converged, fate)
         outcomes = [failure.recover(strategy, running, lost) for strategy, running in runs for lost in LOST]
         saves = {strategy.name: running.stats.saves - 1 for strategy, running in runs}
-        nbytes = {
-            strategy.name: running.stats.bytes_written - first
-            for (strategy, running), first in zip(runs, first_bytes, strict=True)
-        }
-    return Trial(seed, converged, failed, saves, nbytes, largest_block, outcomes)
+        named = {strategy.name: saver for strategy, saver in zip(own, savers, strict=True)}
+        nbytes = {name: saver.bytes_written for name, saver in named.items()}
+        nominal = {name: saver.nominal for name, saver in named.items()}
+    return Trial(seed, converged, failed, saves, nbytes, nominal, largest_block, outcomes)
 
 
 class Failure:
@@ -196,7 +207,9 @@ def _running(task: Task, seed: int, strategy: Strategy) -> Iterator[RunningCheck
     folder = f"/paper/{task.name}/{seed}/{strategy.name}"
     # By itself the policy draws the same for the same step, whatever the trial.
     policy = partial(_at_random, seed) if strategy.policy == "random" else strategy.policy
-    settings = Settings(strategy.fraction, policy, task.block_size, staging="eager", on_write_error="raise")
+    settings = Settings(
+        strategy.fraction, policy, task.block_size, staging="eager", on_write_error="raise", refresh=strategy.refresh
+    )
     try:
         with RunningCheckpoint(f"memory:/{folder}", settings) as running:
             yield running
@@ -208,19 +221,57 @@ def _at_random(seed: int, candidates: Candidates) -> Tensor:
     return random(replace(candidates, step=chance(seed, _FATE - candidates.step).initial_seed()))
 
 
-def _train(training: Training, runs: Sequence[tuple[RunningCheckpoint, int]], iterations: int) -> list[int]:
-    """Trains and saves in all ways at once, each in its interval; returns the bytes of their first saves."""
-    first_bytes: list[int] = []
+class _Saver:
+    """Saves a training every few iterations, and counts.
+
+    Args:
+        running: Where to.
+        every: Iterations from save to save.
+
+    """
+
+    def __init__(self, running: RunningCheckpoint, every: int) -> None:
+        self.every = every
+        self._running = running
+        self._first_bytes = 0
+        self._sizes: list[int] = []
+
+    def save(self, training: Training, iteration: int) -> None:
+        """Saves, and returns when all of it is written."""
+        state, optimizers, parameters = training.checkpoint(), training.optimizers(), training.parameters()
+        self._running.save(state, iteration, optimizers=optimizers, parameters=parameters, wait=True)
+        save = self._running._save
+        assert save is not None
+        self._running.flush()
+        if iteration == _FIRST:
+            self._first_bytes = self._running.stats.bytes_written
+        else:
+            self._sizes.append(sum(map(_nominal, save.parts)))
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of files since the first save."""
+        return self._running.stats.bytes_written - self._first_bytes
+
+    @property
+    def nominal(self) -> float:
+        """Bytes of exact blocks and of the refresh of a save, over the iterations from one to the next."""
+        return sum(self._sizes) / len(self._sizes) / self.every
+
+
+def _nominal(part: Part) -> int:
+    encoded = [codes.encoded(part.group, part.refreshed) for codes in part.codes.values()] if part.refreshed else []
+    pieces = [memory for slot in encoded for memory in (*slot.codes, *slot.scales)]
+    return sum(rows.nbytes for rows in part.rows) + sum(memory.nbytes for memory in pieces)
+
+
+def _train(training: Training, savers: Sequence[_Saver], iterations: int) -> None:
+    """Trains and saves in all ways at once, each in its interval."""
     for iteration in range(1, iterations + 1):
         training.step()
-        for running, every in runs:
-            if iteration == _FIRST or iteration % every == 0:
-                state = training.checkpoint()
-                running.save_now(state, iteration, optimizers=training.optimizers(), parameters=training.parameters())
-                running.flush()
-        if iteration == _FIRST:
-            first_bytes = [running.stats.bytes_written for running, _ in runs]
-    return first_bytes
+        for saver in savers:
+            if iteration == _FIRST or iteration % saver.every == 0:
+                saver.save(training, iteration)
 
 
 def _taken_apart(training: Training, task: Task) -> LiveState:
