@@ -59,8 +59,10 @@ _CLIENTS = {
 }
 
 
-def _is_of_client(error: Exception) -> bool:
-    return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
+def _is_of_store(error: Exception) -> bool:
+    # What a file system has no method for, such as writing, is not implemented.
+    is_of_client = any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
+    return is_of_client or isinstance(error, NotImplementedError)
 
 
 @contextmanager
@@ -71,7 +73,7 @@ def _as_os_errors() -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        if not _is_of_client(error):
+        if not _is_of_store(error):
             raise
         raise OSError(f"{type(error).__name__}: {error}") from error
 

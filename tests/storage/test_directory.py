@@ -1,13 +1,22 @@
 """Files are written whole or not at all, and listed as they are now."""
 
+import asyncio
+import gc
 import os
+import re
 import signal
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest.mock import patch
 
+import aiohttp
+import botocore.exceptions
+import fsspec
 import pytest
+import s3fs
 from hypothesis import given
 from hypothesis import strategies as st
 from toy_blocks import Spawn
@@ -236,3 +245,156 @@ def test_a_store_that_cannot_be_reached_raises_os_errors(s3_server: str) -> None
     ):
         with pytest.raises(OSError, match="EndpointConnectionError: Could not connect"):
             attempt()
+
+
+class OfGoogle(Exception):
+    """As ``gcsfs.retry.HttpError``."""
+
+    __module__ = "gcsfs.retry"
+
+
+class OfAzure(Exception):
+    """As ``azure.core.exceptions.ServiceRequestError``."""
+
+    __module__ = "azure.core.exceptions"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        botocore.exceptions.NoCredentialsError(),
+        botocore.exceptions.ClientError({"Error": {"Code": "SlowDown"}}, "PutObject"),
+        aiohttp.ServerDisconnectedError(),
+        asyncio.TimeoutError("too long"),
+        OfGoogle("503"),
+        NotImplementedError("read-only"),
+        type("Derived", (OfAzure,), {"__module__": "a.user"})("no route"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_clients_of_object_stores_raise_is_an_os_error(memory_url: str, error: Exception) -> None:
+    folder = Directory(memory_url)
+    with patch.object(type(folder.fs), "ls", side_effect=error), pytest.raises(OSError, match=re.escape(str(error))):
+        folder.names()
+
+
+@pytest.mark.parametrize("mistake", [TypeError("a"), AttributeError("a"), ValueError("a"), RuntimeError("a")])
+def test_a_mistake_is_not_taken_for_an_error_of_the_store(memory_url: str, mistake: Exception) -> None:
+    folder = Directory(memory_url)
+    with patch.object(type(folder.fs), "ls", side_effect=mistake), pytest.raises(type(mistake)):
+        folder.names()
+
+
+def test_the_users_own_file_system_goes_on_to_remember_listings(s3_url: str) -> None:
+    users = fsspec.filesystem("s3")
+    folder = Directory(s3_url)
+    folder.write("a", [b"1"])
+    assert folder.fs is not users
+    assert Directory(s3_url).fs is folder.fs, "a session of its own for each takes long to make"
+    users.ls(s3_url)
+    assert users.dircache
+    assert not folder.fs.dircache
+
+
+# -- large objects -----------------------------------------------------------------------------------------------------
+
+PART = 5 << 20
+
+
+def parts(count: int, size: int = 1 << 20) -> Iterator[memoryview]:
+    for i in range(count):
+        yield memoryview(bytes([i]) * size)
+
+
+def uploads(folder: Directory) -> list[object]:
+    """What was begun and neither completed nor aborted."""
+    return list(folder.fs.call_s3("list_multipart_uploads", Bucket=folder.path).get("Uploads", ()))
+
+
+def test_a_large_object_is_written_in_parts_and_seen_at_the_end(s3_url: str) -> None:
+    folder, seen = Directory(s3_url, {"default_block_size": PART}), []
+
+    def pieces() -> Iterator[memoryview]:
+        for piece in parts(17):
+            seen.append((len(folder.names()), len(uploads(folder))))
+            yield piece
+
+    folder.write("a", pieces())
+    assert seen[0] == (0, 0)
+    assert seen[-1] == (0, 1)
+    assert not uploads(folder)
+    assert folder.read("a") == b"".join(parts(17))
+
+
+def test_no_more_than_a_part_is_held_in_memory(s3_url: str) -> None:
+    folder = Directory(s3_url, {"default_block_size": PART})
+    sent = []
+
+    def take(self: object, method: str, *args: object, Body: bytes = b"", **kwargs: object) -> dict[str, str]:
+        sent.append(len(Body))
+        return {"UploadId": "1", "ETag": "1"}
+
+    piece = memoryview(bytes(100 << 20))
+    tracemalloc.start()
+    with patch.object(s3fs.core.S3File, "_call_s3", take):
+        folder.write("a", [piece, *parts(9)])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(sent) == 109 << 20
+    assert most < 48 << 20
+
+
+@pytest.mark.parametrize("count", [0, 3, 17])
+def test_a_write_in_parts_that_fails_leaves_the_old_object_and_no_parts(s3_url: str, count: int) -> None:
+    folder = Directory(s3_url, {"default_block_size": PART})
+    folder.write("a", [b"old"])
+
+    def pieces() -> Iterator[memoryview]:
+        yield from parts(count)
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        folder.write("a", pieces())
+    gc.collect()
+    assert folder.read("a") == b"old"
+    assert folder.names() == ["a"]
+    assert not uploads(folder)
+
+
+def test_a_part_that_cannot_be_sent_fails_the_write(s3_url: str) -> None:
+    folder = Directory(s3_url, {"default_block_size": PART})
+    call = s3fs.core.S3File._call_s3
+
+    def fail_at_the_second(self: object, method: str, *args: object, **kwargs: object) -> object:
+        if method == "upload_part" and kwargs["PartNumber"] == 2:
+            raise botocore.exceptions.ReadTimeoutError(endpoint_url="there")
+        return call(self, method, *args, **kwargs)
+
+    with (
+        patch.object(s3fs.core.S3File, "_call_s3", fail_at_the_second),
+        pytest.raises(OSError, match="Read timeout"),
+    ):
+        folder.write("a", parts(17))
+    gc.collect()
+    assert folder.names() == []
+    assert not uploads(folder)
+
+
+def writes() -> int:
+    """Calls of the system to write, by this process so far."""
+    return int(Path("/proc/self/io").read_text().split("syscw: ")[1].split()[0])
+
+
+def test_small_pieces_are_gathered_and_large_ones_are_not_copied(file_url: str) -> None:
+    folder = Directory(file_url)
+    folder.create()
+    large = memoryview(bytes(8 << 20))
+    pieces = [large, *(memoryview(bytes([i % 251]) * 1_000) for i in range(10_000)), large]
+    before = writes()
+    tracemalloc.start()
+    folder.write("a", pieces)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1 << 20
+    assert writes() - before < 200
+    assert folder.read("a") == b"".join(pieces)
