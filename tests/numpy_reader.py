@@ -1,5 +1,6 @@
 """A reader of running checkpoints that knows docs/format.md and numpy, and nothing of this library."""
 
+import collections
 import json
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,18 @@ def read(directory: Path) -> dict[Block, dict[str, np.ndarray]]:
     found = {block: dict(slots) for block, (_, slots) in bases.items()}
     for metadata, arrays in files:
         table = iter(arrays["refreshed"].tolist())
+        codes_end, scales_end = collections.Counter[str](), collections.Counter[str]()
         for group, slots, count in metadata["refresh"]:
-            codes_end, scales_end = dict.fromkeys(slots, 0), dict.fromkeys(slots, 0)
             for first, last, *base in (next(table) for _ in range(count)):
                 version, exact = bases[group, first, last]
-                for slot, (codec, *_) in slots.items():
+                for slot, codec in slots.items():
                     n = exact[slot].size
                     tiles = -(-n // 128)
-                    codes, scales = (arrays[f"refresh/{group}/{slot}/{kind}"] for kind in ("codes", "scales"))
+                    codes, scales = (arrays[f"refresh/{slot}/{kind}"] for kind in ("codes", "scales"))
                     codes = codes[codes_end[slot] :][: tiles * -(-n // (8 * tiles)) * int(codec[-1])]
                     scales = scales[scales_end[slot] :][: tiles * (1 if codec.startswith("linear") else 2)]
-                    codes_end[slot], scales_end[slot] = codes_end[slot] + codes.size, scales_end[slot] + scales.size
+                    codes_end[slot] += codes.size
+                    scales_end[slot] += scales.size
                     if version[:2] == base:
                         new = decode(codec, codes, scales, n).reshape(exact[slot].shape)
                         if slot == next(iter(exact)):
