@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from toy_blocks import block as block_data
 from toy_blocks import check, content, head, newest, read, save
 
+from lightning_scar.storage import rank_store
 from lightning_scar.storage import store as store_module
 from lightning_scar.storage.compaction import MAX_FILES, WITH_OLDER
 from lightning_scar.storage.delta import DamagedError
@@ -129,6 +130,66 @@ def test_alone_nobody_looks_around(memory_url: str) -> None:
     commit(alone, "a", 0)
     with patch.object(Directory, "names", side_effect=AssertionError):
         alone.look_around(others=True)
+
+
+def listed(stores: list[RankStore], sequences: range, incarnation: int = 1, **changes: Any) -> list[list[int]]:
+    """Which folders each save of the first rank lists, while all of them save."""
+    seen: list[list[int]] = []
+    names = Directory.names
+
+    def watched(self: Directory) -> list[str]:
+        if is_first and "rank-" in self.path:
+            seen[-1].append(rank_of(self.path.rpartition("/")[2]))
+        return names(self)
+
+    with patch.object(Directory, "names", watched):
+        for sequence in sequences:
+            for store in reversed(stores):
+                if is_first := store.rank == 0:
+                    seen.append([])
+                commit(store, [f"b{store.rank}", f"skeleton-{store.rank}"], sequence, incarnation, **changes)
+    return seen
+
+
+def test_others_are_looked_at_until_all_have_saved_and_then_no_more(memory_url: str) -> None:
+    stores = opened(memory_url, 3)
+    assert listed(stores, range(30)) == [[1, 2], *[[]] * 29]
+    assert stores[0].is_whole
+    assert sorted(stores[0].index.heads) == [0, 1, 2]
+
+
+def test_who_goes_on_as_before_looks_at_others_a_few_times(memory_url: str) -> None:
+    listed(opened(memory_url, 3), range(3))
+    seen = listed(opened(memory_url, 3), range(70), incarnation=2, state_bytes=1000)
+    assert seen[0] == [1, 2]
+    assert sum(map(bool, seen)) <= 2, "all that was there has been saved anew"
+
+
+def test_who_holds_what_others_own_by_now_looks_ever_more_rarely(memory_url: str) -> None:
+    commit(opened(memory_url, 1)[0], [f"frozen{i}" for i in range(9)], 0)
+    seen = listed(opened(memory_url, 2), range(70), incarnation=2)
+    assert [i for i, folders in enumerate(seen, start=1) if folders] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_who_holds_too_much_looks_whether_others_have_saved_it_by_now(memory_url: str) -> None:
+    keys = [f"b{i}" for i in range(8)]
+    for sequence in range(2):
+        commit(opened(memory_url, 1)[0], keys, sequence, size=10_000)
+    first, second = opened(memory_url, 2)
+    for sequence in range(20):
+        commit(second, keys[4:], sequence, incarnation=2, size=10_000, state_bytes=45_000)
+        commit(first, [keys[sequence % 4]], sequence, incarnation=2, size=10_000, state_bytes=45_000)
+        own = sum(delta.nbytes for delta in first.own_deltas)
+        assert own <= WITH_OLDER.states * 45_000 + 80_000 * (sequence < 2)
+
+
+def test_is_whole_is_not_asked_again_once_it_is_known(memory_url: str) -> None:
+    stores = opened(memory_url, 2)
+    listed(stores, range(2))
+    assert stores[0].is_whole
+    with patch.object(rank_store, "newest_lineage", side_effect=AssertionError):
+        listed(stores, range(2, 9))
+        assert stores[0].is_whole
 
 
 # -- folders of ranks that are no more ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +11,14 @@ from unittest.mock import patch
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_blocks import block, check, content, head, newest, read, save
+from toy_blocks import block, check, content, head, newest, read, refresh, rows, save
 
 from lightning_scar.storage.compaction import MAX_FILES, WITH_OLDER
-from lightning_scar.storage.delta import NewerFormatError
+from lightning_scar.storage.delta import NewerFormatError, block_key
 from lightning_scar.storage.delta_file import encode
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Version
+from lightning_scar.storage.index import Located
 from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.store import DeltaStore, Reading
 
@@ -98,6 +100,8 @@ class Model:
             assert set(found.index.keys()) == set(self.history)
             for key, history in self.history.items():
                 self.assert_kept([at.block.version for at in found.index.versions(key)], history)
+                newest, *older = [at.delta.name for at in found.index.versions(key)]
+                assert newest not in older, "both versions are in one file"
         for key in self.history:
             for at in reader.index.versions(key):
                 assert read(reader, at) == content(key, at.block.version, self.sizes[key])
@@ -204,6 +208,96 @@ def test_a_merge_never_overwrites_what_an_earlier_merge_wrote(memory_url: str) -
     assert set(check(DeltaStore(memory_url))) == set(model.sizes)
 
 
+def test_two_files_that_hold_both_versions_of_a_block_become_two(memory_url: str) -> None:
+    store = RankStore(memory_url)
+    for i, keys in enumerate(("abc", "ab", "bd", "d")):
+        save(store, keys, at(i))
+    store._merge(head(at(3)), store.own_deltas)
+    first, second = sorted(store.deltas, key=lambda delta: len(delta.blocks), reverse=True)
+    assert {found.key: found.version.sequence for found in first.blocks} == {"a": 1, "b": 2, "c": 0, "d": 3}
+    assert {found.key: found.version.sequence for found in second.blocks} == {"a": 0, "b": 1, "d": 2}
+    reader = DeltaStore(memory_url)
+    assert check(reader) == newest(store)
+    for key in "abd":
+        assert read(reader, reader.index.versions(key)[1]) == content(key, reader.index.versions(key)[1].block.version)
+
+
+def test_a_merge_puts_the_rows_of_a_group_side_by_side_whatever_their_slots(memory_url: str) -> None:
+    store, spans = RankStore(memory_url), [(0, 2), (2, 4), (4, 6), (6, 8)]
+    store.commit(head(at(0)), [rows("w", spans[:3], at(0)), rows("v", spans, at(0))])
+    store.commit(head(at(1)), [rows("w", spans[3:], at(1), slots="param exp_avg"), rows("w", spans[:1], at(1))])
+    store.commit(head(at(2)), [rows("w", spans[1:2], at(2), slots="param exp_avg")])
+    store._merge(head(at(2)), store.own_deltas)
+    merged = max(store.deltas, key=lambda delta: len(delta.blocks))
+    assert [(found.key, *found.slots) for found in merged.blocks if found.group == "w"] == [
+        ("w[4:6]", "param"),
+        ("w[0:2]", "param"),
+        ("w[6:8]", "param", "exp_avg"),
+        ("w[2:4]", "param", "exp_avg"),
+    ]
+    assert store.verify() == []
+    for found in merged.blocks:
+        into = found.new_memory()
+        assert not store.read([Reading(Located(merged, found), lambda into=into: into)])
+        for slot in found.slots:
+            assert into[slot] == content(f"{found.key}/{slot}", found.version, 32)
+
+
+@pytest.mark.parametrize("order", ["in turn", "at random", "furthest first"])
+def test_saves_with_a_refresh_stay_within_the_bounds_and_merges_write_little(memory_url: str, order: str) -> None:
+    """Each save writes 4 % of the state exactly, and a refresh of 8 % that is dead after the next one."""
+    generator, store = random.Random(0), RankStore(memory_url)
+    spans = [(i, i + 1) for i in range(100)]
+    bases = dict.fromkeys(spans, at(0))
+    distances = dict.fromkeys(spans, 0.0)
+    row, state = 2_000, 100 * 2_000 + 64
+    saved = written = 0
+    for i in range(400):
+        for span in spans:
+            distances[span] += generator.uniform(0, 2)
+        chosen = {
+            "in turn": [spans[(4 * i + j) % 100] for j in range(4)],
+            "at random": generator.sample(spans, 4),
+            "furthest first": sorted(spans, key=lambda span: -distances[span])[:4],
+        }[order]
+        chosen = chosen if i else spans
+        bases |= dict.fromkeys(chosen, at(i))
+        distances |= dict.fromkeys(chosen, 0.0)
+        others = {span: base for span, base in bases.items() if span not in chosen}
+        put = [rows("w", chosen, at(i), row), block("skeleton", at(i))]
+        refreshes = [refresh("w", others, at(i), codes=row // 12 - 2)] if others else []
+        said = head(at(i), state_bytes=state)
+        saved += encode(said, put, refreshes).nbytes
+        written += store.commit(said, put, refreshes)
+        sizes = files(store)
+        assert len(sizes) <= MAX_FILES
+        assert sum(sizes.values()) <= WITH_OLDER.states * state
+    assert {span: newest(store)[block_key("w", span)] for span in spans} == bases
+    assert store.verify() == []
+    assert written / saved < (1.65 if order == "at random" else 1.4)
+
+
+def test_what_was_written_is_not_read_back(url: str) -> None:
+    store = RankStore(url)
+    with (
+        patch.object(Directory, "open", side_effect=AssertionError),
+        patch.object(Directory, "names", side_effect=AssertionError),
+    ):
+        for i in range(5):
+            save(store, "ab", at(i))
+    assert newest(store) == check(DeltaStore(url)) == {"a": at(4), "b": at(4)}
+
+
+def test_what_an_index_remembers_does_not_grow_with_the_number_of_saves(memory_url: str) -> None:
+    store = RankStore(memory_url)
+    for i in range(300):
+        save(store, [f"b{i % 7}"], at(i), state_bytes=7 * 64)
+    names = {delta.file for delta in store.deltas}
+    assert len(names) < 40
+    assert set(store.index._live) <= names
+    assert set(store.index._refreshing) <= names
+
+
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +356,21 @@ def test_a_directory_that_only_has_a_lease_is_ours(url: str) -> None:
     Directory(url).write("lease.json", [b"{}"])
     assert DeltaStore(url).foreign_names() == []
     assert DeltaStore(url).is_empty()
+
+
+@pytest.mark.parametrize("copied", ["rank-0000.bak", "rank-0000 (copy)", "rank-00000", "rank-0000x", "old-rank-0000"])
+def test_a_copy_of_a_ranks_folder_is_nobodys(file_url: str, copied: str) -> None:
+    store = RankStore(file_url)
+    save(store, "a", at(0))
+    shutil.copytree(Path(file_url) / store.folder, Path(file_url) / copied)
+    for _ in range(3):
+        store = RankStore(file_url)
+        store.refresh()
+        store.sweep()
+        save(store, "a", at(len(store.deltas)))
+    assert check(DeltaStore(file_url)) == {"a": at(2)}
+    assert DeltaStore(file_url).folders() == ["rank-0000"]
+    assert len(list((Path(file_url) / copied).iterdir())) == 1
 
 
 def test_other_files_in_a_ranks_folder_do_not_count(file_url: str) -> None:
