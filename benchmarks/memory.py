@@ -19,7 +19,7 @@ from benchmarks.methods import GatedSCARCheckpoint
 #: Steps in which nothing is saved, before the peak counts and while it does.
 _WARM_UP, _BASELINE = 4, 4
 #: Enough that both staging buffers have been used and a compaction has run.
-_PARTIAL_SAVES = 20
+_PARTIAL_SAVES = 12
 
 
 class _Sampler(threading.Thread):
@@ -73,6 +73,7 @@ class _PeakOfPhases(Callback):
             self._callback.is_open = True
         elif step > _BASELINE + 2:
             self._callback.wait()
+            report.progress(f"memory: partial save {step - _BASELINE - 2} of {_PARTIAL_SAVES}")
             self._callback.is_open = step < _BASELINE + 2 + _PARTIAL_SAVES
             if not self._callback.is_open:
                 self._note("partial")

@@ -27,9 +27,18 @@ _CACHED = StagingOptions(
 
 
 class Method(Protocol):
-    """One way to save."""
+    """One way to save.
+
+    Attributes:
+        name: What to call it.
+        warm_ups: How many saves do not count, in which it makes its buffers.
+        is_slow: Whether a save takes seconds: such a stretch may be short.
+
+    """
 
     name: str
+    warm_ups: int
+    is_slow: bool
 
     def save(self, trainer: pl.Trainer) -> None:
         """Saves; called after an optimizer step, as a callback would."""
@@ -47,28 +56,43 @@ class Method(Protocol):
         """Releases what was held."""
 
 
-class _ToOnePath:
+class ToOnePath:
+    """A method whose every save goes to one path.
+
+    Args:
+        name: What to call it.
+        path: The path.
+
+    """
+
+    warm_ups = 1
+    is_slow = False
+
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
         self.path = path
 
     def fence(self) -> None:
-        pass
+        """Waits for nothing."""
 
     def wait(self) -> None:
-        pass
+        """Waits for nothing."""
 
     def discard(self, counts: bool) -> None:
+        """Removes the path."""
         if self.path.is_dir():
             shutil.rmtree(self.path)
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
+        """Waits."""
         self.wait()
 
 
-class Torch(_ToOnePath):
+class Torch(ToOnePath):
     """Lightning's default: ``torch.save`` in the training thread, no fsync."""
+
+    is_slow = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__("torch", folder / "torch.ckpt")
@@ -78,8 +102,10 @@ class Torch(_ToOnePath):
         self._io.save_checkpoint(dump_checkpoint(trainer), self.path)
 
 
-class Async(_ToOnePath):
+class Async(ToOnePath):
     """Lightning's ``AsyncCheckpointIO``: a clone of everything, then ``torch.save`` in a thread, no fsync."""
+
+    is_slow = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__("async", folder / "async.ckpt")
@@ -94,7 +120,7 @@ class Async(_ToOnePath):
         self._io.teardown()
 
 
-class DCP(_ToOnePath):
+class DCP(ToOnePath):
     """``torch.distributed.checkpoint.async_save`` in a thread, with fsync, at its strongest on a CPU.
 
     The stager is kept, so it copies into memory that is there already, on all cores; the planner keeps its plan.
@@ -194,6 +220,8 @@ class GatedSCARCheckpoint(SCARCheckpoint):
 class SCAR:
     """``SCARCheckpoint`` in the Trainer's loop, with fsync.
 
+    The first save is full, and there are two buffers; all kinds share them, so the first one of them makes them.
+
     Args:
         name: What to call it.
         callback: The callback; its hooks do everything.
@@ -201,9 +229,12 @@ class SCAR:
 
     """
 
+    is_slow = False
+
     def __init__(self, name: str, callback: GatedSCARCheckpoint, staging: Literal["lazy", "eager"]) -> None:
         self.name = name
         self.callback = callback
+        self.warm_ups = 3 if staging == "lazy" else 1
         self._staging = staging
         self._fenced = False
         self.stalls: list[float] = []

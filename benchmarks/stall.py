@@ -1,10 +1,11 @@
 """How long a save holds up training, and what it adds to it: ``python -m benchmarks.stall --json OUT``.
 
 One Trainer runs through stretches of a few steps, by turns without a save and with one save of each method, so that
-all methods meet the same model, the same heap and the same neighbours on the machine. A method's ``*_blocked_s`` is
+all methods meet the same model, the same heap and the same neighbours on the machine. A stretch beside which other
+processes used the machine is repeated. A method's ``*_blocked_s`` is
 how much longer the training thread stood still between forward, backward and update (the fence included); its
-``*_added_s`` how much longer the whole stretch took, until everything was written. SCAR and DCP fsync, the two of
-Lightning do not.
+``*_added_s`` how much longer the whole stretch took, until everything was written. SCAR, DCP and moonclip fsync, the
+two of Lightning do not.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ranks, report
+from benchmarks import moonclip_peer, ranks, report
 from benchmarks.gpt import GPT2_SMALL, TINY, GPTModule, Size, new_trainer, state_bytes, token_loader
 from benchmarks.memory import measure_in_child
 from benchmarks.methods import SCAR, GatedSCARCheckpoint, Method, peers
@@ -27,22 +28,26 @@ from benchmarks.stretches import Stretch, StretchTimer, added, blocked
 FRACTION = 0.125
 
 
-def plan(methods: list[Method], rounds: int) -> list[Method | None]:
+def plan(methods: list[Method], rounds: int) -> tuple[list[Method | None], int]:
     """Every method once a round, in changing order, each between two stretches without a save.
 
     Args:
-        methods: Who saves; each does so twice more at the beginning, where it does not count: the first save of SCAR is
-            full, and all of them make their buffers.
+        methods: Who saves; each does so some more times at the beginning, where it does not count: the first save of
+            SCAR is full, and all of them make their buffers.
         rounds: How often.
+
+    Returns:
+        Who saves in each stretch, and how many of these do not count.
 
     """
     order = random.Random(0)
-    turns: list[Method | None] = [method for method in methods for _ in range(2)]
+    turns: list[Method | None] = [method for method in methods for _ in range(method.warm_ups)]
+    warm_up = len(turns)
+    turns.append(None)
     for _ in range(rounds):
-        turns.append(None)
         for method in order.sample(methods, len(methods)):
             turns += [method, None]
-    return turns
+    return turns, warm_up
 
 
 class Floor:
@@ -71,7 +76,7 @@ class Floor:
 
 
 def run(
-    size: Size, folder: Path, rounds: int, steps: int, patience: int
+    size: Size, folder: Path, rounds: int, steps: int, is_patient: bool, moonclip: str | None
 ) -> tuple[list[Stretch], list[SCAR], Floor, dict[str, Any]]:
     """Trains through the plan.
 
@@ -80,7 +85,8 @@ def run(
         folder: Where to save.
         rounds: Measurements of each method.
         steps: Optimizer steps of a stretch.
-        patience: How many disturbed stretches are repeated.
+        is_patient: Whether stretches beside which others used the machine are repeated, a quarter of them at most.
+        moonclip: As in :func:`~benchmarks.moonclip_peer.methods`.
 
     Returns:
         The stretches that count, both kinds of SCAR, the floor, and facts about the state.
@@ -88,7 +94,7 @@ def run(
     """
     callback = GatedSCARCheckpoint(folder / "scar", FRACTION)
     scars = [SCAR("scar", callback, "lazy"), SCAR("eager", callback, "eager")]
-    methods: list[Method] = [*scars, *peers(folder)]
+    methods: list[Method] = [*scars, *peers(folder), *moonclip_peer.methods(moonclip, folder)]
     module = GPTModule(size)
     floors: list[Floor] = []
 
@@ -97,8 +103,8 @@ def run(
             floors.append(Floor(list(module.parameters()), state_bytes(module, trainer.optimizers[0])[1]))
         floors[0].measure()
 
-    turns = plan(methods, rounds)
-    timer = StretchTimer(turns, steps, between, patience=patience)
+    turns, warm_up = plan(methods, rounds)
+    timer = StretchTimer(turns, steps, between, warm_up, patience=len(turns) // 4 if is_patient else 0)
     trainer = new_trainer([timer, callback])
     trainer.fit(module, token_loader(size))
     for method in methods:
@@ -108,12 +114,10 @@ def run(
         "parameter_bytes": parameters,
         "state_bytes": state,
         "full_stall_s": callback.stats.full_stall_seconds,
+        "stretches": len(timer.stretches),
+        "repeated_stretches": timer.repeated,
     }
-    facts |= {"stretches": len(turns), "repeated_stretches": timer.repeated}
-    warm_up = 2 * len(methods)
-    for scar in scars:
-        scar.stalls = scar.stalls[2:]
-    return timer.stretches[warm_up:], scars, floors[0], facts
+    return timer.stretches, scars, floors[0], facts
 
 
 def figures(stretches: list[Stretch], scars: list[SCAR], floor: Floor) -> dict[str, Any]:
@@ -130,20 +134,23 @@ def figures(stretches: list[Stretch], scars: list[SCAR], floor: Floor) -> dict[s
     found |= {key: median(values) for key, values in samples.items()}
     found["forward_backward_s"] = median([s.forward_backward for s in stretches if s.method is None])
     found["stretch_s"] = median([s.wall for s in stretches if s.method is None])
-    found["scar_blocked_over_dcp"] = found["scar_blocked_s"] / found["dcp_blocked_s"]
-    found["scar_added_over_dcp"] = found["scar_added_s"] / found["dcp_added_s"]
-    found["scar_added_over_async"] = found["scar_added_s"] / found["async_added_s"]
+    for kind in of_kind:
+        for peer in names:
+            if peer not in ("scar", "eager"):
+                found[f"scar_{kind}_over_{peer}"] = found[f"scar_{kind}_s"] / found[f"{peer}_{kind}_s"]
     found["eager_blocked_over_floor"] = found["eager_blocked_s"] / found["floor_s"]
     return {**found, "samples": samples}
 
 
 def targets(found: dict[str, Any]) -> list[Target]:
     """What was to be reached."""
+    moonclip = [f"scar_{kind}_over_{peer}" for peer in ("moonclip", "moonclip_bf16") for kind in ("blocked", "added")]
     return [
         Target("scar_blocked_s", found["scar_blocked_s"], 0.02),
         Target("scar_blocked_over_dcp", found["scar_blocked_over_dcp"], 0.2),
         Target("scar_added_over_dcp", found["scar_added_over_dcp"], 0.5),
-        Target("scar_added_over_async", found["scar_added_over_async"], 0.3),
+        Target("scar_added_over_async", found["scar_added_over_async"], 0.2),
+        *(Target(name, found[name], 1.0) for name in moonclip if name in found),
         Target("eager_blocked_over_floor", found["eager_blocked_over_floor"], 1.5),
         Target("scar_extra_memory_bytes", found["scar_extra_memory_bytes"], found["scar_extra_memory_bound_bytes"]),
     ]
@@ -151,8 +158,9 @@ def targets(found: dict[str, Any]) -> list[Target]:
 
 def _options() -> argparse.Namespace:
     parser = report.arguments((__doc__ or "").split("\n")[0], rounds=7)
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps of a stretch (default 5)")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a stretch (default 3)")
     parser.add_argument("--ranks", type=int, help="instead: so many ranks that save together, beside one alone")
+    moonclip_peer.add_argument(parser)
     return parser.parse_args()
 
 
@@ -165,15 +173,18 @@ def main() -> None:
         ranks.measure(options.ranks, options.small, rounds, options.dir, options.json)
         return
     with report.scratch(options.dir) as folder:
+        report.progress("memory, in a process of its own ...")
         memory = measure_in_child(options.small, folder)
         size = TINY if options.small else GPT2_SMALL
         # A tiny stretch is shorter than the ticks in which the kernel counts who used the machine.
-        patience = 0 if options.small else 100
-        stretches, scars, floor, facts = run(size, folder, rounds, options.steps, patience)
+        is_patient = not options.small
+        stretches, scars, floor, facts = run(size, folder, rounds, options.steps, is_patient, options.moonclip)
     found = figures(stretches, scars, floor) | facts | memory
     found["settings"] = {"fraction": FRACTION, "rounds": rounds, "steps": options.steps}
     names = dict.fromkeys(stretch.method for stretch in stretches if stretch.method is not None)
-    rows = [[name, f"{found[f'{name}_blocked_s']:.4f}", f"{found[f'{name}_added_s']:.3f}"] for name in names]
+    rows = [
+        [name, *(f"{found[f'{name}_{kind}_s']:.{n}f}" for kind, n in (("blocked", 4), ("added", 3)))] for name in names
+    ]
     rows.append(["floor", f"{found['floor_s']:.4f}", ""])
     title = f"one save of {found['state_bytes'] / 1e9:.2f} GB, forward and backward {found['forward_backward_s']:.2f} s"
     # A tiny model's figures say nothing about the targets.

@@ -11,6 +11,7 @@ import psutil
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from benchmarks import report
 from benchmarks.gpt import GPTModule
 from benchmarks.methods import Method
 from benchmarks.report import median
@@ -18,6 +19,8 @@ from benchmarks.report import median
 #: Cores that other processes may use in a stretch that counts. More, and the wait of torch's threads for each other
 #: makes steps several times longer, whoever saves.
 QUIET = 0.1
+#: Steps of a stretch in which a save takes far longer than steps differ.
+_SHORT = 2
 
 
 def user_seconds() -> tuple[float, float]:
@@ -71,19 +74,27 @@ class StretchTimer(Callback):
         plan: Who saves at the beginning of each stretch; ``None`` for nobody.
         steps: Optimizer steps of a stretch.
         between: Called between stretches.
+        warm_up: How many stretches at the beginning do not count. They are as short as can be, and never repeated.
         patience: How many stretches are repeated at most; after that they count as they are.
 
     Attributes:
-        stretches: What was measured.
+        stretches: What was measured, but for the warm-up.
         repeated: How many stretches were repeated.
 
     """
 
     def __init__(
-        self, plan: Sequence[Method | None], steps: int, between: Callable[[], None], patience: int = 0
+        self,
+        plan: Sequence[Method | None],
+        steps: int,
+        between: Callable[[], None],
+        warm_up: int = 0,
+        patience: int = 0,
     ) -> None:
         self.stretches: list[Stretch] = []
         self.repeated = 0
+        self._warm_up = warm_up
+        self._done = 0
         self._plan = plan
         self._steps = steps
         self._between = between
@@ -93,7 +104,16 @@ class StretchTimer(Callback):
 
     @property
     def _method(self) -> Method | None:
-        return self._plan[len(self.stretches)]
+        return self._plan[self._done]
+
+    @property
+    def _least(self) -> int:
+        """Steps of the present stretch, at least."""
+        if self._started is None:
+            return 1
+        if self._done < self._warm_up or (self._method is not None and self._method.is_slow):
+            return min(_SHORT, self._steps)
+        return self._steps
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -104,11 +124,11 @@ class StretchTimer(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, GPTModule)
         self._batches += 1
-        if self._batches < self._steps or self._goes_on():
+        if self._batches < self._least or self._goes_on():
             return
         if self._started is not None:
             self._finish(pl_module, self._started)
-        if len(self.stretches) == len(self._plan):
+        if self._done == len(self._plan):
             self._started = None
             trainer.should_stop = True
             return
@@ -135,13 +155,17 @@ class StretchTimer(Callback):
             idle=(looped.wall - started.wall) - (looped.computing - started.computing),
             forward_backward=(looped.forward_backward - started.forward_backward) / self._batches,
         )
-        counts = written.others - started.others <= QUIET * stretch.wall or self.repeated == self._patience
+        is_warm, others = self._done >= self._warm_up, (written.others - started.others) / stretch.wall
+        is_over = not is_warm or others <= QUIET or self.repeated == self._patience
         if self._method is not None:
-            self._method.discard(counts)
-        if counts:
+            self._method.discard(is_over and is_warm)
+        what = "no save" if self._method is None else self._method.name
+        note = "" if is_over else f", again: others used {others:.2f} cores"
+        report.progress(f"stretch {self._done + 1} of {len(self._plan)}: {what}, {stretch.wall:.2f} s{note}")
+        if is_over and is_warm:
             self.stretches.append(stretch)
-        else:
-            self.repeated += 1
+        self._done += is_over
+        self.repeated += not is_over
 
 
 def blocked(stretches: Sequence[Stretch], method: str) -> list[float]:

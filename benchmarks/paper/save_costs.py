@@ -49,7 +49,7 @@ class _Watched:
     """
 
     def __init__(self, method: Method, total: Callable[[], int]) -> None:
-        self.name = method.name
+        self.name, self.warm_ups, self.is_slow = method.name, method.warm_ups, False
         self.seconds: list[float] = []
         self.bytes: list[int] = []
         self._method = method
@@ -125,20 +125,20 @@ def measure(
     # Each of the others removes its save, so that all the bytes there are those of one.
     watched = [_Watched(method, lambda: _size(others)) for method in peers(others)]
     watched.append(_Watched(SCAR("scar", callback, "lazy"), lambda: callback.stats.bytes_written))
-    turns = plan([*watched], rounds)
-    timer = _UntilWritten(turns, steps, lambda: None, patience)
+    turns, warm_up = plan([*watched], rounds)
+    timer = _UntilWritten(turns, steps, lambda: None, warm_up, patience)
     trainer = new_trainer([timer, callback])
     trainer.fit(module, loader)
-    stretches = timer.stretches[2 * len(watched) :]
+    stretches = timer.stretches
     step = median([stretch.wall / stretch.steps for stretch in stretches if stretch.method is None])
     found, samples = {}, {}
     for method in watched:
         method.close()
-        name, seconds = method.name, method.seconds[2:]
+        name, seconds = method.name, method.seconds
         samples[name] = {"stall": blocked(stretches, name), "loop": added(stretches, name), "written": seconds}
         stall, loop, written = (median(values) for values in samples[name].values())
         loop = max(0.0, stall, loop)
-        found[name] = Cost(max(0.0, stall), loop, written, max(0.0, written - loop) / step, median(method.bytes[2:]))
+        found[name] = Cost(max(0.0, stall), loop, written, max(0.0, written - loop) / step, median(method.bytes))
     parameters, state = state_bytes(module, trainer.optimizers[0])
     facts = {"step_s": step, "parameter_bytes": parameters, "state_bytes": state, "repeated": timer.repeated}
     return found, {**facts, "samples": samples}
