@@ -48,6 +48,8 @@ def gather(tensor: Tensor, group: Group, numbers: Sequence[int], into: Tensor, b
         base: If given, the blocks are copied to their places in it, too; like ``tensor``, on its device.
 
     """
+    tensor, into = _bits(tensor), _bits(into)
+    base = _bits(base) if base is not None else None
     done = 0
     for piece in pieces(tensor, group):
         wanted = [
@@ -60,6 +62,12 @@ def gather(tensor: Tensor, group: Group, numbers: Sequence[int], into: Tensor, b
         if base is not None:
             _update(next(b for n, b in pieces(base, group) if n == piece.numbers), piece.blocks, wanted)
         done = end
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As integers: not every operation knows every data type."""
+    like = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.dtype.itemsize)
+    return tensor.view(like) if like is not None else tensor
 
 
 def _copy(blocks: Tensor, wanted: list[int], into: Tensor) -> None:

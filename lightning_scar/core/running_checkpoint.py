@@ -343,14 +343,13 @@ class RunningCheckpoint:
 
     def _buffer(self, full: bool, live: Sequence[Sequence[Tensor]]) -> HostBuffer:
         pinned = any(tensor.device.type != "cpu" for tensors in live for tensor in tensors)
-        if full or len(self._buffers) < DEPTH:
-            buffer = HostBuffer(pinned)
-            # Memory of its own for a full save: a buffer of the whole state is not worth keeping.
-            self._buffers += [buffer] * (not full)
-            return buffer
+        if full:
+            # Memory of its own: a buffer of the whole state is not worth keeping.
+            return HostBuffer(pinned)
+        if len(self._buffers) < DEPTH:
+            self._buffers.insert(0, HostBuffer(pinned))
         # The writer has a free place, so it is done with the save before the last, whose buffer this was.
-        buffer = self._buffers.pop(0)
-        self._buffers.append(buffer)
+        buffer = self._buffers[0]
         buffer.reset()
         return buffer
 
@@ -373,6 +372,8 @@ class RunningCheckpoint:
     def _hand_over(self, save: Save) -> None:
         self._stager.finish(save)
         self._has_base, self._save = True, None
+        # Not before it is certain that it will be written: the other buffer may still be in the queue.
+        self._buffers.sort(key=lambda buffer: buffer is save.buffer)
         state_bytes = self._stager.bases.map.state_bytes
         self._writer.submit(lambda: self._committer.commit(save, state_bytes))
         if self.store.follows_nobody:

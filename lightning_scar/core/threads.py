@@ -24,12 +24,18 @@ def pool(size: int, name: str) -> ThreadPoolExecutor:
 
     """
     threads = torch.get_num_threads()
-    found = ThreadPoolExecutor(size, name, initializer=torch.set_num_threads, initargs=(1,))
+    found = ThreadPoolExecutor(size, name, initializer=_use_one_core)
     for started in [found.submit(int) for _ in range(size)]:
         started.result()
     # The number holds for the thread that set it, but is also what later threads begin with.
     torch.set_num_threads(threads)
     return found
+
+
+def _use_one_core() -> None:
+    torch.set_num_threads(1)
+    # A thread that asks for the first time takes over what holds for later threads at that time.
+    torch.get_num_threads()
 
 
 def batches(pieces: Iterable[T], nbytes: Callable[[T], int], at_least: int) -> Iterator[list[T]]:

@@ -1,4 +1,4 @@
-"""A training on a device that is late, and the files that its saves make."""
+"""A training on a device that is late, and what its saves write."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from core_helpers import Training
+from core_helpers import Training, drain
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
+from lightning_scar.core.skeleton import unpack
+from lightning_scar.core.skeletons import is_skeleton
+from lightning_scar.storage.delta_file import read_delta
+from lightning_scar.storage.directory import Directory
+
+
+#: The step of each save, and what its file holds: exact blocks, refresh, skeleton.
+Saves = dict[int, dict[str, Any]]
 
 
 class Device(Protocol):
@@ -52,7 +60,7 @@ class Moving(Optimizer):
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             state = self.state[parameter]
             if not state:
-                state["step"] = parameter.new_zeros(())
+                state["step"] = parameter.new_zeros((), dtype=torch.float32)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             state["step"].add_(1)
             state["exp_avg"].mul_(0.5).add_(parameter.grad)
@@ -96,13 +104,13 @@ class LateTraining(Training):
         self.optimizers[0].step()
 
 
-def saved(folder: Path, device: Device, **settings: Any) -> dict[str, bytes]:
-    """Trains for some steps, each saved as the callback does it; returns all files, superfluous ones, too."""
+def saved(folder: Path, device: Device, **settings: Any) -> Saves:
+    """Trains for some steps, each saved as the callback does it; returns what was written."""
     with device.training():
         training = LateTraining(device)
         options = {"fraction": 0.5, "block_size": 128, **settings}
         with RunningCheckpoint(folder, Settings(**options)) as running:
-            files = _files_written(running, folder)
+            found = _written(running, folder)
             for step in range(1, 7):
                 training.forward()
                 training.step()
@@ -114,21 +122,40 @@ def saved(folder: Path, device: Device, **settings: Any) -> dict[str, bytes]:
                 training.forward()
                 running.fence()
                 device.settle()
+                if step == 1:
+                    # From now on it is known which moments are never negative.
+                    drain(running)
             training.step()
-    return files
+    return found
 
 
-def _files_written(running: RunningCheckpoint, folder: Path) -> dict[str, bytes]:
-    """The content of every file as it is when it has been written; later ones make some superfluous."""
-    files: dict[str, bytes] = {}
+def _written(running: RunningCheckpoint, folder: Path) -> Saves:
+    """What is in every delta when it has been written; later ones make some superfluous."""
+    found: Saves = {}
     commit = running.store.commit
 
-    def watched(*args: Any) -> Any:
-        try:
-            return commit(*args)
-        finally:
-            for path in folder.glob("rank-0000/*.safetensors"):
-                files.setdefault(path.name, path.read_bytes())
+    def watched(head: Any, *parts: Any) -> Any:
+        result = commit(head, *parts)
+        [path] = folder.glob(f"rank-0000/delta-*-{head.sequence:08}.safetensors")
+        found[head.step] = _content(folder, path)
+        return result
 
     running.store.commit = watched
-    return files
+    return found
+
+
+def _content(folder: Path, path: Path) -> dict[str, Any]:
+    data = memoryview(path.read_bytes())
+    delta = read_delta(Directory(str(folder)), str(path.relative_to(folder)))
+    found: dict[str, Any] = {"info": {**delta.head.info}}
+    for block in delta.blocks:
+        for slot, entry in block.slots.items():
+            content = data[entry.start : entry.stop]
+            # Two pickles of equal objects need not have the same bytes.
+            is_pickle = is_skeleton(block.key) and slot == "bytes"
+            found[f"{block.key} {slot}"] = unpack(content, True)["skeleton"] if is_pickle else bytes(content)
+    for refresh in delta.refreshes:
+        found[f"refresh of {refresh.group}"] = refresh.spans, refresh.bases
+        for slot, (codec, *entries) in refresh.slots.items():
+            found[f"refresh of {refresh.group} {slot}"] = codec, [bytes(data[e.start : e.stop]) for e in entries]
+    return found

@@ -1,24 +1,24 @@
-"""Which full saves ranks may count on that commit in any order, each seeing late what the others did."""
+"""What a save leaves on disk, and which full saves ranks may count on that commit in any order, each seeing others late."""
 
 import itertools
+import math
 import sys
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_scar.core.blocks import BlockMap, Group, Slot
-from lightning_scar.core.committer import Committer, Save
+from lightning_scar.core.blocks import Group, Slot
+from lightning_scar.core.codec import Codec
+from lightning_scar.core.committer import Committer
+from lightning_scar.core.devices import HostBuffer
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.rework import Motion
-from lightning_scar.core.running_checkpoint import RunningCheckpoint
-from lightning_scar.core.settings import Settings
-from lightning_scar.core.stager import Stager
-from lightning_scar.core.staging import StagedGroup
+from lightning_scar.core.save import Codes, Part, Save
 from lightning_scar.core.stats import Stats
+from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.head import Mark, Version
 from lightning_scar.storage.store import DeltaStore, Reading
 from lightning_scar.storage.tiered_rank_store import TieredRankStore
@@ -35,18 +35,6 @@ def values(step: int, number: int) -> torch.Tensor:
     return torch.full((8,), step * BLOCKS + number, dtype=torch.uint8)
 
 
-@dataclass
-class FakeStaging:
-    """What a save copied."""
-
-    groups: list[StagedGroup]
-    full: bool
-    non_finite: int = 0
-    distance: float = 0.0
-    oldest_age: int = 0
-    motion: Motion = field(default_factory=Motion)
-
-
 class Rank:
     """One rank without its training: every save is of these blocks, at this step."""
 
@@ -54,19 +42,17 @@ class Rank:
         self.rank = rank
         self.store = TieredRankStore(url, rank=rank, world_size=n)
         self.store.refresh()
-        self.stager = Stager(Settings(), self.store)
-        self.stager.last.map = BlockMap((group(rank),), 8)
         self.incarnation = incarnation
-        self.committer = Committer(self.store, self.stager, Stats(), Ranks(rank, n), incarnation)
+        self.committer = Committer(self.store, Stats(), Ranks(rank, n), incarnation)
         self.done: dict[int, set[int]] = {}
 
     def commit(self, step: int, blocks: set[int], full: bool) -> None:
         blocks = set(range(BLOCKS)) if full else blocks
         numbers = sorted(blocks)
         copies = torch.cat([values(step, number) for number in numbers]) if numbers else torch.empty(0).byte()
-        staging = FakeStaging([StagedGroup(group(self.rank), numbers, [copies])], full)
+        part = Part(group(self.rank), [], exact=numbers, rows=[copies])
         version = Version(self.incarnation, step, step)
-        self.committer.commit(Save(version, memoryview(bytearray(b"rest")), cast(Any, staging)))
+        self.committer.commit(Save(version, full, memoryview(bytearray(b"rest")), [part]), BLOCKS * 8)
         self.done[step] = blocks
 
 
@@ -118,7 +104,7 @@ def test_some_full_save_can_always_be_read(memory_url: str, run: Any, blind: set
         look = storage.look_around
         if turn in blind:
             # The listing fails, or a slow write began before the others' writes.
-            storage.look_around = lambda: None  # type: ignore[method-assign]
+            storage.look_around = lambda others=False: None  # type: ignore[method-assign]
         ranks[rank].commit(step, {step % BLOCKS, 0}, kind == "F")
         storage.look_around = look  # type: ignore[method-assign]
         found = served(url, ranks)
@@ -190,10 +176,100 @@ def test_a_run_that_goes_on_serves_the_full_save_before_until_all_have_another(m
 
 
 def test_a_distance_beyond_any_float_is_written_and_read_all_the_same(memory_url: str) -> None:
-    with RunningCheckpoint(memory_url, Settings(fraction=0.5, block_size=8)) as running:
-        for step, value in enumerate((0.0, 1.3e154), start=1):
-            running.save_now({"x": torch.full((8,), value, dtype=torch.float64)}, step)
-        assert running.stats.distance == torch.inf
+    rank = Rank(memory_url, 0, 1)
+    save = with_state(0, [0, 1], torch.ones(2, 2))
+    save.squared_rest, save.motion = math.inf, Motion(math.inf, math.nan)
+    rank.committer.commit(save, 32)
     store = DeltaStore(memory_url)
     store.refresh()
-    assert [delta.head.info["distance"] for delta in store.deltas] == [0.0, sys.float_info.max]
+    [delta] = store.deltas
+    assert delta.head.info["distance"] == sys.float_info.max
+    assert delta.head.info["motion"] == [sys.float_info.max] * 2
+
+
+# -- what is left out --------------------------------------------------------------------------------------------------
+
+
+def with_state(number: int, exact: list[int], moment: torch.Tensor, refreshed: tuple[int, ...] = ()) -> Save:
+    """A save of two blocks of two values, and of a moment of each."""
+    slots = tuple(Slot(name, torch.float32, None, ((name,),)) for name in ("param", "exp_avg"))
+    own = Group("w", (2, 2), slots, 1)
+    param = torch.full((2, 2), float(number))
+    rows = [tensor[exact].contiguous().flatten().view(torch.uint8) for tensor in (param, moment)]
+    part = Part(own, [], exact=exact, rows=rows if exact else [], refreshed=list(refreshed))
+    if refreshed:
+        part.codes = {"param": Codes.of(Codec("linear", 4), own, HostBuffer())}
+        part.bases = [(1, 0)] * len(refreshed)
+    return Save(Version(1, number, number), number == 0, memoryview(bytearray(b"rest")), [part])
+
+
+@pytest.fixture
+def rank(memory_url: str) -> Rank:
+    found = Rank(memory_url, 0, 1)
+    found.committer.commit(with_state(0, [0, 1], torch.ones(2, 2)), 32)
+    return found
+
+
+def steps_on_disk(url: str) -> list[int]:
+    store = DeltaStore(url)
+    store.refresh()
+    newest = [store.index.newest(f"w[{i}:{i + 1}]") for i in range(2)]
+    return [block.version.step if block is not None else -1 for block in newest]
+
+
+def test_a_block_whose_state_is_not_finite_is_not_written_over_a_good_version(rank: Rank, memory_url: str) -> None:
+    rank.committer.commit(with_state(1, [0, 1], torch.tensor([[1.0, torch.nan], [1.0, 1.0]])), 32)
+    assert steps_on_disk(memory_url) == [0, 1]
+    assert rank.committer.unwritten.get_nowait() == (Version(1, 1, 1), {"w[0:1]"})
+
+
+def test_a_block_whose_state_was_never_finite_is_written_as_it_is(memory_url: str) -> None:
+    rank = Rank(memory_url, 0, 1)
+    rank.committer.commit(with_state(0, [0, 1], torch.full((2, 2), torch.inf)), 32)
+    assert steps_on_disk(memory_url) == [0, 0]
+    assert rank.committer.unwritten.empty()
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.0, False), (1.0, False), (-1e-30, True)])
+def test_the_signs_of_a_slot_are_those_of_its_first_copy(value: float, expected: bool, memory_url: str) -> None:
+    rank = Rank(memory_url, 0, 1)
+    rank.committer.commit(with_state(0, [0, 1], torch.full((2, 2), value)), 32)
+    rank.committer.commit(with_state(1, [0, 1], torch.full((2, 2), -1.0)), 32)
+    assert rank.committer.negative == {("w", "exp_avg"): expected}
+
+
+def test_the_refresh_lies_beside_the_exact_blocks_with_the_version_of_its_bases(rank: Rank, memory_url: str) -> None:
+    rank.committer.commit(with_state(1, [0], torch.ones(2, 2), refreshed=(1,)), 32)
+    assert steps_on_disk(memory_url) == [1, 0]
+    store = DeltaStore(memory_url)
+    store.refresh()
+    first, second = (store.index.newest(f"w[{i}:{i + 1}]") for i in range(2))
+    assert first is not None
+    assert second is not None
+    assert store.index.refreshes(first) == []
+    [found] = store.index.refreshes(second)
+    assert (found.delta.head.step, found.refresh.spans[found.position]) == (1, (1, 2))
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_save_that_would_leave_a_hole_is_not_written(memory_url: str) -> None:
+    rank = Rank(memory_url, 0, 1)
+    commit = rank.store.commit
+
+    def failing(*args: Any) -> int:
+        raise OSError("the disk is full")
+
+    rank.store.commit = failing  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="the disk is full"):
+        rank.committer.commit(with_state(0, [0, 1], torch.ones(2, 2)), 32)
+    rank.store.commit = commit  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="would have holes"):
+        rank.committer.commit(with_state(1, [1], torch.ones(2, 2)), 32)
+    assert steps_on_disk(memory_url) == [-1, -1]
+    rank.committer.commit(with_state(2, [0, 1], torch.ones(2, 2)), 32)
+    rank.committer.commit(with_state(3, [1], torch.ones(2, 2)), 32)
+    assert steps_on_disk(memory_url) == [2, 3]
+    unwritten = [rank.committer.unwritten.get_nowait() for _ in range(2)]
+    assert unwritten == [(Version(1, 0, 0), {"w[0:1]", "w[1:2]"}), (Version(1, 1, 1), {"w[1:2]"})]

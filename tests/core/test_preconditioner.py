@@ -133,7 +133,9 @@ def test_the_squared_gradients_of_torchs_optimizers_are_found(optimizer: Any) ->
 def test_of_blocks_that_moved_alike_the_one_with_the_larger_gradients_is_saved(memory_url: str) -> None:
     model = nn.Linear(4, 6, bias=False)
     training = Training(model, optim.Adam(model.parameters(), lr=0.1))
-    with RunningCheckpoint(memory_url, Settings(fraction=1 / 3, block_size=16, staging="eager", refresh=None)) as running:
+    with RunningCheckpoint(
+        memory_url, Settings(fraction=1 / 3, block_size=16, staging="eager", refresh=None)
+    ) as running:
         for _ in range(2):
             # Adam's steps are as long whatever the gradients.
             model.weight.grad = torch.tensor([[1.0], [5.0], [2.0], [3.0], [6.0], [4.0]]).expand(6, 4).clone()

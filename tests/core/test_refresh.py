@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lightning_scar.core.blocks import Group, Slot
 from lightning_scar.core.refresh import plan
@@ -54,13 +52,3 @@ def test_buffers_and_very_small_tensors_are_not_refreshed() -> None:
 def test_what_is_no_plain_floating_point_number_is_not_refreshed(dtype: torch.dtype) -> None:
     group = group_of("param", dtype=dtype)
     assert plan([group], state_bytes(group), {}, 0.25) == {}
-
-
-@given(st.sampled_from([0.1, 0.125, 0.2, 0.25, 0.5, 0.9]), st.integers(8, 300), st.integers(16, 300))
-def test_the_refresh_of_an_adam_state_leaves_room_for_exact_blocks(fraction: float, rows: int, width: int) -> None:
-    group = group_of(*ADAM, rows=rows, width=width)
-    found = plan([group], state_bytes(group), signs(group, exp_avg=True, exp_avg_sq=False), fraction).get("w", {})
-    codes = sum(
-        count * (codec.code_bytes(n) + 2 * codec.scale_count(n)) for codec in found.values() for count, n in group.sizes
-    )
-    assert codes < state_bytes(group)

@@ -10,7 +10,17 @@ from torch import Tensor
 from lightning_scar.core.blocks import Group, Slot
 from lightning_scar.core.rows import gather, pieces
 
-DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.complex128]
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint16,
+    torch.uint64,
+    torch.bool,
+    torch.float8_e4m3fn,
+    torch.complex64,
+    torch.complex128,
+]
 
 
 def group_of(tensor: Tensor, rows_per_block: int = 2) -> Group:
@@ -65,7 +75,7 @@ def test_what_is_gathered_becomes_the_base_and_other_rows_of_it_are_left_alone(
     choice: tuple[Tensor, Group, list[int]],
 ) -> None:
     tensor, group, numbers = choice
-    before = torch.empty_like(tensor).copy_(torch.flip(tensor, (0,)))
+    before = torch.zeros_like(tensor)
     base = before.clone()
     into = torch.zeros(rows_of_blocks(tensor, group, numbers).numel(), dtype=tensor.dtype)
     gather(tensor, group, numbers, into, base)

@@ -51,7 +51,7 @@ def test_a_partial_save_holds_live_values_where_it_wrote_and_older_ones_elsewher
 ) -> None:
     training = linear_training()
     history = {}
-    with opened(memory_url, fraction=0.3, policy=policy, staging=staging) as running:
+    with opened(memory_url, fraction=0.3, policy=policy, staging=staging, refresh=None) as running:
         for _ in range(6):
             training.step()
             history[training.steps] = copy.deepcopy(training.checkpoint())
@@ -165,15 +165,18 @@ def test_frozen_parameters_are_never_rewritten_after_the_first_save(memory_url: 
 
 
 def test_frozen_parameters_are_not_rewritten_while_the_first_save_is_still_in_the_queue(memory_url: str) -> None:
-    x, frozen = torch.zeros(4, 4), torch.ones(4, 4)
+    training = linear_training()
+    training.model[0].requires_grad_(False)
+    training.step()
     with opened(memory_url) as running:
         with writes_held(running):
-            for step in (1, 2):
-                running.save_now({"state_dict": {"x": x, "frozen": frozen}}, step)
-                x += 1
+            for _ in range(2):
+                assert training.begin(running)
+                running.fence()
+                training.step()
         drain(running)
-        assert steps_of(memory_url, "x") == [2] * 4
-        assert steps_of(memory_url, "frozen") == [1] * 4
+        assert set(steps_of(memory_url, "1.weight")) == {2}
+        assert set(steps_of(memory_url, "0.weight")) == {1}
 
 
 def test_moments_that_move_while_the_writer_is_behind_are_written_when_it_has_caught_up(memory_url: str) -> None:
@@ -202,15 +205,60 @@ def test_a_full_save_is_complete_even_while_the_writer_is_behind(memory_url: str
     assert_same(load(memory_url, consistent=True), training.checkpoint())
 
 
-def test_frozen_means_unchanged_whatever_requires_grad_says(memory_url: str) -> None:
-    teacher = nn.Linear(4, 4).requires_grad_(False)
+class Averaged(Training):
+    """A student, and a teacher that no optimizer trains."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"student": nn.Linear(4, 16), "teacher": nn.Linear(4, 16), "rests": nn.Linear(4, 4)})
+        for name in ("teacher", "rests"):
+            model[name].requires_grad_(False)
+        super().__init__(model, optim.Adam(model["student"].parameters(), lr=0.1))
+
+    def average(self, past_the_counter: bool) -> None:
+        for mean, now in zip(self.model["teacher"].parameters(), self.model["student"].parameters(), strict=True):
+            if past_the_counter:
+                mean.data.mul_(0.9).add_(now.data, alpha=0.1)
+            else:
+                mean.mul_(0.9).add_(now.detach(), alpha=0.1)
+
+
+@pytest.mark.parametrize("past_the_counter", [False, True])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_a_teacher_that_follows_its_student_is_saved_whatever_requires_grad_says(
+    past_the_counter: bool, fraction: float, memory_url: str
+) -> None:
+    training = Averaged()
+    training.step()
+    with opened(memory_url, fraction=fraction) as running:
+        for _ in range(6):
+            training.save(running)
+            training.step()
+            training.average(past_the_counter)
+        training.save(running)
+        if fraction < 1:
+            loaded, now = load(memory_url)["state_dict"], training.checkpoint()["state_dict"]
+            for name in ("teacher.weight", "student.weight"):
+                assert float((loaded[name] - now[name]).norm()) < 0.5, "not far behind"
+        training.save(running, full=True)
+    assert_same(load(memory_url), training.checkpoint())
+    assert set(steps_of(memory_url, "rests.weight")) == {1}
+    assert set(steps_of(memory_url, "teacher.weight")) == {training.steps}
+
+
+def test_a_frozen_tensor_that_moves_once_is_written_once_more(memory_url: str) -> None:
+    training = Averaged()
+    training.step()
     with opened(memory_url) as running:
-        for step in (1, 2):
-            running.save_now({"state_dict": teacher.state_dict()}, step, parameters=teacher.parameters())
-            drain(running)
-            teacher.weight.add_(1)
-    assert set(steps_of(memory_url, "weight")) == {2}
-    assert set(steps_of(memory_url, "bias")) == {1}
+        for step in range(5):
+            training.save(running)
+            training.step()
+            if step == 1:
+                training.model["teacher"].weight.data.add_(1)
+    assert set(steps_of(memory_url, "teacher.weight")) == {3}
+    assert set(steps_of(memory_url, "teacher.bias")) == {1}
+    expected = training.model["teacher"].weight
+    assert torch.equal(load(memory_url)["state_dict"]["teacher.weight"], expected)
 
 
 def test_moments_that_move_while_the_parameter_rests_are_written(memory_url: str) -> None:
@@ -228,7 +276,7 @@ def test_moments_that_move_while_the_parameter_rests_are_written(memory_url: str
 def test_in_a_warm_up_at_rate_zero_the_oldest_blocks_go_first(memory_url: str) -> None:
     training = linear_training(lr=0.0)
     training.step()
-    with opened(memory_url, fraction=0.3) as running:
+    with opened(memory_url, fraction=0.3, refresh=None) as running:
         for _ in range(6):
             training.save(running)
             training.step()
@@ -247,7 +295,7 @@ def test_optimizer_state_that_appears_late_is_saved_at_once(memory_url: str) -> 
 def test_a_parameter_that_is_added_later_is_saved_at_once_and_the_others_keep_their_versions(memory_url: str) -> None:
     training = linear_training()
     training.step()
-    with opened(memory_url) as running:
+    with opened(memory_url, fraction=0.2, refresh=None) as running:
         training.save(running)
         adapter = nn.Parameter(torch.ones(3, 4))
         training.model.register_parameter("adapter", adapter)
@@ -255,7 +303,7 @@ def test_a_parameter_that_is_added_later_is_saved_at_once_and_the_others_keep_th
         training.steps = 2
         training.save(running)
     assert set(steps_of(memory_url, "adapter")) == {2}
-    assert set(steps_of(memory_url, "0.weight")) == {1}
+    assert 1 in steps_of(memory_url, "0.weight")
     assert_same(load(memory_url), training.checkpoint())
 
 
@@ -549,18 +597,26 @@ def test_the_first_save_after_a_resume_measures_against_what_was_restored(memory
     assert steps_of(memory_url, "x") == [1, 1, 1, 1, 1, 1, 2, 1]
 
 
-def test_a_resumed_run_that_changes_nothing_writes_no_block(memory_url: str) -> None:
-    training = linear_training()
+def test_a_resumed_run_looks_once_at_what_is_frozen_and_writes_it_no_more(memory_url: str) -> None:
+    def frozen_below() -> Training:
+        training = linear_training()
+        training.model[0].requires_grad_(False)
+        return training
+
+    training = frozen_below()
     training.step()
     with opened(memory_url) as running:
         training.save(running)
-    for _ in range(2):
+    for _ in range(3):
         with opened(memory_url) as running:
-            resumed = linear_training()
+            resumed = frozen_below()
             resumed.load(running.restore().checkpoint)
-            resumed.steps += 1
-            resumed.save(running)
-    assert set(saved_steps(memory_url).values()) == {1}
+            for _ in range(2):
+                resumed.step()
+                resumed.save(running)
+    assert set(steps_of(memory_url, "0.weight")) == {1}
+    assert set(steps_of(memory_url, "1.weight")) == {7}
+    assert_same(load(memory_url), resumed.checkpoint())
 
 
 def test_a_run_resumed_many_times_stays_right(memory_url: str) -> None:

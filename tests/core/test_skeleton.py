@@ -138,14 +138,25 @@ def test_a_scalar_parameter_is_taken_out_although_other_scalars_are_not() -> Non
     assert skeleton["tree"] == {"scale": None, "step": None}
 
 
-def test_tensor_subclasses_stay_in_the_skeleton_with_their_class() -> None:
+def test_a_subclass_that_is_a_plain_tensor_underneath_is_taken_out_as_one() -> None:
     class Marked(Tensor):
         pass
 
     marked = torch.ones(3).as_subclass(Marked)
-    skeleton, leaves = take_apart([marked], {})
+    skeleton, [leaf] = take_apart([marked], {})
+    assert skeleton["tree"] == [None]
+    assert type(leaf.tensor) is Tensor
+    assert leaf.tensor.data_ptr() == marked.data_ptr()
+
+
+def test_a_subclass_that_wraps_other_tensors_stays_in_the_skeleton_with_its_class() -> None:
+    class Wrapping(Tensor):
+        def __tensor_flatten__(self) -> None: ...
+
+    wrapping = torch.ones(3).as_subclass(Wrapping)
+    skeleton, leaves = take_apart([wrapping], {})
     assert leaves == []
-    assert skeleton["tree"][0] is marked
+    assert skeleton["tree"][0] is wrapping
 
 
 def test_tied_weights_and_detached_views_share_their_identity_and_clones_do_not() -> None:

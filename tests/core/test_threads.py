@@ -1,34 +1,35 @@
 import threading
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_scar.core.threads import batches, team
+from lightning_scar.core.threads import batches, pool
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_every_piece_is_done_when_the_run_returns(size: int) -> None:
-    done: list[int] = []
-    with team(size) as run:
-        run(done.append, range(100))
-        assert sorted(done) == list(range(100))
+def test_threads_use_one_core_each_and_leave_those_of_the_training_alone(size: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pool(size, "tested") as threads:
+            found = [threads.submit(torch.get_num_threads) for _ in range(10)]
+            assert {each.result() for each in found} == {1}
+            later = pool(1, "later")
+            assert torch.get_num_threads() == 2
+            later.shutdown()
+    finally:
+        torch.set_num_threads(before)
 
 
-def test_a_team_works_at_the_same_time_and_a_single_one_in_the_calling_thread() -> None:
-    together = threading.Barrier(2, timeout=10)
-    with team(2) as run:
-        run(lambda _: together.wait() and None, range(2))
-    threads: list[threading.Thread] = []
-    with team(1) as run:
-        run(lambda _: threads.append(threading.current_thread()), range(2))
-    assert set(threads) == {threading.current_thread()}
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_an_error_in_a_piece_reaches_the_caller(size: int) -> None:
-    with pytest.raises(ZeroDivisionError), team(size) as run:
-        run(lambda piece: 1 // piece and None, [1, 0, 1])
+def test_threads_work_at_the_same_time_under_their_name() -> None:
+    together, names = threading.Barrier(2, timeout=10), []
+    with pool(2, "tested") as threads:
+        for _ in range(2):
+            threads.submit(lambda: (together.wait(), names.append(threading.current_thread().name)))
+    assert all(name.startswith("tested") for name in names)
+    assert len(set(names)) == 2
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 20))
