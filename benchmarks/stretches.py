@@ -21,6 +21,8 @@ from benchmarks.report import median
 QUIET = 0.1
 #: Steps of a stretch in which a save takes far longer than steps differ.
 _SHORT = 2
+#: Seconds between two lines of progress, at least.
+_TELL_EVERY = 2.0
 
 
 def user_seconds() -> tuple[float, float]:
@@ -94,6 +96,7 @@ class StretchTimer(Callback):
         self.stretches: list[Stretch] = []
         self.repeated = 0
         self._warm_up = warm_up
+        self._told = 0.0
         self._done = 0
         self._plan = plan
         self._steps = steps
@@ -161,7 +164,9 @@ class StretchTimer(Callback):
             self._method.discard(is_over and is_warm)
         what = "no save" if self._method is None else self._method.name
         note = "" if is_over else f", again: others used {others:.2f} cores"
-        report.progress(f"stretch {self._done + 1} of {len(self._plan)}: {what}, {stretch.wall:.2f} s{note}")
+        if not is_over or time.monotonic() - self._told > _TELL_EVERY:
+            self._told = time.monotonic()
+            report.progress(f"stretch {self._done + 1} of {len(self._plan)}: {what}, {stretch.wall:.2f} s{note}")
         if is_over and is_warm:
             self.stretches.append(stretch)
         self._done += is_over

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.paper.equal_overhead import KINDS, conclusions, interval, measure, rework, round_robin, rows, show
+from benchmarks.paper.equal_overhead import (
+    KINDS,
+    conclusions,
+    interval,
+    measure,
+    rework,
+    round_robin,
+    rows,
+    show,
+    targets,
+)
 from benchmarks.paper.save_costs import Cost
 from benchmarks.stretches import Stretch, added, blocked
 
@@ -79,15 +89,24 @@ def test_conclusions_name_who_loses_least() -> None:
     stall, loop = conclusions(figures(after_save=2.0))
     assert "SCAR loses least; a crash costs, in steps: scar 6.0, async 58.0, torch 500.0." in stall
     assert "One save cost 0.01 to 3 s (scar), 0.5 to 3 s (async)." in stall
+    assert "A save of scar adds 0.04 times what one of torch adds." in stall
     assert "slowed by more than the budget: async 4%, scar 20%" in stall
-    assert "16 saves, one every 2 steps; without priority it would be 9.0." in stall
-    assert "one every 2 steps, taken to one every 40; without priority it would be 161.0." in loop
+    assert "16 saves, one every 2 steps; with blocks by turns and no refresh it would be 9.0." in stall
+    assert "one every 2 steps, taken to one every 40; with blocks by turns and no refresh it would be 161.0." in loop
     assert "slowed" not in loop
 
 
 def test_conclusions_tell_where_scar_does_not_pay() -> None:
     _, loop = conclusions(figures(after_save=8.0))
     assert "SCAR does not pay, async loses least; a crash costs, in steps: scar 341.0, async 208.0" in loop
+
+
+@pytest.mark.parametrize(("after_save", "is_met"), [(2.0, True), (8.0, False)])
+def test_targets_are_to_lose_less_than_the_best_other_and_to_add_little(after_save: float, is_met: bool) -> None:
+    found = targets({"gpt_5m": figures(after_save)["gpt"], "conclusions": ["said"]})
+    assert [aim.met for aim in found] == [True, is_met, True]
+    assert found[1].value == pytest.approx((20 + 1 + 40 * after_save) / 208)
+    assert (found[2].value, found[2].limit) == pytest.approx((0.04, 0.25))
 
 
 def test_a_longer_stretch_is_compared_with_as_many_usual_steps() -> None:

@@ -17,7 +17,7 @@ import torch
 from benchmarks import data
 from benchmarks.paper import bounds, comparison, networks, trials
 from benchmarks.paper.factorization import Factorization
-from benchmarks.paper.strategies import FEW, FULL, LOST, STRATEGIES, Strategy
+from benchmarks.paper.strategies import FEW, FULL, LOST, REFRESH, STRATEGIES, Strategy
 from benchmarks.paper.tasks import tasks
 from benchmarks.paper.topics import TopicModel
 from benchmarks.paper.training import Training, chance
@@ -138,8 +138,11 @@ def test_what_is_chosen_at_random_differs_from_trial_to_trial() -> None:
 
 def test_all_strategies_save_the_same_share_in_the_same_time() -> None:
     assert {strategy.fraction / strategy.every(largest_block=0.1) for strategy in STRATEGIES} == {1 / 8}
-    assert {strategy.every(largest_block=0.75) for strategy in STRATEGIES} == {6, 8}
-    assert len({strategy.name for strategy in STRATEGIES}) == len(STRATEGIES) == 10
+    assert {strategy.every(largest_block=0.75) for strategy in STRATEGIES if not strategy.refresh} == {6, 8}
+    # Beside its largest block it holds the refresh of the others.
+    assert REFRESH.every(largest_block=0.75) == 7
+    assert len({strategy.name for strategy in STRATEGIES}) == len(STRATEGIES) == 11
+    assert [strategy.name for strategy in STRATEGIES if strategy.refresh] == ["refresh 1/8"]
 
 
 def at(failed: int, monkeypatch: pytest.MonkeyPatch, strategies: Sequence[Strategy] = FEW) -> Trial:
@@ -165,6 +168,36 @@ def test_losing_more_costs_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(outcome.is_back for outcome in trial.outcomes)
 
 
+def test_bytes_are_those_of_what_is_saved_without_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = at(16, monkeypatch, [FULL, STRATEGIES[-2], REFRESH])
+    state = (64 + 1) * 10 * 4
+    assert trial.nominal["full"] == state / 8
+    # No more than an eighth, and less by no more than a block.
+    assert state / 8 - 40 < trial.nominal["random 1/8"] <= state / 8
+    assert 0 < trial.nominal["refresh 1/8"] < state
+    assert all(trial.nbytes[name] > trial.nominal[name] for name in trial.nominal)
+
+
+def test_what_a_refresh_holds_is_nearer_than_what_blocks_of_different_ages_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {}
+    for strategy in (STRATEGIES[-4], REFRESH):
+        monkeypatch.setattr(trials, "strikes_after", lambda seed, last, fate: 11)
+        trial = trials.run(tasks()["cnn_shards"], 0, [strategy])
+        found[strategy.name] = next(o.squared_distance for o in trial.outcomes if o.lost == 1)
+    assert 0 < found["refresh 1/8"] < 0.5 * found["distance 1/8"]
+
+
+def test_counts_have_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    topics = tasks()["lda"]
+    assert [strategy.name for strategy in STRATEGIES if not topics.suits(strategy)] == ["refresh 1/8"]
+    assert all(task.suits(REFRESH) for task in tasks().values() if task.name != "lda")
+    small = replace(DIGITS, is_refreshed=False)
+    monkeypatch.setattr(trials, "strikes_after", lambda seed, last, fate: 9)
+    assert list(trials.run(small, 0, [FULL, REFRESH]).saves) == ["full"]
+
+
 def test_only_lost_blocks_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     restored: list[int] = []
     real = trials.RunningCheckpoint.heal
@@ -180,12 +213,12 @@ def test_only_lost_blocks_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert restored == [16, 32, 49, 65]
 
 
-def trial(seed: int, full: float, distance: float) -> Trial:
+def trial(seed: int, full: float, distance: float, names: Sequence[str] = [each.name for each in FEW]) -> Trial:
     """One with known costs."""
-    names = [strategy.name for strategy in FEW]
-    costs = dict(zip(names, (full, distance, 2 * distance, 3 * distance), strict=True))
+    costs = dict(zip((each.name for each in FEW), (full, distance, 2 * distance, 3 * distance, 0.1), strict=True))
     outcomes = [Outcome(name, lost, lost * costs[name], 1.0, True) for name in names for lost in LOST]
-    return Trial(seed, 40.0, 10, dict.fromkeys(names, 5), dict.fromkeys(names, 100), 0.1, outcomes)
+    nominal = {name: 90.0 if name == "refresh 1/8" else 100.0 for name in names}
+    return Trial(seed, 40.0, 10, dict.fromkeys(names, 5), dict.fromkeys(names, 100), nominal, 0.1, outcomes)
 
 
 def test_means_reductions_and_intervals() -> None:
@@ -198,8 +231,35 @@ def test_means_reductions_and_intervals() -> None:
     assert (low, high) == pytest.approx((4.5 - 1.96 * 0.5 / math.sqrt(40), 4.5 + 1.96 * 0.5 / math.sqrt(40)), abs=0.03)
     assert (found["full/saves"], found["full/bytes"]) == (0.5, 10.0)
     assert comparison.difference(found, "distance 1/8", "round_robin 1/8") == [-0.5, -0.5]
-    _, verdict = comparison.conclusions("mlr", found)
+    _, verdict, refresh, against = comparison.conclusions("mlr", found)
     assert verdict == "mlr: priority (0.50) beats round robin (1.00); random 1.50."
+    assert "at 0.90 times the bytes of full checkpoints, half lost saves 99% (99% to 99%)" in refresh
+    assert against == "mlr: the refresh (0.05) beats exact blocks alone (0.50)."
+
+
+def test_targets_of_a_task() -> None:
+    found = comparison.figures([trial(i, full=4.0 + i % 2, distance=1.0) for i in range(8)])
+    aims = {aim.name: aim for aim in comparison.targets("mf", found)}
+    assert {name: aim.limit for name, aim in aims.items()} == {
+        "mf: rework cost left, half lost": 0.22,
+        "mf: left with a refresh, half lost": 0.05,
+        "mf: left with a refresh, all lost": 0.15,
+        "mf: bytes of blocks and refresh over full": 1.0,
+    }
+    assert all(aim.met for aim in aims.values())
+    assert aims["mf: left with a refresh, half lost"].value == pytest.approx(0.05 / 4.5)
+    assert [aim.limit for aim in comparison.targets("recommender", found)] == [0.2, 1.0]
+    assert [aim.limit for aim in comparison.targets("mf_plain", found)] == [1.0]
+
+
+def test_some_strategies_alone_are_shown_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = comparison.figures([trial(i, 4.0 + i % 2, 1.0, ["full", "refresh 1/8"]) for i in range(4)])
+    comparison.show("mf", found)
+    assert "refresh 1/8" in capsys.readouterr().out
+    (said,) = comparison.conclusions("mf", found)
+    assert "low-precision refresh" in said
+    comparison.draw({"mf": found}, tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 0
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -223,7 +283,9 @@ def test_a_quick_run_shows_the_signs_of_the_paper(tmp_path: Path) -> None:
     for name in names[1:]:
         figures = found[name]
         assert figures["never_back"] == 0
-        for strategy in FEW:
+        assert ("refresh 1/8" in figures["strategies"]) == (name != "lda")
+        # Of two failures what is left with a refresh is chance.
+        for strategy in FEW[:-1]:
             costs = [figures[f"{strategy.name}/{lost:g}/rework_cost"] for lost in LOST]
             # Partial recovery costs no more than a full one.
             assert costs[1] < costs[-1], (name, strategy.name)
@@ -239,6 +301,7 @@ def test_a_quick_run_shows_the_signs_of_the_paper(tmp_path: Path) -> None:
     [
         (["mnist"], "there is no experiment mnist; choose from bounds, mlr_mnist"),
         (["--trials", "0"], "--trials 0 must be at least 1"),
+        (["--strategies", "full,fast"], "there is no strategy fast; choose from full, distance 1/2"),
         (["--movielens", "/nowhere"], "--movielens /nowhere is not a file"),
     ],
 )
