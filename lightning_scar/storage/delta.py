@@ -6,12 +6,15 @@ The blocks of one group stand together, in a *section*, and so does its *refresh
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Head, Version
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SUFFIX = ".safetensors"
 
@@ -211,22 +214,31 @@ class StoredSlot(NamedTuple):
     scales: Entry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredRefresh:
     """The refresh of one group in a delta.
 
     Attributes:
         group: The name of the group.
-        spans: The rows of each block, in the order of their codes.
-        bases: The version of each block's base: incarnation, sequence.
+        rows: A row for each block, in the order of their codes: its span, and its base (incarnation, sequence). As an
+            array, since a directory has hundreds of thousands of which few are looked at.
         slots: The slots.
 
     """
 
     group: str
-    spans: list[Span]
-    bases: list[tuple[int, int]]
+    rows: "np.ndarray[Any, Any]"
     slots: dict[str, StoredSlot]
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The rows of each block."""
+        return [(first, last) for first, last in self.rows[:, :2].tolist()]
+
+    @cached_property
+    def bases(self) -> list[tuple[int, int]]:
+        """The version of each block's base: incarnation, sequence."""
+        return [(incarnation, sequence) for incarnation, sequence in self.rows[:, 2:].tolist()]
 
     @property
     def nbytes(self) -> int:

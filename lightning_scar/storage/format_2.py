@@ -212,14 +212,14 @@ def _refreshes(
 
     places, at = iter(tables.encoded.tolist()), 0
     for group, codecs, count in about:
-        rows = tables.refreshed[at : at + count].tolist()
+        rows = tables.refreshed[at : at + count]
         at += count
         found = {}
         for slot, codec in codecs.items():
             codes, codes_checksum, scales, scales_checksum = next(places)
             codes_entry = entry(slot, "codes", "U8", codes, codes_checksum)
             found[slot] = StoredSlot(codec, codes_entry, entry(slot, "scales", "BF16", scales, scales_checksum))
-        yield StoredRefresh(group, [(row[0], row[1]) for row in rows], [(row[2], row[3]) for row in rows], found)
+        yield StoredRefresh(group, rows, found)
 
 
 class _StoredSection:

@@ -227,8 +227,9 @@ def _by_base(deltas: Iterable[Delta]) -> dict[_Base, list[Refreshed]]:
     found: dict[_Base, list[Refreshed]] = {}
     for delta in sorted(deltas, key=lambda delta: (delta.head.incarnation, delta.head.sequence), reverse=True):
         for refresh in delta.refreshes:
-            for i, (span, base) in enumerate(zip(refresh.spans, refresh.bases, strict=True)):
-                found.setdefault((refresh.group, span, base), []).append(Refreshed(delta, refresh, i))
+            for i, (first, last, *base) in enumerate(refresh.rows.tolist()):
+                key = (refresh.group, (first, last), (base[0], base[1]))
+                found.setdefault(key, []).append(Refreshed(delta, refresh, i))
     return found
 
 

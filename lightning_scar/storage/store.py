@@ -303,8 +303,8 @@ class DeltaStore(Store):
         return [f"{folder}/{name}" for name in self.directory.child(folder).names() if name.endswith(SUFFIX)]
 
     def _read_headers(self) -> None:
-        names = [name for folder in self.folders() for name in self._names_in(folder)]
-        known = [self._deltas[folder][name] for name in names if self._has(name) for folder in [name.partition("/")[0]]]
+        names = dict.fromkeys(name for folder in self.folders() for name in self._names_in(folder))
+        known = [delta for delta in self.deltas if delta.name in names]
         found = list(self._headers(name for name in names if not self._has(name)))
         for error in found:
             if isinstance(error, OSError):

@@ -73,7 +73,8 @@ def write(
 
 def contents(delta: Delta) -> object:
     blocks = [(block.group, block.span, block.key, block.version, block.slots) for block in delta.blocks]
-    return delta.name, delta.nbytes, delta.head, blocks, delta.refreshes
+    refreshes = [(each.group, each.spans, each.bases, each.slots) for each in delta.refreshes]
+    return delta.name, delta.nbytes, delta.head, blocks, refreshes
 
 
 def values(folder: Directory, delta: Delta) -> list[dict[str, bytes]]:
