@@ -237,15 +237,14 @@ class Stager:
         return chosen
 
     def _refreshed(self, save: Save, scores: Scores) -> Tensor:
-        """The blocks that their refresh brings nearer to the live values."""
+        """The blocks that have a refresh: all that can be encoded.
+
+        Also those that rest: an older refresh of theirs may be on disk, of values that they had meanwhile.
+        """
         coded = torch.tensor(
             [bool(part.codes) for part in save.parts for _ in range(len(part.group))], dtype=torch.bool
         )
-        with_state = [len(part.codes) > 1 for part in save.parts for _ in range(len(part.group))]
-        nearer = (scores.error < scores.distance) | (
-            torch.tensor(with_state, dtype=torch.bool) & (scores.distance == 0)
-        )
-        return coded & nearer & (scores.unfit == 0) & self.bases.is_known()
+        return coded & (scores.unfit == 0) & self.bases.is_known()
 
     def _gather(self, save: Save, scores: Scores, ready: object) -> None:
         """Copies the chosen blocks to the host, and makes them the new bases."""

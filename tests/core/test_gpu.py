@@ -1,15 +1,21 @@
 """What needs a CUDA device: tensors there, and ranks that share one."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from core_helpers import Training, assert_same
+from core_helpers import Training, assert_same, drain
+from ordered_saves import LateTraining, saved
 from ranks import run_ranks
+from test_stager import staging_held
 from torch import nn, optim
 
 from lightning_scar import load
+from lightning_scar.core.devices import AcceleratorQueue
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
@@ -74,3 +80,95 @@ def test_ranks_that_share_a_device_save_and_restore(tmp_path: Path) -> None:
     saved = run_ranks(share_a_device, 2, tmp_path)
     for restored in run_ranks(restore_on_device, 2, tmp_path):
         assert_same(restored, saved[0])
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+
+#: Cycles: some hundredths of a second.
+LONG = 50_000_000
+
+
+class Catching:
+    """A device that is made to catch up all the time."""
+
+    def place(self, model: nn.Module) -> None:
+        model.cuda()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        yield
+
+    def settle(self) -> None:
+        torch.cuda.synchronize()
+
+
+class Late(Catching):
+    """A device whose side stream is late, or whose training is, by turns."""
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        beside, turns = AcceleratorQueue.beside, iter(range(1_000_000))
+
+        def late(self: AcceleratorQueue, work: Callable[[], None], after: torch.Event) -> torch.Event:
+            def slow() -> None:
+                if next(turns) % 2:
+                    torch.cuda._sleep(LONG)
+                work()
+
+            return beside(self, slow, after)
+
+        with patch.object(AcceleratorQueue, "beside", late):
+            yield
+        torch.cuda.synchronize()
+
+    def settle(self) -> None:
+        torch.cuda._sleep(LONG // 10)
+
+
+WAYS: list[dict[str, Any]] = [{"staging": "lazy"}, {"staging": "eager"}, {"staging": "lazy", "refresh": None}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_every_save_holds_the_values_of_its_own_step_however_late_the_device_is(
+    way: dict[str, Any], tmp_path: Path
+) -> None:
+    assert saved(tmp_path / "late", Late(), **way) == saved(tmp_path / "at-once", Catching(), **way)
+
+
+def test_without_its_order_a_save_is_wrong(tmp_path: Path) -> None:
+    with patch.object(AcceleratorQueue, "hold", lambda self, mark: None):
+        found = saved(tmp_path / "late", Late())
+    assert found != saved(tmp_path / "at-once", Catching())
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Where any thread that waits for the device gets an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_training_thread_never_waits_for_the_device(tmp_path: Path) -> None:
+    device = Catching()
+    training = LateTraining(device)
+    with RunningCheckpoint(tmp_path, Settings(fraction=0.5, block_size=128)) as running:
+        for step in range(4):
+            training.step()
+            if not step:
+                training.save(running)
+                continue
+            # The mode is that of all threads: the one that stages, which may wait, has its turn between.
+            with staging_held() as go:
+                with no_waiting():
+                    training.begin(running, wait=True)
+                    running.stage()
+                    training.forward()
+                go.set()
+                assert running._stager._staging is not None
+                running._stager._staging.result()
+                with no_waiting():
+                    running.fence()
+            drain(running)

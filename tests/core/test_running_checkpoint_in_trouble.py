@@ -141,7 +141,7 @@ def test_a_partial_save_behind_a_failed_first_one_does_not_replace_an_older_run(
     with opened(memory_url) as running:
         save_tensors(running, 50, x=torch.full((4, 4), 5.0))
     x = torch.zeros(4, 4)
-    with opened(memory_url) as running:
+    with opened(memory_url, fraction=0.5) as running:
         release = first_commit_fails(running)
         for step in (1, 2):
             x[0] += 1
