@@ -77,6 +77,8 @@ class Committer:
 
         """
         save.queue.wait(save.copied)
+        # Of the others it matters only whether they have finished a full save, too.
+        self._store.look_around(others=self._promised is not None)
         bad = {part.group.name: set(self._bad(part)) for part in save.parts}
         left_out = {part.group.key(number) for part in save.parts for number in bad[part.group.name]}
         exact = {part.group.key(number) for part in save.parts for number in part.exact} - left_out
@@ -142,8 +144,6 @@ class Committer:
         Once said it is kept, even if a later one is finished meanwhile: the others may give up the older one for it at
         any time. It is given up when one of them has gone on without it.
         """
-        if self._promised is not None:
-            self._store.look_around(others=True)
         index, mark = self._store.index, self._promised
         if mark is None or (index.consistent is not None and mark <= index.consistent):
             return finished
