@@ -22,6 +22,9 @@ _PATIENCE = 4
 #: What it goes on with if it knows no better.
 _INTERVAL = 100
 
+#: So many steps ahead a plan may lie.
+_FARTHEST = 1 << 20
+
 
 class Plan(NamedTuple):
     """What all ranks do when they come to a step.
@@ -63,6 +66,7 @@ class Agreement:
         self._previous: Plan | None = None
         #: The steps for which this rank has looked for a plan; ``None`` if it need not look.
         self._looked: int | None = 0
+        self._horizon = 1
         self._saved_at = step
         self._interval = _INTERVAL
         self._store: weakref.ref[Store] | None = None
@@ -113,8 +117,9 @@ class Agreement:
     def _lead(self, store: Store, step: int, due: Plan | None, propose: Propose, is_another: bool) -> None:
         plan = self._plan
         if plan is None or due is not None:
-            horizon = 2 * (step - due.made_at) if due is not None and not is_another else 1
-            self._previous, self._plan = plan, Plan(step, *propose(step, horizon, bool(due and due.save)))
+            # A first estimate of what steps take is a bad one: it must not bind for long.
+            self._horizon = 1 if is_another else min(2 * self._horizon, _FARTHEST)
+            self._previous, self._plan = plan, Plan(step, *propose(step, self._horizon, bool(due and due.save)))
         elif is_another:
             self._previous = None
         else:

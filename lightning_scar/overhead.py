@@ -26,7 +26,7 @@ def is_busy(running: RunningCheckpoint) -> bool:
 class _UnderWay:
     """Saves that began and are not written yet, and the steps meanwhile."""
 
-    full: bool
+    full_saves: int
     saves: int = 1
     steps: int = 0
     seconds: float = 0.0
@@ -45,7 +45,7 @@ class Overhead:
         >>> overhead = Overhead(lambda: next(times))
         >>> for step in (1, 2, 3, 4):
         ...     overhead.stepped(step, is_busy=False, stats=Stats())
-        >>> overhead.began(full=False)
+        >>> overhead.begins(Stats())
         >>> overhead.stepped(5, is_busy=False, stats=Stats(stall_seconds=0.25))
         >>> overhead.cost(), overhead.step_seconds
         (0.5, 1.0)
@@ -82,20 +82,21 @@ class Overhead:
                 self._under_way = None
                 quiet = self.step_seconds
                 longer = save.seconds - save.steps * quiet if quiet is not None else 0.0
-                stall = stats.full_stall_seconds if save.full else stats.stall_seconds
-                self._costs[save.full].append(max(longer / save.saves, stall))
+                # The running checkpoint itself may have made a full one of it.
+                full = stats.full_saves > save.full_saves
+                stall = stats.full_stall_seconds if full else stats.stall_seconds
+                self._costs[full].append(max(longer / save.saves, stall))
         elif not is_busy:
             self._quiet.append(seconds / steps)
             self._saves_since_quiet = 0
 
-    def began(self, full: bool) -> None:
-        """A save begins."""
+    def begins(self, stats: Stats) -> None:
+        """A save is about to begin."""
         self._saves_since_quiet += 1
         if self._under_way is None:
-            self._under_way = _UnderWay(full)
+            self._under_way = _UnderWay(stats.full_saves)
         else:
             self._under_way.saves += 1
-            self._under_way.full |= full
 
     @property
     def quiet_steps(self) -> int:

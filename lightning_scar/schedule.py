@@ -162,10 +162,11 @@ class Schedule:
         return Due(self._is_full(self._saves)) if not busy and self._steps_left(step) <= 0 else None
 
     def note(self, step: int, full: bool) -> None:
-        """Takes note of a save."""
+        """Takes note of a save that is about to begin."""
+        assert self._running is not None
         self._saves += 1
         self._last_step, self._last_time = step, time.monotonic()
-        self._overhead.began(full)
+        self._overhead.begins(self._running.stats)
         if full:
             self.last_full_step = step
 
@@ -182,8 +183,8 @@ class Schedule:
         left = self._steps_left(step, saves_now)
         if saves_now or is_busy(self._running):
             # Nothing is promised while a save is under way: how long that takes is not known.
-            ahead = left // 2 if left > 1 or saves_now else math.ceil(0.6 * horizon)
-            return step + max(min(ahead, horizon), 1), ""
+            since = 0 if saves_now else step - self._last_step
+            return step + max(min(max(left // 2, since // 4), horizon), 1), ""
         if left > horizon:
             return step + horizon, ""
         return step + max(left, 1), "full" if self._is_full(self._saves) else "partial"
