@@ -207,7 +207,7 @@ class SCARCheckpoint(Checkpoint):
         self._logged_saves = 0
         others = [c for c in trainer.callbacks if c is not self and not isinstance(c, Fences)]  # type: ignore[attr-defined]
         # A new list: Lightning is walking over the present one.
-        trainer.callbacks = [Fences(running), *others, self]  # type: ignore[attr-defined]
+        trainer.callbacks = [Fences(running, self._schedule.pause), *others, self]  # type: ignore[attr-defined]
         self._step_watch = before_optimizer_steps(trainer, self._before_outside_step)
         return running
 

@@ -90,6 +90,10 @@ class Overhead:
             self._quiet.append(seconds / steps)
             self._saves_since_quiet = 0
 
+    def pause(self) -> None:
+        """What comes before the next step is no part of it."""
+        self._last = None
+
     def begins(self, stats: Stats) -> None:
         """A save is about to begin."""
         self._saves_since_quiet += 1
@@ -128,7 +132,10 @@ class Overhead:
         partial, full = map(_median, (self._costs[False], self._costs[True]))
         if full_every_n_saves == 1:
             return full
-        if partial is None or full is None or full_every_n_saves is None:
+        if partial is None:
+            # After several that were full although nobody asked for it, the next ones will be, too.
+            return full if len(self._costs[True]) > 1 else None
+        if full is None or full_every_n_saves is None:
             return partial
         return partial + (full - partial) / full_every_n_saves
 

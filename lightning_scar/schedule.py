@@ -25,6 +25,9 @@ _QUIET_STEPS, _SURE = 5, 3
 #: Rank 0 looks at the clock at least so often, in seconds: steps may become slower than they were.
 _LOOK = 10.0
 
+#: So many steps are many, where it is not known yet what one takes.
+_FAR = 1 << 20
+
 
 class Due(NamedTuple):
     """A save that is due.
@@ -120,7 +123,8 @@ class Schedule:
         self._last_time = time.monotonic()
         self._saves = self._told = 0
         self._overhead = Overhead()
-        self._agreement = Agreement(f"{running.seat.incarnation}/{running.store.directory}", step)
+        seat = running.seat
+        self._agreement = Agreement(f"{seat.token or running.store.directory}/{seat.incarnation}", step)
         if known is not None:
             self._saves, self._last_step, elapsed, self._told, measured, agreed = known
             self._last_time -= elapsed
@@ -130,6 +134,10 @@ class Schedule:
     def end(self) -> None:
         """Nothing is saved any more."""
         self._running = self._agreement = None
+
+    def pause(self) -> None:
+        """Something else than a step follows, whose time counts for nothing."""
+        self._overhead.pause()
 
     def hand_over(self) -> Any:
         """What another process needs to go on in the place of a rank that died."""
@@ -205,7 +213,7 @@ class Schedule:
         """Steps between two saves, so that they take the share of the time that they may; ``None`` if not known yet."""
         assert self.max_overhead is not None
         cost, seconds = self._overhead.cost(self.full_every_n_saves), self._overhead.step_seconds
-        if cost is None or seconds is None or self._overhead.quiet_steps < _QUIET_STEPS:
+        if cost is None or not seconds or self._overhead.quiet_steps < _QUIET_STEPS:
             return None
         longest = _LONGEST if self._overhead.saves >= _SURE else _LONGEST_UNSURE
         every = max(math.ceil(min(cost / self.max_overhead, longest) / seconds), 1)
@@ -214,7 +222,7 @@ class Schedule:
             share = 100 * cost / (every * seconds + cost)
             self.tell(
                 f"lightning-scar: a save costs {cost:.2g} s, a step takes {seconds:.2g} s: saving every "
-                f"{f'{every} steps' if every > 1 else 'step'}, for {share:.2g} % of the time "
+                f"{f'{every} steps' if every > 1 else 'step'}, for {min(share, 99):.2g} % of the time "
                 f"(max_overhead={self.max_overhead:g})"
             )
         return every
@@ -223,7 +231,7 @@ class Schedule:
         if seconds <= 0:
             return 0
         of_a_step = self._overhead.step_seconds
-        return math.ceil(seconds / of_a_step) if of_a_step else 1
+        return math.ceil(seconds / of_a_step) if of_a_step else _FAR
 
 
 def _check_count(name: str, count: object) -> None:

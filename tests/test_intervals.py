@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ddp_runs
+import lightning.pytorch as pl
 import loop_runs
 import pytest
 import torch
@@ -119,6 +120,41 @@ def test_no_save_begins_while_another_is_written(memory_url: str, monkeypatch: p
     assert scar.stats.skipped_saves == 0
     assert len(began) > 3
     assert all(b - a > 0.1 for a, b in pairwise(began))
+
+
+def test_a_validation_is_no_cost_of_a_save(memory_url: str, said: pytest.LogCaptureFixture) -> None:
+    class Validates(Steady):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            time.sleep(0.2)
+
+    scar = saver(memory_url, max_overhead=0.5)
+    options = {"val_check_interval": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    fit(scar, model=Validates(), data=Both(), max_epochs=1, **options)
+    assert scar.stats.saves > 3
+    assert max(cost for cost, *_ in told(said)) < 0.1
+
+
+class Both(pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader(36)
+
+    def val_dataloader(self) -> Any:
+        return loader(1)
+
+
+def test_saves_that_cannot_be_written_cost_no_more_than_others(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    scar = saver(tmp_path / "file" / "scar", max_overhead=0.01)
+    with pytest.warns(UserWarning, match="cannot be written to"):
+        fit(scar, model=Steady(), data=loader(60), max_epochs=1)
+    # All are full, for none is there to add to; two tell what they cost.
+    assert 3 <= scar.stats.full_saves == scar.stats.saves < 15
+
+
+def test_a_long_time_is_not_over_at_once(tmp_path: Path) -> None:
+    options = {**SMALL, "train_time_interval": timedelta(hours=1)}
+    runs = run_ranks(ddp_runs.train, 2, tmp_path, scar=options, after=20, data=ddp_runs.long, max_epochs=1)
+    assert [run.stats["saves"] for run in runs] == [0, 0]
 
 
 def test_full_saves_count_in_the_cost(memory_url: str) -> None:
