@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
 
 from lightning_scar.core.zero import is_sharded, shard_state
 
@@ -33,31 +34,27 @@ def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
             strategy.optimizer_state = own  # type: ignore[method-assign]
 
 
-def intercept_resume(
-    trainer: pl.Trainer,
-    choose: Callable[[str | None], str | None],
-    loaded: Callable[[str, dict[str, Any]], None],
-    **options: Any,
-) -> None:
+def intercept_resume(trainer: pl.Trainer, choose: Callable[[Any, bool | None], Any]) -> None:
     """Lets a callback's ``setup`` decide what the call under way resumes from.
 
     ``setup`` runs before the checkpoint is read, but does not learn which one was asked for.
 
     Args:
         trainer: The trainer whose ``fit``, ``validate``, ``test`` or ``predict`` is under way.
-        choose: Gets the path that the user asked for, returns the one to load.
-        loaded: Gets that path and the checkpoint dict, before anything is restored from it; may change the dict.
-        options: Override what the call passes on to the reading, e.g. ``weights_only``.
+        choose: Gets the path that the user asked for, or ``None``, and ``weights_only``. Returns a checkpoint dict, or
+            a path for Lightning to read, or ``None`` to begin anew.
 
     """
     connector = trainer._checkpoint_connector
 
-    def resume_start(checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
+    def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
         end_interception(trainer)
-        path = choose(checkpoint_path)
-        connector.resume_start(path, *args, **{**kwargs, **options})
-        if path:
-            loaded(path, connector._loaded_checkpoint)
+        chosen = choose(checkpoint_path, weights_only)
+        if isinstance(chosen, dict):
+            connector._loaded_checkpoint = _pl_migrate_checkpoint(chosen)
+        else:
+            # Lightning 2.5 does not know the other argument.
+            connector.resume_start(chosen, **({} if weights_only is None else {"weights_only": weights_only}))
 
     connector.resume_start = resume_start  # type: ignore[method-assign]
 

@@ -1,9 +1,10 @@
-"""``SCARCheckpoint``: when to save, and what to resume from."""
+"""``SCARCheckpoint``: a running checkpoint of what a Trainer trains."""
 
 import os
 import threading
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,22 +20,16 @@ from lightning_scar import _lightning, joining
 from lightning_scar.calls import calls
 from lightning_scar.checkpoint_io import SCARCheckpointIO, installed_io
 from lightning_scar.core.claim import Seat
-from lightning_scar.core.compatibility import check_ranks_agree
 from lightning_scar.core.healer import Healer
 from lightning_scar.core.ranks import Ranks
-from lightning_scar.core.resumption import newest_step
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName, Settings
 from lightning_scar.core.stats import Stats
 from lightning_scar.fences import Fences, before_optimizer_steps
-from lightning_scar.refusals import (
-    as_misconfiguration,
-    check_strategy,
-)
-from lightning_scar.resumption import fit_to_model, unfinished_run
-from lightning_scar.schedule import Schedule, check_intervals
-from lightning_scar.storage.directory import Directory
+from lightning_scar.fit_start import FitStart
+from lightning_scar.refusals import as_misconfiguration, check_strategy
+from lightning_scar.schedule import Schedule
 from lightning_scar.storage.tiers import open_store
 from lightning_scar.trainer_sigterm import TrainerSigterm
 
@@ -48,14 +43,16 @@ class SCARCheckpoint(Checkpoint):
 
     Args:
         dirpath: The running checkpoint's directory, a path or any fsspec URL.
-        every_n_train_steps: Save every so many optimizer steps.
-        every_n_seconds: Save every so many seconds, at the next optimizer step. Give one of the two.
+        every_n_train_steps: Save every N optimizer steps; or
+        train_time_interval: save when that much time has passed, at the next optimizer step; or
+        max_overhead: save as often as fits into this share of the training time, in (0, 1), at least every 10 minutes.
+            What a save and a step take is measured. Without any of the three it is 0.01.
         fraction: The share of the state's bytes that one save may write, in (0, 1].
         policy: ``"distance"``, ``"round_robin"``, ``"random"``, or a function from
             :class:`~lightning_scar.core.selection.Candidates` to one priority a block.
         block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
         max_age: Steps after which a block is due whatever its priority; ``None`` for never.
-        full_every_n_saves: Make every so-manieth save a full one, so that ``load(dirpath, consistent=True)`` finds a
+        full_every_n_saves: Make every Nth save a full one, so that ``load(dirpath, consistent=True)`` finds a
             recent state of one single step; ``None`` for the first and the last only.
         staging: ``"lazy"`` scores and copies beside the next forward and backward, ``"eager"`` at once.
         resume: Whether to go on from what ``dirpath`` holds. ``False`` begins anew, over it.
@@ -67,13 +64,13 @@ class SCARCheckpoint(Checkpoint):
         max_heals: How often that may happen in one ``fit``; after that it is an error.
         memory: Whether saves go to this host's memory first, which outlives the processes (``/dev/shm``, or what the
             environment variable ``LIGHTNING_SCAR_MEMORY`` names).
-        durable_every_n_saves: With it, every how-manieth save goes to ``dirpath``, too; full ones always do.
+        durable_every_n_saves: With it, every Nth save goes to ``dirpath``, too; full ones always do.
         replicas: With it, on how many other hosts each rank keeps a copy, for the loss of its host.
         memory_limit: Bytes of memory that each rank may take, and each of its copies; ``None`` for what there is.
         storage_options: Passed to the file system of ``dirpath``.
 
     Raises:
-        MisconfigurationException: If a value is out of range, if there is not exactly one interval, or for a sharded
+        MisconfigurationException: If a value is out of range, if there is more than one interval, or for a sharded
             strategy.
         StorageError: When ``fit`` begins, if ``dirpath`` holds something else, a newer format, or is not the same
             directory on all ranks.
@@ -84,7 +81,7 @@ class SCARCheckpoint(Checkpoint):
 
         >>> from lightning_scar import SCARCheckpoint
         >>> from lightning.pytorch import Trainer
-        >>> scar = SCARCheckpoint("runs/a/scar", every_n_train_steps=25, fraction=0.125)
+        >>> scar = SCARCheckpoint("runs/a/scar")
         >>> trainer = Trainer(callbacks=[scar], logger=False, enable_progress_bar=False, accelerator="cpu")
         >>> # trainer.fit(model, datamodule)      # the second time it resumes by itself
 
@@ -95,7 +92,8 @@ class SCARCheckpoint(Checkpoint):
         dirpath: str | os.PathLike[str],
         *,
         every_n_train_steps: int | None = None,
-        every_n_seconds: float | None = None,
+        train_time_interval: timedelta | None = None,
+        max_overhead: float | None = None,
         fraction: float = 0.125,
         policy: PolicyName | Callable[[Candidates], Tensor] = "distance",
         block_size: int | None = None,
@@ -117,17 +115,23 @@ class SCARCheckpoint(Checkpoint):
         with as_misconfiguration():
             in_memory = memory, durable_every_n_saves, replicas, memory_limit
             self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error, *in_memory)
-            intervals = {"every_n_train_steps": every_n_train_steps, "every_n_seconds": every_n_seconds}
-            check_intervals(full_every_n_saves, **intervals)
+            self._schedule = Schedule(
+                every_n_train_steps,
+                train_time_interval,
+                max_overhead,
+                full_every_n_saves,
+                steps_name="every_n_train_steps",
+                tell=rank_zero_info,
+            )
             self._healer = Healer(heal_non_finite, max_heals)
         self.dirpath = os.fspath(dirpath)
-        self._schedule = Schedule(every_n_train_steps, every_n_seconds, full_every_n_saves)
         self._resume = resume
         self._strict = strict
         self._save_on_exception = save_on_exception
         self._storage_options = storage_options
         self.stats = Stats()
         self._running: RunningCheckpoint | None = None
+        self._start: FitStart | None = None
         self._io: SCARCheckpointIO | None = None
         self._sigterm: TrainerSigterm | None = None
         self._step_watch: RemovableHandle | None = None
@@ -135,8 +139,6 @@ class SCARCheckpoint(Checkpoint):
         self._outside_steps = 0
         self._stepped_outside = False
         self._logged_saves = 0
-        self._loader_states: list[Any] = []
-        self._are_other_ranks = False
         self._finished_here = False
 
     @property
@@ -159,25 +161,22 @@ class SCARCheckpoint(Checkpoint):
         self._io = installed_io(trainer, self._storage_options)
         if stage != "fit" or joining.is_joiner(trainer):
             return
-        self._open(trainer)
+        running = self._open(trainer)
+        # What this process has finished itself is not begun again.
+        resumes = self._resume and not self._finished_here
+        start = self._start = FitStart(trainer, running, resumes, self._strict, self._storage_options)
         kept = calls.kept()
-        if kept is not None and kept.step >= self._newest_step():
-            return
-        _lightning.intercept_resume(
-            trainer,
-            lambda asked_for: self._path_to_resume(trainer, asked_for),
-            lambda path, checkpoint: self._loaded(trainer, path, checkpoint),
-        )
+        if kept is None or kept.step < start.newest_step:
+            start.intercept()
 
-    def hand_over(self) -> Seat | None:
+    def hand_over(self) -> Any:
         """What the same callback needs in a process that takes the place of a rank that died."""
-        return self._running.seat if self._running is not None else None
+        return (self._running.seat, self._schedule.hand_over()) if self._running is not None else None
 
-    def take_over(self, trainer: pl.Trainer, seat: Seat | None) -> None:
+    def take_over(self, trainer: pl.Trainer, seat: Any) -> None:
         """Goes on saving in the place of a rank that died; ``seat`` is from :meth:`hand_over` of another rank."""
         if seat is not None:
-            self._open(trainer, seat)
-            self._schedule.begin(self._step(trainer))
+            self._open(trainer, *seat)
 
     def fence(self) -> None:
         """Waits until the save under way is copied; to be called before anything but an optimizer changes weights."""
@@ -190,67 +189,38 @@ class SCARCheckpoint(Checkpoint):
             self._begin(trainer, full=True)
             self._running.suspend()
 
-    def optimizer_states(self) -> list[Any]:
+    def optimizer_states(self, trainer: pl.Trainer) -> list[Any]:
         """The states of all optimizers, from the running checkpoint. A collective."""
-        assert self._io is not None
         assert self._running is not None
-        states: list[Any] = self._io.load_checkpoint(self.dirpath)["optimizer_states"]
+        initial = {"state_dict": trainer.lightning_module.state_dict()}
+        states: list[Any] = self._running.restore(initial=initial).checkpoint["optimizer_states"]
         rank_zero_info(f"Optimizer states from the running checkpoint {self.dirpath}: {self._running.recovery}")
         return states
 
-    def _open(self, trainer: pl.Trainer, seat: Seat | None = None) -> None:
+    def _open(self, trainer: pl.Trainer, seat: Seat | None = None, known: Any = None) -> RunningCheckpoint:
         assert self._io is not None
         ranks = Ranks.of_default_group() if seat is None else Ranks(trainer.global_rank, trainer.world_size)
-        with as_misconfiguration():
-            self._healer.check(ranks.world_size, every_n_train_steps=self._schedule.every_n_steps)
         running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks, seat)
         self._running, self.stats = running, running.stats
-        self._io.attach(self.dirpath, running, lambda: {"state_dict": trainer.lightning_module.state_dict()})
+        self._schedule.begin(self._step(trainer), running, known)
+        self._io.hold(running)
         self._logged_saves = 0
         others = [c for c in trainer.callbacks if c is not self and not isinstance(c, Fences)]  # type: ignore[attr-defined]
         # A new list: Lightning is walking over the present one.
-        trainer.callbacks = [Fences(running), *others, self]  # type: ignore[attr-defined]
+        trainer.callbacks = [Fences(running, self._schedule.pause), *others, self]  # type: ignore[attr-defined]
         self._step_watch = before_optimizer_steps(trainer, self._before_outside_step)
-
-    def _newest_step(self) -> int:
-        """As the first rank sees it, since hosts differ in what they have in memory."""
-        assert self._running is not None
-        step: int = self._running.ranks.gather(newest_step(self.dirpath, self._storage_options))[0]
-        return step
-
-    def _path_to_resume(self, trainer: pl.Trainer, asked_for: str | None) -> str | None:
-        assert self._running is not None
-        check_ranks_agree(self._running.ranks, trainer.lightning_module.state_dict())
-        if asked_for or not self._resume or self._finished_here:
-            return asked_for
-        ranks = self._running.ranks
-        path: str | None = ranks.gather(ranks.together(lambda: unfinished_run(self.dirpath, self._storage_options)))[0]
-        return path
-
-    def _loaded(self, trainer: pl.Trainer, path: str, checkpoint: dict[str, Any]) -> None:
-        if not self._is_own(path):
-            return
-        fit_to_model(path, checkpoint, trainer.lightning_module, self._strict)
-        self._loader_states = _lightning.loader_states(checkpoint)
-        before = self._running.restored_ranks if self._running is not None else trainer.world_size
-        self._are_other_ranks = before != trainer.world_size
-        if self._are_other_ranks:
-            _lightning.share_out_epoch(checkpoint, before, trainer.world_size)
-        found = f", {self._running.recovery}" if self._running is not None else "."
-        rank_zero_info(f"Resuming from the running checkpoint {path}: step {checkpoint['global_step']}{found}")
-
-    def _is_own(self, path: str) -> bool:
-        return Directory(path, self._storage_options).path == Directory(self.dirpath, self._storage_options).path
+        return running
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning's signal handlers are in place, and loops and loaders restored."""
-        if self._loader_states:
-            _lightning.place_data(trainer, self._loader_states, skip=self._are_other_ranks)
-            self._loader_states = []
         self._global_step = trainer.global_step
-        self._schedule.begin(self._step(trainer))
-        if self._running is not None and threading.current_thread() is threading.main_thread():
+        if self._running is None:
+            return
+        if self._start is not None:
+            self._start.place_data()
+        self._schedule.begin(self._step(trainer), self._running)
+        if threading.current_thread() is threading.main_thread():
             self._sigterm = TrainerSigterm(trainer)
 
     @override
@@ -290,9 +260,10 @@ class SCARCheckpoint(Checkpoint):
     def _close(self, trainer: pl.Trainer) -> None:
         _lightning.end_interception(trainer)
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Fences)]  # type: ignore[attr-defined]
-        running, self._running = self._running, None
+        running, self._running, self._start = self._running, None, None
         if running is None:
             return
+        self._schedule.end()
         if self._step_watch is not None:
             self._step_watch.remove()
             self._step_watch = None
@@ -300,7 +271,7 @@ class SCARCheckpoint(Checkpoint):
             self._sigterm.restore()
             self._sigterm = None
         if self._io is not None:
-            self._io.detach(self.dirpath)
+            self._io.let_go(running)
         running.close()
 
     # -- saves ---------------------------------------------------------------------------------------------------
@@ -325,22 +296,18 @@ class SCARCheckpoint(Checkpoint):
             self._sigterm.proceed()
         elif trainer.should_stop and _lightning.time_is_up(trainer):
             self._begin(trainer, full=True)
-        elif self._schedule.is_due(step):
-            if self._healer.is_due(self._running):
+        elif (due := self._schedule.due(step)) is not None:
+            if due.common and self._healer.is_due(self._running):
                 self.heal(trainer)
-            self._begin(trainer, full=self._schedule.is_full(step))
+            self._begin(trainer, full=due.full)
 
     def _begin(self, trainer: pl.Trainer, full: bool, finished: bool = False) -> None:
-        assert self._io is not None
+        assert self._running is not None
         step = self._step(trainer)
         self._schedule.note(step, full)
-        options = {
-            "step": step,
-            **_live_parts(trainer),
-            "full": full,
-            "info": {"finished": finished, "global_step": trainer.global_step, "epoch": trainer.current_epoch},
-        }
-        self._io.save_checkpoint(_lightning.dump_checkpoint(trainer), self.dirpath, storage_options=options)
+        info = {"finished": finished, "global_step": trainer.global_step, "epoch": trainer.current_epoch}
+        checkpoint = _lightning.dump_checkpoint(trainer)
+        self._running.save(checkpoint, step, **_live_parts(trainer), full=full, info=info)
 
     def heal(self, trainer: pl.Trainer) -> bool:
         """Restores the blocks of the live run that turned NaN or Inf, with their optimizer rows, and warns of it.

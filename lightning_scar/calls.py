@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_scar import _lightning, joining
@@ -70,14 +71,16 @@ class Calls:
 
         """
 
-        def loaded(path: str, checkpoint: dict[str, Any]) -> None:
-            self.resumed = checkpoint.pop(_KEY)
-            trainer.should_stop = self.resumed["finished"] or self.resumed["live"]["should_stop"]
+        def choose(asked_for: Any, weights_only: bool | None) -> dict[str, Any]:
+            # This program wrote it itself.
+            checkpoint: dict[str, Any] = torch.load(kept.path, map_location="cpu", weights_only=False)
+            self.resumed = resumed = checkpoint.pop(_KEY)
+            trainer.should_stop = resumed["finished"] or resumed["live"]["should_stop"]
             if "optimizer_states" not in checkpoint:
-                checkpoint["optimizer_states"] = joining.successors(trainer)[0].optimizer_states()
+                checkpoint["optimizer_states"] = joining.successors(trainer)[0].optimizer_states(trainer)
+            return checkpoint
 
-        # This program wrote it itself.
-        _lightning.intercept_resume(trainer, lambda asked_for: str(kept.path), loaded, weights_only=False)
+        _lightning.intercept_resume(trainer, choose)
 
 
 #: Those of this process.

@@ -1,7 +1,6 @@
-"""``SCARCheckpointIO``: how a checkpoint is saved and loaded; the callback says when."""
+"""``SCARCheckpointIO``: running checkpoints for ``ckpt_path=`` and ``trainer.save_checkpoint``."""
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -11,7 +10,6 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
-from lightning_scar import _lightning
 from lightning_scar.core.restoration import is_running_checkpoint, load
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
@@ -52,74 +50,59 @@ class SCARCheckpointIO(CheckpointIO):
             self.checkpoint_io.checkpoint_io = TorchCheckpointIO()  # type: ignore[attr-defined]
         self._settings = settings
         self._storage_options = storage_options
-        self._attached: dict[str, RunningCheckpoint] = {}
-        self._initial: dict[str, Callable[[], dict[str, Any]]] = {}
+        self._held: dict[str, RunningCheckpoint] = {}
         self._opened: dict[str, RunningCheckpoint] = {}
         # Fabric never tears a strategy down.
         weakref.finalize(self, _close_all, self._opened)
 
-    def attach(self, path: _PATH, running: RunningCheckpoint, initial: Callable[[], dict[str, Any]]) -> None:
-        """Routes a directory to a running checkpoint that the caller opened, and will close.
+    def hold(self, running: RunningCheckpoint) -> None:
+        """Joins what is saved to the directory of a running checkpoint that the caller has opened, and will close."""
+        self._held[running.store.directory.path] = running
 
-        Args:
-            path: The directory.
-            running: The running checkpoint; loading it is a collective if it has several ranks.
-            initial: Gives a checkpoint dict of initial values, for blocks of which nothing is left on disk.
-
-        """
-        self._attached[self._key(path)], self._initial[self._key(path)] = running, initial
-
-    def detach(self, path: _PATH) -> None:
-        """Ends :meth:`attach`."""
-        self._attached.pop(self._key(path), None)
-        self._initial.pop(self._key(path), None)
+    def let_go(self, running: RunningCheckpoint) -> None:
+        """Ends :meth:`hold`."""
+        self._held.pop(running.store.directory.path, None)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         """Saves a checkpoint dict.
 
         Args:
-            checkpoint: The dict, with references to live tensors.
+            checkpoint: The dict, with references to live tensors. Of a running checkpoint ``"global_step"``, or else
+                ``"step"``, is the step.
             path: A directory for a running checkpoint, or a file.
-            storage_options: For a running checkpoint the arguments of
-                :meth:`~lightning_scar.core.running_checkpoint.RunningCheckpoint.save` beside the dict; without them it
-                is saved eagerly, with ``checkpoint["global_step"]`` or ``checkpoint["step"]`` as its step. For a file,
-                the wrapped IO's.
+            storage_options: For a file, the wrapped IO's.
 
         Raises:
             ValueError: If several ranks save to that directory, and this is a save of one alone.
 
         """
-        attached = self._attached.get(self._key(path))
-        if attached is not None and storage_options:
-            attached.save(checkpoint, **storage_options)
-        elif attached is not None and attached.ranks.world_size > 1:
+        running = self._held.get(self._key(path))
+        if running is not None and running.ranks.world_size > 1:
             raise ValueError(
-                f"{path} is saved to by all {attached.ranks.world_size} ranks, this save by one alone; save elsewhere"
+                f"{path} is saved to by all {running.ranks.world_size} ranks, this save by one alone; save elsewhere"
             )
-        elif attached is not None or self._is_running(path):
-            running = attached or self._open(path)
-            running.save_now(checkpoint, **(storage_options or {"step": _step(checkpoint)}))
-        else:
+        if running is None and not self._is_running(path):
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+        else:
+            (running or self._open(path)).save_now(checkpoint, _step(checkpoint))
 
     @override
     def load_checkpoint(
         self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Loads a checkpoint dict; arguments and errors as in :func:`lightning_scar.load` and the wrapped IO."""
-        attached = self._attached.get(self._key(path))
-        if attached is not None:
-            restored = attached.restore(weights_only, initial=self._initial[self._key(path)]())
-            _lightning.take_loader_states(restored.checkpoint, restored.own)
-            return _as_a_trainers(restored.checkpoint)
-        if self._key(path) in self._opened:
-            self._opened[self._key(path)].flush()
+        key = self._key(path)
+        if running := self._held.get(key, self._opened.get(key)):
+            running.flush()
         if is_running_checkpoint(path, self._storage_options):
             checkpoint = load(
                 path, map_location=map_location, weights_only=weights_only, storage_options=self._storage_options
             )
-            return _as_a_trainers(checkpoint)
+            if "loop" in checkpoint:
+                # A Trainer can take the weights, if it is told that there is nothing to migrate.
+                checkpoint.setdefault("pytorch-lightning_version", lightning.__version__)
+            return checkpoint
         options = {"map_location": map_location} if map_location is not None else {}
         # Lightning 2.5 does not know the argument.
         options |= {"weights_only": weights_only} if weights_only is not None else {}
@@ -148,13 +131,6 @@ class SCARCheckpointIO(CheckpointIO):
 
     def _key(self, path: _PATH) -> str:
         return Directory(path, self._storage_options).path
-
-
-def _as_a_trainers(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Of what a loop wrote, a Trainer can take the weights, if it is told that there is nothing to migrate."""
-    if "loop" in checkpoint:
-        checkpoint.setdefault("pytorch-lightning_version", lightning.__version__)
-    return checkpoint
 
 
 def _close_all(opened: dict[str, RunningCheckpoint]) -> None:

@@ -21,11 +21,13 @@ class Fences(Callback):
 
     Args:
         running: What is saved to.
+        pause: Called when something else than a step begins.
 
     """
 
-    def __init__(self, running: RunningCheckpoint) -> None:
+    def __init__(self, running: RunningCheckpoint, pause: Callable[[], None]) -> None:
         self._running = running
+        self._pause = pause
 
     @override
     def on_train_batch_start(self, *args: Any) -> None:
@@ -41,11 +43,13 @@ class Fences(Callback):
     def on_validation_start(self, *args: Any) -> None:
         """Weight averaging swaps the weights behind this hook."""
         self._running.fence()
+        self._pause()
 
     @override
     def on_train_epoch_end(self, *args: Any) -> None:
         """Callbacks average, prune and swap weights at an epoch's end."""
         self._running.fence()
+        self._pause()
 
     @override
     def on_train_end(self, *args: Any) -> None:

@@ -34,7 +34,7 @@ def begin_as_joiner(trainer: pl.Trainer) -> None:
 
     Until it is taken in it must not touch what the survivors write to.
     """
-    _lightning.intercept_resume(trainer, lambda asked_for: None, lambda path, checkpoint: None)
+    _lightning.intercept_resume(trainer, lambda asked_for, weights_only: None)
     trainer.num_sanity_val_steps = 0
     rank_zero_only.rank = utils_rank_zero_only.rank = trainer.world_size  # type: ignore[attr-defined]
 
@@ -54,7 +54,7 @@ class Successor(Protocol):
     def save_all(self, trainer: pl.Trainer) -> None:
         """All workers will be started again: what this rank alone holds must be on disk."""
 
-    def optimizer_states(self) -> list[Any]:
+    def optimizer_states(self, trainer: pl.Trainer) -> list[Any]:
         """What is on disk of the states of sharded optimizers, each part from its freshest source. A collective."""
 
 

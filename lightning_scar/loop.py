@@ -4,6 +4,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, Literal
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from lightning_scar.loop_continuation import SCARContinuation
 from lightning_scar.loop_state import LoopState
 from lightning_scar.loop_training import LoopTraining
 from lightning_scar.optimizer_watch import OptimizerWatch
-from lightning_scar.schedule import Schedule, check_intervals
+from lightning_scar.schedule import Schedule
 from lightning_scar.sigterm import DeferredSigterm
 
 
@@ -35,15 +36,15 @@ class SCARLoop:
         dirpath: The running checkpoint's directory, a path or any fsspec URL.
         state: What to save, by name: modules, optimizers, schedulers, and anything else with ``state_dict`` and
             ``load_state_dict``; as for ``fabric.save``. Wrapped or not.
-        every_n_steps: Save every so many optimizer steps.
-        every_n_seconds: Save every so many seconds, at the next optimizer step. Give one of the two.
+        every_n_steps: Save every N optimizer steps; or
+        train_time_interval: save when that much time has passed, at the next optimizer step; or
+        max_overhead: as often as this share of the training time allows, in (0, 1). Without any of the three 0.01.
         fraction: The share of the state's bytes that one save may write, in (0, 1].
         policy: ``"distance"``, ``"round_robin"``, ``"random"``, or a function from
             :class:`~lightning_scar.core.selection.Candidates` to one priority a block.
         block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
         max_age: Steps after which a block is due whatever its priority; ``None`` for never.
-        full_every_n_saves: Make every so-manieth save a full one, so that ``load(dirpath, consistent=True)`` finds a
-            recent state of one single step; ``None`` for the first and the last only.
+        full_every_n_saves: Every Nth save is full, for ``load(dirpath, consistent=True)``; else the first and the last.
         staging: ``"lazy"`` scores and copies beside the next forward and backward, ``"eager"`` at once.
         resume: Whether to go on from what ``dirpath`` holds. ``False`` begins anew, over it.
         strict: Whether a running checkpoint of another model is an error; ``False`` loads what fits.
@@ -52,18 +53,18 @@ class SCARLoop:
         heal_non_finite: Whether to look for NaN and Inf before every save, and to restore the blocks that hold any, on
             all ranks at the same step; see :meth:`heal`.
         max_heals: How often that may happen; after that it is an error.
-        memory: Whether saves go to this host's memory first: ``/dev/shm``, or what ``LIGHTNING_SCAR_MEMORY`` names.
-        durable_every_n_saves: With it, every how-manieth save goes to ``dirpath``, too; full ones always do.
+        memory: Whether saves go to this host's memory first (``/dev/shm``, or ``LIGHTNING_SCAR_MEMORY``).
+        durable_every_n_saves: With it, every Nth save goes to ``dirpath``, too; full ones always do.
         replicas: With it, on how many other hosts each rank keeps a copy, for the loss of its host.
         memory_limit: Bytes of memory that each rank may take, and each of its copies; ``None`` for what there is.
         storage_options: Passed to the file system of ``dirpath``.
-        continuation: Lets the workers of this loop outlive each other; steps are made by :meth:`training_step` then.
+        continuation: Lets the workers of this loop outlive each other; :meth:`training_step` makes the steps then.
 
     Attributes:
         stats: Counters of this run, see :class:`~lightning_scar.core.stats.Stats`.
 
     Raises:
-        ValueError: If a value is out of range, or there is not exactly one interval.
+        ValueError: If a value is out of range, or there is more than one interval.
         TypeError: If something in ``state`` has no state.
 
     Example::
@@ -91,7 +92,8 @@ class SCARLoop:
         state: Mapping[str, Any] | Framework,
         *,
         every_n_steps: int | None = None,
-        every_n_seconds: float | None = None,
+        train_time_interval: timedelta | None = None,
+        max_overhead: float | None = None,
         fraction: float = 0.125,
         policy: PolicyName | Callable[[Candidates], Tensor] = "distance",
         block_size: int | None = None,
@@ -113,14 +115,12 @@ class SCARLoop:
     ) -> None:
         in_memory = memory, durable_every_n_saves, replicas, memory_limit
         self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error, *in_memory)
-        check_intervals(full_every_n_saves, every_n_steps=every_n_steps, every_n_seconds=every_n_seconds)
+        self._schedule = Schedule(every_n_steps, train_time_interval, max_overhead, full_every_n_saves)
         self._healer = Healer(heal_non_finite, max_heals)
         self.dirpath = os.fspath(dirpath)
         self.stats = Stats()
         framework = state if isinstance(state, Framework) else Framework(state)
-        #: Where the loop is.
-        self.state = LoopState(framework, self.dirpath, strict, storage_options)
-        self._schedule = Schedule(every_n_steps, every_n_seconds, full_every_n_saves)
+        self.state = LoopState(framework, self.dirpath, strict)
         self._resume = resume
         self._save_on_exception = save_on_exception
         self._storage_options = storage_options
@@ -186,7 +186,6 @@ class SCARLoop:
                 self._training.fail(error)
             self.leave()
             raise
-        self._schedule.begin(self.steps)
         self._watch = OptimizerWatch(self.state.parts.inner_optimizers, before_step=self.fence)
         if self._training is None and threading.current_thread() is threading.main_thread():
             self._sigterm = DeferredSigterm()
@@ -206,13 +205,12 @@ class SCARLoop:
             self.state.note()
             running = self._open()
             self.state.go_on(running, kept, self._first_incarnation(running), weights_only)
+            self._schedule.begin(self.steps, running)
         if training is not None:
             training.begin(kept)
 
     def _open(self, seat: Seat | None = None) -> RunningCheckpoint:
-        ranks = self.state.ranks
-        self._healer.check(ranks.world_size, every_n_steps=self._schedule.every_n_steps)
-        running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks, seat)
+        running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, self.state.ranks, seat)
         self._running, self.stats = running, running.stats
         return running
 
@@ -266,6 +264,7 @@ class SCARLoop:
     def leave(self) -> None:
         """Waits until everything is written, and gives the directory back. A SIGTERM that was put off does its work."""
         running, self._running = self._running, None
+        self._schedule.end()
         if self._watch is not None:
             self._watch.end()
         try:
@@ -331,17 +330,18 @@ class SCARLoop:
         self.state.steps += has_stepped
         if self._training is not None:
             self._training.count()
-        if has_stepped:
-            self.state.note()
-        if has_stepped and self._sigterm is not None and self._sigterm.received:
+        if not has_stepped:
+            return
+        self.state.note()
+        if self._sigterm is not None and self._sigterm.received:
             self._save(full=True)
             running.flush()
             # Whoever has a handler of his own may go on.
             self._sigterm.proceed()
-        elif has_stepped and self._schedule.is_due(self.steps):
-            if self._healer.is_due(running):
+        elif (due := self._schedule.due(self.steps)) is not None:
+            if due.common and self._healer.is_due(running):
                 self.heal()
-            self._save(full=self._schedule.is_full(self.steps))
+            self._save(full=due.full)
 
     def heal(self) -> bool:
         """Restores the blocks of the live run that turned NaN or Inf, with their optimizer rows, and warns of it.
@@ -391,10 +391,10 @@ class SCARLoop:
         if self._watch is not None:
             self._watch.has_stepped = True
 
-    def hand_over(self) -> Seat | None:
-        """What another process needs to save in the place of a worker that died."""
-        return self._running.seat if self._running is not None else None
+    def hand_over(self) -> Any:
+        """What a process needs to save in the place of a worker that died."""
+        return (self._running.seat, self._schedule.hand_over()) if self._running is not None else None
 
-    def take_over(self, seat: Seat | None) -> None:
+    def take_over(self, seat: Any) -> None:
         """Saves in the place of a worker that died; ``seat`` is another rank's :meth:`hand_over`."""
-        self._open(seat)
+        self._schedule.begin(self.steps, self._open(seat[0]), seat[1])

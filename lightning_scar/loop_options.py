@@ -1,6 +1,7 @@
 """The options of a loop, for whoever passes them on."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor
@@ -14,7 +15,8 @@ class Options(TypedDict, total=False):
     """As :class:`~lightning_scar.loop.SCARLoop` describes them."""
 
     every_n_steps: int | None
-    every_n_seconds: float | None
+    train_time_interval: timedelta | None
+    max_overhead: float | None
     fraction: float
     policy: PolicyName | Callable[[Candidates], Tensor]
     block_size: int | None

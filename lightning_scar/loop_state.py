@@ -6,10 +6,10 @@ from typing import Any
 from lightning_scar.core.compatibility import ModelMismatchError, check_fit, check_ranks_agree
 from lightning_scar.core.random_generators import random_generators, set_random_generators
 from lightning_scar.core.ranks import Ranks
-from lightning_scar.core.resumption import newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.training_state import TrainingState
 from lightning_scar.framework import Framework
+from lightning_scar.resumption import check_not_all_damaged, newest_heads
 
 
 class LoopState:
@@ -19,7 +19,6 @@ class LoopState:
         framework: What it is written with.
         dirpath: Its running checkpoint, for errors.
         strict: Whether a checkpoint of another model is an error.
-        storage_options: Passed to the file system.
 
     Attributes:
         framework: As given.
@@ -30,9 +29,7 @@ class LoopState:
 
     """
 
-    def __init__(
-        self, framework: Framework, dirpath: str, strict: bool, storage_options: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, framework: Framework, dirpath: str, strict: bool) -> None:
         self.framework = framework
         self.parts = TrainingState()
         self.ranks = Ranks()
@@ -40,7 +37,6 @@ class LoopState:
         self.steps = 0
         self._dirpath = dirpath
         self._strict = strict
-        self._storage_options = storage_options
         self._place: dict[str, Any] = {}
 
     def begin(self) -> None:
@@ -116,10 +112,11 @@ class LoopState:
 
         """
         check_ranks_agree(self.ranks, self.parts.state_dict())
-        counts = first_incarnation is not None
-        heads = self.ranks.together(lambda: newest_heads(self._dirpath, self._storage_options) if counts else {})
-        all_heads = self.ranks.gather(heads)[0].values()
-        newest = max((head.step for head in all_heads if head.incarnation >= (first_incarnation or 0)), default=-1)
+        if first_incarnation is not None:
+            self.ranks.together(lambda: check_not_all_damaged(running))
+        # As the first rank sees it, since hosts differ in what they have in memory.
+        heads = self.ranks.gather(newest_heads(running) if first_incarnation is not None else {})[0].values()
+        newest = max((head.step for head in heads if head.incarnation >= (first_incarnation or 0)), default=-1)
         if kept is not None and kept["global_step"] >= newest:
             self.take(kept)
         elif newest >= 0:

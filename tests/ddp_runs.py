@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import SGD, Adam, AdamW
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from zoo import Alternating, Raw, WithBatchNorm, WithSchedule
 
@@ -42,6 +42,23 @@ def shuffled(batches: int = 16) -> Any:
 def in_order(batches: int = 16) -> Any:
     """Lightning gives it a ``DistributedSampler``."""
     return StatefulDataLoader(samples(batches), batch_size=BATCH_SIZE)
+
+
+def long() -> Any:
+    """64 batches for each of two ranks, of which each takes a while."""
+    return StatefulDataLoader(_Slow(samples(128)), batch_size=BATCH_SIZE)
+
+
+class _Slow(Dataset[Any]):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        time.sleep(0.001)
+        return self.data[i]
 
 
 # -- models --------------------------------------------------------------------------------------------------------

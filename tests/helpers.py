@@ -132,7 +132,7 @@ def cut_short(
 
 def saver(dirpath: Any, **options: Any) -> SCARCheckpoint:
     """Saves at every step, and not when the run is cut short."""
-    every = {} if "every_n_seconds" in options else {"every_n_train_steps": 1}
+    every = {} if {"train_time_interval", "max_overhead"} & options.keys() else {"every_n_train_steps": 1}
     return SCARCheckpoint(dirpath, **{**every, "save_on_exception": False, **options})
 
 

@@ -44,7 +44,7 @@ class Training:
     """How a job ended, and what its workers left.
 
     ``results`` has an entry for each rank that came to the end of the script; ``steps`` are the optimizer steps of all
-    of them, and ``processes`` all that there were.
+    of them, ``processes`` all that there were, and ``saves`` what they saved when.
     """
 
     folder: Path
@@ -54,6 +54,7 @@ class Training:
     results: dict[int, dict[str, Any]]
     steps: list[dict[str, Any]]
     processes: list[dict[str, Any]]
+    saves: list[dict[str, Any]]
 
     @property
     def state(self) -> dict[str, Any]:
@@ -128,7 +129,8 @@ def train(
     supervisors = _Supervisors(commands, folder, hosts)
     code, console, seconds = supervisors.run(losses, limit)
     results = {int(p.stem.split("-")[1]): torch.load(p, weights_only=False) for p in folder.glob("result-*.pt")}
-    training = Training(folder, code, console, seconds, results, _lines(folder, "steps"), _lines(folder, "processes"))
+    lines = (_lines(folder, name) for name in ("steps", "processes", "saves"))
+    training = Training(folder, code, console, seconds, results, *lines)
     _assert_nothing_left(training, hosts)
     return training
 

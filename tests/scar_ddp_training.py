@@ -11,7 +11,20 @@ import torchmetrics
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from scar_job import BATCH_SIZE, RATE, SAMPLES, asked, begin, folder, place, samples, slot, write_down
+from scar_job import (
+    BATCH_SIZE,
+    RATE,
+    SAMPLES,
+    asked,
+    begin,
+    folder,
+    note_saves,
+    options_of_scar,
+    place,
+    samples,
+    slot,
+    write_down,
+)
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, IterableDataset
@@ -144,7 +157,8 @@ def make_trainer() -> pl.Trainer:
     strategy = asked["strategy"]
     callbacks = [CALLBACKS[name]() for name in asked.get("callbacks", [])]
     if "scar" in asked:
-        callbacks.append(SCARCheckpoint(folder() / "scar", **asked["scar"]))
+        callbacks.append(SCARCheckpoint(folder() / "scar", **options_of_scar()))
+        note_saves(callbacks[-1]._schedule)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     options = {"accelerator": "cpu", "devices": asked["ranks"], "default_root_dir": folder(), **quiet}
     options |= {"enable_checkpointing": bool(callbacks), "max_epochs": 2, **asked["trainer"]}

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,28 @@ def write_down(name: str, **values: Any) -> None:
     """What outlives this process."""
     with (folder() / f"{name}-{slot}.jsonl").open("a") as file:
         file.write(json.dumps({"slot": slot, "pid": os.getpid(), **values}) + "\n")
+
+
+# -- saves ---------------------------------------------------------------------------------------------------------
+
+
+def options_of_scar() -> dict[str, Any]:
+    """What JSON cannot say."""
+    options = dict(asked.get("scar", {}))
+    if "train_time_interval" in options:
+        options["train_time_interval"] = timedelta(seconds=options["train_time_interval"])
+    return options
+
+
+def note_saves(schedule: Any) -> None:
+    """Writes down what is saved."""
+    note = schedule.note
+
+    def noted(step: int, full: bool) -> None:
+        write_down("saves", step=step, full=full)
+        note(step, full)
+
+    schedule.note = noted
 
 
 # -- data ----------------------------------------------------------------------------------------------------------

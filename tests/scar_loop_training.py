@@ -9,7 +9,19 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from scar_job import BATCH_SIZE, RATE, asked, begin, folder, place, samples, slot, write_down
+from scar_job import (
+    BATCH_SIZE,
+    RATE,
+    asked,
+    begin,
+    folder,
+    note_saves,
+    options_of_scar,
+    place,
+    samples,
+    slot,
+    write_down,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
@@ -30,10 +42,12 @@ class Net(nn.Module):
         return self.net(x)
 
 
-def options_of_scar() -> dict[str, Any]:
-    options = {"every_n_steps": 1000, "fraction": 1.0, **asked.get("scar", {})}
+def options_for_a_loop() -> dict[str, Any]:
+    options = {"every_n_steps": 1000, "fraction": 1.0, **options_of_scar()}
     if "every_n_train_steps" in options:
         options["every_n_steps"] = options.pop("every_n_train_steps")
+    if {"train_time_interval", "max_overhead"} & options.keys():
+        del options["every_n_steps"]
     return options
 
 
@@ -64,7 +78,7 @@ class Loop:
         )
         set_seed(3)
         self.scar: SCARLoop = SCARAccelerator(
-            self.accelerator, folder() / "scar", **options_of_scar(), continuation=self.continuation
+            self.accelerator, folder() / "scar", **options_for_a_loop(), continuation=self.continuation
         )
         self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
         self.validation = self.accelerator.prepare(DataLoader(samples(), batch_size=24))
@@ -129,6 +143,7 @@ class Loop:
     def run(self) -> None:
         if self.continuation is not None and self.continuation.is_joiner:
             place("join", asked["predecessors"])
+        note_saves(self.scar._schedule)
         with self.scar:
             epoch, skip = divmod(self.scar.resume(), len(self.loader))
             while epoch < self.epochs:
@@ -194,7 +209,7 @@ class OfFabric(Loop):
         self.schedule = schedule
         state = {"model": self.model, "optimizer": self.optimizer}
         state |= {"schedule": schedule} if schedule is not None else {}
-        self.scar = SCARLoop(folder() / "scar", state, **options_of_scar(), continuation=self.continuation)
+        self.scar = SCARLoop(folder() / "scar", state, **options_for_a_loop(), continuation=self.continuation)
 
     def backward(self, loss: Tensor) -> None:
         self.fabric.backward(loss)

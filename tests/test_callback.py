@@ -98,7 +98,8 @@ def test_saves_follow_the_clock_if_told_so(memory_url: str) -> None:
             time.sleep(0.02)
             return super().training_step(batch, batch_idx)
 
-    often, rarely = saver(memory_url, every_n_seconds=0.03), saver(f"{memory_url}/b", every_n_seconds=1000)
+    often = saver(memory_url, train_time_interval=timedelta(seconds=0.03))
+    rarely = saver(f"{memory_url}/b", train_time_interval=timedelta(hours=1))
     fit(often, model=Slow())
     fit(rarely, model=Slow())
     assert often.stats.saves >= 3

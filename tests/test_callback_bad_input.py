@@ -7,6 +7,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,19 @@ def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
         SCARCheckpoint("a", every_n_train_steps=1, fraction=fraction)
 
 
-@pytest.mark.parametrize("intervals", [{}, {"every_n_train_steps": 5, "every_n_seconds": 5.0}])
-def test_there_must_be_exactly_one_interval(intervals: dict[str, Any]) -> None:
-    with pytest.raises(MisconfigurationException, match=r"set exactly one of them, e\.g\. every_n_train_steps=25"):
+@pytest.mark.parametrize(
+    ("intervals", "given"),
+    [
+        (
+            {"every_n_train_steps": 5, "train_time_interval": timedelta(seconds=5)},
+            "every_n_train_steps=5 and train_time_interval=datetime.timedelta(seconds=5)",
+        ),
+        ({"every_n_train_steps": 5, "max_overhead": 0.02}, "every_n_train_steps=5 and max_overhead=0.02"),
+    ],
+)
+def test_there_must_not_be_two_intervals(intervals: dict[str, Any], given: str) -> None:
+    message = f"{given}; give one of them, or none for max_overhead=0.01"
+    with pytest.raises(MisconfigurationException, match=re.escape(message)):
         SCARCheckpoint("a", **intervals)
 
 
@@ -51,8 +62,19 @@ def test_there_must_be_exactly_one_interval(intervals: dict[str, Any]) -> None:
     ("name", "value"),
     [
         ("every_n_train_steps", 0),
-        ("every_n_seconds", -1.0),
+        ("every_n_train_steps", True),
+        ("every_n_train_steps", 2.5),
+        ("train_time_interval", 30.0),
+        ("train_time_interval", timedelta(0)),
+        ("train_time_interval", "0:10:00"),
+        ("max_overhead", 0.0),
+        ("max_overhead", 1),
+        ("max_overhead", -0.5),
+        ("max_overhead", float("nan")),
+        ("max_overhead", True),
+        ("max_overhead", "1 %"),
         ("full_every_n_saves", 0),
+        ("full_every_n_saves", True),
         ("policy", "nearest"),
         ("block_size", 0),
         ("max_age", -1),
@@ -61,9 +83,8 @@ def test_there_must_be_exactly_one_interval(intervals: dict[str, Any]) -> None:
     ],
 )
 def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
-    options = {} if name.startswith("every") else {"every_n_train_steps": 1}
     with pytest.raises(MisconfigurationException, match=rf"{name}={re.escape(repr(value))} must be"):
-        SCARCheckpoint("a", **options, **{name: value})
+        SCARCheckpoint("a", **{name: value})
 
 
 def test_a_policy_that_returns_nonsense_is_named(memory_url: str) -> None:

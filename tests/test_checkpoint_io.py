@@ -199,7 +199,7 @@ def test_plain_files_stay_local_while_the_run_lives_elsewhere(memory_url: str, t
 def test_one_rank_alone_does_not_save_to_what_all_ranks_save_to(memory_url: str) -> None:
     with RunningCheckpoint(memory_url) as running:
         io = SCARCheckpointIO()
-        io.attach(memory_url, running, dict)
+        io.hold(running)
         running.ranks = Ranks(rank=0, world_size=2)
         with pytest.raises(ValueError, match=r"saved to by all 2 ranks.*save elsewhere"):
             io.save_checkpoint({"state_dict": {}}, memory_url)

@@ -1,6 +1,7 @@
 """Everything is settable from LightningCLI's flags and YAML."""
 
 import inspect
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,13 @@ OPTIONS: dict[str, Any] = {
     "memory_limit": 1_000_000_000,
     "storage_options": {"anon": True},
 }
-OTHER_INTERVAL = {key: value for key, value in OPTIONS.items() if key != "every_n_train_steps"} | {
-    "every_n_seconds": 2.5
-}
+WITHOUT_INTERVAL = {key: value for key, value in OPTIONS.items() if key != "every_n_train_steps"}
+OTHER_INTERVALS: list[dict[str, Any]] = [
+    WITHOUT_INTERVAL | {"train_time_interval": timedelta(minutes=2, seconds=5.5)},
+    WITHOUT_INTERVAL | {"train_time_interval": timedelta(days=1, hours=2)},
+    WITHOUT_INTERVAL | {"max_overhead": 0.02},
+    WITHOUT_INTERVAL,
+]
 
 
 class Model(TinyModel):
@@ -60,36 +65,43 @@ def ours(parsed: LightningCLI) -> SCARCheckpoint:
     return callback
 
 
+def word(value: Any) -> str:
+    """As one would type it."""
+    if isinstance(value, timedelta):
+        return str(value)
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("...").strip()
+
+
 def flags(options: dict[str, Any]) -> list[str]:
-    values = (
-        f"--trainer.callbacks.{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in options.items()
-    )
+    values = (f"--trainer.callbacks.{key}={word(value)}" for key, value in options.items())
     return [
         "--trainer.callbacks+=lightning_scar.SCARCheckpoint",
-        *(v.removesuffix("\n").removesuffix("...").strip() for v in values),
+        *values,
     ]
 
 
 def config(path: Path, options: dict[str, Any]) -> str:
-    callback = {"class_path": "lightning_scar.SCARCheckpoint", "init_args": options}
+    values = {key: str(value) if isinstance(value, timedelta) else value for key, value in options.items()}
+    callback = {"class_path": "lightning_scar.SCARCheckpoint", "init_args": values}
     path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
     return f"--config={path}"
 
 
 def test_every_option_of_the_constructor_is_tried_here() -> None:
-    assert set(inspect.signature(SCARCheckpoint).parameters) == OPTIONS.keys() | OTHER_INTERVAL.keys()
-    defaults = vars(SCARCheckpoint("other", every_n_train_steps=1, every_n_seconds=None))
+    names = OPTIONS.keys() | {name for options in OTHER_INTERVALS for name in options}
+    assert set(inspect.signature(SCARCheckpoint).parameters) == names
+    defaults = vars(SCARCheckpoint("other", every_n_train_steps=1))
     tried = vars(SCARCheckpoint(**OPTIONS))
     same = {name for name in defaults if defaults[name] == tried[name] and name != "stats"}
     assert not same & {f"_{name}" for name in OPTIONS}, "a value that is the default proves nothing"
 
 
-@pytest.mark.parametrize("options", [OPTIONS, OTHER_INTERVAL])
+@pytest.mark.parametrize("options", [OPTIONS, *OTHER_INTERVALS])
 def test_every_option_is_set_from_flags(options: dict[str, Any]) -> None:
     assert vars(ours(cli(*flags(options)))) == vars(SCARCheckpoint(**options))
 
 
-@pytest.mark.parametrize("options", [OPTIONS, OTHER_INTERVAL])
+@pytest.mark.parametrize("options", [OPTIONS, *OTHER_INTERVALS])
 def test_every_option_is_set_from_yaml(options: dict[str, Any], tmp_path: Path) -> None:
     assert vars(ours(cli(config(tmp_path / "c.yaml", options)))) == vars(SCARCheckpoint(**options))
 
@@ -99,7 +111,7 @@ def test_flags_override_yaml(tmp_path: Path) -> None:
     assert vars(ours(parsed)) == vars(SCARCheckpoint(**{**OPTIONS, "fraction": 0.5}))
 
 
-@pytest.mark.parametrize("options", [OPTIONS, OTHER_INTERVAL, {"dirpath": "a", "every_n_train_steps": 1}])
+@pytest.mark.parametrize("options", [OPTIONS, *OTHER_INTERVALS, {"dirpath": "a", "every_n_train_steps": 1}])
 def test_print_config_prints_what_can_be_read_back(
     options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,11 +130,28 @@ def test_a_policy_of_ones_own_is_named_by_its_path() -> None:
     assert ours(parsed)._settings.policy is round_robin
 
 
+@pytest.mark.parametrize("text", ["0:10:00", "'0:10:00'"])
+def test_a_time_is_written_as_hours_minutes_and_seconds(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "trainer:\n  callbacks:\n    - class_path: lightning_scar.SCARCheckpoint\n"
+        f"      init_args:\n        dirpath: a\n        train_time_interval: {text}\n"
+    )
+    assert ours(cli(f"--config={path}"))._schedule.train_time_interval == timedelta(minutes=10)
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("staging", "later"), ("fraction", "much"), ("every_n_train_steps", "1.5")]
+    ("name", "value"),
+    [
+        ("staging", "later"),
+        ("fraction", "much"),
+        ("every_n_train_steps", "1.5"),
+        ("train_time_interval", "soon"),
+        ("max_overhead", "little"),
+    ],
 )
 def test_a_wrong_flag_is_an_error_that_names_it(name: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = {"dirpath": "a", "every_n_train_steps": 1, name: value}
+    wrong = {"dirpath": "a", name: value}
     with pytest.raises(SystemExit) as end:
         cli(*flags(wrong))
     assert end.value.code == 2

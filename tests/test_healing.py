@@ -11,7 +11,6 @@ import pytest
 import torch
 from ddp_runs import SMALL, Patient, Poison, Run
 from helpers import TinyModel, assert_same, fit, loader, saver
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
 
@@ -211,15 +210,6 @@ def test_too_many_heals_are_an_error_on_all_ranks(tmp_path: Path) -> None:
 def test_nan_before_the_first_save_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     runs = run_ranks(ddp_runs.train, 2, tmp_path, Poison(1, ranks=ALL), scar=HEALING)
     assert [run.error and run.error[0] for run in runs] == ["IncompleteError"] * 2
-
-
-def test_clocks_of_several_ranks_differ(tmp_path: Path) -> None:
-    clock = {"every_n_seconds": 1.0, "every_n_train_steps": None, "full_every_n_saves": None, "heal_non_finite": True}
-    for run in run_ranks(ddp_runs.train, 2, tmp_path, scar=clock):
-        assert run.error is not None
-        assert run.error[0] == MisconfigurationException.__name__
-        assert "needs every_n_train_steps" in run.error[1]
-    fit(saver(tmp_path / "alone", every_n_seconds=1.0, heal_non_finite=True), max_epochs=1)
 
 
 # -- in a loop -----------------------------------------------------------------------------------------------------

@@ -64,33 +64,39 @@ def test_intercept_resume(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     class Intercepts(Callback):
+        def __init__(self, chosen: Any) -> None:
+            self.chosen = chosen
+
         def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-            _lightning.intercept_resume(trainer, self.choose, self.loaded)
+            _lightning.intercept_resume(trainer, self.choose)
 
-        def choose(self, asked_for: str | None) -> str | None:
+        def choose(self, *asked_for: Any) -> Any:
             seen.append(asked_for)
-            return str(tmp_path / "a.ckpt") if asked_for is None else asked_for
-
-        def loaded(self, path: str, checkpoint: dict[str, Any]) -> None:
-            seen.append(path)
-            checkpoint["state_dict"]["net.2.bias"] = torch.full((1,), 7.0)
+            return self.chosen
 
     source = make_trainer(enable_checkpointing=False, max_steps=1)
     source.fit(TinyModel(), loader())
     source.save_checkpoint(tmp_path / "a.ckpt")
-    model = TinyModel()
-    loop = make_trainer(Intercepts(), enable_checkpointing=False, max_steps=1)
-    loop.fit(model, loader())
-    assert seen == [None, str(tmp_path / "a.ckpt")], "Lightning reads its checkpoint in another way"
-    assert loop.global_step == 1
-    assert float(model.net[2].bias) == 7.0, "what `loaded` changes must be what is restored"
-    assert "resume_start" not in vars(loop._checkpoint_connector), "an interception is for one call"
+    checkpoint = torch.load(tmp_path / "a.ckpt")
+    checkpoint["state_dict"]["net.2.bias"] = torch.full((1,), 7.0)
+    for chosen, asked_for, steps, bias in (
+        (checkpoint, None, 1, 7.0),
+        (str(tmp_path / "a.ckpt"), None, 1, float(source.model.net[2].bias)),  # type: ignore[union-attr]
+        (None, str(tmp_path / "a.ckpt"), 0, float(TinyModel().net[2].bias)),
+    ):
+        model = TinyModel()
+        loop = make_trainer(Intercepts(chosen), enable_checkpointing=False, max_steps=steps)
+        loop.fit(model, loader(), ckpt_path=asked_for, weights_only=False)
+        assert seen.pop() == (asked_for, False), "Lightning reads its checkpoint in another way"
+        assert loop.global_step == steps
+        assert float(model.net[2].bias) == bias, "what is chosen must be what is restored"
+        assert "resume_start" not in vars(loop._checkpoint_connector), "an interception is for one call"
 
 
 def test_end_interception() -> None:
     loop = make_trainer(enable_checkpointing=False)
     _lightning.end_interception(loop)  # without one, nothing
-    _lightning.intercept_resume(loop, lambda asked_for: pytest.fail("still intercepted"), lambda path, checkpoint: None)
+    _lightning.intercept_resume(loop, lambda asked_for, weights_only: pytest.fail("still intercepted"))
     _lightning.end_interception(loop)
     loop.validate(TinyModel(), loader())
 

@@ -1,6 +1,7 @@
 """What loops are refused, and what is said."""
 
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ def loop(dirpath: Any, **options: Any) -> SCARLoop:
     ("options", "message"),
     [
         (
-            {"every_n_steps": None},
-            "every_n_steps=None and every_n_seconds=None; set exactly one of them",
+            {"train_time_interval": timedelta(seconds=3)},
+            r"every_n_steps=1 and train_time_interval=datetime.timedelta\(seconds=3\); give one of them",
         ),
-        ({"every_n_seconds": 3.0}, "every_n_steps=1 and every_n_seconds=3.0; set exactly one"),
-        ({"every_n_steps": 0}, "every_n_steps=0 must be positive"),
-        ({"full_every_n_saves": -1}, "full_every_n_saves=-1 must be positive"),
+        ({"max_overhead": 0.5}, "every_n_steps=1 and max_overhead=0.5; give one of them"),
+        ({"every_n_steps": 0}, "every_n_steps=0 must be None or a whole number of at least 1"),
+        ({"every_n_steps": None, "train_time_interval": 3.0}, "train_time_interval=3.0 must be a datetime.timedelta"),
+        ({"every_n_steps": None, "max_overhead": 1.0}, r"max_overhead=1.0 must be in \(0, 1\)"),
+        ({"full_every_n_saves": -1}, "full_every_n_saves=-1 must be None or a whole number"),
         ({"fraction": 0.0}, r"fraction=0.0 must be in \(0, 1\]"),
         ({"policy": "best"}, "policy='best' must be one of"),
         ({"max_heals": 0}, "max_heals=0 must be at least 1"),

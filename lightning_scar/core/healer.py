@@ -37,24 +37,6 @@ class Healer:
                 f"max_heals={self.max_heals} must be at least 1; `heal_non_finite=False` switches healing off"
             )
 
-    def check(self, world_size: int, **every_n_steps: int | None) -> None:
-        """Refuses healing on several ranks at times of their own: they must heal at the same step.
-
-        Args:
-            world_size: How many ranks there are.
-            every_n_steps: The interval in steps, by the name that the user knows.
-
-        Raises:
-            ValueError: With a remedy.
-
-        """
-        ((name, interval),) = every_n_steps.items()
-        if self.heal_non_finite and interval is None and world_size > 1:
-            raise ValueError(
-                f"heal_non_finite=True on {world_size} ranks needs {name} in the place of every_n_seconds: clocks "
-                "differ, and all ranks must look at the same step"
-            )
-
     def is_due(self, running: RunningCheckpoint) -> bool:
         """Whether to look now, before a save: whenever all ranks are there."""
         return self.heal_non_finite and running.ranks.all_here

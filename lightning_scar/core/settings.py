@@ -25,7 +25,7 @@ class Settings:
         staging: ``"lazy"`` scores and copies beside the next forward and backward, ``"eager"`` at once.
         on_write_error: ``"warn"`` goes on training, ``"raise"`` stops it.
         memory: Whether saves go to this host's memory first, which outlives the processes.
-        durable_every_n_saves: With it, every how-manieth save goes to storage, too.
+        durable_every_n_saves: With it, every Nth save goes to storage, too.
         replicas: With it, on how many other hosts each rank keeps a copy.
         memory_limit: Bytes of it that each rank may take, and each of its copies; ``None`` for what there is.
         refresh: ``"auto"`` spends a part of a save on a low-precision copy of all that it does not write exactly;
