@@ -177,9 +177,9 @@ def _refresh(store: Store) -> str:
     """How far it is off, and what it takes."""
     newest = {delta.head.rank: delta for delta in sorted(store.deltas, key=lambda delta: delta.head.sequence)}
     deltas = [delta for delta in newest.values() if delta.refreshes]
-    bases = [delta.head.info.get("distance_of_bases") for delta in newest.values()]
-    if not deltas or None in bases:
+    if not deltas:
         return "none"
+    bases = [delta.head.info["distance_of_bases"] for delta in deltas]
     share = sum(delta.refresh_bytes for delta in deltas) / sum(delta.nbytes for delta in deltas)
     return f"{share:.0%} of the bytes of the last save; without it the distance would be {math.hypot(*bases):.4g}"
 

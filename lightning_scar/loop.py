@@ -40,6 +40,8 @@ class SCARLoop:
         train_time_interval: save when that much time has passed, at the next optimizer step; or
         max_overhead: as often as this share of the training time allows, in (0, 1). Without any of the three 0.01.
         fraction: The share of the state's bytes that one save may write, in (0, 1].
+        refresh: ``"auto"`` spends a part of that on a low-precision copy of all that a save does not write exactly;
+            ``None`` is SCAR's own form.
         policy: ``"distance"``, ``"round_robin"``, ``"random"``, or a function from
             :class:`~lightning_scar.core.selection.Candidates` to one priority a block.
         block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
@@ -95,6 +97,7 @@ class SCARLoop:
         train_time_interval: timedelta | None = None,
         max_overhead: float | None = None,
         fraction: float = 0.125,
+        refresh: Literal["auto"] | None = "auto",
         policy: PolicyName | Callable[[Candidates], Tensor] = "distance",
         block_size: int | None = None,
         max_age: int | None = None,
@@ -113,7 +116,7 @@ class SCARLoop:
         storage_options: dict[str, Any] | None = None,
         continuation: SCARContinuation | None = None,
     ) -> None:
-        in_memory = memory, durable_every_n_saves, replicas, memory_limit
+        in_memory = memory, durable_every_n_saves, replicas, memory_limit, refresh
         self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error, *in_memory)
         self._schedule = Schedule(every_n_steps, train_time_interval, max_overhead, full_every_n_saves)
         self._healer = Healer(heal_non_finite, max_heals)

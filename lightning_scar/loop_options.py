@@ -18,6 +18,7 @@ class Options(TypedDict, total=False):
     train_time_interval: timedelta | None
     max_overhead: float | None
     fraction: float
+    refresh: Literal["auto"] | None
     policy: PolicyName | Callable[[Candidates], Tensor]
     block_size: int | None
     max_age: int | None

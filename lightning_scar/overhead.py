@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.stats import Stats
 
 #: So many recent steps and saves tell what one takes: enough for a median that a pause does not move.
@@ -15,11 +14,6 @@ _STEPS, _SAVES = 32, 9
 
 #: So many saves in a row may do without a step beside which none is under way, or nobody knows what such a step takes.
 _STALE = 8
-
-
-def is_busy(running: RunningCheckpoint) -> bool:
-    """Whether a save is under way, from its beginning until its delta is written."""
-    return running._save is not None or running._writer.depth > 0
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lightning_scar.agreement import Agreement
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
-from lightning_scar.overhead import Overhead, is_busy
+from lightning_scar.overhead import Overhead
 
 #: The share of the training time that saves may take if nothing else is asked for.
 MAX_OVERHEAD = 0.01
@@ -161,7 +161,7 @@ class Schedule:
             # Not `%`: with several optimizers a batch may take several steps.
             number = step // self.every_n_steps
             return Due(self._is_full(number)) if number > self._last_step // self.every_n_steps else None
-        busy = is_busy(self._running)
+        busy = self._running.is_busy
         self._overhead.stepped(step, busy, self._running.stats)
         if self._agreement.is_needed:
             plan = self._agreement.due(step, self._propose)
@@ -189,7 +189,7 @@ class Schedule:
         seconds = self._overhead.step_seconds
         horizon = min(horizon, max(int(_LOOK / seconds), 1)) if seconds else 1
         left = self._steps_left(step, saves_now)
-        if saves_now or is_busy(self._running):
+        if saves_now or self._running.is_busy:
             # Nothing is promised while a save is under way: how long that takes is not known.
             since = 0 if saves_now else step - self._last_step
             return step + max(min(max(left // 2, since // 4), horizon), 1), ""
