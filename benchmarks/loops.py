@@ -98,8 +98,9 @@ def run(size: Size, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     floor = Floor(list(loop.model.parameters()), state)
     samples: dict[str, list[float]] = {f"{m}_{kind}_s": [] for m in METHODS for kind in ("blocked", "added")}
     plain: list[float] = []
-    for _ in range(rounds):
+    for number in range(rounds):
         for method in METHODS:
+            report.progress(f"round {number + 1} of {rounds}: {method}")
             before, _ = loop.stretch(None, steps)
             seconds, blocked = loop.stretch(method, steps)
             after, _ = loop.stretch(None, steps)

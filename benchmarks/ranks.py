@@ -218,6 +218,9 @@ def _samples(
     repeated, turns = 0, deque(plan(rounds))
     while turns:
         turn, clock = turns[0], _Clock(ranks)
+        if ranks.rank == 0:
+            kind = "full" if turn.full else "partial"
+            report.progress(f"{len(turns)} saves to come: a {kind} one by {turn.way.replace('_', ' ')}")
         state.move()
         dist.barrier()
         own = [savers[turn.way].save(turn)] if turn.way in savers else []

@@ -102,6 +102,7 @@ def write_running_checkpoint(live: Live, folder: Path) -> int:
                 optimizers={("optimizer_states", 0): live.optimizer},
                 parameters=live.model.parameters(),
             )
+            report.progress(f"save {step + 1} of {1 + PARTIAL_SAVES}")
             while running._writer.depth:  # A save must not be skipped because the one before it is still being written.
                 time.sleep(0.001)
             live.perturb()
@@ -180,8 +181,9 @@ def measure(live: Live, sources: list[Source], rounds: int) -> dict[str, list[fl
 
     """
     samples: dict[str, list[float]] = {}
-    for _ in range(rounds):
+    for number in range(rounds):
         for source in sources:
+            report.progress(f"round {number + 1} of {rounds}: {source.name}")
             evict(source.path)
             samples.setdefault(f"{source.name}_cold_s", []).append(restore(live, source))
             # What was read cold need not all be in the cache: read it once more before it counts as warm.

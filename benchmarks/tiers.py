@@ -153,10 +153,13 @@ def run(size: Size, parent: Path, folder: Path, rounds: int, length: int) -> dic
         # Only now: what killed ones have left takes no room any more.
         check_room(facts["state_bytes"], parent, folder)
         # They are short, and whatever else runs on the machine makes some of them long.
+        report.progress("saves to memory and to disk ...")
         samples = tiers_saves.stalls(state, size, folder, 3 * rounds)
     with memory_folder(parent) as memory:
+        report.progress("restores and copies ...")
         restored, copied = tiers_restore.run(state, size, folder, memory, rounds)
     with memory_folder(parent) as memory:
+        report.progress("training steps with copies and without ...")
         trained, late = tiers_saves.steps(state, size, folder, memory, rounds, length)
     return figures(samples | restored | trained, facts | copied | late)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim import Optimizer
 
+from benchmarks import report
 from benchmarks.gpt import Size, state_bytes
 from benchmarks.ranks import State
 from benchmarks.report import median
@@ -101,7 +102,7 @@ def stalls(state: State, size: Size, folder: Path, rounds: int) -> Samples:
     order, samples = random.Random(0), dict[str, list[float]]()
     try:
         # The first save is full; each of two buffers is then made, and made larger by the first lazy save in it.
-        for turn in range(-4, rounds):
+        for turn in report.counted(range(-4, rounds), 4 + rounds, "saves to memory and to disk"):
             for staging in order.sample(_STAGINGS, len(_STAGINGS)):
                 # One right after the other: what else the machine does meanwhile comes and goes.
                 for tier in order.sample(list(savers), len(savers)):
@@ -149,7 +150,7 @@ def steps(
         assert store.memory is not None
         chain = new_chain(store.memory_folders[0] / store.memory.folder, folder / "steps-book", address)
         try:
-            for turn in range(2 * rounds):
+            for turn in report.counted(range(2 * rounds), 2 * rounds, "stretches of training steps"):
                 replicated = turn % 4 in (0, 3)
                 running.flush()
                 # Brings along what the stretch before has left.

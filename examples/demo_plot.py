@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 
 from demo_training import Line
 
-SHOWN_BEFORE = 150
-SHOWN_AFTER = 80
+#: Steps that are shown, at most.
+BEFORE, AFTER = 300, 400
 INK, GREY = "#222222", "#8a8a8a"
 KILL = "#c62828"
-COLORS = ("#00695c", "#d17a00")
+COLORS = ("#00695c", "#5b6abf", "#d17a00")
 
 
 class Run(Protocol):
@@ -24,6 +24,12 @@ class Run(Protocol):
 
     @property
     def every(self) -> int: ...
+
+    @property
+    def saves(self) -> list[int]: ...
+
+    @property
+    def share(self) -> float: ...
 
     @property
     def before(self) -> list[Line]: ...
@@ -37,37 +43,39 @@ class Run(Protocol):
 
 def plot(runs: Sequence[Run], path: Path) -> None:
     """Draws a panel for each run and writes the picture."""
-    figure = Figure(figsize=(8, 5.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 1 + 1.9 * len(runs)), dpi=150, layout="constrained")
     panels = figure.subplots(len(runs), sharex=True, sharey=True)
     for axes, run, color in zip(panels, runs, COLORS, strict=True):
         draw(axes, run, color)
-    panels[-1].set_xlabel("steps computed, those done again included")
+    longest = max(run.rework if run.rework is not None else AFTER for run in runs)
+    left = min(BEFORE, 40 + max(run.every + (run.before[-1].step - run.saves[-1]) for run in runs))
+    # At least so far that the words fit.
+    panels[-1].set_xlim(-left, max(0.7 * left, min(AFTER, longest + 45)))
+    shown = [line.held_out_loss for run in runs for line in run.before[-left:]]
+    panels[-1].set_ylim(min(line.held_out_loss for run in runs for line in run.after) - 0.3, max(shown) + 0.05)
+    panels[-1].set_xlabel("steps computed since the kill, those done again included")
     figure.supylabel("held-out loss", fontsize="medium")
-    figure.suptitle("What one SIGKILL costs, at equal bytes written", fontweight="bold", color=INK)
-    panels[0].set_xlim(right=runs[0].before[-1].step + SHOWN_AFTER + 5)
+    figure.suptitle("What one SIGKILL costs, at the same share of the time for saves", fontweight="bold", color=INK)
     figure.savefig(path)
 
 
 def draw(axes: Axes, run: Run, color: str) -> None:
     kill, goal = run.before[-1].step, run.before[-1].held_out_loss
-    before, after = run.before[-SHOWN_BEFORE:], run.after[: SHOWN_AFTER + 1]
-    rework = run.rework if run.rework is not None else SHOWN_AFTER
-    axes.axvspan(kill, kill + rework, color=color, alpha=0.15, linewidth=0)
-    axes.axvline(kill, color=KILL, linestyle="--", linewidth=1.2)
-    axes.hlines(goal, kill, kill + rework, color=GREY, linestyle=":", linewidth=1.2)
-    axes.plot([line.step for line in before], [line.held_out_loss for line in before], color=color, linewidth=2)
-    axes.plot([kill + n for n in range(len(after))], [line.held_out_loss for line in after], color=color, linewidth=2)
-    saves = [line for line in before if line.step % run.every == 0]
-    axes.plot([s.step for s in saves], [s.held_out_loss for s in saves], "o", color=color, markersize=5)
-    axes.set_title(f"{run.name}, a save every {run.every} steps (dots)", loc="left", fontsize="medium", color=INK)
+    rework = run.rework if run.rework is not None else AFTER
+    axes.axvspan(0, rework, color=color, alpha=0.15, linewidth=0)
+    axes.axvline(0, color=KILL, linestyle="--", linewidth=1.2)
+    axes.hlines(goal, 0, rework, color=GREY, linestyle=":", linewidth=1.2)
+    losses = {line.step: line.held_out_loss for line in run.before}
+    axes.plot([step - kill for step in losses], [*losses.values()], color=color, linewidth=2)
+    axes.plot(range(len(run.after)), [line.held_out_loss for line in run.after], color=color, linewidth=2)
+    axes.plot([s - kill for s in run.saves], [losses[s] for s in run.saves], "o", color=color, markersize=5)
+    title = f"{run.name}: a save every {run.every} steps (dots) takes {run.share:.1%} of the time"
+    axes.set_title(title, loc="left", fontsize="medium", color=INK)
     axes.grid(axis="y", color="#e6e6e6")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    describe(axes, run, kill, rework)
-
-
-def describe(axes: Axes, run: Run, kill: int, rework: int) -> None:
     top = axes.get_xaxis_transform()
     outcome = f"{rework} steps to regain the loss" if run.rework is not None else "the loss is not regained"
-    axes.text(kill - 2, 0.95, f"SIGKILL after step {kill}", transform=top, color=KILL, ha="right", va="top")
-    axes.text(kill + 2, 0.95, f"resumed at step {run.after[0].step}:\n{outcome}", transform=top, color=INK, va="top")
+    axes.text(-3, 0.95, f"SIGKILL after step {kill}", transform=top, color=KILL, ha="right", va="top")
+    # Below what falls to the right.
+    axes.text(3, 0.04, f"resumed at step {run.after[0].step}:\n{outcome}", transform=top, color=INK, va="bottom")
