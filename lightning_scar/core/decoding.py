@@ -12,7 +12,7 @@ from lightning_scar.core.threads import pool
 from lightning_scar.storage.delta import Refresh
 
 #: Values that one thread decodes before it takes the next ones.
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 18
 
 
 def decode_into(found: Sequence[tuple[Group, Refresh, Sequence[int]]], targets: Mapping[str, Sequence[Tensor]]) -> None:

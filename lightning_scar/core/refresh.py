@@ -1,14 +1,31 @@
 """What a refresh is made of: how many bits each slot of each group gets, within the share of the state of a save."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from lightning_scar.core.blocks import Group
-from lightning_scar.core.codec import Codec
+from lightning_scar.core.codec import Bits, Codec
+from lightning_scar.core.save import code_bytes
 
 #: What is encoded: other values are exact, or are no numbers at all.
 _ENCODED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+#: The share of a save that exact blocks need at least, or bases would grow too old for their differences.
+_LEAST_EXACT = 0.1
+
+
+class _Split(NamedTuple):
+    """Bits of a parameter, of optimizer state with a sign, and of state that is never negative; ``None`` for none."""
+
+    parameter: Bits
+    signed: Bits | None
+    positive: Bits | None
+
+
+#: The best first. State is refreshed as a whole or not at all: a first moment of now over a second one of long ago
+#: makes steps that are far too long.
+_SPLITS = (_Split(4, 2, 4), _Split(2, 2, 4), _Split(2, None, None))
 
 
 def plan(
@@ -16,32 +33,47 @@ def plan(
 ) -> dict[str, dict[str, Codec]]:
     """Divides what a save may write between exact blocks and a refresh of all others.
 
+    It goes by data type, shape and sign, not by the name of the optimizer.
+
     Args:
         groups: Those that change.
-        state_bytes: Bytes of the whole share of the state.
-        negative: For each slot by the names of its group and its own, whether it has held negative values.
+        state_bytes: Bytes of this rank's share of the state.
+        negative: For each slot by the names of its group and its own, whether it holds negative values; one that is not
+            in it is not known yet, and its group's state is not refreshed.
         fraction: The share of the state's bytes that a save may write.
 
     Returns:
-        The codecs, by group and slot. A slot that is not in it is not refreshed.
+        The codecs, by group and slot; what is not in it is not refreshed. Empty where nothing fits, or all is exact.
+
+    Example::
+
+        >>> from lightning_scar.core.blocks import Slot
+        >>> slots = tuple(Slot(name, torch.float32, None, ()) for name in ("param", "exp_avg", "exp_avg_sq"))
+        >>> weight = Group("w", (1024, 1024), slots, rows_per_block=8, lazy=True)
+        >>> signs = {("w", "exp_avg"): True, ("w", "exp_avg_sq"): False}
+        >>> {slot: codec.name for slot, codec in plan([weight], 12 << 20, signs, fraction=1 / 8)["w"].items()}
+        {'param': 'linear4', 'exp_avg': 'linear2', 'exp_avg_sq': 'log4'}
 
     """
-    if fraction >= 1:
+    budget = fraction * state_bytes * (1 - _LEAST_EXACT)
+    for split in _SPLITS if fraction < 1 else ():
+        found = {group.name: _codecs(group, negative, split) for group in groups if group.lazy}
+        if sum(_nbytes(group, found.get(group.name, {})) for group in groups) <= budget:
+            return {name: codecs for name, codecs in found.items() if codecs}
+    return {}
+
+
+def _codecs(group: Group, negative: Mapping[tuple[str, str], bool], split: _Split) -> dict[str, Codec]:
+    parameter, *state = group.slots
+    if parameter.dtype not in _ENCODED:
         return {}
-    found = {}
-    for group in groups:
-        if not group.lazy or group.row_nbytes * group.rows < 512:
-            continue
-        codecs = {}
-        for slot in group.slots:
-            if slot.dtype not in _ENCODED:
-                continue
-            if slot is group.slots[0]:
-                codecs[slot.name] = Codec("linear", 4 if len(group.slots) > 1 else 2)
-            elif (group.name, slot.name) in negative:
-                codecs[slot.name] = Codec(
-                    "linear" if negative[group.name, slot.name] else "log", 4 if negative[group.name, slot.name] else 2
-                )
-        if group.slots[0].name in codecs:
-            found[group.name] = codecs
-    return found
+    codecs = {parameter.name: Codec("linear", split.parameter)}
+    signs = [negative.get((group.name, slot.name)) for slot in state]
+    if split.signed is None or split.positive is None or None in signs:
+        return codecs
+    kinds = [Codec("linear", split.signed) if sign else Codec("log", split.positive) for sign in signs]
+    return codecs | {slot.name: codec for slot, codec in zip(state, kinds, strict=True) if slot.dtype in _ENCODED}
+
+
+def _nbytes(group: Group, codecs: Mapping[str, Codec]) -> int:
+    return sum(sum(sizes) for codec in codecs.values() for sizes in code_bytes(codec, group))

@@ -43,9 +43,29 @@ def test_a_slot_whose_signs_are_not_known_yet_waits() -> None:
     assert plan([group], state_bytes(group), {}, 0.25)["w"].keys() == {"param"}
 
 
-def test_buffers_and_very_small_tensors_are_not_refreshed() -> None:
-    buffer, small = group_of("param", lazy=False), group_of("param", rows=4, width=4)
-    assert plan([buffer, small], 10**6, {}, 0.25) == {}
+def test_buffers_are_not_refreshed() -> None:
+    assert plan([group_of("param", lazy=False)], 10**6, {}, 0.25) == {}
+
+
+def test_the_bits_follow_from_what_the_share_of_the_state_has_room_for() -> None:
+    def names(slots: tuple[str, ...], fraction: float, **negative: bool) -> dict[str, str]:
+        group = group_of(*slots)
+        found = plan([group], state_bytes(group), signs(group, **negative), fraction).get("w", {})
+        return {slot: codec.name for slot, codec in found.items()}
+
+    moments = {"exp_avg": True, "exp_avg_sq": False}
+    assert names(ADAM, 1 / 8, **moments) == {"param": "linear4", "exp_avg": "linear2", "exp_avg_sq": "log4"}
+    assert names(ADAM, 1 / 10, **moments) == {"param": "linear2", "exp_avg": "linear2", "exp_avg_sq": "log4"}
+    # Not one moment without the other.
+    assert names(ADAM, 1 / 16, **moments) == {"param": "linear2"}
+    assert names(ADAM, 1 / 64, **moments) == {}
+    assert names(("param", "momentum_buffer"), 1 / 8, momentum_buffer=True) == {
+        "param": "linear4",
+        "momentum_buffer": "linear2",
+    }
+    assert names(("param", "sum"), 1 / 8, sum=False) == {"param": "linear2", "sum": "log4"}
+    assert names(("param",), 1 / 8) == {"param": "linear2"}
+    assert names(("param",), 1.0) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str)
