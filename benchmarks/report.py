@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -106,7 +107,7 @@ def write(path: str | None, figures: Mapping[str, Any], targets: Sequence[Target
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], targets: Sequence[Target]) -> None:
     """Prints the figures and how they compare with the targets."""
-    table = Table(*columns, title=title)
+    table = _table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
     _console().print(table)
@@ -116,12 +117,17 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], targ
 
 def show_targets(targets: Sequence[Target]) -> None:
     """Prints what was to be reached, and whether it was."""
-    verdict = Table("target", "measured", "at most", "", title="targets")
+    verdict = _table("target", "measured", "at most", "", title="targets")
     for target in targets:
         verdict.add_row(
             target.name, f"{target.value:.4g}", f"{target.limit:.4g}", "[green]met" if target.met else "[red]missed"
         )
     _console().print(verdict)
+
+
+def _table(*columns: str, title: str) -> Table:
+    """A table; as Markdown where it goes to a file."""
+    return Table(*columns, title=title, box=box.HEAVY_HEAD if _console().is_terminal else box.MARKDOWN)
 
 
 def _console() -> Console:

@@ -65,9 +65,19 @@ class Run:
         return last - before
 
     @property
+    def step_seconds(self) -> float:
+        """Seconds of a step."""
+        return step_seconds(self.before)
+
+    @property
     def share(self) -> float:
-        """The share of the time until the kill by which saves have made it longer."""
-        return cost_of_saves(self.before) / (self.before[-1].clock - self.before[0].clock)
+        """By what share saves make the training longer, from the median save but for the first."""
+        begun = [i for i, (line, later) in enumerate(pairwise(self.before)) if later.begun > line.begun]
+        costs = [
+            cost_of_saves(self.before[start : stop + 1], self.step_seconds)
+            for start, stop in pairwise([*begun, len(self.before)])
+        ]
+        return statistics.median(costs[1:] or costs) / (self.every * self.step_seconds)
 
     @property
     def rework(self) -> int | None:
@@ -81,9 +91,8 @@ def step_seconds(lines: list[Line]) -> float:
     return statistics.median(later.clock - line.clock for line, later in pairwise(lines) if not is_busy(line, later))
 
 
-def cost_of_saves(lines: list[Line]) -> float:
-    """By how many seconds the steps beside which a save was under way took longer than the others."""
-    usual = step_seconds(lines)
+def cost_of_saves(lines: list[Line], usual: float) -> float:
+    """By how many seconds the steps beside which a save was under way took longer than usual."""
     return sum(later.clock - line.clock - usual for line, later in pairwise(lines) if is_busy(line, later))
 
 
@@ -121,8 +130,8 @@ def interval(name: str) -> int:
     lines = read_journal(folder)
     # The first save is slower: files and memory are new. The last one has no steps behind it.
     counted = lines[APART + APART // 2 :]
-    saves = counted[-1].begun - counted[0].begun
-    return min(max(1, math.ceil(cost_of_saves(counted) / saves / (SHARE * step_seconds(counted)))), RAREST)
+    saves, usual = counted[-1].begun - counted[0].begun, step_seconds(counted)
+    return min(max(1, math.ceil(cost_of_saves(counted, usual) / saves / (SHARE * usual))), RAREST)
 
 
 def kill_and_resume(name: str, every: int | None, kill_from: int) -> Run:
@@ -159,7 +168,7 @@ def outcome(run: Run) -> str:
 def table(runs: list[Run]) -> Table:
     rows: dict[str, list[object]] = {
         "saves every": [f"{run.every} steps" for run in runs],
-        "time spent on saving": [f"{run.share:.1%}" for run in runs],
+        "time spent on saving, in the long run": [f"{run.share:.1%}" for run in runs],
         "killed after step": [run.before[-1].step for run in runs],
         "resumed at step": [run.after[0].step for run in runs],
         "held-out loss before": [f"{run.before[-1].held_out_loss:.4f}" for run in runs],
@@ -176,12 +185,12 @@ def table(runs: list[Run]) -> Table:
 
 def conclusion(runs: list[Run]) -> str:
     """What was measured, and what not."""
-    size = "22 MB of state, steps of " + f"{1000 * step_seconds(runs[0].before):.0f} ms"
-    lost = ", ".join(f"{run.name} {run.rework}" for run in runs)
+    size = f"43 MB of state, steps of {1000 * runs[0].step_seconds:.0f} ms"
+    lost = ", ".join(f"{run.name} {run.rework if run.rework is not None else 'never'}" for run in runs)
     return (
-        f"Measured on this machine, with {size}: to regain its loss after one kill, half way between two saves, took, "
-        f"in steps: {lost}. It is one kill of each, and what saves cost differs from run to run and from disk to disk; "
-        "docs/benchmarks.md and docs/results.md have the means of many, and larger models."
+        f"Measured on this machine, with {size}: so many steps it took to regain the loss after one kill, half way "
+        f"between two saves: {lost}. That is one kill of each, and what a save costs differs from run to run and from "
+        "disk to disk; docs/results.md has the means of many failures, and docs/benchmarks.md a larger model."
     )
 
 

@@ -127,19 +127,19 @@ class Journal(Callback):
 
 
 def held_out_loss(trainer: Trainer, module: LightningModule) -> float:
-    """The loss on 100 digits that are held out, always the same."""
-    images, labels = trainer.datamodule.held_out[::5]  # type: ignore[attr-defined]
+    """The loss on 50 digits that are held out, always the same."""
+    images, labels = trainer.datamodule.held_out[::10]  # type: ignore[attr-defined]
     with torch.no_grad():
         return float(cross_entropy(module(images), labels))
 
 
 class Perceptron(DigitClassifier):
-    """Three linear layers of 1.9 million parameters: with Adam 22 MB of state, more than the small CNN has."""
+    """Three linear layers of 3.6 million parameters: with Adam 43 MB of state, more than the small CNN has."""
 
     def __init__(self) -> None:
         # So small a learning rate that the loss still falls at the kill: otherwise lost steps would not show.
         super().__init__(learning_rate=1e-5)
-        width = 1024
+        width = 1536
         self.layers = nn.Sequential(
             *(nn.Flatten(), nn.Linear(784, width), nn.ReLU()),
             *(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)),
@@ -164,10 +164,11 @@ def main() -> None:
     checkpoint: Checkpoint
     plugins: list[Any] = []
     if options.method == "SCARCheckpoint":
-        checkpoint = saver = SCARSaver(saved)
+        checkpoint = scar = SCARSaver(saved)
+        saver: Saver = scar
     else:
-        saver = CountingIO()
-        plugins = [AsyncCheckpointIO(saver) if options.method == "AsyncCheckpointIO" else saver]
+        saver = io = CountingIO()
+        plugins = [AsyncCheckpointIO(io) if options.method == "AsyncCheckpointIO" else io]
         checkpoint = ModelCheckpoint(saved, every_n_train_steps=options.every)
 
     torch.set_num_threads(1)  # so that all take the same steps, and saves have a core of their own
@@ -184,7 +185,7 @@ def main() -> None:
     )
     # ModelCheckpoint removes the older file when the newer one is written; a kill may leave both.
     newest = max(saved.glob("*.ckpt"), key=os.path.getmtime, default=None)
-    trainer.fit(Perceptron(), datamodule=Digits(batch_size=64), ckpt_path=newest)
+    trainer.fit(Perceptron(), datamodule=Digits(batch_size=32), ckpt_path=newest)
 
 
 if __name__ == "__main__":
