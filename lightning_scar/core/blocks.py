@@ -90,7 +90,7 @@ class Group:
 
     @cached_property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """How many blocks there are of a size, and the elements of each; the last one may be shorter than the others."""
+        """How many blocks there are of a size, and the elements of each; the last one may be shorter."""
         rows = min(self.rows_per_block, self.rows)
         whole, rest = divmod(self.rows, rows)
         of_whole = whole, rows * self.row_numel
