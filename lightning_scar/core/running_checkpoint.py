@@ -274,8 +274,9 @@ class RunningCheckpoint:
         if save is None or save.is_staged:
             return
         with self._standing_still(save):
-            self._stager.start(save)
+            # Before it is, lest it be staged once more when this is interrupted.
             save.is_staged = True
+            self._stager.start(save)
             if not self._stager.is_busy:
                 self._hand_over(save)
 
@@ -371,11 +372,13 @@ class RunningCheckpoint:
 
     def _hand_over(self, save: Save) -> None:
         self._stager.finish(save)
-        self._has_base, self._save = True, None
+        self._has_base = True
         # Not before it is certain that it will be written: the other buffer may still be in the queue.
         self._buffers.sort(key=lambda buffer: buffer is save.buffer)
         state_bytes = self._stager.bases.map.state_bytes
         self._writer.submit(lambda: self._committer.commit(save, state_bytes))
+        # Interrupted before this, it is called off although it may be written; then its blocks are written once more.
+        self._save = None
         if self.store.follows_nobody:
             self._claim.forget_previous()
         self.stats.note(save)
@@ -424,12 +427,10 @@ class RunningCheckpoint:
         started = time.perf_counter()
         try:
             yield
-        except KeyboardInterrupt:
-            if not self._stager.is_busy:
-                self._call_off(save)
-            raise
         except BaseException:
-            self._call_off(save)
+            # Interrupted while it is being staged, by Ctrl-C for one, the next call goes on with it.
+            if not self._stager.is_at_work:
+                self._call_off(save)
             raise
         save.stall += time.perf_counter() - started
         if self._save is None:

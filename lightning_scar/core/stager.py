@@ -67,6 +67,12 @@ class Stager:
         """Whether a save is being staged beside the training."""
         return self._staging is not None
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether that save can still be finished: its staging has not failed."""
+        staging = self._staging
+        return staging is not None and not (staging.done() and staging.exception() is not None)
+
     def finish(self, save: Save) -> None:
         """Lets nothing change before it is copied, and drops the copies of tensors that changed all the same."""
         if self._staging is not None:

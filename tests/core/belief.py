@@ -11,6 +11,8 @@ from lightning_scar.core.codec import decode
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.save import Part, Save
 
+Base = tuple[int, int]
+
 
 class Believed(NamedTuple):
     """The rows of one slot of a group that a rank owns, and which of them it knows."""
@@ -31,10 +33,13 @@ class Belief:
 
     def __init__(self, running: RunningCheckpoint) -> None:
         self._running = running
-        self._found: dict[tuple[str, int], list[Believed]] = {}
+        self._groups: list[Group] = []
+        self._exact: dict[tuple[str, int], list[Tensor]] = {}
+        #: The version of each block that was written, and its newest refresh: of which base, and the values by slot.
+        self._versions: dict[str, Base] = {}
+        self._refreshes: dict[str, tuple[Base, dict[str, Tensor]]] = {}
         #: How many blocks the last save refreshed.
         self.refreshed = 0
-        self._parts: list[Part] = []
         commit = running._committer.commit
 
         def watched(save: Save, state_bytes: int) -> None:
@@ -44,68 +49,63 @@ class Belief:
         running._committer.commit = watched  # type: ignore[method-assign]
 
     def _note(self, save: Save) -> None:
-        self.refreshed, self._parts = sum(len(part.refreshed) for part in save.parts), save.parts
-        places = {(part.group.name, part.group.first_row) for part in save.parts}
-        self._found = {place: found for place, found in self._found.items() if place in places}
+        self.refreshed, self._groups = sum(len(part.refreshed) for part in save.parts), [p.group for p in save.parts]
         for part in save.parts:
             group = part.group
-            found = self._found.setdefault(
-                (group.name, group.first_row),
-                [
-                    Believed(group, i, torch.empty_like(rows(live)), torch.zeros(group.rows, dtype=torch.bool))
-                    for i, live in enumerate(part.live)
-                ],
-            )
+            mirror = [torch.zeros_like(rows(live)) for live in part.live]
+            mirror = self._exact.setdefault((group.name, group.first_row), mirror)
             for number, copies in part.blocks():
                 span = slice(*group.span(number))
-                for believed, (slot, copy) in zip(found, copies.items(), strict=True):
-                    values = copy.clone().view(slot.dtype).view(believed.values[span].shape)
-                    believed.values[span], believed.is_known[span] = values, True
+                for values, (slot, copy) in zip(mirror, copies.items(), strict=True):
+                    values[span] = copy.clone().view(slot.dtype).view(values[span].shape)
+                self._versions[group.key(number)] = save.version[:2]
+            for number, base in zip(part.refreshed, part.bases, strict=True):
+                self._refreshes[group.key(number)] = tuple(base), self._decoded(part, number)  # type: ignore[assignment]
+
+    def _decoded(self, part: Part, number: int) -> dict[str, Tensor]:
+        found, start, stop = {}, *part.group.span(number)
+        for slot, own in part.codes.items():
+            [codes], [scales] = own.encoded(part.group, [number])[1:]
+            n = (stop - start) * part.group.row_numel
+            matrix = torch.frombuffer(bytearray(codes), dtype=torch.uint8).view(1, -1)
+            found[slot] = decode(
+                own.codec, matrix, torch.frombuffer(bytearray(scales), dtype=torch.bfloat16).view(1, -1), n
+            )
+        return found
 
     def rows(self) -> list[Believed]:
-        """All that the last save leaves: bases, and what is decoded of its refresh."""
-        result = []
-        for part in self._parts:
-            group, found = part.group, self._found[part.group.name, part.group.first_row]
-            found = [self._with_base(found[0]), *found[1:]]
-            for believed in found:
-                values, is_known = believed.values.clone(), believed.is_known.clone()
-                name = group.slots[believed.slot].name
-                if name in part.codes:
-                    self._decode(part, name, values, is_known)
-                result.append(Believed(group, believed.slot, values, is_known))
+        """All that the last save leaves: bases, and what is decoded of their refreshes."""
+        bases, result = self._running._stager.bases, []
+        for group in self._groups:
+            mirror, first = self._exact[group.name, group.first_row], bases.map.numbers[group.key(0)]
+            base, known = bases.values(group), bases.is_known()
+            found = [Believed(group, i, v.clone(), torch.zeros(group.rows).bool()) for i, v in enumerate(mirror)]
+            for i in range(len(group)):
+                key, span = group.key(i), slice(*group.span(i))
+                version = self._versions.get(key)
+                for believed in found if version is not None else ():
+                    believed.is_known[span] = True
+                if base is not None and known[first + i]:
+                    # After a resume it has bases that it did not write itself, and not the state that goes with them.
+                    own = bases.incarnations[first + i].item(), bases.sequences[first + i].item()
+                    assert version in (None, own), f"{key}: a base that was not written"
+                    assert version is None or torch.equal(bits(base[span]), bits(mirror[0][span])), key
+                    found[0].values[span], found[0].is_known[span], version = base[span], True, own
+                against, decoded = self._refreshes.get(key, (None, {}))
+                for believed in found if version == against else ():
+                    if (values := decoded.get(group.slots[believed.slot].name)) is not None:
+                        _add(believed, span, values)
+            result += found
         return result
 
-    def _with_base(self, believed: Believed) -> Believed:
-        """The first slot; after a resume the writer has its bases only, which it did not write itself."""
-        bases, group = self._running._stager.bases, believed.group
-        base = bases.values(group)
-        if base is None:
-            return believed
-        first = bases.map.numbers[group.key(0)]
-        is_base = bases.is_known()[first : first + len(group)].repeat_interleave(group.rows_per_block)[: group.rows]
-        both = believed.is_known & is_base
-        assert torch.equal(bits(base[both]), bits(believed.values[both])), f"{group.name}: a base that was not written"
-        values = believed.values.clone()
-        values[is_base] = base[is_base]
-        return Believed(group, 0, values, believed.is_known | is_base)
 
-    def _decode(self, part: Part, slot: str, values: Tensor, is_known: Tensor) -> None:
-        codes = [
-            (own[i : i + 1], scales[i : i + 1])
-            for own, scales in part.codes[slot].pieces(part.group)
-            for i in range(len(own))
-        ]
-        for number in part.refreshed:
-            span = slice(*part.group.span(number))
-            n = values[span].numel()
-            decoded = decode(part.codes[slot].codec, *codes[number], n).view(values[span].shape)
-            if slot == part.group.slots[0].name:
-                values[span] = (values[span].to(torch.promote_types(values.dtype, torch.float32)) + decoded).to(
-                    values.dtype
-                )
-            else:
-                values[span], is_known[span] = decoded.to(values.dtype), True
+def _add(believed: Believed, span: slice, values: Tensor) -> None:
+    """Brings some rows up to date: the first slot by a difference, the others as they are."""
+    old = believed.values[span]
+    new = values.view(old.shape)
+    if believed.slot == 0:
+        new = old.to(torch.promote_types(old.dtype, torch.float32)) + new
+    believed.values[span], believed.is_known[span] = new.to(old.dtype), True
 
 
 def assert_restored(checkpoint: dict[str, Any], believed: list[Believed]) -> None:
