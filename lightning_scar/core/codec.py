@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lightning_scar.core.tiles import Work, linear, log, log_step, measure_tiles, ternary, unpack
+
 Kind = Literal["linear", "log"]
 Bits = Literal[2, 4, 8]
 
@@ -21,10 +23,6 @@ _TILE = 128
 _CHUNK = 1 << 18
 #: The same on other devices: enough to keep one busy, and no more scratch than 256 MiB.
 _LARGE_CHUNK = 1 << 24
-#: Of the bits of a float32 those that its bfloat16 lacks.
-_LOWER_HALF = (1 << 16) - 1
-_INT_MAX = (1 << 31) - 1
-_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -123,13 +121,13 @@ class Codec:
         codes = torch.empty(blocks, self.code_bytes(n), dtype=torch.uint8, device=device)
         return codes, torch.empty(blocks, self.scale_count(n), dtype=torch.bfloat16, device=device)
 
-    def _write(self, work: "_Work", measure: bool) -> None:
+    def _write(self, work: "Work", measure: bool) -> None:
         if self.kind == "log":
-            _log(self.bits, work, measure)
+            log(self.bits, work, measure)
         elif self.bits == 2:
-            _ternary(work, measure)
+            ternary(work, measure)
         else:
-            _linear(self.bits, work, measure)
+            linear(self.bits, work, measure)
 
 
 class Measured(NamedTuple):
@@ -205,7 +203,7 @@ def encode(
     scratch = torch.empty(4, max(sizes), length, device=values.device)
     seen = torch.full((3, blocks * tiles), torch.nan, device=values.device)
     kept = torch.empty(2, blocks * tiles, dtype=torch.int16, device=values.device)
-    make = _measure if codec is None else codec._write
+    make = measure_tiles if codec is None else codec._write
     packed = seen[0] if codes is None else codes.view(blocks * tiles, -1)
     outs = zip(torch.split(packed, sizes), torch.split(kept, sizes, 1), torch.split(seen, sizes, 1), strict=True)
     own = scratch
@@ -213,7 +211,7 @@ def encode(
         if own.shape[1] != len(out[0]):
             own = scratch[:, : len(out[0])]
         _load(part, own[0])
-        make(_Work(own[0], own[1], own[2], own[3], *out), measure)
+        make(Work(own[0], own[1], own[2], own[3], *out), measure)
     if codec is not None and scales is not None:
         into = scales.view(torch.int16).view(blocks, -1, tiles)
         into.copy_(kept[: into.shape[1]].view(-1, blocks, tiles).transpose(0, 1))
@@ -246,23 +244,18 @@ def decode(codec: Codec, codes: Tensor, scales: Tensor, n: int) -> Tensor:
     for part, own, into in zip(
         *(torch.split(packed, size), torch.split(patterns, size, 1), torch.split(found, size)), strict=True
     ):
-        _unpack(codec, part, into)
+        unpack(codec.bits, signed, part, into)
         if signed:
             into.mul_((own[0] << 16).view(torch.float32))
             continue
         low, high = own
         positive = torch.clamp(into, max=1)
-        into.sub_(1).mul_((high - low) * _log_step(codec.bits)).add_(low << 16).mul_(positive)
+        into.sub_(1).mul_((high - low) * log_step(codec.bits)).add_(low << 16).mul_(positive)
     return out.view(blocks, -1)[:, :n].contiguous()
 
 
 def _tiles(n: int) -> int:
     return -(-n // _TILE)
-
-
-def _log_step(bits: int) -> int:
-    """The spacing of the codes of positive values where their range is 2^16; less than that by 2^-14 at most."""
-    return (1 << 16) // ((1 << bits) - 2)
 
 
 def _chunk_size(tiles: int, device: torch.device) -> int:
@@ -311,130 +304,3 @@ def _load(part: Sequence[Tensor], x: Tensor) -> None:
         into.copy_(first.to(torch.float64) - part[1])
     else:
         into.copy_(first).sub_(part[1])
-
-
-class _Work(NamedTuple):
-    """Tiles, scratch of their shape, and where to write; ``seen`` is unit, norm and the error's norm, in units."""
-
-    x: Tensor
-    y: Tensor
-    z: Tensor
-    spare: Tensor
-    codes: Tensor
-    scales: Tensor
-    seen: Tensor
-
-
-def _largest(x: Tensor) -> Tensor:
-    return torch.maximum(x.amax(1), x.amin(1).neg_())
-
-
-def _norm(x: Tensor, out: Tensor | None = None) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dim=1, out=out)
-    return norm
-
-
-def _measure(work: _Work, measure: bool) -> None:
-    unit, norm, error = work.seen
-    unit.copy_(_largest(work.x).clamp_min_(_SMALLEST))
-    if measure:
-        error.copy_(_norm(work.x.div_(unit.unsqueeze(1)), norm))
-
-
-def _linear(bits: int, work: _Work, measure: bool) -> None:
-    x, y, (scale, norm, error) = work.x, work.y, work.seen
-    # So much more that it is not less when it is rounded to the nearest bfloat16.
-    largest = _largest(x).mul_((1 + 2**-8) / ((1 << bits - 1) - 1)).clamp_min_(_SMALLEST)
-    scale.copy_(work.scales.view(torch.bfloat16)[0].copy_(largest))
-    x.div_(scale.unsqueeze(1))
-    if measure:
-        _norm(x, norm)
-    torch.round(x, out=y)
-    _pack(bits, y, work.z, work.codes.view(torch.int8))
-    if measure:
-        _norm(x.sub_(y), error)
-
-
-def _ternary(work: _Work, measure: bool) -> None:
-    x, y, z, (scale, norm, error) = work.x, work.y, work.z, work.seen
-    largest = _largest(x).clamp_min_(_SMALLEST)
-    _norm(x.div_(largest.unsqueeze(1)), norm)
-    squares = norm.square()
-    # Both sums are at least 1 but in a tile of zeros or of denormal values.
-    middle = squares / torch.abs(x, out=z).sum(1).clamp_min_(_SMALLEST)
-    torch.div(x, middle.clamp_min_(_SMALLEST).unsqueeze(1), out=y).round_().clamp_(-1, 1)
-    relative = squares.div_(torch.mul(x, y, out=z).sum(1).clamp_min_(_SMALLEST))
-    scale.copy_(work.scales.view(torch.bfloat16)[0].copy_(relative.mul_(largest).clamp_min_(_SMALLEST)))
-    _pack(2, y, z, work.codes.view(torch.int8))
-    if measure:
-        largest.div_(scale)
-        norm.mul_(largest)
-        _norm(x.mul_(largest.unsqueeze(1)).sub_(y), error)
-    else:
-        norm.fill_(torch.nan)
-
-
-def _log(bits: int, work: _Work, measure: bool) -> None:
-    x, y, (unit, norm, error) = work.x, work.y, work.seen
-    found, positive = work.z.view(torch.int32), work.spare.view(torch.int32)
-    if not measure and x.device.type == "cpu" and _log_of_positive(bits, work):
-        return
-    pattern = x.add_(0.0).view(torch.int32)  # Minus zero becomes zero.
-    # The sum wraps around: zero becomes the largest number, and the order of positive patterns stays.
-    low = torch.add(pattern, _INT_MAX, out=found).amin(1).sub_(_INT_MAX).bitwise_right_shift_(16)
-    # Rounded up. A negative value makes it negative, which is a pattern of NaN.
-    high = pattern.amax(1).clamp_max_(_INT_MAX - _LOWER_HALF).add_(_LOWER_HALF).bitwise_right_shift_(16)
-    high.bitwise_or_(pattern.amin(1).bitwise_right_shift_(31))
-    work.scales[0].copy_(low)
-    work.scales[1].copy_(high)
-    step, lowest = (high - low).mul_(_log_step(bits)).unsqueeze_(1), (low << 16).unsqueeze_(1)
-    y.copy_(torch.sub(pattern, lowest, out=found)).div_(step.clamp_min(1))
-    found.copy_(y.round_())
-    torch.sign(pattern, out=positive)
-    unit.copy_((high << 16).view(torch.float32).clamp_min_(_SMALLEST))
-    if measure:
-        torch.mul(found, step, out=y.view(torch.int32)).add_(lowest).mul_(positive)
-        _norm(x.div_(unit.unsqueeze(1)), norm)
-        _norm(y.div_(unit.unsqueeze(1)).sub_(x), error)
-    _pack(bits, found.add_(1).mul_(positive), y, work.codes)
-
-
-def _log_of_positive(bits: int, work: _Work) -> bool:
-    """The same in half the time where all values are above zero. It looks, which would be a wait on other devices."""
-    pattern, found = work.x.view(torch.int32), work.z.view(torch.int32)
-    low, high = pattern.amin(1), pattern.amax(1)
-    if int(low.min()) <= 0 or int(high.max()) > _INT_MAX - 2 * _LOWER_HALF:
-        return False
-    low.bitwise_right_shift_(16)
-    high.add_(_LOWER_HALF).bitwise_right_shift_(16)
-    work.scales[0].copy_(low)
-    work.scales[1].copy_(high)
-    work.seen[0].copy_((high << 16).view(torch.float32).clamp_min_(_SMALLEST))
-    step = (high - low).mul_(_log_step(bits)).clamp_min_(1).unsqueeze_(1)
-    y = work.y.copy_(torch.sub(pattern, (low << 16).unsqueeze_(1), out=found)).div_(step)
-    _pack(bits, y.round_().add_(1), found, work.codes)
-    return True
-
-
-def _pack(bits: int, found: Tensor, free: Tensor, codes: Tensor) -> None:
-    """Adds the second half of all tiles, times a power of two, to the first, until they are as long as their codes."""
-    if bits == 8:
-        codes.copy_(found)
-        return
-    small = free.view(codes.dtype).view(-1)[: found.numel()].view(found.shape).copy_(found)
-    while (half := small.shape[1] // 2) > codes.shape[1]:
-        small = small[:, :half].add_(small[:, half:], alpha=1 << bits * (half // codes.shape[1]))
-    torch.add(small[:, :half], small[:, half:], alpha=1 << bits, out=codes)
-
-
-def _unpack(codec: Codec, codes: Tensor, into: Tensor) -> None:
-    """The codes of tiles, in the data type of ``into``. As bytes they take a quarter of the way through memory."""
-    if codec.bits == 8:
-        into.copy_(codes)
-        return
-    offset = 1 << codec.bits - 1 if codec.kind == "linear" else 0
-    rest, piece = codes.clone(), torch.empty_like(codes)
-    for place in torch.split(into, codes.shape[1], 1):
-        torch.add(rest, offset, out=piece).bitwise_and_((1 << codec.bits) - 1).sub_(offset)
-        place.copy_(piece)
-        rest.sub_(piece).bitwise_right_shift_(codec.bits)
