@@ -84,7 +84,7 @@ class Lockstep:
         """Runs all that is queued."""
         with self._lock:
             while any(self._streams.values()):
-                assert any([self._advance(name) for name in self._streams]), "the streams wait for each other"
+                assert sum(self._advance(name) for name in self._streams), "the streams wait for each other"
 
     # -- the queue of saves ---------------------------------------------------------------------------------------
 

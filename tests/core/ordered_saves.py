@@ -17,7 +17,6 @@ from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.delta_file import read_delta
 from lightning_scar.storage.directory import Directory
 
-
 #: The step of each save, and what its file holds: exact blocks, refresh, skeleton.
 Saves = dict[int, dict[str, Any]]
 

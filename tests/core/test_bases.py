@@ -1,6 +1,7 @@
 """What the owner remembers of its blocks: bases, versions, and what a frozen tensor is recognised by."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_runs_are_the_numbers_again_and_no_two_of_them_touch(numbers: set[int]) 
     found = list(runs(sorted(numbers)))
     assert [n for start, stop in found for n in range(start, stop)] == sorted(numbers)
     assert all(start < stop for start, stop in found)
-    assert all(first[1] < second[0] for first, second in zip(found, found[1:], strict=False))
+    assert all(first[1] < second[0] for first, second in pairwise(found))
 
 
 def test_adopted_values_are_kept_not_copied() -> None:

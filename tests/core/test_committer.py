@@ -1,4 +1,4 @@
-"""What a save leaves on disk, and which full saves ranks may count on that commit in any order, each seeing others late."""
+"""What a save leaves on disk, and which full saves ranks may count on, whatever order they commit in."""
 
 import itertools
 import math

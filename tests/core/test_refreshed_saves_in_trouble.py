@@ -405,7 +405,7 @@ def blocks_on_disk(url: str) -> dict[str, Any]:
     """The refreshes that a reader would take, by block."""
     store = DeltaStore(url)
     store.refresh()
-    return {key: store.index.refreshes(store.index.versions(key)[0].block) for key in store.index.keys()}
+    return {key: store.index.refreshes(store.index.versions(key)[0].block) for key in list(store.index.keys())}
 
 
 def sequence_of(url: str, key: str) -> int:
