@@ -59,7 +59,8 @@ class Belief:
                 for values, (slot, copy) in zip(mirror, copies.items(), strict=True):
                     values[span] = copy.clone().view(slot.dtype).view(values[span].shape)
                 self._versions[group.key(number)] = save.version[:2]
-            for number, base in zip(part.refreshed, part.bases, strict=True):
+            # What was caught changing is left out, and its bases are still there.
+            for number, base in zip(part.refreshed, part.bases, strict=False):
                 self._refreshes[group.key(number)] = tuple(base), self._decoded(part, number)  # type: ignore[assignment]
 
     def _decoded(self, part: Part, number: int) -> dict[str, Tensor]:

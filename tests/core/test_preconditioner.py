@@ -122,8 +122,8 @@ def test_the_squared_gradients_of_torchs_optimizers_are_found(optimizer: Any) ->
     training = Training(model, optimizer(model.parameters()))
     model.weight.grad = torch.tensor([[1.0], [2.0], [3.0]]).expand(3, 4).clone()
     training.optimizers[0].step()
-    state = Dissection(Ranks()).take_apart(
-        training.checkpoint(), {("optimizer_states", 0): training.optimizers[0]}, model.parameters(), 16
+    state = Dissection(Ranks(), 16).take_apart(
+        training.checkpoint(), {("optimizer_states", 0): training.optimizers[0]}, model.parameters()
     )
     at = [group.name for group in state.map.groups].index("state_dict/weight")
     values = of([state.map.groups[at]], [state.of(state.map)[at]])

@@ -304,7 +304,7 @@ def test_an_error_before_anything_is_copied_loses_nothing(memory_url: str) -> No
 
 @contextmanager
 def interrupted_at(line: int) -> Iterator[list[bool]]:
-    """Ctrl-C at one of the lines that this thread runs, by their order, in the modules of a save; tells whether it came to that."""
+    """Ctrl-C at one of the lines of a save that this thread runs, by their order; tells whether it came to that."""
     files = {f"{name}.py" for name in ("running_checkpoint", "stager", "bases")}
     lines, struck = iter(range(1_000_000)), [False]
 
