@@ -72,7 +72,7 @@ def run(seed: int, steps: int, block_size: int, digits: Images) -> dict[int, flo
     model: nn.Module = cnn()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     sides = {world_size: Shared(world_size) for world_size in WORLD_SIZES}
-    dissection = Dissection(Ranks())
+    dissection = Dissection(Ranks(), block_size)
     for step in range(1, steps + 1):
         batch = torch.randint(len(digits.pixels), (64,))
         optimizer.zero_grad()
@@ -81,7 +81,7 @@ def run(seed: int, steps: int, block_size: int, digits: Images) -> dict[int, flo
         if step % EVERY == 0:
             checkpoint = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
             optimizers: dict[Path, Optimizer] = {("optimizer_states", 0): optimizer}
-            state = dissection.take_apart(checkpoint, optimizers, model.parameters(), block_size)
+            state = dissection.take_apart(checkpoint, optimizers, model.parameters())
             for side in sides.values():
                 side.save(state, step)
     return {n: sum(side.distances) / len(side.distances) for n, side in sides.items()}

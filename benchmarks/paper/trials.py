@@ -275,8 +275,8 @@ def _train(training: Training, savers: Sequence[_Saver], iterations: int) -> Non
 
 
 def _taken_apart(training: Training, task: Task) -> LiveState:
-    dissection = Dissection(Ranks())
-    return dissection.take_apart(training.checkpoint(), training.optimizers(), training.parameters(), task.block_size)
+    dissection = Dissection(Ranks(), task.block_size)
+    return dissection.take_apart(training.checkpoint(), training.optimizers(), training.parameters())
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What the owner remembers of the blocks that it saved: their bases, and when that was."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -160,10 +160,26 @@ class Bases:
         self.incarnations[blocks], self.sequences[blocks], self.steps[blocks] = version
         self.due[blocks] = False
 
-    def written_by(self, version: Version) -> Tensor:
-        """The numbers of the blocks whose base is of that save."""
+    def written_by(self, version: Version) -> Iterator[str]:
+        """The names of the blocks whose base is of that save."""
         same = (self.incarnations == version.incarnation) & (self.sequences == version.sequence)
-        return same.nonzero().flatten()
+        for block in same.nonzero().flatten().tolist():
+            g, number = self.map.locate(block)
+            yield self.map.groups[g].key(number)
+
+    def lose(self, keys: Collection[str], is_stored: Callable[[str, set[str]], bool]) -> None:
+        """What was recorded of some blocks is not on disk.
+
+        Args:
+            keys: Their names.
+            is_stored: Tells of a name and of slots whether some version of the block is, with these.
+
+        """
+        for key in keys:
+            if (block := self.map.numbers.get(key)) is not None:
+                group = self.map.groups[self.map.locate(block)[0]]
+                lose = self.fail if is_stored(key, {slot.name for slot in group.slots}) else self.forget
+                lose(torch.tensor([block]))
 
     def fail(self, blocks: Tensor) -> None:
         """What was recorded of some blocks is not on disk."""
@@ -172,12 +188,6 @@ class Bases:
     def forget(self, blocks: Tensor) -> None:
         """Makes blocks count as never saved."""
         self.steps[blocks] = NEVER
-
-    def keys(self, blocks: Tensor) -> Iterator[str]:
-        """The names of some blocks."""
-        for block in blocks.tolist():
-            g, number = self.map.locate(block)
-            yield self.map.groups[g].key(number)
 
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

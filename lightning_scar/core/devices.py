@@ -135,8 +135,9 @@ class HostBuffer:
 
     ALIGNMENT = 64
 
-    def __init__(self, pinned: bool = False) -> None:
-        self._pinned = pinned
+    def __init__(self) -> None:
+        #: Whether an accelerator writes to it; to be said before memory is taken.
+        self.pinned = False
         self._slabs: list[Tensor] = []
         self._used = 0
 
@@ -164,4 +165,25 @@ class HostBuffer:
         return self._slabs[-1][start : start + nbytes]
 
     def _slab(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+
+
+class HostBuffers:
+    """The buffers that saves take turns with.
+
+    Args:
+        count: How many saves may be on their way to the disk.
+
+    """
+
+    def __init__(self, count: int) -> None:
+        self._buffers = [HostBuffer() for _ in range(count)]
+
+    def next(self) -> HostBuffer:
+        """The buffer whose last save is written: there are as many as the writer has places, and it has a free one."""
+        self._buffers[0].reset()
+        return self._buffers[0]
+
+    def keep(self, buffer: HostBuffer) -> None:
+        """A save is handed over to the writer; its buffer comes last now."""
+        self._buffers.sort(key=lambda each: each is buffer)

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_scar.core.blocks import BlockMap, build_map
+from lightning_scar.core.memory import readable
+from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.shares import shares
 from lightning_scar.core.skeleton import Leaf, Path, Skeleton, heavy, identity, take_apart
@@ -42,6 +44,17 @@ class LiveState:
         """The live tensors of every group of a map as rows, one a slot."""
         return [[group.of(self.tensors[slot.paths[0]]) for slot in group.slots] for group in block_map.groups]
 
+    def warn_of_heavy(self, notices: Notices) -> None:
+        """Warns once of what every save writes as a whole."""
+        if self.heavy:
+            names = [f"{'/'.join(map(str, path))} ({type(tensor).__name__})" for path, tensor in self.heavy[:3]]
+            nbytes = readable(sum(tensor.numel() * tensor.dtype.itemsize for _, tensor in self.heavy))
+            notices.warn(
+                "heavy",
+                f"{len(self.heavy)} tensors cannot be cut into blocks, and every save writes them whole, {nbytes}: "
+                f"{', '.join(names)}{', ...' if len(self.heavy) > 3 else ''}",
+            )
+
     def pack(self) -> tuple[memoryview, list[tuple[list[Path], Tensor]]]:
         """The skeleton as it lies in a delta, and what of it lies on an accelerator and is not packed."""
         here = [stack for stack in self.skeleton["counters"] if stack[1].device.type == "cpu"]
@@ -55,10 +68,15 @@ class Dissection:
 
     Args:
         ranks: Among whom the blocks are divided.
+        block_size: Bytes of a parameter's rows in a block; ``None`` for what suits the first state that is seen.
+
+    Attributes:
+        block_size: The same, once it is known.
 
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, block_size: int | None = None) -> None:
+        self.block_size = block_size
         self._ranks = ranks
         self._signature: list[Any] | None = None
         self._map, self._own, self._description = BlockMap((), 0), BlockMap((), 0), ""
@@ -67,17 +85,24 @@ class Dissection:
     def take_apart(
         self,
         checkpoint: dict[str, Any],
-        optimizers: Mapping[Path, Optimizer],
-        parameters: Iterable[Tensor],
-        block_size: int | None,
+        optimizers: Mapping[Path, Optimizer] | None = None,
+        parameters: Iterable[Tensor] = (),
     ) -> LiveState:
-        """Takes a checkpoint dict apart; arguments as in :func:`~lightning_scar.core.blocks.build_map`."""
-        parameters = list(parameters)
+        """Takes a checkpoint dict apart.
+
+        Args:
+            checkpoint: The dict, with references to live tensors.
+            optimizers: The live optimizer for each place of an optimizer's state in it.
+            parameters: Tensors that change at optimizer steps only.
+
+        """
+        parameters, optimizers = list(parameters), optimizers or {}
         skeleton, leaves = take_apart(checkpoint, {identity(p): True for p in parameters if p.dim() == 0})
         signature = [(leaf.path, identity(leaf.tensor)) for leaf in leaves]
         if signature != self._signature:
             states = {path: (optimizer, _at(checkpoint, path)) for path, optimizer in optimizers.items()}
-            self._map = build_map(leaves, states, parameters, block_size)
+            self._map = build_map(leaves, states, parameters, self.block_size)
+            self.block_size = self._map.block_size
             self._own = shares(self._map, self._ranks.world_size)[self._ranks.rank]
             self._signature, self._description = signature, describe(self._map)
             self._heavy = list(heavy(skeleton["tree"]))

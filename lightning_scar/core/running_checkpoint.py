@@ -1,28 +1,26 @@
 """The running checkpoint: what a live training saves to.
 
-A save goes through three methods, in this order: :meth:`RunningCheckpoint.save` takes the checkpoint apart and pickles
-the skeleton, :meth:`RunningCheckpoint.stage` starts to score and copy, beside the next forward and backward if staging
-is lazy, and :meth:`RunningCheckpoint.fence` waits for the copies before anything changes and hands them to the writer.
+A save goes through three methods: ``save`` takes the checkpoint apart; ``stage`` starts to measure and copy, beside the
+next forward and backward if staging is lazy; ``fence`` lets nothing change before that is done, and hands over to the
+writer.
 """
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
 from lightning_scar.core.claim import Claim, Seat
 from lightning_scar.core.committer import Committer
-from lightning_scar.core.devices import HostBuffer
+from lightning_scar.core.devices import HostBuffer, HostBuffers
 from lightning_scar.core.farewell import at_exit
 from lightning_scar.core.healing import heal, non_finite_blocks
-from lightning_scar.core.live_state import Dissection, LiveState
-from lightning_scar.core.memory import readable
+from lightning_scar.core.live_state import Dissection
 from lightning_scar.core.memory_use import tell_of_memory, warn_of_lost_hosts, warn_of_lost_memory, warn_of_memory
 from lightning_scar.core.neighbours import Neighbours
 from lightning_scar.core.notices import Notices
@@ -31,7 +29,7 @@ from lightning_scar.core.recovery import RecoveryPlan
 from lightning_scar.core.restoration import Restored, restore
 from lightning_scar.core.save import Part, Save
 from lightning_scar.core.settings import Settings
-from lightning_scar.core.skeleton import Leaf, Path
+from lightning_scar.core.skeleton import Path
 from lightning_scar.core.stager import Stager
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.delta import StorageError
@@ -91,24 +89,22 @@ class RunningCheckpoint:
         self._take_note_of(self._claim.trouble)
         self._neighbours = Neighbours(self.store, self.ranks, self.settings, self._claim.token, seat)
         self._sequence = seat.sequence if seat is not None else 0
-        #: What the last :meth:`restore` found, in words.
-        self.recovery = ""
-        #: How many ranks had saved it.
-        self.restored_ranks = self.ranks.world_size
+        #: What the last :meth:`restore` found, in words, and how many ranks had saved it.
+        self.recovery, self.restored_ranks = "", self.ranks.world_size
         self._has_base = False
         self._save: Save | None = None
-        self._dissection = Dissection(self.ranks)
+        self._dissection = Dissection(self.ranks, self.settings.block_size)
         self._committer = Committer(self.store, self.stats, self.ranks, self._claim.incarnation)
         self._stager = Stager(self.settings, self._committer.negative)
         if seat is not None:
             self._committer.go_on_from(seat.lineage)
-        self._buffers: list[HostBuffer] = []
+        self._buffers = HostBuffers(DEPTH)
         self._writer = BackgroundWriter()
         self._late_errors: list[Exception] = []
         self._call_off_exit = at_exit(self.store, self._claim)
 
     def __enter__(self) -> Self:
-        """Returns itself; the end of the block closes it."""
+        """The end of the block closes it."""
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -150,19 +146,14 @@ class RunningCheckpoint:
         self.store.forget_obsolete(restored.plan.deltas)
         self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
         self.restored_ranks = restored.world_size
-        bases = self._stager.bases
+        bases, self._dissection.block_size = self._stager.bases, restored.map.block_size
         bases.adopt(restored.map, restored.bases, restored.plan.versions)
         self._committer.negative |= restored.negative
         self._has_base = not has_memory
         if has_memory:
             # All of it is saved anew: memory has to hold what does not change any more, too.
-            bases.fail(torch.arange(len(restored.map)))
-        if self.settings.block_size not in (None, restored.map.block_size):
-            self._notices.warn(
-                "block_size",
-                f"block_size={self.settings.block_size} is left aside: {self.store.directory} was started with "
-                f"{restored.map.block_size}. Begin in a new directory to change it.",
-            )
+            bases.due[:] = True
+        self.settings.warn_of_block_size(self._notices, restored.map.block_size, str(self.store.directory))
         return restored
 
     def heal(
@@ -190,7 +181,7 @@ class RunningCheckpoint:
 
         """
         self.fence()
-        state = self._take_apart(checkpoint, optimizers or {}, parameters)
+        state = self._dissection.take_apart(checkpoint, optimizers, parameters)
         lost = self.ranks.gather(non_finite_blocks(state))
         if not any(lost):
             return None
@@ -254,14 +245,16 @@ class RunningCheckpoint:
             return False
         started = time.perf_counter()
         try:
-            state = self._take_apart(checkpoint, optimizers or {}, parameters)
+            state = self._dissection.take_apart(checkpoint, optimizers, parameters)
             live = state.of(state.own)
             self._stager.bases.fit(state.own, live)
             skeleton, small = state.pack()
-            self._warn_of_heavy(state.heavy)
-            parts = [Part(group, tensors) for group, tensors in zip(state.own.groups, live, strict=True)]
+            state.warn_of_heavy(self._notices)
+            parts = list(map(Part, state.own.groups, live))
             version = Version(self._claim.incarnation, self._sequence - 1, step)
-            self._save = Save(version, full, skeleton, parts, small, dict(info or {}), self._buffer(full, live))
+            # Of a full save the copy has memory of its own: a buffer of the whole state is not worth keeping.
+            buffer = HostBuffer() if full else self._buffers.next()
+            self._save = Save(version, full, skeleton, parts, small, dict(info or {}), buffer)
         except BaseException:
             self._writer.give_back()
             raise
@@ -292,15 +285,15 @@ class RunningCheckpoint:
         with self._standing_still(save):
             self._hand_over(save)
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a save is under way, from its beginning until its delta is written."""
-        return self._save is not None or self._writer.depth > 0
-
     def save_now(self, checkpoint: dict[str, Any], step: int, **options: Any) -> None:
         """Saves and returns when the copy is made; arguments as in :meth:`save`. Never skipped."""
         self.save(checkpoint, step, wait=True, **options)
         self.fence()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way, from its beginning until its delta is written."""
+        return self._save is not None or self._writer.depth > 0
 
     def flush(self) -> None:
         """Waits until all saves are written."""
@@ -326,34 +319,6 @@ class RunningCheckpoint:
 
     # -- its parts -----------------------------------------------------------------------------------------------
 
-    def _take_apart(
-        self, checkpoint: dict[str, Any], optimizers: Mapping[Path, Optimizer], parameters: Iterable[Tensor]
-    ) -> LiveState:
-        block_size = self._stager.bases.map.block_size or self.settings.block_size
-        return self._dissection.take_apart(checkpoint, optimizers, parameters, block_size)
-
-    def _warn_of_heavy(self, heavy: Sequence[Leaf]) -> None:
-        if heavy:
-            names = ", ".join(f"{'/'.join(map(str, path))} ({type(tensor).__name__})" for path, tensor in heavy[:3])
-            nbytes = readable(sum(tensor.numel() * tensor.dtype.itemsize for _, tensor in heavy))
-            self._notices.warn(
-                "heavy",
-                f"{len(heavy)} tensors cannot be cut into blocks, and every save writes them whole, "
-                f"{nbytes}: {names}{', ...' if len(heavy) > 3 else ''}",
-            )
-
-    def _buffer(self, full: bool, live: Sequence[Sequence[Tensor]]) -> HostBuffer:
-        pinned = any(tensor.device.type != "cpu" for tensors in live for tensor in tensors)
-        if full:
-            # Memory of its own: a buffer of the whole state is not worth keeping.
-            return HostBuffer(pinned)
-        if len(self._buffers) < DEPTH:
-            self._buffers.insert(0, HostBuffer(pinned))
-        # The writer has a free place, so it is done with the save before the last, whose buffer this was.
-        buffer = self._buffers[0]
-        buffer.reset()
-        return buffer
-
     def _give_back(self) -> None:
         self._call_off_exit()
         try:
@@ -374,7 +339,7 @@ class RunningCheckpoint:
         self._stager.finish(save)
         self._has_base = True
         # Not before it is certain that it will be written: the other buffer may still be in the queue.
-        self._buffers.sort(key=lambda buffer: buffer is save.buffer)
+        self._buffers.keep(save.buffer)
         state_bytes = self._stager.bases.map.state_bytes
         self._writer.submit(lambda: self._committer.commit(save, state_bytes))
         # Interrupted before this, it is called off although it may be written; then its blocks are written once more.
@@ -395,8 +360,8 @@ class RunningCheckpoint:
         late = [*self.store.take_errors(), *self._late_errors]
         self._late_errors.clear()
         self.stats.failed_saves += len(late)
-        errors = [*self._writer.take_errors(), *late]
         warn_of_memory(self._notices, self.store, self.stats, self._neighbours.trouble)
+        errors = [*self._writer.take_errors(), *late]
         if errors and self.settings.on_write_error == "raise":
             raise errors[0]
         if errors:
@@ -410,15 +375,9 @@ class RunningCheckpoint:
         bases, lost = self._stager.bases, self.store.take_lost()
         while not self._committer.unwritten.empty():
             version, keys = self._committer.unwritten.get()
-            written_by = set(bases.keys(bases.written_by(version)))
             # Of a block that was staged again meanwhile a later save decides.
-            lost |= keys & written_by
-        numbers = [number for key in lost if (number := bases.map.numbers.get(key)) is not None]
-        for number in numbers:
-            group = bases.map.groups[bases.map.locate(number)[0]]
-            slots = {slot.name for slot in group.slots}
-            key = next(bases.keys(torch.tensor([number])))
-            (bases.fail if self._committer.is_stored(key, slots) else bases.forget)(torch.tensor([number]))
+            lost |= keys & set(bases.written_by(version))
+        bases.lose(lost, self._committer.is_stored)
         if lost:
             self._has_base = self._committer.is_stored(self._committer.skeleton_key)
 
@@ -428,17 +387,13 @@ class RunningCheckpoint:
         try:
             yield
         except BaseException:
-            # Interrupted while it is being staged, by Ctrl-C for one, the next call goes on with it.
-            if not self._stager.is_at_work:
-                self._call_off(save)
+            # The error is the caller's to see; the next save begins anew. But if it was interrupted while the save is
+            # being staged, by Ctrl-C for one, the next call goes on with it.
+            if self._save is save and not self._stager.is_at_work:
+                self._save = None
+                self._stager.call_off(save)
+                self._writer.give_back()
             raise
         save.stall += time.perf_counter() - started
         if self._save is None:
             setattr(self.stats, "full_stall_seconds" if save.full else "stall_seconds", save.stall)
-
-    def _call_off(self, save: Save) -> None:
-        """The error is the caller's to see; the next save begins anew."""
-        if self._save is save:
-            self._save = None
-            self._stager.call_off(save)
-            self._writer.give_back()

@@ -86,6 +86,22 @@ class Settings:
         """The policy as a function."""
         return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
 
+    def warn_of_block_size(self, notices: Notices, block_size: int, directory: str) -> None:
+        """Warns once if a directory was started with another block size.
+
+        Args:
+            notices: Warns.
+            block_size: That size.
+            directory: What it is called.
+
+        """
+        if self.block_size not in (None, block_size):
+            notices.warn(
+                "block_size",
+                f"block_size={self.block_size} is left aside: {directory} was started with {block_size}. Begin in a "
+                "new directory to change it",
+            )
+
     def warn_of_unused(self, notices: Notices, rank: int) -> None:
         """Warns once, on the first rank, of options of memory where there is none.
 

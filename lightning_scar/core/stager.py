@@ -47,7 +47,8 @@ class Stager:
 
     def start(self, save: Save) -> None:
         """Copies what cannot wait; the rest is on its way when this returns, or done if it is staged eagerly."""
-        save.queue = queue_of([tensor for part in save.parts for tensor in part.live])
+        tensors = [tensor for part in save.parts for tensor in part.live]
+        save.queue, save.buffer.pinned = queue_of(tensors), any(tensor.device.type != "cpu" for tensor in tensors)
         is_lazy = not save.full and self._settings.staging == "lazy"
         unsaved = self._unsaved() if is_lazy else set()
         for part in save.parts:
