@@ -179,6 +179,54 @@ def test_a_killed_run_whose_last_save_was_refreshed_goes_on_within_the_error_tha
     assert resumed.loss().item() == pytest.approx(lost.loss().item(), rel=0.1)
 
 
+def killed_with_memory(rank: int, url: str, **settings: Any) -> None:
+    training = make_training(40)
+    running = opened(url, fraction=0.3, **settings)
+    for _ in range(6):
+        training.step()
+        training.save(running)
+        running.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_memory_holds_is_refreshed_as_what_storage_holds(host: Path, tmp_path: Path) -> None:
+    in_memory, in_storage = str(tmp_path / "in-memory"), str(tmp_path / "in-storage")
+    options = {"memory": True, "durable_every_n_saves": 100}
+    for url, own in ((in_memory, options), (in_storage, {})):
+        [failure] = run_ranks(killed_with_memory, 1, url, failing=True, **own)
+        assert failure.type == "Ended", failure
+    expected = load(in_storage)
+    assert_same(load(in_memory), expected)
+    with opened(in_memory, fraction=0.3, **options) as running:
+        restored = running.restore()
+        assert_same(restored.checkpoint, expected)
+        assert "this host's memory" in running.recovery
+        assert restored.plan.refreshed > 0
+    assert_same(load(in_memory), expected)
+
+
+def test_blocks_that_turn_nan_are_healed_with_their_refresh(memory_url: str) -> None:
+    training = make_training(40)
+    with opened(memory_url, fraction=0.3) as running:
+        for _ in range(5):
+            training.step()
+            training.save(running)
+        expected = load(memory_url)
+        with torch.no_grad():
+            training.model[0].weight[::2] = torch.nan
+        kept = training.model[0].weight[1::2].detach().clone()
+        parts = {"optimizers": {("optimizer_states", 0): training.optimizers[0]}}
+        plan = running.heal(training.checkpoint(), parameters=training.model.parameters(), **parts)
+        assert plan is not None
+        assert plan.refreshed > 0
+    healed = {key: step for key, step in saved_steps(memory_url).items() if key.startswith("state_dict/0.weight[")}
+    assert len(healed) > 1
+    weight, found = training.model[0].weight, expected["state_dict"]["0.weight"]
+    for rows in map(rows_of, healed):
+        was_hurt = bool((torch.arange(40)[rows] % 2 == 0).any())
+        assert torch.equal(weight[rows], found[rows] if was_hurt else kept[rows.start // 2 : rows.stop // 2])
+
+
 # -- interruptions -----------------------------------------------------------------------------------------------------
 
 
