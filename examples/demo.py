@@ -33,8 +33,9 @@ METHODS = ("SCARCheckpoint", "AsyncCheckpointIO", "ModelCheckpoint")
 SHARE = 0.01
 #: Steps of the short run, and of the time between its saves.
 MEASURED, APART = 100, 20
-#: No training is killed earlier, nor saves more rarely than so many steps: the demo would take too long.
-EARLIEST, RAREST = 250, 500
+#: No training is killed before it saves behind that step, and those of Lightning save no more rarely than so many
+#: steps: the demo would take too long.
+EARLIEST, RAREST = 200, 400
 FOLDER = Path("runs/demo")
 PICTURE = Path("demo.png")
 
@@ -110,7 +111,7 @@ def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     with console.status("What does a save cost?") as status:
         every = {name: 30 if quick else interval(name) for name in METHODS if name != "SCARCheckpoint"}
-        kill_from = max(60 if quick else EARLIEST, *(round(1.25 * steps) for steps in every.values()))
+        kill_from = max(60 if quick else EARLIEST, *every.values())
         runs = []
         for name in METHODS:
             status.update(f"{name}: a training is killed after about {kill_from} steps and started again ...")
@@ -138,7 +139,7 @@ def kill_and_resume(name: str, every: int | None, kill_from: int) -> Run:
     folder = FOLDER / name
     folder.mkdir(parents=True)
     options = [name, str(folder), *(["--every", str(every)] if every else [])]
-    limit = kill_from + 2 * RAREST
+    limit = kill_from + 5 * RAREST
     killing = ["--steps", str(limit), "--kill-from", str(kill_from)]
     train([*options, *killing], folder / "first.log", -signal.SIGKILL)
     before = read_journal(folder)

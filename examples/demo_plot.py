@@ -51,8 +51,10 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     left = min(BEFORE, 40 + max(run.every + (run.before[-1].step - run.saves[-1]) for run in runs))
     # At least so far that the words fit.
     panels[-1].set_xlim(-left, max(0.7 * left, min(AFTER, longest + 45)))
-    shown = [line.held_out_loss for run in runs for line in run.before[-left:]]
-    panels[-1].set_ylim(min(line.held_out_loss for run in runs for line in run.after) - 0.3, max(shown) + 0.05)
+    highest = max(line.held_out_loss for run in runs for line in run.before[-left:])
+    lowest = min(line.held_out_loss for run in runs for line in run.after)
+    # Room for words below what falls.
+    panels[-1].set_ylim(lowest - 0.4 * (highest - lowest), highest + 0.05 * (highest - lowest))
     panels[-1].set_xlabel("steps computed since the kill, those done again included")
     figure.supylabel("held-out loss", fontsize="medium")
     figure.suptitle("What one SIGKILL costs, at the same share of the time for saves", fontweight="bold", color=INK)

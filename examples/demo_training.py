@@ -80,7 +80,7 @@ class Journal(Callback):
     Args:
         path: The file; a restarted process appends to it.
         saver: Whose saves are counted.
-        kill_from: From this step on the process kills itself with SIGKILL, half way between two saves.
+        kill_from: Behind the first save from this step on the process kills itself with SIGKILL, half way to the next.
         goal: The training ends some steps after the held-out loss is down there.
     """
 
@@ -106,7 +106,7 @@ class Journal(Callback):
             # Checkpoint callbacks come after this one: they have saved behind the step before this.
             self._begun = line.begun
             self._saves.append(line.step - 1)
-        if self.kill_from is not None and line.step >= self.kill_from and self._is_half_way(line.step):
+        if self.kill_from is not None and self._is_half_way(line.step, self.kill_from):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.goal is not None and self._left is None and line.held_out_loss <= self.goal:
             self._left = STEPS_AFTER
@@ -114,9 +114,9 @@ class Journal(Callback):
             self._left -= 1
             trainer.should_stop = self._left <= 0
 
-    def _is_half_way(self, step: int) -> bool:
+    def _is_half_way(self, step: int, kill_from: int) -> bool:
         before, last = [0, 0, *self._saves][-2:]
-        return last > 0 and 2 * (step - last) >= last - before
+        return last >= kill_from and 2 * (step - last) >= last - before
 
     def _write(self, trainer: Trainer, module: LightningModule) -> Line:
         loss = held_out_loss(trainer, module)
@@ -154,9 +154,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("method", choices=["SCARCheckpoint", "ModelCheckpoint", "AsyncCheckpointIO"])
     arguments.add_argument("folder", type=Path)
-    arguments.add_argument("--every", type=int, help="save every so many steps; SCARCheckpoint finds out by itself")
+    arguments.add_argument(
+        "--every", type=int, help="save every so many steps; without it SCARCheckpoint finds out by itself"
+    )
     arguments.add_argument("--steps", type=int, required=True, help="end after so many steps")
-    arguments.add_argument("--kill-from", type=int, help="kill the process from this step on")
+    arguments.add_argument("--kill-from", type=int, help="kill the process half way behind a save from here on")
     arguments.add_argument("--goal", type=float, help="end when the held-out loss is down there")
     options = arguments.parse_args()
 
@@ -164,7 +166,7 @@ def main() -> None:
     checkpoint: Checkpoint
     plugins: list[Any] = []
     if options.method == "SCARCheckpoint":
-        checkpoint = scar = SCARSaver(saved)
+        checkpoint = scar = SCARSaver(saved, every_n_train_steps=options.every)
         saver: Saver = scar
     else:
         saver = io = CountingIO()
