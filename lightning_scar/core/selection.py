@@ -81,7 +81,9 @@ def random(candidates: Candidates) -> Tensor:
 POLICIES: dict[str, Policy] = {"distance": distance, "round_robin": round_robin, "random": random}
 
 
-def select(candidates: Candidates, policy: Policy, budget: int, max_age: int | None = None) -> Tensor:
+def select(
+    candidates: Candidates, policy: Policy, budget: int, max_age: int | None = None, patient: bool = False
+) -> Tensor:
     """Chooses blocks greedily, highest priority first, as long as they fit in the budget.
 
     Blocks older than ``max_age`` come before all others, the oldest first. Ties go to the older block.
@@ -91,6 +93,7 @@ def select(candidates: Candidates, policy: Policy, budget: int, max_age: int | N
         policy: What ranks them.
         budget: Bytes to spend.
         max_age: Steps after which a block is due whatever its priority; ``None`` for never.
+        patient: Whether to choose none at all while the first one does not fit, so that it does not wait for ever.
 
     Returns:
         Indices of the chosen blocks, int64, best first. Their bytes never exceed the budget.
@@ -116,6 +119,8 @@ def select(candidates: Candidates, policy: Policy, budget: int, max_age: int | N
     order = age.argsort(descending=True, stable=True)
     for key in (torch.where(overdue, age, priority.to(torch.float64)), overdue.to(torch.int8)):
         order = order[key[order].argsort(descending=True, stable=True)]
+    if patient and len(order) and int(candidates.nbytes[order[0]]) > budget:
+        return order[:0]
     return _fill(order, candidates.nbytes, budget)
 
 

@@ -41,6 +41,8 @@ class Stager:
         self._negative = negative
         self._settings = settings
         self._caught: set[str] = set()
+        #: Bytes that the last saves have left for a block that is larger than one of them may write.
+        self._saved_up = 0
         self._counters: dict[str, list[int]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._staging: Future[None] | None = None
@@ -236,11 +238,17 @@ class Stager:
         first = max(int(own * self._settings.fraction), min(own, total // 4))
         for among, budget in ((restless, first), (~restless, total)):
             numbers = (eligible & among).nonzero().flatten()
-            if len(numbers):
-                # A row larger than the budget must not wait for ever.
-                budget = max(budget - int(sizes[chosen].sum()), int(sizes[numbers].max()))
-                policy, max_age = self._settings.policy_function, self._settings.max_age
-                chosen[numbers[select(candidates.of(numbers), policy, budget, max_age)]] = True
+            if not len(numbers):
+                continue
+            left, largest = budget - int(sizes[chosen].sum()), int(sizes[numbers].max())
+            # A row larger than the budget must not wait for ever. With a refresh it can wait until there is enough.
+            is_patient = among is not restless and any(part.codes for part in save.parts)
+            left = left + self._saved_up if is_patient else max(left, largest)
+            policy, max_age = self._settings.policy_function, self._settings.max_age
+            found = numbers[select(candidates.of(numbers), policy, left, max_age, is_patient)]
+            chosen[found] = True
+            if is_patient:
+                self._saved_up = min(max(left - int(sizes[found].sum()), 0), largest)
         return chosen
 
     def _refreshed(self, save: Save, scores: Scores) -> Tensor:

@@ -84,7 +84,7 @@ def log(bits: int, work: Work, measure: bool) -> None:
     """Encodes values that are never negative."""
     x, y, (unit, norm, error) = work.x, work.y, work.seen
     found, positive = work.z.view(torch.int32), work.spare.view(torch.int32)
-    if not measure and x.device.type == "cpu" and _log_of_positive(bits, work):
+    if not measure and may_look(x) and _log_of_positive(bits, work):
         return
     pattern = x.add_(0.0).view(torch.int32)  # Minus zero becomes zero.
     # The sum wraps around: zero becomes the largest number, and the order of positive patterns stays.
@@ -106,8 +106,13 @@ def log(bits: int, work: Work, measure: bool) -> None:
     _pack(bits, found.add_(1).mul_(positive), y, work.codes)
 
 
+def may_look(tensor: Tensor) -> bool:
+    """Whether to look at values makes nobody wait."""
+    return tensor.device.type == "cpu"
+
+
 def _log_of_positive(bits: int, work: Work) -> bool:
-    """The same in half the time where all values are above zero. It looks, which would be a wait on other devices."""
+    """The same in half the time where all values are above zero. It looks at them."""
     pattern, found = work.x.view(torch.int32), work.z.view(torch.int32)
     low, high = pattern.amin(1), pattern.amax(1)
     if int(low.min()) <= 0 or int(high.max()) > _INT_MAX - 2 * _LOWER_HALF:

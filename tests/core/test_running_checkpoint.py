@@ -565,12 +565,12 @@ def test_a_resumed_run_continues_the_saved_copy_and_the_ages(memory_url: str) ->
         seen.append(candidates)
         return candidates.distance
 
-    with opened(memory_url, fraction=0.3) as running:
+    with opened(memory_url, fraction=0.5) as running:
         for _ in range(4):
             training.step()
             training.save(running)
     before = saved_steps(memory_url)
-    with opened(memory_url, fraction=0.3, policy=watched) as running:
+    with opened(memory_url, fraction=0.5, policy=watched) as running:
         restored = running.restore()
         assert {key: version.step for key, version in restored.plan.versions.items()} == before
         training.load(restored.checkpoint)
