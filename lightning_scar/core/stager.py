@@ -243,13 +243,16 @@ class Stager:
             left, largest = budget - int(sizes[chosen].sum()), int(sizes[numbers].max())
             # A row larger than the budget must not wait for ever. With a refresh it can wait until there is enough.
             is_patient = among is not restless and any(part.codes for part in save.parts)
-            left = left + self._saved_up if is_patient else max(left, largest)
-            policy, max_age = self._settings.policy_function, self._settings.max_age
-            found = numbers[select(candidates.of(numbers), policy, left, max_age, is_patient)]
-            chosen[found] = True
-            if is_patient:
-                self._saved_up = min(max(left - int(sizes[found].sum()), 0), largest)
+            found = self._best(candidates.of(numbers), left if is_patient else max(left, largest), is_patient)
+            if is_patient and not len(found):
+                self._saved_up = min(self._saved_up + max(left, 0), largest)
+                found = self._best(candidates.of(numbers), self._saved_up, patient=True)
+                self._saved_up -= int(sizes[numbers[found]].sum())
+            chosen[numbers[found]] = True
         return chosen
+
+    def _best(self, candidates: Candidates, budget: int, patient: bool) -> Tensor:
+        return select(candidates, self._settings.policy_function, budget, self._settings.max_age, patient)
 
     def _refreshed(self, save: Save, scores: Scores) -> Tensor:
         """The blocks that have a refresh: all that can be encoded.
