@@ -23,9 +23,12 @@ class _Split(NamedTuple):
     positive: Bits | None
 
 
+#: Buffers that fit in this share of a save are always exact. What changes outside of the optimizer has no refresh.
+ALWAYS_EXACT = 1 / 4
+
 #: The best first. State is refreshed as a whole or not at all: a first moment of now over a second one of long ago
 #: makes steps that are far too long.
-_SPLITS = (_Split(4, 2, 4), _Split(2, 2, 4), _Split(2, None, None))
+_SPLITS = (_Split(8, 8, 8), _Split(4, 4, 4), _Split(4, 2, 4), _Split(2, 2, 4), _Split(2, None, None))
 
 
 def plan(
@@ -55,7 +58,8 @@ def plan(
         {'param': 'linear4', 'exp_avg': 'linear2', 'exp_avg_sq': 'log4'}
 
     """
-    budget = fraction * state_bytes * (1 - _LEAST_EXACT)
+    whole, restless = fraction * state_bytes, sum(group.rows * group.row_nbytes for group in groups if not group.lazy)
+    budget = whole * (1 - _LEAST_EXACT) - (restless if restless <= whole * ALWAYS_EXACT else 0)
     for split in _SPLITS if fraction < 1 else ():
         found = {group.name: _codecs(group, negative, split) for group in groups if group.lazy}
         if sum(_nbytes(group, found.get(group.name, {})) for group in groups) <= budget:

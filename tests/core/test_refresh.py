@@ -54,6 +54,8 @@ def test_the_bits_follow_from_what_the_share_of_the_state_has_room_for() -> None
         return {slot: codec.name for slot, codec in found.items()}
 
     moments = {"exp_avg": True, "exp_avg_sq": False}
+    assert names(ADAM, 1 / 3, **moments) == {"param": "linear8", "exp_avg": "linear8", "exp_avg_sq": "log8"}
+    assert names(ADAM, 1 / 6, **moments) == {"param": "linear4", "exp_avg": "linear4", "exp_avg_sq": "log4"}
     assert names(ADAM, 1 / 8, **moments) == {"param": "linear4", "exp_avg": "linear2", "exp_avg_sq": "log4"}
     assert names(ADAM, 1 / 10, **moments) == {"param": "linear2", "exp_avg": "linear2", "exp_avg_sq": "log4"}
     # Not one moment without the other.
