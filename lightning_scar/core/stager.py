@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_scar.core.bases import NEVER, Bases
 from lightning_scar.core.devices import HostBuffer, on_host, queue_of
 from lightning_scar.core.preconditioner import preconditioners
-from lightning_scar.core.refresh import plan
+from lightning_scar.core.refresh import ALWAYS_EXACT, plan
 from lightning_scar.core.rework import motion
 from lightning_scar.core.rows import gather
 from lightning_scar.core.save import Codes, Part, Save
@@ -227,7 +227,8 @@ class Stager:
     def _selected(self, save: Save, candidates: Candidates, eligible: Tensor) -> Tensor:
         """The furthest blocks, as many as the share of the state allows."""
         sizes = candidates.nbytes
-        total = int(self._settings.fraction * int(sizes.sum())) - sum(part.code_bytes for part in save.parts)
+        whole = int(self._settings.fraction * int(sizes.sum()))
+        total = whole - sum(part.code_bytes for part in save.parts)
         # Running statistics and other buffers are small in bytes and in distance, and matter all the same: where they
         # fit in a quarter of the budget they are always fresh.
         restless = torch.tensor(
@@ -235,7 +236,7 @@ class Stager:
         )
         chosen = torch.zeros_like(eligible)
         own = int(sizes[restless].sum())
-        first = max(int(own * self._settings.fraction), min(own, total // 4))
+        first = own if own <= whole * ALWAYS_EXACT else max(int(own * self._settings.fraction), total // 4)
         for among, budget in ((restless, first), (~restless, total)):
             numbers = (eligible & among).nonzero().flatten()
             if not len(numbers):
