@@ -28,7 +28,7 @@ FAREWELL_SECONDS = 10.0
 class TieredRankStore(TieredStore):
     """The tiers of a running checkpoint, for one rank of the one live run.
 
-    Every save goes to memory. Every so-manieth brings to storage, in a thread of its own, whatever is newer in memory;
+    Every save goes to memory. Every Nth brings to storage, in a thread of its own, whatever is newer in memory;
     a full save brings it there before it counts as done. So storage alone always holds a running checkpoint, which
     lags behind by as many saves. Without memory all saves go to storage, and so does one that finds no room there,
     with all that memory has: from the next one on memory begins anew.
@@ -40,7 +40,7 @@ class TieredRankStore(TieredStore):
         storage_options: Passed to the file system.
         rank: Which rank.
         world_size: The number of ranks.
-        every: Every how-manieth save goes to storage; ``None`` for no memory.
+        every: Every Nth save goes to storage; ``None`` for no memory.
         limit: Bytes that this rank may take of memory; ``None`` for what there is.
 
     Attributes:
