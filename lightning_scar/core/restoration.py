@@ -156,33 +156,26 @@ def restore(
         with_bases: Whether saves are to go on from there.
 
     """
-    ranks = ranks or Ranks()
+    members = ranks or Ranks()
+
+    def attempt() -> Restored:
+        found = members.together(
+            lambda: retry_vanished(lambda: _read_share(store, consistent, into, initial, weights_only, members))
+        )
+        _check_agreement(store, found, members)
+        found.reader.exchange()
+        bases = found.reader.bases() if with_bases else {}
+        if not consistent:
+            # A refresh is of a later step than the bases of a full save.
+            found.reader.refresh()
+        return found.put_together(bases)
+
     with no_collection():
-        restored = retry_vanished(lambda: _restored(store, consistent, into, initial, weights_only, ranks, with_bases))
-    if ranks.rank == 0:
+        # Whoever reads a live run from outside may meet a file that vanishes at the refresh, too.
+        restored = retry_vanished(attempt)
+    if members.rank == 0:
         _report(store, restored)
     return restored
-
-
-def _restored(
-    store: Store,
-    consistent: bool,
-    into: dict[str, Any] | None,
-    initial: dict[str, Any] | None,
-    weights_only: bool | None,
-    ranks: Ranks,
-    with_bases: bool,
-) -> Restored:
-    found = ranks.together(
-        lambda: retry_vanished(lambda: _read_share(store, consistent, into, initial, weights_only, ranks))
-    )
-    _check_agreement(store, found, ranks)
-    found.reader.exchange()
-    bases = found.reader.bases() if with_bases else {}
-    if not consistent:
-        # A refresh is of a later step than the bases of a full save.
-        found.reader.refresh()
-    return found.put_together(bases)
 
 
 @dataclass
