@@ -186,7 +186,7 @@ def table(runs: list[Run]) -> Table:
 
 def conclusion(runs: list[Run]) -> str:
     """What was measured, and what not."""
-    size = f"43 MB of state, steps of {1000 * runs[0].step_seconds:.0f} ms"
+    size = f"22 MB of state, steps of {1000 * runs[0].step_seconds:.0f} ms"
     lost = ", ".join(f"{run.name} {run.rework if run.rework is not None else 'never'}" for run in runs)
     return (
         f"Measured on this machine, with {size}: so many steps it took to regain the loss after one kill, half way "

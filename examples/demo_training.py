@@ -134,12 +134,12 @@ def held_out_loss(trainer: Trainer, module: LightningModule) -> float:
 
 
 class Perceptron(DigitClassifier):
-    """Three linear layers of 3.6 million parameters: with Adam 43 MB of state, more than the small CNN has."""
+    """Three linear layers of 1.9 million parameters: with Adam 22 MB of state, more than the small CNN has."""
 
     def __init__(self) -> None:
         # So small a learning rate that the loss still falls at the kill: otherwise lost steps would not show.
         super().__init__(learning_rate=1e-5)
-        width = 1536
+        width = 1024
         self.layers = nn.Sequential(
             *(nn.Flatten(), nn.Linear(784, width), nn.ReLU()),
             *(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)),
@@ -187,7 +187,7 @@ def main() -> None:
     )
     # ModelCheckpoint removes the older file when the newer one is written; a kill may leave both.
     newest = max(saved.glob("*.ckpt"), key=os.path.getmtime, default=None)
-    trainer.fit(Perceptron(), datamodule=Digits(batch_size=32), ckpt_path=newest)
+    trainer.fit(Perceptron(), datamodule=Digits(batch_size=192), ckpt_path=newest)
 
 
 if __name__ == "__main__":
