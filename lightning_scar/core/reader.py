@@ -146,7 +146,8 @@ class Reader:
     def _read_refreshes(self, wanted: "Sequence[_Refreshed]") -> list[Refresh | None]:
         """Reads a share of them, and gets the rest from the others; ``None`` for one that is damaged."""
         rank, size = self._ranks.rank, self._ranks.world_size
-        own = self._store.read_refreshes([(w.delta, w.refresh) for w in wanted[rank::size]])
+        share = [(w.delta, w.refresh) for w in wanted[rank::size]]
+        own = self._ranks.together(lambda: self._store.read_refreshes(share))
         found = {rank + i * size: refresh for i, refresh in enumerate(own)}
         damages = {i: damage for i, damage in found.items() if isinstance(damage, Damage)}
         damaged = {i: damage for each in self._ranks.gather(damages) for i, damage in each.items()}
