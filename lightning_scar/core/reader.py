@@ -140,7 +140,8 @@ class Reader:
                     for newest in self._store.index.refreshes(at.block)[:1]:
                         group = whole[part.group.name]
                         empty = _Refreshed(newest.delta, newest.refresh, group, [])
-                        found.setdefault((newest.delta.file, group.name), empty).places.append(newest.position)
+                        # By the name: copies on several hosts have one name, and paths that differ from rank to rank.
+                        found.setdefault((newest.delta.name, group.name), empty).places.append(newest.position)
         return [found[place] for place in sorted(found)]
 
     def _read_refreshes(self, wanted: "Sequence[_Refreshed]") -> list[Refresh | None]:
