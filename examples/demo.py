@@ -119,7 +119,8 @@ def main() -> None:
             console.print(f"{name}: {outcome(runs[-1])}")
     console.print(table(runs), "")
     plot(runs, PICTURE)
-    console.print(conclusion(runs), "", soft_wrap=True)
+    said = "Quick: the intervals are no measured ones, so no figure means anything." if quick else conclusion(runs)
+    console.print(said, "", soft_wrap=True)
     console.print(f"Loss against steps: {PICTURE.resolve()}", soft_wrap=True)
 
 
