@@ -12,7 +12,9 @@ from lightning_scar import load
 from lightning_scar.cli import main
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
+from lightning_scar.storage.delta import StoredBlock
 from lightning_scar.storage.host_memory import VARIABLE
+from lightning_scar.storage.tiers import open_store
 
 
 @dataclass
@@ -88,15 +90,26 @@ def test_verify_accepts_an_intact_directory(run: Command, saved: Path) -> None:
 
 
 def test_verify_names_the_damaged_block_and_exits_with_1(run: Command, saved: Path) -> None:
-    newest = max(saved.glob("rank-*/delta-*"))
-    damaged = bytearray(newest.read_bytes())
-    length = int.from_bytes(damaged[:8], "little")
-    damaged[8 + length] ^= 1
-    newest.write_bytes(damaged)
+    newest, block = _newest_block(saved)
+    _damage(newest, block.slots["param"].start)
     done = run("verify", saved)
     assert done.returncode == 1
-    assert "state_dict/layer.weight[" in done.stdout
+    assert block.key in done.stdout
     assert newest.name in done.stdout.replace("\n", "")
+
+
+def _newest_block(saved: Path) -> tuple[Path, StoredBlock]:
+    """The newest file, and one of the blocks of the state in it."""
+    store = open_store(saved)
+    store.refresh()
+    delta = max(store.deltas, key=lambda delta: delta.head.sequence)
+    return saved / delta.name, next(block for block in delta.blocks if block.group == "state_dict/layer.weight")
+
+
+def _damage(file: Path, offset: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 1
+    file.write_bytes(content)
 
 
 def test_an_exported_ckpt_is_what_load_returns(run: Command, saved: Path, tmp_path: Path) -> None:

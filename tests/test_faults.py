@@ -17,15 +17,15 @@ import fault_runs
 import loop_runs
 import pytest
 import torch
-from helpers import TinyModel, assert_same, cut_short, fit, saved_blocks, saver
+from helpers import TinyModel, assert_same, cut_short, fit, saver
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lived import Saved, assert_as_lived
 from torch import Tensor
 
 from lightning_scar import load
-from lightning_scar.core.restoration import NoCheckpointError, restore
+from lightning_scar.core.restoration import NoCheckpointError
 from lightning_scar.storage.host_memory import VARIABLE
 from lightning_scar.storage.lease import DirectoryInUseError
-from lightning_scar.storage.tiers import open_store
 
 Start = Callable[..., BaseProcess]
 
@@ -86,12 +86,14 @@ def step_on_disk(dirpath: Path) -> int:
 
 
 def assert_blocks_as_written_down(dirpath: Path, days: dict[int, dict[str, Tensor]]) -> None:
-    slots = {"state_dict": "param"}
-    for key, step, path, span, values in saved_blocks(restore(open_store(dirpath))):
-        name = key.removeprefix("state_dict/").split("[")[0]
-        slot = slots.get(str(path[0]), str(path[-1]))
-        assert bool(values.isfinite().all()), key
-        assert torch.equal(values, days[step][f"{name}/{slot}"][span]), f"{key} is not what it was at step {step}"
+    def lived(saved: Saved, step: int) -> Tensor:
+        name = saved.key.removeprefix("state_dict/").split("[")[0]
+        slot = "param" if saved.path[0] == "state_dict" else saved.path[-1]
+        values = days[step][f"{name}/{slot}"][saved.span]
+        assert bool(values.isfinite().all()), saved.key
+        return values
+
+    assert_as_lived(dirpath, lived)
 
 
 #: The same training through each front door.

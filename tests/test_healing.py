@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ddp_runs
 import lightning.pytorch as pl
@@ -10,9 +10,10 @@ import loop_runs
 import pytest
 import torch
 from ddp_runs import SMALL, Patient, Poison, Run
-from helpers import TinyModel, assert_same, fit, loader, saver
+from helpers import TinyModel, assert_same, cut_short, fit, loader, saver
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
+from torch import Tensor
 
 from lightning_scar import SCARCheckpoint, load
 from lightning_scar.core.recovery import IncompleteError
@@ -45,10 +46,18 @@ class Calls(Callback):
             self.answers.append(self.scar.heal(trainer))
 
 
+def weight_and_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    return {"param": checkpoint["state_dict"]["net.0.weight"]} | checkpoint["optimizer_states"][0]["state"][0]
+
+
+@pytest.mark.parametrize("refresh", ["auto", None])
 @pytest.mark.parametrize("slot", ["param", "exp_avg", "exp_avg_sq"])
-def test_blocks_that_turn_nan_are_restored_alone(tmp_path: Path, slot: str) -> None:
+def test_blocks_that_turn_nan_are_restored_alone(
+    tmp_path: Path, slot: str, refresh: Literal["auto"] | None, memory_url: str
+) -> None:
     notes = ddp_runs.Notes()
-    scar = saver(tmp_path, **HEALING)
+    options = HEALING | {"refresh": refresh}
+    scar = saver(tmp_path, **options)
     with pytest.warns(UserWarning, match=r"NaN or Inf at step 6, healed: .* from survivors, .* newest versions"):
         model = fit(scar, Patient(), Poison(6, slot=slot), logger=notes)
     assert scar.stats.heals == 1
@@ -56,11 +65,16 @@ def test_blocks_that_turn_nan_are_restored_alone(tmp_path: Path, slot: str) -> N
     assert scar.stats.non_finite_blocks == 0
     for step in range(1, 17):
         assert is_finite(model.live[step]), step
-    weights = [model.live[step]["state_dict"]["net.0.weight"] for step in range(1, 7)]
-    # Two rows a block: two blocks come from disk, from one of the steps before; the others moved as in any step.
-    for block in (slice(2, 4), slice(4, 6)):
-        assert any(torch.equal(weights[-1][block], earlier[block]) for earlier in weights[:-1])
-    assert not (weights[-1][6:] == weights[-2][6:]).all(1).any()
+    cut_short(saver(memory_url, **options), Patient(), after=5)
+    on_disk, healed = weight_and_state(load(memory_url)), weight_and_state(model.live[6])
+    lived = [weight_and_state(model.live[step]) for step in range(1, 7)]
+    # Two rows a block: two blocks are what a crash would have gone on with; the others moved as in any step.
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        for block in (slice(2, 4), slice(4, 6)):
+            assert torch.equal(healed[name][block], on_disk[name][block])
+            if refresh is None:
+                assert any(torch.equal(healed[name][block], earlier[name][block]) for earlier in lived[:-1])
+        assert not (healed[name][6:] == lived[-2][name][6:]).all(1).any()
     assert_same(load(tmp_path)["state_dict"], model.live[16]["state_dict"])
 
 

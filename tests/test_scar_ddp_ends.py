@@ -46,7 +46,7 @@ def test_a_signal_stops_all_behind_one_step_and_the_next_start_resumes(
     (step,) = last_steps(stopped)
     assert step < 360
     assert load(tmp_path / "scar")["global_step"] == step
-    assert set(restore(DeltaStore(tmp_path / "scar")).plan.steps.values()) == {step}
+    assert {version.step for version in restore(DeltaStore(tmp_path / "scar")).plan.versions.values()} == {step}
     # The fault is behind it.
     resumed = train(tmp_path, ("training_step", 5, 1, how), **options)
     assert_done(resumed, steps=360)
