@@ -51,6 +51,7 @@ class Overhead:
     _costs: "dict[bool, deque[float]]" = field(
         default_factory=lambda: {full: deque(maxlen=_SAVES) for full in (False, True)}
     )
+    _warm: set[bool] = field(default_factory=set)
     _under_way: _UnderWay | None = None
     _saves_since_quiet: int = 0
     _last: tuple[int, float] | None = None
@@ -79,6 +80,10 @@ class Overhead:
                 # The running checkpoint itself may have made a full one of it.
                 full = stats.full_saves > save.full_saves
                 stall = stats.full_stall_seconds if full else stats.stall_seconds
+                if len(self._costs[full]) == 1 and full not in self._warm:
+                    # The first save of a kind makes its buffers, and tells little of those to come.
+                    self._costs[full].clear()
+                    self._warm.add(full)
                 self._costs[full].append(max(longer / save.saves, stall))
         elif not is_busy:
             self._quiet.append(seconds / steps)

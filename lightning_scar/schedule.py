@@ -16,11 +16,11 @@ from lightning_scar.overhead import Overhead
 #: The share of the training time that saves may take if nothing else is asked for.
 MAX_OVERHEAD = 0.01
 
-#: However much a save costs, they are not further apart, in seconds; the second limit holds until some were measured.
-_LONGEST, _LONGEST_UNSURE = 600.0, 60.0
+#: However much a save costs, they are not further apart, in seconds.
+_LONGEST = 600.0
 
-#: So many quiet steps and saves must have been measured.
-_QUIET_STEPS, _SURE = 5, 3
+#: So many quiet steps and saves must have been measured; until then saves are no further apart than so many steps.
+_QUIET_STEPS, _SURE, _UNSURE_STEPS = 5, 3, 10
 
 #: Rank 0 looks at the clock at least so often, in seconds: steps may become slower than they were.
 _LOOK = 10.0
@@ -215,8 +215,9 @@ class Schedule:
         cost, seconds = self._overhead.cost(self.full_every_n_saves), self._overhead.step_seconds
         if cost is None or not seconds or self._overhead.quiet_steps < _QUIET_STEPS:
             return None
-        longest = _LONGEST if self._overhead.saves >= _SURE else _LONGEST_UNSURE
-        every = max(math.ceil(min(cost / self.max_overhead, longest) / seconds), 1)
+        every = max(math.ceil(min(cost / self.max_overhead, _LONGEST) / seconds), 1)
+        if self._overhead.saves < _SURE:
+            return min(every, _UNSURE_STEPS)
         if not self._told / 2 < every < self._told * 2:
             self._told = every
             share = 100 * cost / (every * seconds + cost)

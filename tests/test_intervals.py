@@ -169,7 +169,7 @@ def test_a_loop_says_what_it_chose(tmp_path: Path, capsys: pytest.CaptureFixture
     model = torch.nn.Linear(8, 1)
     optimizer = torch.optim.Adam(model.parameters())
     with SCARLoop(tmp_path, {"model": model, "optimizer": optimizer}) as scar:
-        for _ in range(scar.resume(), 40):
+        for _ in range(scar.resume(), 120):
             time.sleep(0.002)
             model(torch.randn(2, 8)).square().mean().backward()
             optimizer.step()

@@ -124,8 +124,9 @@ class Motion:
     their own mean; the estimate of all lies between theirs still.
 
     Where a block has a refresh, what is off by then is the error :math:`e` of a code, which points anywhere. That costs
-    nothing to first order; to second order at most :math:`e^2 / 2`, as no step is stable where the loss is curved by
-    more than the inverse of the learning rate.
+    nothing to first order. To second order it is half of the curvature times :math:`e^2`, and a block that has moved
+    for :math:`a` steps does so where the curvature is about :math:`1 / a`, up to the learning rate: a larger one would
+    have turned it round. So :math:`e^2 / 2a` is counted.
 
     It is never above distance over speed, the limit of :func:`rework_bound` for slow convergence, and never above the
     age of the oldest block. Where steps are mostly noise it means little: there old values may be as good as new ones,
@@ -139,7 +140,7 @@ class Motion:
 
         >>> import torch
         >>> moved, age = torch.tensor([8.0, 4.0, 1.0]), torch.tensor([4, 2, 9])
-        >>> round(motion(moved, age, rest=torch.tensor([False, True, True])).rework_cost, 2)
+        >>> round(motion(moved, moved, age, rest=torch.tensor([False, True, True])).rework_cost, 2)
         1.01
 
     """
@@ -175,12 +176,12 @@ def motion(distance: Tensor, lag: Tensor, age: Tensor, rest: Tensor) -> Motion:
         >>> moved, age, rest = torch.tensor([2.0, 3.0]), torch.tensor([2, 1]), torch.tensor([True, False])
         >>> motion(moved, moved, age, rest)
         Motion(squared_speed=10.0, squared_speed_steps=2.0)
-        >>> motion(moved, moved / 10, age, rest)
-        Motion(squared_speed=10.0, squared_speed_steps=0.02)
+        >>> round(motion(moved, moved / 10, age, rest).squared_speed_steps, 6)
+        0.01
 
     """
     known = distance.isfinite() & (age > 0)
     squares = (distance[known].double() / age[known]).square()
-    lost = torch.minimum(squares * age[known], lag[known].double().square() / 2)
+    lost = torch.minimum(squares * age[known], lag[known].double().square() / (2 * age[known]))
     lost = torch.where(lag[known] < distance[known], lost, squares * age[known])
     return Motion(float(squares.sum()), float(lost[rest[known]].sum()))
