@@ -1,16 +1,21 @@
 """How far blocks are from their bases, and their refresh: one pass over the live tensors, on their device."""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_scar.core import codec
 from lightning_scar.core.bases import Base
 from lightning_scar.core.blocks import Group, rows
+from lightning_scar.core.codec import Codec, encode
 from lightning_scar.core.preconditioner import sampled_squares
 from lightning_scar.core.rows import pieces
 from lightning_scar.core.save import Codes, Part
+from lightning_scar.core.threads import batches
+
+#: Bytes of tensors that are looked at together; a larger one is worth a pass of its own.
+_SMALL = 1 << 20
 
 
 class Scores(NamedTuple):
@@ -37,38 +42,44 @@ class Scores(NamedTuple):
         return cls(norm.sqrt() * unit, error.sqrt() * unit, unfit, squares)
 
 
-def score(part: Part, base: Base, step: int, full: bool) -> Tensor:
-    """Compares a group with its base and encodes its refresh. Nothing waits for the device.
+def score(parts: Sequence[tuple[Part, Base]], step: int, full: bool) -> list[Tensor]:
+    """Compares groups with their bases and encodes their refresh. Nothing waits for the device.
 
     Args:
-        part: The group. The memory of its codes is filled.
-        base: Its base.
+        parts: The groups, each with its base. The memory of their codes is filled.
         step: The present optimizer step.
         full: Whether it is enough to know what is not finite, or frozen: all else has moved as far as it can.
 
     Returns:
-        float32, shape ``(5, blocks)``, on the group's device: unit, squared distance and squared error in units, unfit,
-        mean squared gradient.
+        For each group float32, shape ``(5, blocks)``, on its device: unit, squared distance and squared error in units,
+        unfit, mean squared gradient.
 
     """
-    group, live = part.group, part.live
-    seen = torch.zeros(5, len(group), device=live[0].device)
-    if base.values is not None and full and not group.frozen:
-        seen[:3] = torch.where(_measured(group, live[0], None, None)[3] > 0, torch.nan, torch.inf)
-    elif base.values is not None:
-        seen[:4] = _measured(group, live[0], rows(base.values), part.codes.get(group.slots[0].name))
-    elif base.seen is not None:
-        seen[1:3] = torch.where(base.seen.differs(live[0]), torch.inf, 0.0)
-        seen[0] = 1
-    else:
-        seen[:3] = torch.inf
-    if full:
-        return seen
-    seen[4] = sampled_squares(group, live, step)
-    for slot, tensor in zip(group.slots[1:], live[1:], strict=True):
-        if (codes := part.codes.get(slot.name)) is not None:
-            seen[3] = torch.maximum(seen[3], _measured(group, tensor, None, codes)[3])
-    return seen
+    found: list[Tensor] = []
+    passes: list[_Pass] = []
+    for part, base in parts:
+        group, live, parameter = part.group, part.live, part.group.slots[0].name
+        seen = torch.zeros(5, len(group), device=live[0].device)
+        found.append(seen)
+        if base.values is not None and full and not group.frozen:
+            passes += _passes(seen[3:4], live[0], None, None, group)
+        elif base.values is not None:
+            passes += _passes(seen[:4], live[0], rows(base.values), part.codes.get(parameter), group)
+        elif base.seen is not None:
+            seen[1:3] = torch.where(base.seen.differs(live[0]), torch.inf, 0.0)
+            seen[0] = 1
+        else:
+            seen[:3] = torch.inf
+        if not full:
+            seen[4] = sampled_squares(group, live, step)
+            for slot, tensor in zip(group.slots[1:], live[1:], strict=True):
+                if (codes := part.codes.get(slot.name)) is not None:
+                    passes += _passes(seen[3:4], tensor, None, codes, group)
+    _make(passes)
+    for (part, base), seen in zip(parts, found, strict=True) if full else ():
+        if base.values is not None and not part.group.frozen:
+            seen[:3] = torch.where(seen[3] > 0, torch.nan, torch.inf)
+    return found
 
 
 def careful(group: Group, number: int, live: Tensor, base: Tensor | None) -> Tensor:
@@ -89,25 +100,77 @@ def careful(group: Group, number: int, live: Tensor, base: Tensor | None) -> Ten
     return torch.where(changed == 0, 0.0, torch.where(now.isfinite().all(), torch.inf, found))
 
 
-def _measured(group: Group, live: Tensor, base: Tensor | None, codes: Codes | None) -> Tensor:
-    """What :func:`~lightning_scar.core.codec.encode` has seen, of all blocks: shape ``(4, blocks)``."""
-    found = torch.empty(4, len(group), device=live.device)
+class _Pass(NamedTuple):
+    """Blocks of one size to look at.
+
+    Attributes:
+        into: Where to tell what was seen, one column a block: unit, squares and what is unfit, or only the last.
+        blocks: The blocks.
+        base: What to subtract.
+        codec: How to encode them, if so.
+        host: Memory for codes and scales.
+
+    """
+
+    into: Tensor
+    blocks: Tensor
+    base: Tensor | None
+    codec: Codec | None = None
+    host: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What passes have in common that can be made as one."""
+        blocks = self.blocks
+        return self.codec, blocks[0].numel(), blocks.dtype, blocks.device, self.base is None, len(self.into)
+
+
+def _passes(into: Tensor, live: Tensor, base: Tensor | None, codes: Codes | None, group: Group) -> Iterator[_Pass]:
     bases = pieces(base, group) if base is not None else None
-    memories = codes.pieces(group) if codes is not None else None
+    hosts = codes.pieces(group) if codes is not None else None
     for numbers, blocks in pieces(live, group):
         against = next(bases).blocks if bases is not None else None
-        if codes is None or memories is None:
-            seen = codec.encode(None, *_as_numbers(blocks, against))
+        if codes is None or hosts is None:
+            yield _Pass(into[:, numbers], *_as_numbers(blocks, against))
         else:
-            host = next(memories)
-            is_here = blocks.device == host[0].device
-            own = host if is_here else codes.codec.empty(len(blocks), blocks[0].numel(), blocks.device)
-            wanted = base is not None
-            seen = codec.encode(codes.codec, blocks, against, codes=own[0], scales=own[1], measure=wanted)
-            for to, made in zip(host, own, strict=True) if not is_here else ():
-                to.copy_(made, non_blocking=True)
-        found[:, numbers] = torch.stack([*seen[:3], seen.bad.to(torch.float32)])
-    return found
+            yield _Pass(into[:, numbers], blocks, against, codes.codec, next(hosts))
+
+
+def _make(passes: Sequence[_Pass]) -> None:
+    """Makes passes, small ones of a kind as one: models have hundreds of small tensors, of blocks of a few sizes."""
+    by_kind: dict[tuple[object, ...], list[_Pass]] = {}
+    for each in passes:
+        by_kind.setdefault((*each.kind, each.blocks.nbytes > _SMALL), []).append(each)
+    for alike in by_kind.values():
+        for together in batches(alike, lambda each: each.blocks.nbytes, _SMALL):
+            _encode(together)
+
+
+def _encode(alike: Sequence[_Pass]) -> None:
+    values, base, codec, host = alike[0].blocks, alike[0].base, alike[0].codec, alike[0].host
+    counts, is_told = [len(each.blocks) for each in alike], len(alike[0].into) > 1
+    if len(alike) > 1:
+        values = torch.cat([each.blocks.flatten(1) for each in alike])
+        base = (
+            torch.cat([each.base.flatten(1) for each in alike if each.base is not None]) if base is not None else None
+        )
+    own = host
+    if codec is not None and host is not None and (len(alike) > 1 or values.device != host[0].device):
+        own = codec.empty(len(values), values[0].numel(), values.device)
+    codes, scales = own if own is not None else (None, None)
+    seen = encode(codec, values, base, codes=codes, scales=scales, measure=is_told)
+    bad = torch.split(seen.bad.to(torch.float32), counts)
+    told = torch.split(torch.stack(seen[:3]), counts, 1) if is_told else ()
+    for i, each in enumerate(alike):
+        # A block has a refresh of all its slots, or none.
+        torch.maximum(each.into[-1], bad[i], out=each.into[-1])
+        if is_told:
+            each.into[:3] = told[i]
+    if own is not host and own is not None:
+        for kind, made in enumerate(own):
+            for each, part in zip(alike, torch.split(made, counts), strict=True):
+                if each.host is not None:
+                    each.host[kind].copy_(part, non_blocking=True)
 
 
 def _as_numbers(blocks: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:

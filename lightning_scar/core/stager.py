@@ -125,8 +125,8 @@ class Stager:
         found: list[Tensor] = []
 
         def work() -> None:
-            step, full = save.version.step, save.full
-            seen = [score(part, self.bases.base(part.group), step, full) for part in save.parts]
+            parts = [(part, self.bases.base(part.group)) for part in save.parts]
+            seen = score(parts, save.version.step, save.full)
             found[:] = on_host([*seen, *(values for _, values in save.small)])
 
         self._provide_codes(save)

@@ -71,7 +71,7 @@ def test_every_save_holds_the_values_of_its_own_step_in_whatever_order_a_device_
 @pytest.mark.parametrize("broken", ["hold", "wait", "after"])
 def test_without_its_order_a_save_is_wrong(broken: str, tmp_path: Path) -> None:
     expected = saved(tmp_path / "at-once", Immediate(0))
-    assert any(saved(tmp_path / str(seed), Late(seed, broken)) != expected for seed in range(3))
+    assert any(saved(tmp_path / str(seed), Late(seed, broken)) != expected for seed in range(20))
 
 
 # -- the host ----------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def scores_of(
     part = Part(group_of(tensors[0], rows_per_block, *state, frozen=seen.values is None), tensors)
     buffer = HostBuffer()
     part.codes = {slot: Codes.of(codec, part.group, buffer) for slot, codec in codecs.items()}
-    return Scores.of(score(part, seen, 1, full)), part
+    return Scores.of(score([(part, seen)], 1, full)[0]), part
 
 
 def distances(live: Tensor, base: Tensor, rows_per_block: int) -> Tensor:
@@ -277,3 +277,27 @@ def test_scoring_changes_neither_live_tensors_nor_bases() -> None:
     scores_of(live, base, 2, param=Codec("linear", 4))
     assert torch.equal(bits(live), before[0])
     assert torch.equal(bits(base), before[1])
+
+
+def test_groups_that_are_looked_at_together_are_seen_as_each_alone() -> None:
+    torch.manual_seed(0)
+    shapes = [(64, 16), (7, 16), (300,), (64, 16), (5000, 40), (64, 16), (1, 16)]
+    parts = []
+    for i, shape in enumerate(shapes):
+        group = Group(f"w{i}", shape, (Slot("param", torch.float32, None, ()),), rows_per_block=4, lazy=True)
+        part = Part(group, [torch.randn(shape)])
+        part.codes = {"param": Codes.of(Codec("linear", 4), group, HostBuffer())}
+        parts.append((part, Base(torch.randn(shape))))
+    parts[3][0].live[0][5] = torch.nan
+    together = score(parts, 1, full=False)
+    codes = [part.codes["param"].codes.clone() for part, _ in parts]
+    for each, seen, own in zip(parts, together, codes, strict=True):
+        each[0].codes["param"].codes.fill_(7)
+        alone = score([each], 1, full=False)[0]
+        assert torch.equal(alone[3], seen[3])
+        torch.testing.assert_close(alone[:3], seen[:3], equal_nan=True)
+        fit = seen[3] == 0
+        for (count, _), made, alike in zip(
+            each[0].group.sizes, each[0].codes["param"].pieces(each[0].group), [own], strict=False
+        ):
+            assert torch.equal(made[0][fit[:count]], alike[: made[0].numel()].view(count, -1)[fit[:count]])
