@@ -29,7 +29,7 @@ def opened(url: str | Path, **settings: Any) -> RunningCheckpoint:
 
 def refresh_of(running: RunningCheckpoint, name: str) -> StoredRefresh | None:
     """The refresh of a group in the newest delta."""
-    delta = max(running.store.deltas, key=lambda delta: delta.head.sequence)
+    delta = max(running.store.deltas, key=lambda delta: (delta.head.incarnation, delta.head.sequence))
     return next((refresh for refresh in delta.refreshes if refresh.group == name), None)
 
 
