@@ -18,6 +18,7 @@ OPTIONS: dict[str, Any] = {
     "dirpath": "runs/a",
     "every_n_train_steps": 7,
     "fraction": 0.25,
+    "refresh": None,
     "policy": "round_robin",
     "block_size": 4096,
     "max_age": 50,
@@ -144,6 +145,7 @@ def test_a_time_is_written_as_hours_minutes_and_seconds(text: str, tmp_path: Pat
     ("name", "value"),
     [
         ("staging", "later"),
+        ("refresh", "often"),
         ("fraction", "much"),
         ("every_n_train_steps", "1.5"),
         ("train_time_interval", "soon"),

@@ -49,12 +49,12 @@ def test_inspect_lists_every_rank(run: Command, saved: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     rows = ranks_shown(shown.stdout)
     assert sorted(rows) == ["0", "1"]
-    for step, owns, age, distance, files, on_disk in rows.values():
+    for rank, (step, owns, age, distance, files, on_disk) in rows.items():
         assert step == "5"
         assert owns.endswith("kB")
         assert 0 < int(age.removesuffix(" steps")) < 5
         assert float(distance) > 0
-        assert int(files) == 5
+        assert int(files) == len(list(saved.glob(f"rank-000{rank}/*.safetensors"))) > 1
         assert on_disk.endswith("kB")
     assert "not known" not in shown.stdout
 
