@@ -95,7 +95,7 @@ def log(bits: int, work: Work, measure: bool) -> None:
     work.scales[0].copy_(low)
     work.scales[1].copy_(high)
     step, lowest = (high - low).mul_(log_step(bits)).unsqueeze_(1), (low << 16).unsqueeze_(1)
-    y.copy_(torch.sub(pattern, lowest, out=found)).div_(step.clamp_min(1))
+    y.copy_(torch.sub(pattern, lowest, out=found)).mul_(step.clamp_min(1).reciprocal())
     found.copy_(y.round_())
     torch.sign(pattern, out=positive)
     unit.copy_((high << 16).view(torch.float32).clamp_min_(_SMALLEST))
