@@ -29,19 +29,17 @@ from lightning_scar.sigterm import DeferredSigterm
 class SCARLoop:
     """Saves the blocks of a training loop that moved furthest, often, and resumes from them.
 
-    The first save is full; the later ones write the fraction of the state that moved furthest since it was saved (SCAR,
-    ICML 2019, section 4.2). With a process group every rank saves its share.
+    The first save is full; later ones write what moved furthest (SCAR, ICML 2019, section 4.2) and a low-precision copy
+    of the rest. With a process group every rank saves its share.
 
     Args:
         dirpath: The running checkpoint's directory, a path or any fsspec URL.
-        state: What to save, by name: modules, optimizers, schedulers, and anything else with ``state_dict`` and
-            ``load_state_dict``; as for ``fabric.save``. Wrapped or not.
+        state: What to save, by name, wrapped or not: modules, optimizers, schedulers, and whatever has a state dict.
         every_n_steps: Save every N optimizer steps; or
         train_time_interval: save when that much time has passed, at the next optimizer step; or
         max_overhead: as often as this share of the training time allows, in (0, 1). Without any of the three 0.01.
         fraction: The share of the state's bytes that one save may write, in (0, 1].
-        refresh: ``"auto"`` spends a part of that on a low-precision copy of all that a save does not write exactly;
-            ``None`` is SCAR's own form.
+        refresh: ``"auto"`` spends a part of that on a low-precision copy of all the rest; ``None`` is SCAR's own form.
         policy: ``"distance"``, ``"round_robin"``, ``"random"``, or a function from
             :class:`~lightning_scar.core.selection.Candidates` to one priority a block.
         block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
@@ -52,8 +50,7 @@ class SCARLoop:
         strict: Whether a running checkpoint of another model is an error; ``False`` loads what fits.
         save_on_exception: Whether to save when the ``with`` block ends with an exception.
         on_write_error: ``"warn"`` goes on training when a save cannot be written, ``"raise"`` stops it.
-        heal_non_finite: Whether to look for NaN and Inf before every save, and to restore the blocks that hold any, on
-            all ranks at the same step; see :meth:`heal`.
+        heal_non_finite: Whether to look for NaN and Inf before every save, and to :meth:`heal` the blocks that hold any.
         max_heals: How often that may happen; after that it is an error.
         memory: Whether saves go to this host's memory first (``/dev/shm``, or ``LIGHTNING_SCAR_MEMORY``).
         durable_every_n_saves: With it, every Nth save goes to ``dirpath``, too; full ones always do.
@@ -146,7 +143,7 @@ class SCARLoop:
         return self.state.steps
 
     def __enter__(self) -> Self:
-        """Returns itself; the end of the block closes it."""
+        """The end of the block closes it."""
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
