@@ -50,7 +50,7 @@ class SCARLoop:
         strict: Whether a running checkpoint of another model is an error; ``False`` loads what fits.
         save_on_exception: Whether to save when the ``with`` block ends with an exception.
         on_write_error: ``"warn"`` goes on training when a save cannot be written, ``"raise"`` stops it.
-        heal_non_finite: Whether to look for NaN and Inf before every save, and to :meth:`heal` the blocks that hold any.
+        heal_non_finite: Whether to look for NaN and Inf before every save, and to :meth:`heal` what holds any.
         max_heals: How often that may happen; after that it is an error.
         memory: Whether saves go to this host's memory first (``/dev/shm``, or ``LIGHTNING_SCAR_MEMORY``).
         durable_every_n_saves: With it, every Nth save goes to ``dirpath``, too; full ones always do.
