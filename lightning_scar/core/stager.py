@@ -242,8 +242,9 @@ class Stager:
             if not len(numbers):
                 continue
             left, largest = budget - int(sizes[chosen].sum()), int(sizes[numbers].max())
-            # A row larger than the budget must not wait for ever. With a refresh it can wait until there is enough.
-            is_patient = among is not restless and any(part.codes for part in save.parts)
+            # A row larger than the budget must not wait for ever. One with a refresh can wait until there is enough.
+            has_refresh = any(part.codes for part in save.parts) and not bool(self.bases.due[numbers].any())
+            is_patient = has_refresh and among is not restless
             found = self._best(candidates.of(numbers), left if is_patient else max(left, largest), is_patient)
             if is_patient and not len(found):
                 self._saved_up = min(self._saved_up + max(left, 0), largest)
