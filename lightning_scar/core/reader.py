@@ -15,6 +15,7 @@ from lightning_scar.core.recovery import RecoveryPlan, Source
 from lightning_scar.core.shares import shares
 from lightning_scar.core.skeleton import Path
 from lightning_scar.storage.delta import Delta, Encoded, Refresh, StoredRefresh
+from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.store import Damage, Reading, Store
 
 
@@ -133,7 +134,7 @@ class Reader:
     def _wanted_refreshes(self) -> "list[_Refreshed]":
         """The newest refresh of each block's base, gathered by file and group; in the same order on all ranks."""
         whole = {group.name: group for group in self.groups}
-        found: dict[tuple[str, str], _Refreshed] = {}
+        found: dict[tuple[bool, str, str], _Refreshed] = {}
         for part in (part for parts in self._parts for part in parts):
             for key in map(part.group.key, part.numbers):
                 for at in self._plan[key].versions[:1]:
@@ -141,7 +142,10 @@ class Reader:
                         group = whole[part.group.name]
                         empty = _Refreshed(newest.delta, newest.refresh, group, [])
                         # By the name: copies on several hosts have one name, and paths that differ from rank to rank.
-                        found.setdefault((newest.delta.name, group.name), empty).places.append(newest.position)
+                        # By where it lies: what memory spills may have the name of a delta with other blocks.
+                        is_stored = newest.delta.directory.tier is Tier.STORAGE
+                        place = is_stored, newest.delta.name, group.name
+                        found.setdefault(place, empty).places.append(newest.position)
         return [found[place] for place in sorted(found)]
 
     def _read_refreshes(self, wanted: "Sequence[_Refreshed]") -> list[Refresh | None]:

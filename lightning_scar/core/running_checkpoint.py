@@ -341,12 +341,13 @@ class RunningCheckpoint:
         # Not before it is certain that it will be written: the other buffer may still be in the queue.
         self._buffers.keep(save.buffer)
         state_bytes = self._stager.bases.map.state_bytes
+        # Before the writer adds to them what it finds.
+        self.stats.note(save)
         self._writer.submit(lambda: self._committer.commit(save, state_bytes))
         # Interrupted before this, it is called off although it may be written; then its blocks are written once more.
         self._save = None
         if self.store.follows_nobody:
             self._claim.forget_previous()
-        self.stats.note(save)
         self.stats.warn_of_non_finite(self._notices)
         if self.stats.saves == 1 and self.store.memory is not None:
             tell_of_memory(self._notices, self.store, self.settings, state_bytes)
