@@ -65,7 +65,8 @@ def run_ranks(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        call = (Path(folder), n, function, args, kwargs)
+        # The server keeps the environment of its first use.
+        call = (Path(folder), dict(os.environ), n, function, args, kwargs)
         processes: list[BaseProcess] = [context.Process(target=_rank, args=(rank, *call)) for rank in range(n)]
         try:
             for process in processes:
@@ -82,9 +83,17 @@ def run_ranks(
 
 
 def _rank(
-    rank: int, folder: Path, n: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    rank: int,
+    folder: Path,
+    environment: dict[str, str],
+    n: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     try:
         dist.init_process_group(

@@ -24,7 +24,6 @@ from lightning_scar.core import stager
 from lightning_scar.core.restoration import load
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates, distance
-from lightning_scar.storage.host_memory import VARIABLE
 from lightning_scar.storage.store import DeltaStore
 
 
@@ -180,9 +179,7 @@ def test_a_killed_run_whose_last_save_was_refreshed_goes_on_within_the_error_tha
     assert resumed.loss().item() == pytest.approx(lost.loss().item(), rel=0.1)
 
 
-def killed_with_memory(rank: int, url: str, host: Path, **settings: Any) -> None:
-    # A process of the forkserver has the environment of the first one.
-    os.environ[VARIABLE] = str(host)
+def killed_with_memory(rank: int, url: str, **settings: Any) -> None:
     training = make_training(40)
     running = opened(url, fraction=0.3, **settings)
     for _ in range(6):
@@ -196,7 +193,7 @@ def test_what_memory_holds_is_refreshed_as_what_storage_holds(host: Path, tmp_pa
     in_memory, in_storage = str(tmp_path / "in-memory"), str(tmp_path / "in-storage")
     options = {"memory": True, "durable_every_n_saves": 100}
     for url, own in ((in_memory, options), (in_storage, {})):
-        [failure] = run_ranks(killed_with_memory, 1, url, host, failing=True, **own)
+        [failure] = run_ranks(killed_with_memory, 1, url, failing=True, **own)
         assert failure.type == "Ended", failure
     expected = load(in_storage)
     assert_same(load(in_memory), expected)
