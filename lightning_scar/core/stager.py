@@ -231,9 +231,7 @@ class Stager:
         total = whole - sum(part.code_bytes for part in save.parts)
         # Running statistics and other buffers are small in bytes and in distance, and matter all the same: where they
         # fit in a quarter of the budget they are always fresh.
-        restless = torch.tensor(
-            [not part.group.lazy for part in save.parts for _ in range(len(part.group))], dtype=torch.bool
-        )
+        restless = self._of_blocks([not part.group.lazy for part in save.parts])
         chosen = torch.zeros_like(eligible)
         own = int(sizes[restless].sum())
         first = own if own <= whole * ALWAYS_EXACT else max(int(own * self._settings.fraction), total // 4)
@@ -261,10 +259,13 @@ class Stager:
 
         Also those that rest: an older refresh of theirs may be on disk, of values that they had meanwhile.
         """
-        coded = torch.tensor(
-            [bool(part.codes) for part in save.parts for _ in range(len(part.group))], dtype=torch.bool
-        )
+        coded = self._of_blocks([bool(part.codes) for part in save.parts])
         return coded & (scores.unfit == 0) & self.bases.is_known()
+
+    def _of_blocks(self, of_groups: list[bool]) -> Tensor:
+        """What is true of groups, for each of their blocks."""
+        sizes = torch.tensor(self.bases.map.offsets, dtype=torch.int64).diff()
+        return torch.tensor(of_groups, dtype=torch.bool).repeat_interleave(sizes)
 
     def _gather(self, save: Save, scores: Scores, ready: object) -> None:
         """Copies the chosen blocks to the host, and makes them the new bases."""
@@ -279,8 +280,9 @@ class Stager:
                 slots = zip(part.group.slots, part.live, part.rows, strict=False)
                 for i, (slot, live, into) in enumerate(slots):
                     gather(live, part.group, part.exact, into.view(slot.dtype), base if i == 0 else None)
-                is_resting = bool((scores.distance[self.bases.blocks(g)] == 0).all())
-                if part.group.frozen and (is_resting or len(part.exact) == len(part.group)):
+                if part.group.frozen and (
+                    len(part.exact) == len(part.group) or bool((scores.distance[self.bases.blocks(g)] == 0).all())
+                ):
                     self.bases.freeze(g, part.live[0])
 
         save.copied = save.queue.beside(work, ready)
