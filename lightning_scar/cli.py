@@ -175,7 +175,7 @@ def _summary(store: Store) -> Table:
 
 def _refresh(store: Store) -> str:
     """How far it is off, and what it takes."""
-    by_age = sorted(store.deltas, key=lambda delta: (delta.head.incarnation, delta.head.sequence))
+    by_age = sorted(store.deltas, key=lambda delta: delta.head.recency)
     newest = {delta.head.rank: delta for delta in by_age if delta.head.kind != "compacted"}
     deltas = [delta for delta in newest.values() if delta.refreshes]
     if not deltas:

@@ -71,6 +71,11 @@ class Head:
     state_bytes: int
     info: Mapping[str, Any]
 
+    @property
+    def recency(self) -> tuple[int, int]:
+        """What saves are ordered by."""
+        return self.incarnation, self.sequence
+
     def to_json(self) -> str:
         """As text, for the header."""
         return orjson.dumps({**asdict(self), "consistent": [list(mark) for mark in self.consistent]}).decode()
@@ -93,7 +98,7 @@ class Head:
 def newest_heads(heads: Iterable[Head]) -> dict[int, Head]:
     """The newest head of every rank that has written in the newest incarnation, by rank."""
     newest: dict[int, Head] = {}
-    for head in sorted(heads, key=lambda head: (head.incarnation, head.sequence)):
+    for head in sorted(heads, key=lambda head: head.recency):
         if newest and next(iter(newest.values())).incarnation < head.incarnation:
             newest = {}
         newest[head.rank] = head

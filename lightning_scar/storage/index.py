@@ -125,7 +125,7 @@ class Index:
     def _take(self, deltas: Iterable[Delta]) -> None:
         counting = [delta for delta in deltas if delta.head.incarnation in self._lineage]
         found: dict[str, dict[Version, Located]] = {}
-        for delta in sorted(counting, key=lambda delta: (delta.head.incarnation, delta.head.sequence)):
+        for delta in sorted(counting, key=lambda delta: delta.head.recency):
             for block in delta.blocks:
                 if block.version.incarnation in self._lineage:
                     found.setdefault(block.key, {})[block.version] = Located(delta, block)
@@ -225,7 +225,7 @@ class Index:
 
 def _by_base(deltas: Iterable[Delta]) -> dict[_Base, list[Refreshed]]:
     found: dict[_Base, list[Refreshed]] = {}
-    for delta in sorted(deltas, key=lambda delta: (delta.head.incarnation, delta.head.sequence), reverse=True):
+    for delta in sorted(deltas, key=lambda delta: delta.head.recency, reverse=True):
         for refresh in delta.refreshes:
             for i, (first, last, *base) in enumerate(refresh.rows.tolist()):
                 key = (refresh.group, (first, last), (base[0], base[1]))

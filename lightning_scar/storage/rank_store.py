@@ -219,7 +219,7 @@ class RankStore(DeltaStore):
     def _refreshing(self) -> set[str]:
         """The files whose refresh counts, by name: each rank's newest, until all have saved since the start."""
         newest: dict[str, Delta] = {}
-        for delta in sorted(self._disposable(), key=lambda delta: (delta.head.incarnation, delta.head.sequence)):
+        for delta in sorted(self._disposable(), key=lambda delta: delta.head.recency):
             is_obsolete = self._is_settled and delta.head.incarnation < self.index.lineage[-1]
             if delta.head.kind != "compacted" and not is_obsolete:
                 newest[delta.folder] = delta

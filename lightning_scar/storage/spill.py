@@ -60,7 +60,7 @@ class Spill:
         copies: list[Copy] = []
         refreshes: list[tuple[Source, StoredRefresh]] = []
         saves = [delta for delta in deltas if delta.head.kind != "compacted"]
-        newest = max(saves, key=lambda delta: (delta.head.incarnation, delta.head.sequence), default=None)
+        newest = max(saves, key=lambda delta: delta.head.recency, default=None)
         for delta in deltas:
             blocks = [block for block in store.index.live(delta) if self._is_newer(block)]
             if blocks:

@@ -65,7 +65,7 @@ class TieredIndex(Index):
     @override
     def refreshes(self, block: StoredBlock) -> list[Refreshed]:
         found = [at for tier in self._tiers() for at in tier.refreshes(block)]
-        return sorted(found, key=lambda at: (at.delta.head.incarnation, at.delta.head.sequence), reverse=True)
+        return sorted(found, key=lambda at: at.delta.head.recency, reverse=True)
 
     @override
     def discard(self, located: Located) -> None:
