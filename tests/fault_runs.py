@@ -12,6 +12,7 @@ from helpers import BATCH_SIZE, StopAfter, TinyModel, make_trainer, samples, sav
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lightning_scar import SCARCheckpoint
 from lightning_scar.storage.host_memory import VARIABLE
 
 SLOTS = ("param", "exp_avg", "exp_avg_sq")
@@ -167,12 +168,22 @@ class Rank(TinyModel):
 
     def on_train_batch_end(self, *args: Any) -> None:
         self._leave("last")
-        time.sleep(0.01)
+
+
+class WrittenTogether(pl.Callback):
+    """Begins no batch before all ranks have written their saves: who fails first ends the others with SIGTERM."""
+
+    def __init__(self, scar: SCARCheckpoint) -> None:
+        self.scar = scar
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.scar._running.flush()  # type: ignore[union-attr]
+        trainer.strategy.barrier()
 
 
 def train_ranks(dirpath: Path, folder: Path, after: int | None = None) -> None:
     """Two ranks over gloo, of which both fail after some batches."""
     callbacks = [StopAfter(after)] if after else []
     scar = saver(dirpath, full_every_n_saves=1)
-    loop = make_trainer(scar, *callbacks, strategy="ddp_fork", devices=2, max_epochs=2)
+    loop = make_trainer(scar, WrittenTogether(scar), *callbacks, strategy="ddp_fork", devices=2, max_epochs=2)
     loop.fit(Rank(folder), stateful())

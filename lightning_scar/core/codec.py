@@ -12,15 +12,15 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_scar.core.tiles import Work, linear, log, log_step, measure_tiles, ternary, unpack
+from lightning_scar.core.tiles import Work, linear, log, log_step, may_look, measure_tiles, ternary, unpack
 
 Kind = Literal["linear", "log"]
 Bits = Literal[2, 4, 8]
 
 #: Values of a tile at most. A scale of 16 bits then costs an eighth of a bit a value.
 _TILE = 128
-#: Values that are worked on at once on a CPU: all scratch stays in the cache, and calls cost little in comparison.
-_CHUNK = 1 << 18
+#: Values that are encoded at once on a CPU: scratch stays in the cache, and calls cost little in comparison.
+_CHUNK = 1 << 19
 #: The same on other devices: enough to keep one busy, and no more scratch than 256 MiB.
 _LARGE_CHUNK = 1 << 24
 
@@ -222,7 +222,7 @@ def encode(
 
 
 @torch.no_grad()
-def decode(codec: Codec, codes: Tensor, scales: Tensor, n: int) -> Tensor:
+def decode(codec: Codec, codes: Tensor, scales: Tensor, n: int, out: Tensor | None = None) -> Tensor:
     """The values that codes stand for.
 
     Args:
@@ -230,28 +230,31 @@ def decode(codec: Codec, codes: Tensor, scales: Tensor, n: int) -> Tensor:
         codes: uint8, shape ``(blocks, codec.code_bytes(n))``, contiguous.
         scales: bfloat16, shape ``(blocks, codec.scale_count(n))``, contiguous.
         n: Values of a block.
+        out: Where to write them; ``None`` for new memory.
 
     Returns:
         float32, shape ``(blocks, n)``, contiguous.
 
     """
     blocks, tiles, length = len(codes), _tiles(n), tile_length(n)
-    size, signed = _chunk_size(blocks * tiles, codes.device), codec.kind == "linear"
-    out = torch.empty(blocks * tiles, length, device=codes.device)
-    found = out if signed else out.view(torch.int32)
-    patterns = scales.view(torch.int16).to(torch.int32).view(blocks, -1, tiles).transpose(0, 1).reshape(-1, len(out), 1)
-    packed = codes.view(torch.int8 if signed else torch.uint8).view(len(out), -1)
-    for part, own, into in zip(
-        *(torch.split(packed, size), torch.split(patterns, size, 1), torch.split(found, size)), strict=True
-    ):
-        unpack(codec.bits, signed, part, into)
-        if signed:
-            into.mul_((own[0] << 16).view(torch.float32))
-            continue
-        low, high = own
-        positive = torch.clamp(into, max=1)
-        into.sub_(1).mul_((high - low) * log_step(codec.bits)).add_(low << 16).mul_(positive)
-    return out.view(blocks, -1)[:, :n].contiguous()
+    ready, signed = out if n == tiles * length else None, codec.kind == "linear"
+    values = torch.empty(blocks * tiles, length, device=codes.device) if ready is None else ready.view(-1, length)
+    patterns = scales.view(torch.int16).to(torch.int32).view(blocks, -1, tiles).transpose(0, 1)
+    first, *high = patterns.reshape(-1, len(values), 1)
+    low, packed = first << 16, codes.view(torch.int8 if signed else torch.uint8).view(len(values), -1)
+    found = values if signed else values.view(torch.int32)
+    factor = low.view(torch.float32) if signed else (high[0] - first) * log_step(codec.bits)
+    pieces = unpack(codec.bits, signed, packed)
+    for piece, into in zip(pieces, torch.split(found, packed.shape[1], 1), strict=True):
+        torch.mul(piece, factor, out=into)
+        if not signed:
+            into.add_(low - factor)
+            if not may_look(piece) or int(piece.min()) == 0:
+                into.mul_(torch.clamp(piece, max=1))
+    trimmed = values.view(blocks, -1)[:, :n]
+    if out is None:
+        return trimmed.contiguous()
+    return out if ready is not None else out.copy_(trimmed)
 
 
 def _tiles(n: int) -> int:

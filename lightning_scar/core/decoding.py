@@ -8,15 +8,15 @@ from torch import Tensor
 
 from lightning_scar.core.blocks import Group, rows
 from lightning_scar.core.codec import Codec, decode
-from lightning_scar.core.threads import pool
 from lightning_scar.storage.delta import Refresh
 
-#: Values that one thread decodes before it takes the next ones.
-_AT_ONCE = 1 << 18
+#: Values that are decoded at once: enough for operations to use all cores. Threads of our own would spend more time
+#: waiting for each other's turn at the interpreter.
+_AT_ONCE = 1 << 20
 
 
 def decode_into(found: Sequence[tuple[Group, Refresh, Sequence[int]]], targets: Mapping[str, Sequence[Tensor]]) -> None:
-    """Decodes refreshes, in parallel.
+    """Decodes refreshes.
 
     The first slot is a difference to the base, added in the wider of its data type and float32; the others replace what
     there is.
@@ -27,16 +27,11 @@ def decode_into(found: Sequence[tuple[Group, Refresh, Sequence[int]]], targets: 
         targets: By the name of the group its tensors on the CPU, one a slot, contiguous. They hold the bases.
 
     """
-    jobs = [
-        (refresh, slot.name, rows(target), stretch, i == 0)
-        for group, refresh, places in found
-        for i, (slot, target) in enumerate(zip(group.slots, targets[group.name], strict=True))
-        if slot.name in refresh.slots
-        for stretch in _stretches(refresh, places, group.row_numel)
-    ]
-    with pool(torch.get_num_threads(), "scar-decoder") as threads:
-        for done in [threads.submit(_decode, *job) for job in jobs]:
-            done.result()
+    for group, refresh, places in found:
+        stretches = list(_stretches(refresh, places, group.row_numel))
+        for i, (slot, target) in enumerate(zip(group.slots, targets[group.name], strict=True)):
+            for stretch in stretches if slot.name in refresh.slots else ():
+                _decode(refresh, slot.name, rows(target), stretch, is_difference=i == 0)
 
 
 class _Stretch(NamedTuple):
@@ -72,10 +67,11 @@ def _decode(refresh: Refresh, slot: str, target: Tensor, stretch: _Stretch, is_d
     whole = (refresh.spans[0][1] - refresh.spans[0][0]) * target[0].numel()
     codes = _rows(encoded.codes[0], stretch, codec.code_bytes(whole), codec.code_bytes(n))
     scales = _rows(encoded.scales[0], stretch, 2 * codec.scale_count(whole), 2 * codec.scale_count(n))
-    values = decode(codec, codes, scales.view(torch.bfloat16), n)
+    is_direct = into.dtype == torch.float32 and not is_difference
+    values = decode(codec, codes, scales.view(torch.bfloat16), n, out=into if is_direct else None)
     if is_difference:
-        into.copy_(into.to(torch.promote_types(into.dtype, torch.float32)) + values)
-    else:
+        into.copy_(into.to(torch.promote_types(into.dtype, torch.float32)).add_(values))
+    elif not is_direct:
         into.copy_(values)
 
 

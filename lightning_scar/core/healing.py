@@ -62,6 +62,7 @@ def heal(store: Store, state: LiveState, ranks: Ranks, lost: Sequence[set[str]])
     # A rank may have failed to look around, and know less of what the others have written.
     plan = ranks.together(lambda: RecoveryPlan(state.map, store.index, alive=survivors(state.map, lost)))
     reader = Reader(store, state.map, plan, ranks, only=set().union(*lost))
+    reader.read_refreshes()
     ranks.together(reader.read)
     reader.take(state.tensors)
     reader.exchange()

@@ -1,6 +1,6 @@
 """Reads blocks to where a recovery plan wants them, one rank's share from disk and the rest from the other ranks."""
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ from lightning_scar.core.shares import shares
 from lightning_scar.core.skeleton import Path
 from lightning_scar.storage.delta import Delta, Encoded, Refresh, StoredRefresh
 from lightning_scar.storage.directory import Tier
-from lightning_scar.storage.store import Damage, Reading, Store
+from lightning_scar.storage.reading import Damage, Reading, fill, read_refreshes
+from lightning_scar.storage.store import Store
 
 
 class Reader:
@@ -57,10 +58,19 @@ class Reader:
             group.name: [_target(group, slot, into or {}) for slot in group.slots] for group in self.groups
         }
         self._initial = {group.name: initial_value(group, initial or {}) for group in self.groups}
+        self._wanted: dict[_Place, _Wanted] = {}
+        #: Refreshes that were read, ``None`` for damaged ones.
+        self._refreshes: dict[_Place, Refresh | None] = {}
         #: Refreshes that could not be read.
         self.unrefreshed: list[Damage] = []
         #: For each slot of a group, by name, whether its refresh can hold negative values.
         self.negative: dict[tuple[str, str], bool] = {}
+
+    def read_refreshes(self) -> None:
+        """Reads the refreshes of all blocks, so that :meth:`read` can leave out what they replace. A collective."""
+        self._wanted = self._wanted_refreshes()
+        new = {place: wanted for place, wanted in self._wanted.items() if place not in self._refreshes}
+        self._refreshes |= zip(new, self._read_refreshes(list(new.values())), strict=True)
 
     def read(self) -> None:
         """Fills every block of this rank's share from the freshest source that turns out to be intact.
@@ -69,6 +79,7 @@ class Reader:
             IncompleteError: If a block has no source left.
 
         """
+        replaced = self._replaced()
         own = self._parts[self._ranks.rank]
         places = {part.group.key(i): (part.group, i) for part in own for i in part.numbers}
         slots = {part.group.name: self._memories(part.group) for part in own}
@@ -80,11 +91,14 @@ class Reader:
                 if self._plan[key].source is Source.INITIAL:
                     self._reset(group, i)
                 else:
-                    readings.append(Reading(self._plan[key].versions[0], partial(_block, slots[group.name], group, i)))
-            found = self._store.read(readings)
+                    into = partial(_block, slots[group.name], group, i)
+                    readings.append(Reading(self._plan[key].versions[0], into, replaced.get(key, ())))
+            found = fill(readings)
             wanted = [reading.located.block.key for reading, _ in found]
             for key, (_, damage) in zip(wanted, found, strict=True):
                 self._plan.fall_back(key, damage)
+                # An older version may have no refresh.
+                replaced.pop(key, None)
 
     def take(self, live: Mapping[Path, Tensor]) -> None:
         """Fills every block that is alive on this rank.
@@ -120,39 +134,38 @@ class Reader:
 
     def refresh(self) -> None:
         """Brings every block that comes from disk as near to the live values as its refresh can. A collective."""
-        wanted = self._wanted_refreshes()
-        read = [
-            (w, refresh) for w, refresh in zip(wanted, self._read_refreshes(wanted), strict=True) if refresh is not None
-        ]
+        if self._plan.damages:
+            # What fell back to an older version may have another one.
+            self.read_refreshes()
+        found = [(w, refresh) for place, w in self._wanted.items() if (refresh := self._refreshes[place])]
         targets = {name: [target.dense for target in slots] for name, slots in self._targets.items()}
-        decode_into([(w.group, refresh, sorted(w.places)) for w, refresh in read], targets)
-        self._plan.refreshed = sum(len(w.places) for w, _ in read)
-        for w, refresh in read:
+        decode_into([(w.group, refresh, sorted(w.places)) for w, refresh in found], targets)
+        self._plan.refreshed = sum(len(w.places) for w, _ in found)
+        for w, refresh in found:
             codecs = {slot: encoded.codec for slot, encoded in refresh.slots.items() if slot != w.group.slots[0].name}
             self.negative |= {(w.group.name, slot): codec.startswith("linear") for slot, codec in codecs.items()}
 
-    def _wanted_refreshes(self) -> "list[_Refreshed]":
+    def _wanted_refreshes(self) -> "dict[_Place, _Wanted]":
         """The newest refresh of each block's base, gathered by file and group; in the same order on all ranks."""
         whole = {group.name: group for group in self.groups}
-        found: dict[tuple[bool, str, str], _Refreshed] = {}
+        found: dict[_Place, _Wanted] = {}
         for part in (part for parts in self._parts for part in parts):
             for key in map(part.group.key, part.numbers):
                 for at in self._plan[key].versions[:1]:
                     for newest in self._store.index.refreshes(at.block)[:1]:
                         group = whole[part.group.name]
-                        empty = _Refreshed(newest.delta, newest.refresh, group, [])
                         # By the name: copies on several hosts have one name, and paths that differ from rank to rank.
                         # By where it lies: what memory spills may have the name of a delta with other blocks.
-                        is_stored = newest.delta.directory.tier is Tier.STORAGE
-                        place = is_stored, newest.delta.name, group.name
-                        found.setdefault(place, empty).places.append(newest.position)
-        return [found[place] for place in sorted(found)]
+                        place = newest.delta.directory.tier is Tier.STORAGE, newest.delta.name, group.name
+                        wanted = found.setdefault(place, _Wanted(newest.delta, newest.refresh, group, {}))
+                        wanted.places[newest.position] = key
+        return {place: found[place] for place in sorted(found)}
 
-    def _read_refreshes(self, wanted: "Sequence[_Refreshed]") -> list[Refresh | None]:
+    def _read_refreshes(self, wanted: "Sequence[_Wanted]") -> list[Refresh | None]:
         """Reads a share of them, and gets the rest from the others; ``None`` for one that is damaged."""
         rank, size = self._ranks.rank, self._ranks.world_size
         share = [(w.delta, w.refresh) for w in wanted[rank::size]]
-        own = self._ranks.together(lambda: self._store.read_refreshes(share))
+        own = self._ranks.together(lambda: read_refreshes(share))
         found = {rank + i * size: refresh for i, refresh in enumerate(own)}
         damages = {i: damage for i, damage in found.items() if isinstance(damage, Damage)}
         damaged = {i: damage for each in self._ranks.gather(damages) for i, damage in each.items()}
@@ -163,6 +176,15 @@ class Reader:
             [[m for refresh in read[source::size] if refresh for m in _memories(refresh)] for source in range(size)]
         )
         return read
+
+    def _replaced(self) -> dict[str, Set[str]]:
+        """The slots of each block that its refresh gives without its base, by key: optimizer state."""
+        found: dict[str, Set[str]] = {}
+        for place, wanted in self._wanted.items():
+            if refresh := self._refreshes[place]:
+                slots = refresh.slots.keys() - {wanted.group.slots[0].name}
+                found |= dict.fromkeys(wanted.places.values(), slots)
+        return found
 
     def tensors(self) -> list[list[Tensor]]:
         """The tensors of each of ``groups``, one a slot."""
@@ -203,13 +225,17 @@ class Reader:
             tensor.zero_()
 
 
-class _Refreshed(NamedTuple):
-    """The refresh of a group, and the places in it of the blocks that are wanted."""
+#: Whether it lies in storage, the name of its delta, that of its group.
+_Place = tuple[bool, str, str]
+
+
+class _Wanted(NamedTuple):
+    """The refresh of a group, and the keys of the blocks that are wanted, by their place in it."""
 
     delta: Delta
     refresh: StoredRefresh
     group: Group
-    places: list[int]
+    places: dict[int, str]
 
 
 def _unread(stored: StoredRefresh) -> Refresh:

@@ -14,7 +14,7 @@ from lightning_scar.storage.delta import Delta, StorageError
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Head, Mark, Version
 from lightning_scar.storage.index import Index, Located
-from lightning_scar.storage.store import Damage
+from lightning_scar.storage.reading import Damage
 
 
 class IncompleteError(StorageError):

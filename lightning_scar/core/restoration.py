@@ -19,7 +19,8 @@ from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.head import Mark
 from lightning_scar.storage.index import Located
-from lightning_scar.storage.store import Damage, Store, retry_vanished
+from lightning_scar.storage.reading import Damage
+from lightning_scar.storage.store import Store, retry_vanished
 from lightning_scar.storage.tiers import open_store
 
 
@@ -159,19 +160,20 @@ def restore(
     members = ranks or Ranks()
 
     def attempt() -> Restored:
-        found = members.together(
-            lambda: retry_vanished(lambda: _read_share(store, consistent, into, initial, weights_only, members))
-        )
+        found = members.together(lambda: _look(store, consistent, into, initial, weights_only, members))
         _check_agreement(store, found, members)
+        if not consistent:
+            # A refresh is of a later step than the bases of a full save.
+            found.reader.read_refreshes()
+        members.together(found.reader.read)
         found.reader.exchange()
         bases = found.reader.bases() if with_bases else {}
         if not consistent:
-            # A refresh is of a later step than the bases of a full save.
             found.reader.refresh()
         return found.put_together(bases)
 
     with no_collection():
-        # Whoever reads a live run from outside may meet a file that vanishes at the refresh, too.
+        # Whoever reads a live run from outside may meet a file that vanishes.
         restored = retry_vanished(attempt)
     if members.rank == 0:
         _report(store, restored)
@@ -214,7 +216,7 @@ class _Found:
         )
 
 
-def _read_share(
+def _look(
     store: Store,
     consistent: bool,
     into: dict[str, Any] | None,
@@ -232,7 +234,6 @@ def _read_share(
     known = {group.name for group in block_map.groups if initial_value(group, start) is not None}
     plan = RecoveryPlan(block_map, store.index, initial=known, limit=limit)
     reader = Reader(store, block_map, plan, ranks, into=_tensors(into), initial=start)
-    reader.read()
     own = skeletons.of_rank(ranks.rank) if ranks.world_size > 1 else newest
     return _Found(newest, all_ranks, own, block_map, plan, reader, skeletons.damages)
 

@@ -269,8 +269,7 @@ class RunningCheckpoint:
         with self._standing_still(save):
             # Before it is, lest it be staged once more when this is interrupted.
             save.is_staged = True
-            self._stager.start(save)
-            if not self._stager.is_busy:
+            if not self._stager.start(save):
                 self._hand_over(save)
 
     def fence(self) -> None:

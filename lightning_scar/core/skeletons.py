@@ -11,7 +11,8 @@ from lightning_scar.core.recovery import IncompleteError
 from lightning_scar.core.skeleton import Path, Skeleton, pack, unpack
 from lightning_scar.storage.head import Mark
 from lightning_scar.storage.index import Located
-from lightning_scar.storage.store import Damage, Reading, Store
+from lightning_scar.storage.reading import Damage, Reading, fill
+from lightning_scar.storage.store import Store
 
 _PREFIX = "skeleton-"
 
@@ -155,7 +156,7 @@ class Skeletons:
 
     def _read(self, at: Located) -> Stored | None:
         memory = at.block.new_memory()
-        if found := self._store.read([Reading(at, memory.copy)]):
+        if found := fill([Reading(at, memory.copy)]):
             if found[0][0].located not in [located for located, _ in self.damages]:
                 self.damages += [(reading.located, damage) for reading, damage in found]
             return None

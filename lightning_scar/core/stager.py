@@ -47,8 +47,15 @@ class Stager:
         self._thread: ThreadPoolExecutor | None = None
         self._staging: Future[None] | None = None
 
-    def start(self, save: Save) -> None:
-        """Copies what cannot wait; the rest is on its way when this returns, or done if it is staged eagerly."""
+    def start(self, save: Save) -> bool:
+        """Copies what cannot wait, and stages the rest in a thread.
+
+        One thread is faster than all cores together: in small operations cores mostly wait for each other.
+
+        Returns:
+            Whether training may go on meanwhile; else :meth:`finish` must follow at once.
+
+        """
         tensors = [tensor for part in save.parts for tensor in part.live]
         save.queue, save.buffer.pinned = queue_of(tensors), any(tensor.device.type != "cpu" for tensor in tensors)
         is_lazy = not save.full and self._settings.staging == "lazy"
@@ -57,18 +64,10 @@ class Stager:
             if is_lazy and (not part.group.lazy or part.group.name in self._caught | unsaved):
                 part.live = [tensor.clone() for tensor in part.live]
         self._counters = {part.group.name: _counters(part) for part in save.parts}
-        ready = save.queue.mark()
-        if not is_lazy:
-            self._stage(save, ready)
-            return
         if self._thread is None:
             self._thread = pool(1, "scar-stager")
-        self._staging = self._thread.submit(self._stage, save, ready)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a save is being staged beside the training."""
-        return self._staging is not None
+        self._staging = self._thread.submit(self._stage, save, save.queue.mark())
+        return is_lazy
 
     @property
     def is_at_work(self) -> bool:

@@ -1,5 +1,6 @@
 """What becomes of tiles of values: codes, scales, and how far they are off."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -140,14 +141,11 @@ def _pack(bits: int, found: Tensor, free: Tensor, codes: Tensor) -> None:
     torch.add(small[:, :half], small[:, half:], alpha=1 << bits, out=codes)
 
 
-def unpack(bits: int, signed: bool, codes: Tensor, into: Tensor) -> None:
-    """The codes of tiles, in the data type of ``into``. As bytes they take a quarter of the way through memory."""
-    if bits == 8:
-        into.copy_(codes)
-        return
-    offset = 1 << bits - 1 if signed else 0
-    rest, piece = codes.clone(), torch.empty_like(codes)
-    for place in torch.split(into, codes.shape[1], 1):
-        torch.add(rest, offset, out=piece).bitwise_and_((1 << bits) - 1).sub_(offset)
-        place.copy_(piece)
+def unpack(bits: int, signed: bool, codes: Tensor) -> Iterator[Tensor]:
+    """The codes of tiles, part by part from left to right; each part until the next one is asked for."""
+    parts, offset = 8 // bits, 1 << bits - 1 if signed and bits < 8 else 0
+    rest, piece = codes.clone() if parts > 1 else codes, torch.empty_like(codes)
+    for _ in range(parts - 1):
+        yield torch.add(rest, offset, out=piece).bitwise_and_((1 << bits) - 1).sub_(offset)
         rest.sub_(piece).bitwise_right_shift_(bits)
+    yield rest

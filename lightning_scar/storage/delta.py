@@ -6,15 +6,13 @@ The blocks of one group stand together, in a *section*, and so does its *refresh
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import xxhash
 
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Head, Version
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SUFFIX = ".safetensors"
 
@@ -48,7 +46,8 @@ def block_key(group: str, span: Span) -> str:
 
 
 def _memory(nbytes: int) -> memoryview:
-    return memoryview(bytearray(nbytes))
+    # Zeros would be written for nothing.
+    return np.empty(nbytes, np.uint8).data
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -227,7 +226,7 @@ class StoredRefresh:
     """
 
     group: str
-    rows: "np.ndarray[Any, Any]"
+    rows: np.ndarray[Any, Any]
     slots: dict[str, StoredSlot]
 
     @cached_property

@@ -4,7 +4,7 @@
 (XXH3, 64 bits) decides whether the file counts at all; those of the data are verified when they are read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import chain
 from typing import IO, Any, NamedTuple
@@ -135,22 +135,22 @@ def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     return metadata, entries
 
 
-def read_blocks(source: Source, blocks: Iterable[tuple[StoredBlock, Mapping[str, memoryview]]]) -> None:
+def read_blocks(source: Source, blocks: Iterable[tuple[StoredBlock, Mapping[str, memoryview], Container[str]]]) -> None:
     """Reads blocks into ready memory and verifies their checksums.
 
     Args:
         source: The open delta.
-        blocks: Which blocks, and writable bytes for each of their slots.
+        blocks: Which blocks, writable bytes for each of their slots, and the slots to leave out.
 
     Raises:
         DamagedError: If an entry cannot be read, or a block has other slots.
 
     """
     entries: list[tuple[Entry, memoryview]] = []
-    for block, into in blocks:
+    for block, into, left_out in blocks:
         if block.slots.keys() != into.keys():
             raise DamagedError("its slots are not those of the block map")
-        entries += [(entry, into[slot]) for slot, entry in block.slots.items()]
+        entries += [(entry, into[slot]) for slot, entry in block.slots.items() if slot not in left_out]
     read_entries(source, entries)
 
 

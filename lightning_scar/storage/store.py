@@ -3,28 +3,22 @@
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from typing_extensions import override
 
 from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.compaction import WITH_OLDER, Retention
-from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta, Refresh, StoredRefresh
-from lightning_scar.storage.delta_file import read_blocks, read_delta, read_refresh
+from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta, StoredRefresh
+from lightning_scar.storage.delta_file import read_delta
 from lightning_scar.storage.directory import Directory, Tier
 from lightning_scar.storage.index import Index, Located, newest_lineage
-from lightning_scar.storage.source import Source
+from lightning_scar.storage.reading import READERS, Damage, Reading, fill, read_refreshes
 
 _RANK_FOLDER = re.compile(r"rank-(\d{4}|[1-9]\d{4,})")
-_READERS = max(2, min(8, os.cpu_count() or 2))
-#: Blocks that are not worth a reader of their own.
-_SMALLEST_BATCH = 64
-#: Bytes that are read before they are checked: many blocks in one request, and still in the processor's cache.
-_AT_ONCE = 1 << 21
 #: How often a reader lists again when files vanish under it; each time means that a whole compaction came between.
 _ATTEMPTS = 20
 
@@ -51,39 +45,6 @@ def rank_of(name: str) -> int:
 def _is_rank_folder(name: str) -> bool:
     """Whether it is a rank's; a copy that somebody has made of one, ``rank-0000.bak``, is nobody's."""
     return _RANK_FOLDER.fullmatch(name) is not None
-
-
-class Reading(NamedTuple):
-    """One version of a block to read, and what gives the memory for each of its slots when its turn has come."""
-
-    located: Located
-    into: Callable[[], Mapping[str, memoryview]]
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A place where the bytes on disk are not what was written.
-
-    Attributes:
-        file: Its full path.
-        reason: What is wrong.
-        block: The block, if it is one.
-        step: The step of its version.
-        refresh: The group whose refresh it is, if so. That costs precision only.
-
-    """
-
-    file: str
-    reason: str
-    block: str | None = None
-    step: int | None = None
-    refresh: str | None = None
-
-    def __str__(self) -> str:
-        if self.refresh is not None:
-            return f"refresh of {self.refresh} in {self.file}: {self.reason}, which costs precision only"
-        what = f"block {self.block} of step {self.step} in {self.file}" if self.block else self.file
-        return f"{what}: {self.reason}"
 
 
 class Store(ABC):
@@ -148,61 +109,6 @@ class Store(ABC):
         present = {rank_of(delta.name) for delta in self.deltas}
         return [rank_folder(rank) for rank in range(world_size) if rank not in present]
 
-    def read(self, readings: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
-        """Reads blocks into ready memory, in parallel, and verifies every checksum.
-
-        Args:
-            readings: What to read and where to.
-
-        Returns:
-            The readings that found damage; their memory holds garbage.
-
-        Raises:
-            FileNotFoundError: If a compaction has replaced a file; :meth:`refresh` and ask again.
-
-        """
-        by_file: dict[tuple[Directory, str], list[Reading]] = {}
-        for reading in readings:
-            # Two hosts may have the same file under the same path.
-            delta = reading.located.delta
-            by_file.setdefault((delta.directory, delta.name), []).append(reading)
-        with ThreadPoolExecutor(_READERS) as pool:
-            batches = [
-                pool.submit(self._read_batch, batch)
-                for found in by_file.values()
-                for batch in _shared_out(sorted(found, key=_place))
-            ]
-            return [damage for batch in batches for damage in batch.result()]
-
-    def _read_batch(self, batch: list[Reading]) -> list[tuple[Reading, Damage]]:
-        delta = batch[0].located.delta
-        try:
-            with delta.directory.source(delta.name) as source:
-                entries = (entry for reading in batch for entry in reading.located.block.slots.values())
-                source.expect(sorted((entry.start, entry.stop) for entry in entries))
-                return [damage for stretch in _stretches(batch) for damage in _read_stretch(source, stretch)]
-        except (ConnectionError, FileNotFoundError) as error:
-            if delta.directory.tier is not Tier.NEIGHBOUR:
-                raise
-            # What another host had may be elsewhere, too. Without storage there is nothing.
-            return [(reading, _damage(reading, error)) for reading in batch]
-
-    def read_refreshes(self, wanted: Sequence[tuple[Delta, StoredRefresh]]) -> list[Refresh | Damage]:
-        """Reads refreshes of groups, in parallel, and verifies every checksum.
-
-        Args:
-            wanted: Which ones, in which deltas.
-
-        Returns:
-            Each of them with its codes and scales in memory, or what is wrong with it. That costs precision only.
-
-        Raises:
-            FileNotFoundError: If a compaction has replaced a file; :meth:`refresh` and ask again.
-
-        """
-        with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(_read_refresh, *zip(*wanted, strict=True))) if wanted else []
-
     def verify(self) -> list[Damage]:
         """Reads everything that counts and checks it.
 
@@ -217,10 +123,10 @@ class Store(ABC):
             refreshes: dict[tuple[str, str], tuple[Delta, StoredRefresh]] = {}
             for delta in self.deltas:
                 live = self.index.live(delta)
-                found += [damage for _, damage in self.read([Reading(Located(delta, b), b.new_memory) for b in live])]
+                found += [damage for _, damage in fill([Reading(Located(delta, b), b.new_memory) for b in live])]
                 newest = (refreshed for block in live for refreshed in self.index.refreshes(block)[:1])
                 refreshes.update({(at.delta.file, at.refresh.group): (at.delta, at.refresh) for at in newest})
-            read = self.read_refreshes(list(refreshes.values()))
+            read = read_refreshes(list(refreshes.values()))
             return self.damaged + found + [damage for damage in read if isinstance(damage, Damage)]
 
         return retry_vanished(check)
@@ -326,59 +232,8 @@ class DeltaStore(Store):
             except OSError as error:
                 return error
 
-        with ThreadPoolExecutor(_READERS) as pool:
+        with ThreadPoolExecutor(READERS) as pool:
             yield from pool.map(header, names)
-
-
-def _place(reading: Reading) -> int:
-    return min((entry.start for entry in reading.located.block.slots.values()), default=0)
-
-
-def _read_refresh(delta: Delta, stored: StoredRefresh) -> Refresh | Damage:
-    try:
-        with delta.directory.source(delta.name) as source:
-            return read_refresh(source, stored)
-    except (DamagedError, OSError) as error:
-        if isinstance(error, FileNotFoundError) and delta.directory.tier is not Tier.NEIGHBOUR:
-            raise
-        return Damage(delta.file, str(error), refresh=stored.group)
-
-
-def _stretches(batch: Iterable[Reading]) -> Iterator[list[Reading]]:
-    """Cuts a list into stretches that are read before they are checked."""
-    stretch: list[Reading] = []
-    nbytes = 0
-    for reading in batch:
-        if stretch and nbytes + reading.located.block.nbytes > _AT_ONCE:
-            yield stretch
-            stretch, nbytes = [], 0
-        stretch.append(reading)
-        nbytes += reading.located.block.nbytes
-    yield stretch
-
-
-def _read_stretch(source: Source, stretch: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
-    """Reads blocks of one file together, and one by one if something is wrong with any of them."""
-    try:
-        read_blocks(source, [(reading.located.block, reading.into()) for reading in stretch])
-    except FileNotFoundError:
-        raise
-    except (DamagedError, OSError) as error:
-        if len(stretch) > 1:
-            return [damage for reading in stretch for damage in _read_stretch(source, [reading])]
-        return [(stretch[0], _damage(stretch[0], error))]
-    return []
-
-
-def _damage(reading: Reading, error: Exception) -> Damage:
-    delta, block = reading.located
-    return Damage(delta.file, str(error), block.key, block.version.step)
-
-
-def _shared_out(items: list[T]) -> list[list[T]]:
-    """Cuts a list into stretches, so that one large file does not keep a single reader busy."""
-    size = max(_SMALLEST_BATCH, -(-len(items) // _READERS))
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def retry_vanished(read: Callable[[], T]) -> T:

@@ -20,7 +20,8 @@ from lightning_scar.core.save import Codes, Part, Save
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.head import Mark, Version
-from lightning_scar.storage.store import DeltaStore, Reading
+from lightning_scar.storage.reading import Reading, fill
+from lightning_scar.storage.store import DeltaStore
 from lightning_scar.storage.tiered_rank_store import TieredRankStore
 
 COUNTER = itertools.count()
@@ -69,7 +70,7 @@ def served(url: str, ranks: list[Rank]) -> Mark | None:
             at = next((at for at in store.index.versions(key) if at.block.version.mark <= mark), None)
             assert at is not None, f"{key} of {mark} is not kept"
             memory = at.block.new_memory()
-            assert not store.read([Reading(at, memory.copy)])
+            assert not fill([Reading(at, memory.copy)])
             written = max(step for step, blocks in rank.done.items() if step <= mark.step and number in blocks)
             assert bytes(memory["param"]) == bytes(values(written, number).tolist()), (key, mark)
     return mark

@@ -13,7 +13,7 @@ from lightning_scar.storage.delta_file import encode
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Head, Mark, Version
 from lightning_scar.storage.index import Index
-from lightning_scar.storage.store import Damage
+from lightning_scar.storage.reading import Damage
 
 FOLDER = Directory("memory://recovery")
 COUNTER = itertools.count()

@@ -238,7 +238,7 @@ def test_the_squared_gradients_are_told_where_the_optimizer_keeps_them() -> None
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 LARGE = {
-    "float32": torch.zeros(2048, 1024),
+    "float32": torch.zeros(4096, 1024),
     "bfloat16": torch.zeros(4096, 2048, dtype=torch.bfloat16),
     "one long row": torch.zeros(1, 2**23, dtype=torch.bfloat16),
     "vector": torch.zeros(2**22),

@@ -23,7 +23,8 @@ from lightning_scar.core.selection import Candidates, distance
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.index import Located
-from lightning_scar.storage.store import DeltaStore, Reading
+from lightning_scar.storage.reading import Reading, fill
+from lightning_scar.storage.store import DeltaStore
 
 
 def training_of(width: int = 16) -> Training:
@@ -451,7 +452,7 @@ def test_a_save_that_was_called_off_leaves_the_memory_of_the_one_in_the_queue_al
     store = DeltaStore(memory_url)
     store.refresh()
     for delta in store.deltas:
-        assert not store.read([Reading(Located(delta, block), block.new_memory) for block in delta.blocks])
+        assert not fill([Reading(Located(delta, block), block.new_memory) for block in delta.blocks])
     loaded, steps = load(memory_url)["state_dict"], saved_steps(memory_url)
     for key, step in steps.items():
         name, rows = key.removeprefix("state_dict/").rpartition("[")[0], rows_of(key)

@@ -81,7 +81,7 @@ def values(folder: Directory, delta: Delta) -> list[dict[str, bytes]]:
     """What is in every block."""
     memory = [found.new_memory() for found in delta.blocks]
     with folder.source(delta.name) as source:
-        read_blocks(source, zip(delta.blocks, memory, strict=True))
+        read_blocks(source, ((block, into, ()) for block, into in zip(delta.blocks, memory, strict=True)))
     return [{slot: bytes(into) for slot, into in found.items()} for found in memory]
 
 

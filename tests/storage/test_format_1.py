@@ -13,7 +13,8 @@ from lightning_scar.storage.delta import StoredBlock
 from lightning_scar.storage.head import Mark, Version
 from lightning_scar.storage.index import Located
 from lightning_scar.storage.rank_store import RankStore
-from lightning_scar.storage.store import DeltaStore, Reading
+from lightning_scar.storage.reading import Reading, fill
+from lightning_scar.storage.store import DeltaStore
 
 FIXTURE = Path(__file__).parent / "format_1"
 GROUPS = ["state_dict/weight", "state_dict/bias"]
@@ -29,7 +30,7 @@ def store(tmp_path: Path) -> RankStore:
 
 def values(store: DeltaStore, located: Located) -> dict[str, np.ndarray]:
     into = located.block.new_memory()
-    assert not store.read([Reading(located, lambda: into)])
+    assert not fill([Reading(located, lambda: into)])
     return {slot: np.frombuffer(into[slot], "<f4") for slot in into if located.block.group in GROUPS}
 
 

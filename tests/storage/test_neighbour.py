@@ -19,7 +19,8 @@ from lightning_scar.storage.folder_server import FolderServer
 from lightning_scar.storage.head import Version
 from lightning_scar.storage.neighbour import PROTOCOL, NeighbourFileSystem
 from lightning_scar.storage.rank_store import RankStore
-from lightning_scar.storage.store import DeltaStore, Reading
+from lightning_scar.storage.reading import Reading, fill
+from lightning_scar.storage.store import DeltaStore
 
 KEY = b"a secret of this test"
 OPTIONS = {"key": KEY}
@@ -235,7 +236,7 @@ def test_blocks_that_lie_together_are_fetched_together_and_no_byte_besides(
     located = [there.index.versions(f"b{i}")[0] for i in range(300)]
     memories = [at.block.new_memory() for at in located]
     asked.clear()
-    assert there.read([Reading(at, lambda m=m: m) for at, m in zip(located, memories, strict=True)]) == []
+    assert fill([Reading(at, lambda m=m: m) for at, m in zip(located, memories, strict=True)]) == []
     assert [bytes(m["param"]) for m in memories] == [content(at.block.key, at.block.version, 20_000) for at in located]
     assert sum(asked) == 300 * 20_000
     assert len(asked) < 300 / 20
@@ -261,7 +262,7 @@ def test_a_delta_that_vanishes_there_is_noticed(store: RankStore, url: str, tmp_
     at = there.index.versions("large")[0]
     (tmp_path / at.delta.name).unlink()
     with pytest.raises(FileNotFoundError):
-        there.read([Reading(at, at.block.new_memory)])
+        fill([Reading(at, at.block.new_memory)])
     there.refresh()
     assert "large" not in newest(there)
 
@@ -288,4 +289,4 @@ def test_a_neighbour_that_ends_is_an_error_and_no_damage_is_hidden(
         there.refresh()
     at = there.index.versions("large")[0]
     with pytest.raises(ConnectionError):
-        there.read([Reading(at, at.block.new_memory)])
+        fill([Reading(at, at.block.new_memory)])

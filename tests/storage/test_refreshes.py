@@ -11,7 +11,8 @@ from lightning_scar.storage.delta import Encoded, Refresh, Span, block_key
 from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Version
 from lightning_scar.storage.rank_store import RankStore
-from lightning_scar.storage.store import Damage, DeltaStore, retry_vanished
+from lightning_scar.storage.reading import Damage, read_refreshes
+from lightning_scar.storage.store import DeltaStore, retry_vanished
 from lightning_scar.storage.tiered_rank_store import TieredRankStore
 from lightning_scar.storage.tiers import TieredStore
 
@@ -55,7 +56,7 @@ def codes(store: DeltaStore | TieredStore, i: int) -> bytes:
     """The codes of the newest refresh of a block."""
     stored = store.index.versions(block_key("w", SPANS[i]))[0].block
     delta, stored_refresh, position = store.index.refreshes(stored)[0]
-    [into] = store.read_refreshes([(delta, stored_refresh)])
+    [into] = read_refreshes([(delta, stored_refresh)])
     assert isinstance(into, Refresh), into
     assert (into.group, into.spans, into.bases) == ("w", stored_refresh.spans, stored_refresh.bases)
     (piece,) = into.slots["param"].codes
@@ -161,7 +162,7 @@ def test_a_damaged_refresh_is_reported_and_costs_precision_only(url: str, kind: 
     assert str(found_damage[0]).endswith("which costs precision only")
     stored = store.index.versions("w[4:8]")[0]
     newest, older = store.index.refreshes(stored.block)
-    bad, good = store.read_refreshes([newest[:2], older[:2]])
+    bad, good = read_refreshes([newest[:2], older[:2]])
     assert isinstance(bad, Damage)
     assert isinstance(good, Refresh)
     with store.directory.source(stored.delta.name):
@@ -169,7 +170,7 @@ def test_a_damaged_refresh_is_reported_and_costs_precision_only(url: str, kind: 
 
 
 def test_no_refresh_is_read_of_nothing(memory_url: str) -> None:
-    assert RankStore(memory_url).read_refreshes([]) == []
+    assert read_refreshes([]) == []
 
 
 def test_a_reader_that_meets_a_vanished_file_lists_again(url: str) -> None:
@@ -182,7 +183,7 @@ def test_a_reader_that_meets_a_vanished_file_lists_again(url: str) -> None:
         training.save(store, chosen)
     assert delta.name not in {each.name for each in store.deltas}
     with pytest.raises(FileNotFoundError):
-        late.read_refreshes([(delta, stored)])
+        read_refreshes([(delta, stored)])
 
     def attempt() -> bytes:
         late.refresh()
@@ -197,7 +198,7 @@ def test_what_a_lost_neighbour_had_is_damage(url: str) -> None:
     training.save(store, 0)
     delta, stored, _ = store.index.refreshes(store.index.versions("w[4:8]")[0].block)[0]
     store.directory.delete(delta.name)
-    [lost] = store.read_refreshes([(delta, stored)])
+    [lost] = read_refreshes([(delta, stored)])
     assert isinstance(lost, Damage)
     assert lost.refresh == "w"
 
@@ -264,7 +265,7 @@ def test_what_goes_to_storage_brings_the_newest_refresh_along(url: str, host: Pa
     training.save(store)
     for i in range(1, 8):
         training.save(store, i % 3)
-    store.drain()
+        store.drain()
     stored = reader(url)
     newest = max(delta.head.sequence for delta in stored.deltas)
     assert newest in (5, 6)
@@ -338,6 +339,6 @@ def test_an_encoded_slot_may_come_in_pieces(memory_url: str) -> None:
     encoded = Encoded("log8", pieces, [memoryview(b"12")])
     store.commit(head(at(1)), [], [Refresh("w", SPANS[:1], [at(0)[:2]], {"param": encoded})])
     delta, stored, _ = store.index.refreshes(store.index.versions("w[0:4]")[0].block)[0]
-    [into] = store.read_refreshes([(delta, stored)])
+    [into] = read_refreshes([(delta, stored)])
     assert isinstance(into, Refresh)
     assert into.slots["param"] == Encoded("log8", [memoryview(bytes(range(6)))], [memoryview(b"12")])

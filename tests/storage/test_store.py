@@ -20,7 +20,8 @@ from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Version
 from lightning_scar.storage.index import Located
 from lightning_scar.storage.rank_store import RankStore
-from lightning_scar.storage.store import DeltaStore, Reading
+from lightning_scar.storage.reading import Reading, fill
+from lightning_scar.storage.store import DeltaStore
 
 COUNTER = itertools.count()
 
@@ -238,7 +239,7 @@ def test_a_merge_puts_the_rows_of_a_group_side_by_side_whatever_their_slots(memo
     assert store.verify() == []
     for found in merged.blocks:
         into = found.new_memory()
-        assert not store.read([Reading(Located(merged, found), lambda into=into: into)])
+        assert not fill([Reading(Located(merged, found), lambda into=into: into)])
         for slot in found.slots:
             assert into[slot] == content(f"{found.key}/{slot}", found.version, 32)
 
@@ -416,7 +417,7 @@ def test_reading_returns_the_damaged_readings_and_fills_the_others(url: str) -> 
     damage(store, "b")
     memory = {key: memoryview(bytearray(64)) for key in "abc"}
     readings = [Reading(store.index.versions(k)[0], lambda m=m: {"param": m}) for k, m in memory.items()]
-    ((reading, found),) = store.read(readings)
+    ((reading, found),) = fill(readings)
     assert reading is readings[1]
     assert found.block == "b"
     assert [bytes(memory[key]) for key in "ac"] == [content(key, at(0)) for key in "ac"]
@@ -428,7 +429,7 @@ def test_a_block_that_the_block_map_describes_otherwise_counts_as_damaged(
 ) -> None:
     store = RankStore(url)
     save(store, "a", at(0))
-    [(_, found)] = store.read([Reading(store.index.versions("a")[0], lambda: memory)])
+    [(_, found)] = fill([Reading(store.index.versions("a")[0], lambda: memory)])
     assert "of the block map" in found.reason
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from lightning_scar.storage.delta import WHOLE, Column, Encoded, Refresh, Section, Span, block_key, checksum
 from lightning_scar.storage.head import Head, Mark, Version
 from lightning_scar.storage.rank_store import RankStore
-from lightning_scar.storage.store import DeltaStore, Located, Reading, retry_vanished
+from lightning_scar.storage.reading import Reading, fill
+from lightning_scar.storage.store import DeltaStore, Located, retry_vanished
 
 Spawn = Callable[..., BaseProcess]
 
@@ -107,7 +108,7 @@ def save(
 def read(store: DeltaStore, located: Located) -> bytes:
     """The bytes of one version of a block; fails on damage."""
     into = memoryview(bytearray(located.block.nbytes))
-    damage = store.read([Reading(located, lambda: {"param": into})])
+    damage = fill([Reading(located, lambda: {"param": into})])
     assert not damage, damage
     return bytes(into)
 
@@ -124,7 +125,7 @@ def check(store: DeltaStore) -> dict[str, Version]:
         located = [store.index.versions(key)[0] for key in sorted(store.index.keys())]
         memories = [at.block.new_memory() for at in located]
         assert not store.damaged, store.damaged
-        damage = store.read([Reading(at, lambda m=m: m) for at, m in zip(located, memories, strict=True)])
+        damage = fill([Reading(at, lambda m=m: m) for at, m in zip(located, memories, strict=True)])
         assert not damage, damage
         for (_, block), memory in zip(located, memories, strict=True):
             assert memory["param"] == content(block.key, block.version, block.nbytes), block.key

@@ -1,0 +1,182 @@
+"""Blocks and refreshes read from deltas, in parallel, with every checksum verified."""
+
+import os
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from lightning_scar.storage.delta import DamagedError, Delta, Entry, Refresh, StoredRefresh
+from lightning_scar.storage.delta_file import read_blocks, read_refresh
+from lightning_scar.storage.directory import Directory, Tier
+from lightning_scar.storage.index import Located
+from lightning_scar.storage.source import Source
+
+#: Threads that read.
+READERS = max(2, min(8, os.cpu_count() or 2))
+#: Blocks that are not worth a reader of their own.
+_SMALLEST_BATCH = 64
+#: Bytes that are read before they are checked: many blocks in one request, and still in the processor's cache.
+_AT_ONCE = 1 << 21
+
+T = TypeVar("T")
+
+
+class Reading(NamedTuple):
+    """One version of a block to read.
+
+    Attributes:
+        located: Where it lies.
+        into: Gives the memory for each of its slots, when its turn has come.
+        left_out: The slots that are not needed.
+
+    """
+
+    located: Located
+    into: Callable[[], Mapping[str, memoryview]]
+    left_out: Container[str] = ()
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Where the slots that are needed lie."""
+        return [entry for slot, entry in self.located.block.slots.items() if slot not in self.left_out]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these."""
+        return sum(entry.nbytes for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A place where the bytes on disk are not what was written.
+
+    Attributes:
+        file: Its full path.
+        reason: What is wrong.
+        block: The block, if it is one.
+        step: The step of its version.
+        refresh: The group whose refresh it is, if so. That costs precision only.
+
+    """
+
+    file: str
+    reason: str
+    block: str | None = None
+    step: int | None = None
+    refresh: str | None = None
+
+    def __str__(self) -> str:
+        if self.refresh is not None:
+            return f"refresh of {self.refresh} in {self.file}: {self.reason}, which costs precision only"
+        what = f"block {self.block} of step {self.step} in {self.file}" if self.block else self.file
+        return f"{what}: {self.reason}"
+
+
+def fill(readings: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
+    """Reads blocks into ready memory, in parallel, and verifies every checksum.
+
+    Args:
+        readings: What to read and where to.
+
+    Returns:
+        The readings that found damage; their memory holds garbage.
+
+    Raises:
+        FileNotFoundError: If a compaction has replaced a file; refresh the store and ask again.
+
+    """
+    by_file: dict[tuple[Directory, str], list[Reading]] = {}
+    for reading in readings:
+        # Two hosts may have the same file under the same path.
+        delta = reading.located.delta
+        by_file.setdefault((delta.directory, delta.name), []).append(reading)
+    with ThreadPoolExecutor(READERS) as pool:
+        batches = [
+            pool.submit(_read_batch, batch)
+            for found in by_file.values()
+            for batch in _shared_out(sorted(found, key=_place))
+        ]
+        return [damage for batch in batches for damage in batch.result()]
+
+
+def _read_batch(batch: list[Reading]) -> list[tuple[Reading, Damage]]:
+    delta = batch[0].located.delta
+    try:
+        with delta.directory.source(delta.name) as source:
+            entries = (entry for reading in batch for entry in reading.entries)
+            source.expect(sorted((entry.start, entry.stop) for entry in entries))
+            return [damage for stretch in _stretches(batch) for damage in _read_stretch(source, stretch)]
+    except (ConnectionError, FileNotFoundError) as error:
+        if delta.directory.tier is not Tier.NEIGHBOUR:
+            raise
+        # What another host had may be elsewhere, too. Without storage there is nothing.
+        return [(reading, _damage(reading, error)) for reading in batch]
+
+
+def read_refreshes(wanted: Sequence[tuple[Delta, StoredRefresh]]) -> list[Refresh | Damage]:
+    """Reads refreshes of groups, in parallel, and verifies every checksum.
+
+    Args:
+        wanted: Which ones, in which deltas.
+
+    Returns:
+        Each of them with its codes and scales in memory, or what is wrong with it. That costs precision only.
+
+    Raises:
+        FileNotFoundError: If a compaction has replaced a file; refresh the store and ask again.
+
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(_read_refresh, *zip(*wanted, strict=True))) if wanted else []
+
+
+def _place(reading: Reading) -> int:
+    return min((entry.start for entry in reading.entries), default=0)
+
+
+def _read_refresh(delta: Delta, stored: StoredRefresh) -> Refresh | Damage:
+    try:
+        with delta.directory.source(delta.name) as source:
+            return read_refresh(source, stored)
+    except (DamagedError, OSError) as error:
+        if isinstance(error, FileNotFoundError) and delta.directory.tier is not Tier.NEIGHBOUR:
+            raise
+        return Damage(delta.file, str(error), refresh=stored.group)
+
+
+def _stretches(batch: Iterable[Reading]) -> Iterator[list[Reading]]:
+    """Cuts a list into stretches that are read before they are checked."""
+    stretch: list[Reading] = []
+    nbytes = 0
+    for reading in batch:
+        if stretch and nbytes + reading.nbytes > _AT_ONCE:
+            yield stretch
+            stretch, nbytes = [], 0
+        stretch.append(reading)
+        nbytes += reading.nbytes
+    yield stretch
+
+
+def _read_stretch(source: Source, stretch: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
+    """Reads blocks of one file together, and one by one if something is wrong with any of them."""
+    try:
+        read_blocks(source, [(reading.located.block, reading.into(), reading.left_out) for reading in stretch])
+    except FileNotFoundError:
+        raise
+    except (DamagedError, OSError) as error:
+        if len(stretch) > 1:
+            return [damage for reading in stretch for damage in _read_stretch(source, [reading])]
+        return [(stretch[0], _damage(stretch[0], error))]
+    return []
+
+
+def _damage(reading: Reading, error: Exception) -> Damage:
+    delta, block = reading.located
+    return Damage(delta.file, str(error), block.key, block.version.step)
+
+
+def _shared_out(items: list[T]) -> list[list[T]]:
+    """Cuts a list into stretches, so that one large file does not keep a single reader busy."""
+    size = max(_SMALLEST_BATCH, -(-len(items) // READERS))
+    return [items[i : i + size] for i in range(0, len(items), size)]
