@@ -90,7 +90,7 @@ def run(seed: int, steps: int, block_size: int, digits: Images) -> dict[int, flo
 def main() -> None:
     """Measures, prints and writes JSON."""
     options = report.arguments((__doc__ or "").split("\n")[0], rounds=5).parse_args()
-    rounds, steps = (options.rounds or 2, 50) if options.small else (options.rounds or 5, 300)
+    rounds, steps = (options.rounds or 2, 50) if options.quick else (options.rounds or 5, 300)
     digits = mnist()
     figures: dict[str, Any] = {"settings": {"fraction": FRACTION, "every": EVERY, "steps": steps, "rounds": rounds}}
     rows = []

@@ -220,7 +220,7 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     """Trains, prints, draws and writes JSON."""
     options = _options()
-    seeds = options.rounds or (1 if options.small else 5)
+    seeds = options.rounds or (1 if options.quick else 5)
     with report.scratch(options.dir) as folder:
         curves = measure(folder.resolve(), seeds, options)
     found = figures(curves, options)

@@ -121,9 +121,9 @@ def run(size: Size, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints and writes JSON."""
     options = report.arguments((__doc__ or "").split("\n")[0], rounds=7).parse_args()
-    rounds, steps = options.rounds or (2 if options.small else 7), 3
+    rounds, steps = options.rounds or (2 if options.quick else 7), 3
     with report.scratch(options.dir) as folder:
-        found = run(TINY if options.small else GPT2_SMALL, folder, rounds, steps)
+        found = run(TINY if options.quick else GPT2_SMALL, folder, rounds, steps)
     found["settings"] = {"fraction": FRACTION, "rounds": rounds, "steps": steps}
     rows = [[name, f"{found[f'{name}_blocked_s']:.4f}", f"{found[f'{name}_added_s']:.3f}"] for name in METHODS]
     rows.append(["floor", f"{found['floor_s']:.4f}", ""])

@@ -125,11 +125,11 @@ def measure(size: Size, folder: Path, fraction: float) -> dict[str, int]:
     }
 
 
-def measure_in_child(small: bool, folder: Path) -> dict[str, int]:
+def measure_in_child(quick: bool, folder: Path) -> dict[str, int]:
     """The same in a fresh process, where nothing has grown the heap before.
 
     Args:
-        small: Whether to use the tiny model.
+        quick: Whether to use the tiny model.
         folder: Where to save.
 
     """
@@ -138,7 +138,7 @@ def measure_in_child(small: bool, folder: Path) -> dict[str, int]:
     # Otherwise what the allocator keeps for later, of the training's memory too, blurs what is held: equal runs came to
     # anything from 926 to 990 MB.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command += ["--small"] if small else []
+    command += ["--quick"] if quick else []
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     figures: dict[str, int] = json.loads(out.read_text())
     out.unlink()
@@ -149,7 +149,7 @@ def main() -> None:
     """Measures and writes JSON."""
     options = report.arguments(__doc__ or "", rounds=1).parse_args()
     with report.scratch(options.dir) as folder:
-        figures = measure(TINY if options.small else GPT2_SMALL, folder, fraction=0.125)
+        figures = measure(TINY if options.quick else GPT2_SMALL, folder, fraction=0.125)
     print(json.dumps(figures, indent=2))
     if options.json:
         Path(options.json).write_text(json.dumps(figures))

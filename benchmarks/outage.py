@@ -239,7 +239,7 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     """Measures, prints and writes JSON."""
     options = _options()
-    count = options.rounds or (2 if options.small else 21)
+    count = options.rounds or (2 if options.quick else 21)
     names = options.methods.split(",")
     # Of the peers and the other ways to wait fewer: they tell nothing about targets.
     few = min(count, 9)
@@ -252,7 +252,7 @@ def main() -> None:
     figures["settings"] = {"seed": options.seed, "ranks": RANKS, "kills": count}
     title = f"one of {RANKS} ranks killed; a worker alone starts in {figures['startup_s']:.2f} s"
     columns = ["method", "survivors s", "at most", "rejoined s", "pause s", "redone", "hung", "kills"]
-    aims = targets(figures) if "shrink" in names and not options.small else []
+    aims = targets(figures) if "shrink" in names and not options.quick else []
     report.show(title, columns, _rows(figures, names), aims)
     report.write(options.json, figures, aims)
 

@@ -265,12 +265,12 @@ def _options() -> argparse.Namespace:
 def main() -> None:
     """Measures, prints and writes JSON."""
     options = _options()
-    rounds = options.rounds or (4 if options.small else 40)
+    rounds = options.rounds or (4 if options.quick else 40)
     program = torchft_peer.python(options.torchft)
     with report.scratch(options.dir) as folder:
         found = {
             name: measure(width, folder.resolve() / name, rounds, options.steps, program)
-            for name, width in (_TINY if options.small else WIDTHS).items()
+            for name, width in (_TINY if options.quick else WIDTHS).items()
         }
     flat: dict[str, Any] = {f"{name}_{key}": value for name, one in found.items() for key, value in one.items()}
     flat["settings"] = {"rounds": rounds, "steps": options.steps, "ranks": RANKS, "threads_per_rank": 1}
@@ -283,8 +283,8 @@ def main() -> None:
         )
     ]
     columns = ["model", "", "step ms", "ratio", "95 %", "of means", "own us"]
-    report.show(f"a step of {RANKS} ranks without failures", columns, _rows(found), [] if options.small else aims)
-    report.write(options.json, flat, [] if options.small else aims)
+    report.show(f"a step of {RANKS} ranks without failures", columns, _rows(found), [] if options.quick else aims)
+    report.write(options.json, flat, [] if options.quick else aims)
 
 
 if __name__ == "__main__":

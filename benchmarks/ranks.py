@@ -309,23 +309,23 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
     return table
 
 
-def measure(world_size: int, small: bool, rounds: int, parent: Path | None, out: str | None) -> None:
+def measure(world_size: int, quick: bool, rounds: int, parent: Path | None, out: str | None) -> None:
     """Measures, prints and writes JSON.
 
     Args:
         world_size: The number of ranks.
-        small: Whether to use the tiny model.
+        quick: Whether to use the tiny model.
         rounds: Partial saves of each way that count.
         parent: Where to put a temporary folder.
         out: The JSON file, if any.
 
     """
     with report.scratch(parent) as folder:
-        found = figures(run(TINY if small else GPT2_SMALL, world_size, folder.resolve(), rounds))
+        found = figures(run(TINY if quick else GPT2_SMALL, world_size, folder.resolve(), rounds))
     found |= {"ranks": world_size, "settings": {"fraction": FRACTION, "rounds": rounds, "threads_per_rank": 1}}
     # Half the work, and a little that every rank has to do; more ranks than cores wait for each other.
     aims = [Target("eager_blocked_over_one_rank", found["eager_blocked_over_one_rank"], 0.65)]
-    aims = aims if world_size == 2 and not small else []
+    aims = aims if world_size == 2 and not quick else []
     columns = ["a save", "one rank", *(f"rank {rank} of {world_size}" for rank in range(world_size)), "ratio"]
     title = f"one save of {found['state_bytes'] / 1e9:.2f} GB by {world_size} ranks at once, and by one"
     report.show(title, columns, rows(found), aims)

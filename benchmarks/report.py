@@ -141,8 +141,8 @@ def _console() -> Console:
 def arguments(description: str, rounds: int) -> argparse.ArgumentParser:
     """The flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--small", action="store_true", help="a tiny model and few rounds: does it all work?")
-    parser.add_argument("--rounds", type=int, help=f"how often each thing is measured (default {rounds}, small 2)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: does it all work?")
+    parser.add_argument("--rounds", type=int, help=f"how often each thing is measured (default {rounds}, quick 2)")
     add_places(parser)
     return parser
 

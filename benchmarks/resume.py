@@ -2,8 +2,9 @@
 
 A running checkpoint of one full and forty partial saves is read and copied into a live model and optimizer, and so is
 the same state from one file of ``torch.save`` and one of safetensors, by turns; with the files in the page cache
-(``*_s``) and after they were dropped from it (``*_cold_s``). SCAR verifies every checksum, the two others have none.
-``scar`` reads straight into the live tensors, ``scar_dict`` makes a checkpoint dict first, as all the others do.
+(``*_s``) and after they were dropped from it (``*_cold_s``). SCAR verifies the checksums of all that it reads, the two
+others have none. ``scar`` reads straight into the live tensors, ``scar_dict`` makes a checkpoint dict first, as all the
+others do.
 """
 
 import os
@@ -236,13 +237,13 @@ def run(size: Size, folder: Path, rounds: int) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints and writes JSON."""
     options = report.arguments((__doc__ or "").split("\n")[0], rounds=7).parse_args()
-    rounds = options.rounds or (2 if options.small else 7)
+    rounds = options.rounds or (2 if options.quick else 7)
     with report.scratch(options.dir) as folder:
-        found = run(TINY if options.small else GPT2_SMALL, folder, rounds)
+        found = run(TINY if options.quick else GPT2_SMALL, folder, rounds)
     names = [key.removesuffix("_cold_s") for key in found["samples"] if key.endswith("_cold_s")]
     rows = [[name, f"{found[f'{name}_s']:.3f}", f"{found[f'{name}_cold_s']:.3f}"] for name in names]
     title = f"restore of {found['state_bytes'] / 1e9:.2f} GB after {found['saves']} saves"
-    aims = [] if options.small else targets(found)
+    aims = [] if options.quick else targets(found)
     report.show(title, ["source", "warm s", "cold s"], rows, aims)
     report.write(options.json, found, aims)
 

@@ -321,10 +321,10 @@ def summary(kills: Sequence[Kill]) -> dict[str, float]:
 def main() -> None:
     """Measures, prints and writes JSON."""
     options = report.arguments((__doc__ or "").split("\n")[0], rounds=3).parse_args()
-    rounds = options.rounds or (2 if options.small else 3)
+    rounds = options.rounds or (2 if options.quick else 3)
     digits, kills = mnist(), []
     with report.scratch(options.dir) as folder:
-        for task, kind in product(SMALL if options.small else TASKS, KINDS):
+        for task, kind in product(SMALL if options.quick else TASKS, KINDS):
             for seed in range(rounds):
                 report.progress(f"{task.name}{kind}, training {seed + 1} of {rounds}")
                 kills += killed(task, digits, seed, folder / f"{task.name}{kind}-{seed}", kind)

@@ -168,16 +168,16 @@ def main() -> None:
     """Measures, prints and writes JSON."""
     options = _options()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    rounds = options.rounds or (2 if options.small else 7)
+    rounds = options.rounds or (2 if options.quick else 7)
     if options.ranks:
-        ranks.measure(options.ranks, options.small, rounds, options.dir, options.json)
+        ranks.measure(options.ranks, options.quick, rounds, options.dir, options.json)
         return
     with report.scratch(options.dir) as folder:
         report.progress("memory, in a process of its own ...")
-        memory = measure_in_child(options.small, folder)
-        size = TINY if options.small else GPT2_SMALL
+        memory = measure_in_child(options.quick, folder)
+        size = TINY if options.quick else GPT2_SMALL
         # A tiny stretch is shorter than the ticks in which the kernel counts who used the machine.
-        is_patient = not options.small
+        is_patient = not options.quick
         stretches, scars, floor, facts = run(size, folder, rounds, options.steps, is_patient, options.moonclip)
     found = figures(stretches, scars, floor) | facts | memory
     found["settings"] = {"fraction": FRACTION, "rounds": rounds, "steps": options.steps}
@@ -188,7 +188,7 @@ def main() -> None:
     rows.append(["floor", f"{found['floor_s']:.4f}", ""])
     title = f"one save of {found['state_bytes'] / 1e9:.2f} GB, forward and backward {found['forward_backward_s']:.2f} s"
     # A tiny model's figures say nothing about the targets.
-    aims = [] if options.small else targets(found)
+    aims = [] if options.quick else targets(found)
     report.show(title, ["method", "blocked s", "added s"], rows, aims)
     report.write(options.json, found, aims)
 

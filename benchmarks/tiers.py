@@ -166,7 +166,6 @@ def run(size: Size, parent: Path, folder: Path, rounds: int, length: int) -> dic
 
 def _options() -> argparse.Namespace:
     parser = report.arguments((__doc__ or "").split("\n")[0], rounds=7)
-    parser.add_argument("--quick", dest="small", action="store_true", help="the same as --small")
     parser.add_argument("--steps", type=int, default=4, help="training steps of a stretch that count (default 4)")
     return parser.parse_args()
 
@@ -177,13 +176,13 @@ def main() -> None:
     # As Ctrl-C does it: what lies in memory outlives a process that just ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    rounds = options.rounds or (2 if options.small else 7)
+    rounds = options.rounds or (2 if options.quick else 7)
     parent = place_in_memory()
     with report.scratch(options.dir) as folder:
-        found = run(TINY if options.small else GPT2_SMALL, parent, folder.resolve(), rounds, options.steps)
+        found = run(TINY if options.quick else GPT2_SMALL, parent, folder.resolve(), rounds, options.steps)
     found["settings"] = {"fraction": FRACTION, "rounds": rounds, "steps": options.steps}
     # A tiny model's figures say nothing about the targets.
-    aims = [] if options.small else targets(found)
+    aims = [] if options.quick else targets(found)
     columns = ["one thing against another", "first s", "second s", "floor s", "first over second"]
     report.show(f"memory before the disk, {found['state_bytes'] / 1e9:.2f} GB", columns, _rows(found), aims)
     report.write(options.json, found, aims)

@@ -57,7 +57,7 @@ def test_a_benchmark_measures_what_is_promised(name: str, tmp_path: Path) -> Non
     module, *extra = name.split()
     # No test goes to the network.
     extra += ["--moonclip", "no"] if name == "stall" else []
-    options = [*extra, "--small", "--rounds", "1", "--json", str(out), "--dir", str(tmp_path)]
+    options = [*extra, "--quick", "--rounds", "1", "--json", str(out), "--dir", str(tmp_path)]
     run = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *options],
         cwd=Path(__file__).parents[1],

@@ -15,10 +15,10 @@ from benchmarks.step_log import Kill, Line, StepLog, mistakes, read, recovery, r
 from lightning_scar.elastic.memory_folder import MemoryFolder
 
 RUNS = {
-    "overhead": ["--small", "--rounds", "3", "--steps", "5", "--torchft", "no"],
-    "outage": ["--small", "--rounds", "1", "--methods", "shrink,backup"],
+    "overhead": ["--quick", "--rounds", "3", "--steps", "5", "--torchft", "no"],
+    "outage": ["--quick", "--rounds", "1", "--methods", "shrink,backup"],
     "soak": ["--seconds", "3", "--ranks", "2", "--every", "1", "--epoch-steps", "0"],
-    "continuation": ["--small", "--ways", "none,wait", "--seconds", "3", "--kill-at", "1"],
+    "continuation": ["--quick", "--ways", "none,wait", "--seconds", "3", "--kill-at", "1"],
 }
 PROMISED = {
     "overhead": ["tiny_ratio", "tiny_mean_ratio", "tiny_floor_ratio", "tiny_own_us"],

@@ -260,9 +260,8 @@ class _Saver:
 
 
 def _nominal(part: Part) -> int:
-    encoded = [codes.encoded(part.group, part.refreshed) for codes in part.codes.values()] if part.refreshed else []
-    pieces = [memory for slot in encoded for memory in (*slot.codes, *slot.scales)]
-    return sum(rows.nbytes for rows in part.rows) + sum(memory.nbytes for memory in pieces)
+    refresh = part.refresh()
+    return sum(rows.nbytes for rows in part.rows) + (refresh.nbytes if refresh is not None else 0)
 
 
 def _train(training: Training, savers: Sequence[_Saver], iterations: int) -> None:

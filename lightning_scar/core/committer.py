@@ -81,7 +81,8 @@ class Committer:
         self._store.look_around(others=self._promised is not None)
         bad = {part.group.name: set(self._bad(part)) for part in save.parts}
         left_out = {part.group.key(number) for part in save.parts for number in bad[part.group.name]}
-        exact = {part.group.key(number) for part in save.parts for number in part.exact} - left_out
+        groups = {part.group.key(number): part.group for part in save.parts for number in part.exact}
+        exact = groups.keys() - left_out
         self._stats.non_finite_blocks += len(left_out)
         is_complete = save.full and not save.non_finite and not left_out
         promised = self._promise(save.version.mark if is_complete else None)
@@ -97,8 +98,8 @@ class Committer:
             )
         except Exception:
             self._stats.failed_saves += 1
-            slots = {part.group.name: {slot.name for slot in part.group.slots} for part in save.parts}
-            self._missing |= {key for key in exact if not self.is_stored(key, slots[key.rpartition("[")[0]])}
+            slots = {key: {slot.name for slot in groups[key].slots} for key in exact}
+            self._missing |= {key for key in exact if not self.is_stored(key, slots[key])}
             self.unwritten.put((save.version, exact | left_out))
             raise
         self._missing -= exact

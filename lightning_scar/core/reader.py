@@ -242,7 +242,7 @@ def _unread(stored: StoredRefresh) -> Refresh:
     """A refresh whose memory another rank will fill."""
     memory = stored.new_memory().items()
     slots = {slot: Encoded(stored.slots[slot].codec, [codes], [scales]) for slot, (codes, scales) in memory}
-    return Refresh(stored.group, stored.spans, stored.bases, slots)
+    return Refresh(stored.group, stored.rows, slots)
 
 
 def _memories(refresh: Refresh) -> Iterator[Tensor]:

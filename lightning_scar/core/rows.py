@@ -1,6 +1,7 @@
 """Blocks of a tensor as the rows of matrices: gathered, scattered, measured."""
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -50,8 +51,9 @@ def gather(tensor: Tensor, group: Group, numbers: Sequence[int], into: Tensor, b
     """
     tensor, into = _bits(tensor), _bits(into)
     base = _bits(base) if base is not None else None
+    bases = pieces(base, group) if base is not None else repeat(None)
     done = 0
-    for piece in pieces(tensor, group):
+    for piece, old in zip(pieces(tensor, group), bases, strict=False):
         wanted = [
             number - piece.numbers.start for number in numbers if piece.numbers.start <= number < piece.numbers.stop
         ]
@@ -59,8 +61,8 @@ def gather(tensor: Tensor, group: Group, numbers: Sequence[int], into: Tensor, b
             continue
         end = done + len(wanted) * piece.blocks[0].numel()
         _copy(piece.blocks, wanted, into[done:end].view(len(wanted), *piece.blocks.shape[1:]))
-        if base is not None:
-            _update(next(b for n, b in pieces(base, group) if n == piece.numbers), piece.blocks, wanted)
+        if old is not None:
+            _update(old.blocks, piece.blocks, wanted)
         done = end
 
 

@@ -1,6 +1,6 @@
 """One save, on its way from live tensors to a file."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,9 +61,9 @@ class Codes:
             codes, scales = self._run(group, done, done := done + count)
             yield codes.view(count, -1), scales.view(torch.bfloat16).view(count, -1)
 
-    def encoded(self, group: Group, blocks: Sequence[int]) -> Encoded:
-        """Those of some blocks, as they lie in a delta."""
-        found = [self._run(group, *run) for run in runs(blocks)]
+    def encoded(self, group: Group, blocks: Iterable[tuple[int, int]]) -> Encoded:
+        """Those of some runs of blocks (first number, the one behind the last), as they lie in a delta."""
+        found = [self._run(group, *run) for run in blocks]
         return Encoded(self.codec.name, [memory(codes) for codes, _ in found], [memory(scales) for _, scales in found])
 
     def _run(self, group: Group, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ class Part:
         rows: For each slot the bytes of these, one after the other; uint8, host memory.
         refreshed: The numbers of the blocks that are written in low precision, ascending.
         codes: That of all blocks, by slot.
-        bases: For each of the refreshed blocks the version of its base: incarnation, sequence.
+        bases: For each of the refreshed blocks the version of its base: incarnation, sequence; int64, shape ``(n, 2)``.
 
     """
 
@@ -105,7 +105,7 @@ class Part:
     rows: list[Tensor] = field(default_factory=list)
     refreshed: list[int] = field(default_factory=list)
     codes: dict[str, Codes] = field(default_factory=dict)
-    bases: list[tuple[int, int]] = field(default_factory=list)
+    bases: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
 
     @property
     def code_bytes(self) -> int:
@@ -139,9 +139,12 @@ class Part:
         """The refresh as it lies in a delta, or ``None`` if there is none."""
         if not self.refreshed:
             return None
-        spans = [self._absolute(self.group.span(number)) for number in self.refreshed]
-        slots = {name: codes.encoded(self.group, self.refreshed) for name, codes in self.codes.items()}
-        return Refresh(self.group.name, spans, self.bases, slots)
+        first = torch.tensor(self.refreshed) * self.group.rows_per_block
+        last = (first + self.group.rows_per_block).clamp_(max=self.group.rows)
+        spans = torch.stack([first, last], 1) + self.group.first_row
+        blocks = list(runs(self.refreshed))
+        slots = {name: codes.encoded(self.group, blocks) for name, codes in self.codes.items()}
+        return Refresh(self.group.name, torch.cat([spans, self.bases], 1).numpy(), slots)
 
     def _slots(self) -> Iterator[tuple[Slot, Tensor]]:
         return zip(self.group.slots, self.rows, strict=True)

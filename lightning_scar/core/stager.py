@@ -209,7 +209,7 @@ class Stager:
             own = bases.blocks(g)
             part.exact = chosen[own].nonzero().flatten().tolist()
             part.refreshed = refreshed[own].nonzero().flatten().tolist()
-            part.bases = torch.stack([bases.incarnations[own], bases.sequences[own]], 1)[part.refreshed].tolist()
+            part.bases = torch.stack([bases.incarnations[own], bases.sequences[own]], 1)[part.refreshed]
 
     def _unmoved(self, save: Save, scores: Scores) -> Tensor:
         """Blocks that are on disk as they are now.

@@ -125,21 +125,40 @@ class Encoded(NamedTuple):
     scales: Sequence[memoryview]
 
 
-@dataclass(frozen=True)
-class Refresh:
-    """The refresh of one group on its way into a file.
+@dataclass(frozen=True, eq=False)
+class _Refreshed:
+    """The blocks of a group that have a refresh.
 
     Attributes:
         group: The name of the group.
-        spans: The rows of each block.
-        bases: The version of each block's base, against which it was made: incarnation, sequence.
-        slots: The slots.
+        rows: A row for each block, in the order of their codes: its span, and the base against which it was made
+            (incarnation, sequence). An array, since a directory has hundreds of thousands of which few are looked at.
 
     """
 
     group: str
-    spans: Sequence[Span]
-    bases: Sequence[tuple[int, int]]
+    rows: np.ndarray[Any, Any]
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """The rows of each block."""
+        return [(first, last) for first, last in self.rows[:, :2].tolist()]
+
+    @cached_property
+    def bases(self) -> list[tuple[int, int]]:
+        """The version of each block's base: incarnation, sequence."""
+        return [(incarnation, sequence) for incarnation, sequence in self.rows[:, 2:].tolist()]
+
+
+@dataclass(frozen=True, eq=False)
+class Refresh(_Refreshed):
+    """The refresh of one group, with its bytes.
+
+    Attributes:
+        slots: The slots.
+
+    """
+
     slots: Mapping[str, Encoded]
 
     @property
@@ -214,30 +233,15 @@ class StoredSlot(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class StoredRefresh:
+class StoredRefresh(_Refreshed):
     """The refresh of one group in a delta.
 
     Attributes:
-        group: The name of the group.
-        rows: A row for each block, in the order of their codes: its span, and its base (incarnation, sequence). As an
-            array, since a directory has hundreds of thousands of which few are looked at.
         slots: The slots.
 
     """
 
-    group: str
-    rows: np.ndarray[Any, Any]
     slots: dict[str, StoredSlot]
-
-    @cached_property
-    def spans(self) -> list[Span]:
-        """The rows of each block."""
-        return [(first, last) for first, last in self.rows[:, :2].tolist()]
-
-    @cached_property
-    def bases(self) -> list[tuple[int, int]]:
-        """The version of each block's base: incarnation, sequence."""
-        return [(incarnation, sequence) for incarnation, sequence in self.rows[:, 2:].tolist()]
 
     @property
     def nbytes(self) -> int:

@@ -169,7 +169,7 @@ def read_refresh(source: Source, stored: StoredRefresh) -> Refresh:
     places = ((stored.slots[slot], into) for slot, into in memory.items())
     read_entries(source, [pair for slot, into in places for pair in zip((slot.codes, slot.scales), into, strict=True)])
     slots = {slot: Encoded(stored.slots[slot].codec, [codes], [scales]) for slot, (codes, scales) in memory.items()}
-    return Refresh(stored.group, stored.spans, stored.bases, slots)
+    return Refresh(stored.group, stored.rows, slots)
 
 
 def read_entries(source: Source, entries: Sequence[tuple[Entry, memoryview]]) -> None:

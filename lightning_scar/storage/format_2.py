@@ -45,13 +45,13 @@ def encode(
     layout = _Layout()
     blocks = [(*span, *version) for s in sections for span, version in zip(s.spans, s.versions, strict=True)]
     sums = [number for section in sections for column in section.columns.values() for number in column.checksums]
-    refreshed = [(*span, *base) for r in refreshes for span, base in zip(r.spans, r.bases, strict=True)]
+    refreshed = np.concatenate([np.empty((0, 4), "<i8"), *(refresh.rows for refresh in refreshes)])
     encoded = [(slot, found) for refresh in refreshes for slot, found in refresh.slots.items()]
     places = [_place(pieces) for _, found in encoded for pieces in (found.codes, found.scales)]
     tables = (
         layout.table("blocks", np.array(blocks, dtype="<i8").reshape(-1, 5))
         + layout.table("checksums", np.array(sums, dtype="<u8"))
-        + layout.table("refreshed", _narrow(np.array(refreshed, dtype="<i8").reshape(-1, 4)))
+        + layout.table("refreshed", _narrow(refreshed))
         + layout.table("encoded", np.array(places, dtype="<u8").reshape(-1, 4))
     )
     # Names are given in the order of the header, whatever the order of the data.
@@ -66,7 +66,7 @@ def encode(
         )
     for name, slot in slots:
         layout.numbers(f"{name}/codes", "U8", [piece for of, found in encoded if of == slot for piece in found.codes])
-    codecs = [[r.group, {slot: found.codec for slot, found in r.slots.items()}, len(r.spans)] for r in refreshes]
+    codecs = [[r.group, {slot: found.codec for slot, found in r.slots.items()}, len(r.rows)] for r in refreshes]
     about = {
         "sections": orjson.dumps([[s.group, list(s.columns), len(s.spans)] for s in sections]).decode(),
         "refresh": orjson.dumps(codecs).decode(),

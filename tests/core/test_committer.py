@@ -200,7 +200,7 @@ def with_state(number: int, exact: list[int], moment: torch.Tensor, refreshed: t
     part = Part(own, [], exact=exact, rows=rows if exact else [], refreshed=list(refreshed))
     if refreshed:
         part.codes = {"param": Codes.of(Codec("linear", 4), own, HostBuffer())}
-        part.bases = [(1, 0)] * len(refreshed)
+        part.bases = torch.tensor([(1, 0)] * len(refreshed))
     return Save(Version(1, number, number), number == 0, memoryview(bytearray(b"rest")), [part])
 
 

@@ -21,7 +21,7 @@ CODECS = {"param": Codec("linear", 4), "exp_avg": Codec("linear", 8), "exp_avg_s
 
 def refreshed(group: Group, live: list[Tensor], base: Tensor, numbers: list[int]) -> Refresh:
     """The refresh of some blocks, as a reader gets it: in one piece."""
-    part, buffer = Part(group, live, refreshed=numbers, bases=[(1, 1)] * len(numbers)), HostBuffer()
+    part, buffer = Part(group, live, refreshed=numbers, bases=torch.tensor([(1, 1)] * len(numbers))), HostBuffer()
     for slot, tensor in zip(group.slots, live, strict=True):
         codes = part.codes[slot.name] = Codes.of(CODECS[slot.name], group, buffer)
         own_bases = [piece.blocks for piece in pieces(rows(base), group)]
@@ -34,7 +34,7 @@ def refreshed(group: Group, live: list[Tensor], base: Tensor, numbers: list[int]
         name: Encoded(e.codec, [memoryview(bytearray(b"".join(e.codes)))], [memoryview(bytearray(b"".join(e.scales)))])
         for name, e in found.slots.items()
     }
-    return Refresh(found.group, found.spans, found.bases, slots)
+    return Refresh(found.group, found.rows, slots)
 
 
 def one_block(codec: Codec, values: Tensor, base: Tensor | None) -> Tensor:

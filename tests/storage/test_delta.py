@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save as plain_safetensors
-from toy_blocks import block, column, content, head, refresh, rows
+from toy_blocks import block, column, content, head, refresh, refreshed, rows
 
 import lightning_scar.storage.delta_file as delta_module
 from lightning_scar.storage.delta import (
@@ -126,8 +126,8 @@ def test_safe_open_reads_a_refresh(file_url: str) -> None:
     codes, scales = torch.arange(6, dtype=torch.uint8), torch.tensor([0.5, 2.0], dtype=torch.bfloat16)
     pieces = [memoryview(codes[:4].numpy()), memoryview(codes[4:].numpy())]
     encoded = Encoded("linear4", pieces, [memoryview(scales.view(torch.uint8).numpy())])
-    refreshed = Refresh("w", [(0, 4), (4, 6)], [OLDER[:2], VERSION[:2]], {"exp_avg": encoded})
-    write(Directory(file_url), [], [refreshed])
+    given_one = Refresh("w", refreshed({(0, 4): OLDER, (4, 6): VERSION}), {"exp_avg": encoded})
+    write(Directory(file_url), [], [given_one])
     with safe_open(Path(file_url) / NAME, framework="pt") as file:
         assert torch.equal(file.get_tensor("refresh/exp_avg/codes"), codes)
         assert torch.equal(file.get_tensor("refresh/exp_avg/scales"), scales)
@@ -168,7 +168,7 @@ def refreshes(draw: st.DrawFn) -> list[Refresh]:
             slot: Encoded(draw(st.sampled_from(["linear4", "log8"])), draw(pieces), draw(pairs))
             for slot in draw(st.lists(st.sampled_from(["param", "exp_avg"]), unique=True))
         }
-        found.append(Refresh(group, spans, [draw(versions)[:2] for _ in spans], slots))
+        found.append(Refresh(group, refreshed({span: draw(versions) for span in spans}), slots))
     return found
 
 
@@ -268,7 +268,7 @@ def test_a_save_of_many_blocks_has_a_small_header() -> None:
             exact.append(Section(group, chosen, [VERSION] * len(chosen), slots))
         rest = [span for span in spans if span not in chosen]
         none = {slot: Encoded("linear4", [], []) for slot in slots}
-        also.append(Refresh(group, rest, [OLDER[:2]] * len(rest), none))
+        also.append(Refresh(group, refreshed(dict.fromkeys(rest, OLDER)), none))
     assert sum(len(each.spans) for each in (*exact, *also)) > 4_000
     assert len(encode(head(VERSION), exact, also).front) < 200_000
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from toy_blocks import block, content, head, read, refresh, rows
+from toy_blocks import block, content, head, read, refresh, refreshed, rows
 
 from lightning_scar.storage.delta import Encoded, Refresh, Span, block_key
 from lightning_scar.storage.directory import Tier
@@ -337,7 +337,7 @@ def test_an_encoded_slot_may_come_in_pieces(memory_url: str) -> None:
     store.commit(head(at(0)), [rows("w", SPANS, at(0))])
     pieces = [memoryview(bytes([i])) for i in range(6)]
     encoded = Encoded("log8", pieces, [memoryview(b"12")])
-    store.commit(head(at(1)), [], [Refresh("w", SPANS[:1], [at(0)[:2]], {"param": encoded})])
+    store.commit(head(at(1)), [], [Refresh("w", refreshed({SPANS[0]: at(0)}), {"param": encoded})])
     delta, stored, _ = store.index.refreshes(store.index.versions("w[0:4]")[0].block)[0]
     [into] = read_refreshes([(delta, stored)])
     assert isinstance(into, Refresh)

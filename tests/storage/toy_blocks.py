@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import numpy as np
+
 from lightning_scar.storage.delta import WHOLE, Column, Encoded, Refresh, Section, Span, block_key, checksum
 from lightning_scar.storage.head import Head, Mark, Version
 from lightning_scar.storage.rank_store import RankStore
@@ -91,7 +93,12 @@ def refresh(group: str, bases: Mapping[Span, Version], at: Version, codes: int =
         for kind, size in (("codes", codes), ("scales", scales))
     ]
     slots = {"param": Encoded("linear4", *pieces)}
-    return Refresh(group, list(bases), [version[:2] for version in bases.values()], slots)
+    return Refresh(group, refreshed(bases), slots)
+
+
+def refreshed(bases: Mapping[Span, Version]) -> Any:
+    """The table of the blocks that have a refresh."""
+    return np.array([(*span, *version[:2]) for span, version in bases.items()])
 
 
 def save(
