@@ -8,11 +8,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from helpers import BATCH_SIZE, StopAfter, TinyModel, make_trainer, samples, saver
+from helpers import BATCH_SIZE, StopAfter, TinyModel, WrittenTogether, make_trainer, samples, saver
 from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_scar import SCARCheckpoint
 from lightning_scar.storage.host_memory import VARIABLE
 
 SLOTS = ("param", "exp_avg", "exp_avg_sq")
@@ -168,17 +167,6 @@ class Rank(TinyModel):
 
     def on_train_batch_end(self, *args: Any) -> None:
         self._leave("last")
-
-
-class WrittenTogether(pl.Callback):
-    """Begins no batch before all ranks have written their saves: who fails first ends the others with SIGTERM."""
-
-    def __init__(self, scar: SCARCheckpoint) -> None:
-        self.scar = scar
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.scar._running.flush()  # type: ignore[union-attr]
-        trainer.strategy.barrier()
 
 
 def train_ranks(dirpath: Path, folder: Path, after: int | None = None) -> None:

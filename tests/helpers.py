@@ -101,6 +101,17 @@ class StopAfter(Callback):
             raise self.error
 
 
+class WrittenTogether(Callback):
+    """Begins no batch before all ranks have written: no save is skipped, and who fails first ends none in mid-write."""
+
+    def __init__(self, scar: SCARCheckpoint) -> None:
+        self.scar = scar
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.scar._running.flush()  # type: ignore[union-attr]
+        trainer.strategy.barrier()
+
+
 class StopBeforeTheSave(Callback):
     """Cuts the run short when the batch with this number is over, before it is saved: so after the newest save a step
     was made."""

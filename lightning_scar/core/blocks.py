@@ -101,6 +101,11 @@ class Group:
         start = i * self.rows_per_block
         return start, min(start + self.rows_per_block, self.rows)
 
+    def spans(self, numbers: Sequence[int]) -> Tensor:
+        """The same of several blocks: int64, shape ``(len(numbers), 2)``."""
+        start = torch.tensor(numbers, dtype=torch.int64) * self.rows_per_block
+        return torch.stack([start, (start + self.rows_per_block).clamp_(max=self.rows)], 1)
+
     def key(self, i: int) -> str:
         """The block's name in a delta."""
         start, stop = self.span(i)

@@ -139,9 +139,7 @@ class Part:
         """The refresh as it lies in a delta, or ``None`` if there is none."""
         if not self.refreshed:
             return None
-        first = torch.tensor(self.refreshed) * self.group.rows_per_block
-        last = (first + self.group.rows_per_block).clamp_(max=self.group.rows)
-        spans = torch.stack([first, last], 1) + self.group.first_row
+        spans = self.group.spans(self.refreshed) + self.group.first_row
         blocks = list(runs(self.refreshed))
         slots = {name: codes.encoded(self.group, blocks) for name, codes in self.codes.items()}
         return Refresh(self.group.name, torch.cat([spans, self.bases], 1).numpy(), slots)

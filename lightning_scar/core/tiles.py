@@ -143,9 +143,12 @@ def _pack(bits: int, found: Tensor, free: Tensor, codes: Tensor) -> None:
 
 def unpack(bits: int, signed: bool, codes: Tensor) -> Iterator[Tensor]:
     """The codes of tiles, part by part from left to right; each part until the next one is asked for."""
-    parts, offset = 8 // bits, 1 << bits - 1 if signed and bits < 8 else 0
-    rest, piece = codes.clone() if parts > 1 else codes, torch.empty_like(codes)
-    for _ in range(parts - 1):
+    if bits == 8:
+        yield codes
+        return
+    offset = 1 << bits - 1 if signed else 0
+    rest, piece = codes.clone(), torch.empty_like(codes)
+    for _ in range(8 // bits - 1):
         yield torch.add(rest, offset, out=piece).bitwise_and_((1 << bits) - 1).sub_(offset)
         rest.sub_(piece).bitwise_right_shift_(bits)
     yield rest

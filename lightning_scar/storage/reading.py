@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import cached_property
+from typing import TypeVar
 
 from lightning_scar.storage.delta import DamagedError, Delta, Entry, Refresh, StoredRefresh
 from lightning_scar.storage.delta_file import read_blocks, read_refresh
@@ -22,7 +23,8 @@ _AT_ONCE = 1 << 21
 T = TypeVar("T")
 
 
-class Reading(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Reading:
     """One version of a block to read.
 
     Attributes:
@@ -36,12 +38,12 @@ class Reading(NamedTuple):
     into: Callable[[], Mapping[str, memoryview]]
     left_out: Container[str] = ()
 
-    @property
+    @cached_property
     def entries(self) -> list[Entry]:
         """Where the slots that are needed lie."""
         return [entry for slot, entry in self.located.block.slots.items() if slot not in self.left_out]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of these."""
         return sum(entry.nbytes for entry in self.entries)

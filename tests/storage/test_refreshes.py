@@ -278,11 +278,17 @@ def test_what_goes_to_storage_brings_the_newest_refresh_along(url: str, host: Pa
     store.leave_memory(remove=True)
 
 
-def test_a_refresh_that_is_damaged_in_memory_stays_there(url: str, host: Path) -> None:
+def ahead_of_storage(url: str) -> tuple[TieredRankStore, Training]:
+    """Storage has the first save, and memory the second one, too."""
     store, training = opened(url, every=10), Training()
     training.save(store)
     store.drain()
     training.save(store, 0)
+    return store, training
+
+
+def test_a_refresh_that_is_damaged_in_memory_stays_there(url: str, host: Path) -> None:
+    store, _ = ahead_of_storage(url)
     assert store.memory is not None
     damage(store.memory, "codes")
     with pytest.warns(UserWarning, match="leaves out the refresh of w in memory"):
@@ -295,10 +301,7 @@ def test_a_refresh_that_is_damaged_in_memory_stays_there(url: str, host: Path) -
 
 
 def test_a_save_that_finds_no_room_in_memory_goes_to_storage_with_its_own_refresh(url: str, host: Path) -> None:
-    store, training = opened(url, every=10), Training()
-    training.save(store)
-    store.drain()
-    training.save(store, 0)
+    store, training = ahead_of_storage(url)
     assert store.memory is not None
     store.memory._bound = 10
     training.save(store, 1)
