@@ -12,9 +12,7 @@ costs all of them the same.
 import argparse
 import sys
 import time
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import continuation_plot, elastic_training, kills, report, step_log
+from benchmarks.curve import Curve
 from benchmarks.data import mnist
 from benchmarks.kills import Run
 from benchmarks.report import median
@@ -33,34 +32,6 @@ _START_LIMIT = 180.0
 #: The training: slow enough that the loss still falls at the end.
 _TRAINING = ["--optimizer", "sgd", "--learning-rate", "0.003", "--width", "128", "--snapshots", "5"]
 _CHECKPOINT_EVERY = 50
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One run.
-
-    Attributes:
-        times: Seconds since the first step, of each snapshot.
-        steps: The steps that were done.
-        losses: Of the held-out digits.
-        outage: Seconds until all ranks stepped together again; ``None`` without a failure, or if they did not.
-        printed: What the supervisor said about the outage.
-
-    """
-
-    times: list[float]
-    steps: list[int]
-    losses: list[float]
-    outage: float | None
-    printed: list[str]
-
-    def at(self, when: float) -> float:
-        """The loss at a moment: that of the last snapshot."""
-        return self.losses[max(bisect_right(self.times, when) - 1, 0)]
-
-    def reaches(self, loss: float) -> float:
-        """Seconds until it is that low; infinite if it never is."""
-        return next((when for when, here in zip(self.times, self.losses, strict=True) if here <= loss), float("inf"))
 
 
 def digits(path: Path) -> tuple[torch.Tensor, torch.Tensor]:

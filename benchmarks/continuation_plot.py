@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
 
-if TYPE_CHECKING:
-    from benchmarks.continuation import Curve
+from benchmarks.curve import Curve
 
 _NAMES = {
     "none": "no failure",
@@ -28,7 +26,7 @@ _COLORS = {
 }
 
 
-def draw(curves: "Mapping[str, Sequence[Curve]]", kill_at: float, seconds: float, path: Path) -> None:
+def draw(curves: Mapping[str, Sequence[Curve]], kill_at: float, seconds: float, path: Path) -> None:
     """Draws the mean over seeds, and the band between the lowest and the highest.
 
     Args:

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from benchmarks.kills import Run, leashed
 from benchmarks.step_log import Kill
-from lightning_scar.elastic.memory_folder import MemoryFolder
+from lightning_scar.elastic.supervisor.folder import MemoryFolder
 from lightning_scar.storage.host_memory import VARIABLE
 
 

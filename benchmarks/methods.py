@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from typing_extensions import override
 
 from lightning_scar import SCARCheckpoint
-from lightning_scar._lightning import dump_checkpoint
+from lightning_scar.lightning.private import dump_checkpoint
 
 #: Neither pinned nor shared memory on a CPU; what is left is that the stager keeps its copy from save to save.
 _CACHED = StagingOptions(

@@ -18,15 +18,16 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import kills, report, step_log, torchft_peer
+from benchmarks.found import Found
 from benchmarks.kills import Run
 from benchmarks.lost_hosts import LostHosts
 from benchmarks.report import Target, median
-from benchmarks.step_log import Kill, Recovery
+from benchmarks.step_log import Kill
 
 RANKS = 3
 #: Seconds for a start, and for all ranks to step together again; after that a run counts as hung.
@@ -36,43 +37,6 @@ _CALM = 10
 _TRAINING = [sys.executable, "-m", "benchmarks.elastic_training"]
 #: So small that survivors leave the processors to the replacement: an accelerator computes for most of a step.
 _SIZE = ["--width", "256", "--pause", "0.05"]
-
-
-@dataclass
-class Found:
-    """What the kills of one method led to.
-
-    Attributes:
-        recoveries: What followed each kill.
-        redone: Steps that were made a second time, for each run.
-        hung: Kills after which the survivors did not go on, or not all ranks came together again.
-        kills: All of them.
-        startups_beside: Seconds that one more worker, of its own, takes to start beside the ranks that train.
-
-    """
-
-    recoveries: list[Recovery] = field(default_factory=list)
-    redone: list[int] = field(default_factory=list)
-    hung: int = 0
-    kills: list[Kill] = field(default_factory=list)
-    startups_beside: list[float] = field(default_factory=list)
-
-    def figures(self, name: str) -> dict[str, Any]:
-        """Medians, maxima and counts."""
-        found: dict[str, Any] = {f"{name}_kills": len(self.kills), f"{name}_hung": self.hung}
-        found[f"{name}_kills_in_collective"] = sum(kill.in_collective for kill in self.kills)
-        found[f"{name}_redone"] = max(self.redone, default=0)
-        found[f"{name}_redone_a_kill"] = sum(self.redone) / max(len(self.kills), 1)
-        found[f"{name}_startup_beside_s"] = median(self.startups_beside)
-        for what in ("survivors_s", "rejoined_s", "pause_s"):
-            samples = self.samples(what)
-            found[f"{name}_{what}"] = median(samples)
-            found[f"{name}_{what.removesuffix('_s')}_most_s"] = max(samples, default=float("nan"))
-        return found
-
-    def samples(self, what: str) -> list[float]:
-        """Those that were measured."""
-        return [value for recovery in self.recoveries if (value := getattr(recovery, what)) is not None]
 
 
 def command(method: str, folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lightning_scar.elastic.memory_folder import MemoryFolder
+from lightning_scar.elastic.supervisor.folder import MemoryFolder
 from lightning_scar.storage.address_book import AddressBook, Entry
 from lightning_scar.storage.chain import Chain
 from lightning_scar.storage.directory import Directory

@@ -13,13 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from benchmarks import kills, step_log
+from benchmarks.found import Found
 from benchmarks.kills import Run
-
-if TYPE_CHECKING:
-    from benchmarks.outage import Found
 
 VERSION = "0.2.0"
 _SECONDS = 300
@@ -101,7 +98,7 @@ def lighthouse(program: str, folder: Path, heartbeat: float) -> Iterator[str]:
         yield addresses()[0]
 
 
-def kill_some(folder: Path, chosen: str | None, count: int, seed: int) -> "dict[str, Found]":
+def kill_some(folder: Path, chosen: str | None, count: int, seed: int) -> dict[str, Found]:
     """Kills one of three ranks of torchft so often, each time in a fresh run; a replacement is started at once.
 
     Args:
@@ -114,8 +111,6 @@ def kill_some(folder: Path, chosen: str | None, count: int, seed: int) -> "dict[
         What was found, under ``"torchft"``; nothing if it cannot be had.
 
     """
-    from benchmarks.outage import Found
-
     program = python(chosen)
     if program is None:
         return {}
@@ -125,7 +120,7 @@ def kill_some(folder: Path, chosen: str | None, count: int, seed: int) -> "dict[
     return {"torchft": found}
 
 
-def _kill_one(program: str, folder: Path, chance: random.Random, found: "Found") -> None:
+def _kill_one(program: str, folder: Path, chance: random.Random, found: Found) -> None:
     victim = chance.randrange(_RANKS)
     with ExitStack() as stack:
         address = stack.enter_context(lighthouse(program, folder / "lighthouse", 5.0))

@@ -4,14 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_scar.core.restoration import load
+from lightning_scar.lightning.registration import register as _register
 
 if TYPE_CHECKING:
-    from lightning_scar.accelerate import SCARAccelerator
-    from lightning_scar.callback import SCARCheckpoint
-    from lightning_scar.checkpoint_io import SCARCheckpointIO
-    from lightning_scar.loop import SCARLoop
-    from lightning_scar.loop_continuation import SCARContinuation
-    from lightning_scar.strategy import SCARDDPStrategy
+    from lightning_scar.lightning.checkpoint import SCARCheckpoint
+    from lightning_scar.lightning.checkpoint_io import SCARCheckpointIO
+    from lightning_scar.lightning.strategy import SCARDDPStrategy
+    from lightning_scar.loops.accelerate import SCARAccelerator
+    from lightning_scar.loops.continuation import SCARContinuation
+    from lightning_scar.loops.loop import SCARLoop
 
 __all__ = [
     "SCARAccelerator",
@@ -23,26 +24,25 @@ __all__ = [
     "load",
 ]
 
-#: Where the names are that need Lightning.
-_OF_LIGHTNING = {
-    "SCARCheckpoint": "lightning_scar.callback",
-    "SCARCheckpointIO": "lightning_scar.checkpoint_io",
-    "SCARDDPStrategy": "lightning_scar.strategy",
-}
-#: Where those are that do not.
-_OF_LOOPS = {
-    "SCARAccelerator": "lightning_scar.accelerate",
-    "SCARContinuation": "lightning_scar.loop_continuation",
-    "SCARLoop": "lightning_scar.loop",
+#: Where the names are. Lightning and Accelerate take seconds to import: who does not name them does without.
+_MODULES = {
+    "SCARCheckpoint": "lightning_scar.lightning.checkpoint",
+    "SCARCheckpointIO": "lightning_scar.lightning.checkpoint_io",
+    "SCARDDPStrategy": "lightning_scar.lightning.strategy",
+    "SCARAccelerator": "lightning_scar.loops.accelerate",
+    "SCARContinuation": "lightning_scar.loops.continuation",
+    "SCARLoop": "lightning_scar.loops.loop",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Lightning and Accelerate take seconds to import; the command and plain PyTorch loops do without them.
-    if name in _OF_LIGHTNING:
-        # For any of them: this is what makes `Trainer(strategy="scar_ddp")` known.
-        importlib.import_module(_OF_LIGHTNING["SCARDDPStrategy"])
-        return getattr(importlib.import_module(_OF_LIGHTNING[name]), name)
-    if name in _OF_LOOPS:
-        return getattr(importlib.import_module(_OF_LOOPS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]
+
+
+_register()

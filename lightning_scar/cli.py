@@ -109,7 +109,7 @@ def main() -> None:
     try:
         if sys.argv[1:2] == ["run"]:
             # The script's own arguments follow, which are nobody else's to read.
-            from lightning_scar.elastic.command_line import main as run_main
+            from lightning_scar.elastic.supervisor.command_line import main as run_main
 
             sys.exit(run_main(sys.argv[2:]))
         sys.exit(jsonargparse.auto_cli(commands, prog="lightning-scar", description=__doc__))

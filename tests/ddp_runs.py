@@ -25,7 +25,8 @@ from torch.utils.data import Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from zoo import Alternating, Raw, WithBatchNorm, WithSchedule
 
-from lightning_scar import SCARCheckpoint, _lightning
+from lightning_scar import SCARCheckpoint
+from lightning_scar.lightning import private
 from lightning_scar.storage.directory import Directory
 
 EXACT = {"fraction": 1.0, "full_every_n_saves": 1}
@@ -136,7 +137,7 @@ class Watch(Callback):
         self.start: dict[str, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start = copy.deepcopy(_lightning.dump_checkpoint(trainer))
+        self.start = copy.deepcopy(private.dump_checkpoint(trainer))
 
 
 class Signal(Callback):
@@ -202,7 +203,7 @@ class OneRankAloneDumps(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_rank == trainer.global_step % trainer.world_size:
-            _lightning.dump_checkpoint(trainer)
+            private.dump_checkpoint(trainer)
 
 
 class Notes(DummyLogger):

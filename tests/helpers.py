@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_scar import SCARCheckpoint, _lightning
+from lightning_scar import SCARCheckpoint
 from lightning_scar.core.blocks import rows
 from lightning_scar.core.selection import Candidates, distance
+from lightning_scar.lightning import private
 
 BATCHES = 8
 BATCH_SIZE = 4
@@ -78,10 +79,10 @@ class TinyModel(pl.LightningModule):
     def on_train_batch_end(self, *args: Any) -> None:
         # Lightning calls this after the callbacks' hooks of the same name: nothing changes behind it.
         if self.steps_done() not in self.live:
-            self.live[self.steps_done()] = copy.deepcopy(_lightning.dump_checkpoint(self.trainer))
+            self.live[self.steps_done()] = copy.deepcopy(private.dump_checkpoint(self.trainer))
 
     def on_train_end(self) -> None:
-        self.final = copy.deepcopy(_lightning.dump_checkpoint(self.trainer))
+        self.final = copy.deepcopy(private.dump_checkpoint(self.trainer))
 
 
 class Stopped(Exception):

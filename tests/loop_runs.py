@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
-from lightning_scar.accelerate import SCARAccelerator
-from lightning_scar.loop import SCARLoop
+from lightning_scar.loops.accelerate import SCARAccelerator
+from lightning_scar.loops.loop import SCARLoop
 
 EXACT = {"fraction": 1.0, "full_every_n_saves": 1}
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 # A server that has imported everything forks the ranks. There is one in a process: the first list counts for all.
 PRELOAD = [
-    "lightning_scar.callback",
-    "lightning_scar.accelerate",
+    "lightning_scar.lightning.checkpoint",
+    "lightning_scar.loops.accelerate",
     "lightning.pytorch",
     "torch._dynamo",
     "torch.distributed.optim",

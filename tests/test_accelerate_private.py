@@ -11,7 +11,7 @@ from helpers import samples
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_scar import _accelerate
+from lightning_scar.loops import private
 
 
 def prepared(**options: Any) -> tuple[Any, Any, Any, Any, Any]:
@@ -27,47 +27,47 @@ def test_training_state() -> None:
     accelerator, model, optimizer, schedule, _ = prepared()
     ema = loop_runs.Ema(model)
     accelerator.register_for_checkpointing(ema)
-    state = _accelerate.training_state(accelerator)
+    state = private.training_state(accelerator)
     assert list(state.modules.values()) == [model]
     assert state.optimizers == [optimizer]
     assert state.inner_optimizers == [optimizer.optimizer]
     assert state.schedulers == [schedule]
     assert state.objects == {"custom_0": ema}
-    assert _accelerate.custom_objects(accelerator) == [ema]
+    assert private.custom_objects(accelerator) == [ema]
 
 
 def test_the_scaler_is_part_of_it() -> None:
     accelerator, *_ = prepared()
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    assert _accelerate.training_state(accelerator).objects == {"scaler": accelerator.scaler}
+    assert private.training_state(accelerator).objects == {"scaler": accelerator.scaler}
 
 
 def test_active_loader() -> None:
     accelerator, _, _, _, loader = prepared()
     other = accelerator.prepare(DataLoader(samples(3), batch_size=4))
-    assert _accelerate.loaders(accelerator) == [loader, other]
-    assert _accelerate.active_loader(accelerator) is None
+    assert private.loaders(accelerator) == [loader, other]
+    assert private.active_loader(accelerator) is None
     for _ in other:
-        assert _accelerate.active_loader(accelerator) == 1
+        assert private.active_loader(accelerator) == 1
     for _ in accelerator.skip_first_batches(loader, 3):
-        assert _accelerate.active_loader(accelerator) == 0
+        assert private.active_loader(accelerator) == 0
     for _ in DataLoader(samples(2)):
-        assert _accelerate.active_loader(accelerator) is None
+        assert private.active_loader(accelerator) is None
 
 
 def test_shuffle_seed() -> None:
     *_, loader = prepared()
-    assert _accelerate.shuffle_seed(loader) is None
-    assert _accelerate.shuffles_anew(loader)
+    assert private.shuffle_seed(loader) is None
+    assert private.shuffles_anew(loader)
     accelerator = loop_runs.seedable()
     first = accelerator.prepare(DataLoader(samples(), batch_size=4, shuffle=True))
     torch.manual_seed(77)
     second = accelerator.prepare(DataLoader(samples(), batch_size=4, shuffle=True))
-    assert not _accelerate.shuffles_anew(first)
-    assert not _accelerate.shuffles_anew(accelerator.prepare(DataLoader(samples())))
-    seed = _accelerate.shuffle_seed(first)
+    assert not private.shuffles_anew(first)
+    assert not private.shuffles_anew(accelerator.prepare(DataLoader(samples())))
+    seed = private.shuffle_seed(first)
     assert seed is not None
-    _accelerate.set_shuffle_seed(second, seed)
+    private.set_shuffle_seed(second, seed)
     for epoch in (0, 3):
         first.set_epoch(epoch)
         second.set_epoch(epoch)
@@ -78,38 +78,38 @@ def test_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = loop_runs.accelerator()
     for state in (PartialState(), AcceleratorState()):
         monkeypatch.setattr(state, "distributed_type", DistributedType.MULTI_CPU)
-    _accelerate.set_processes(2, 5, local_rank=1)
+    private.set_processes(2, 5, local_rank=1)
     assert (accelerator.process_index, accelerator.num_processes, accelerator.local_process_index) == (2, 5, 1)
     assert accelerator.use_distributed
     assert not accelerator.is_main_process
-    _accelerate.set_processes(0, 1)
+    private.set_processes(0, 1)
     assert accelerator.is_main_process
     assert not accelerator.use_distributed
     assert torch.equal(accelerator.gather(torch.ones(3)), torch.ones(3)), "what needs a group is not asked for one"
-    _accelerate.set_processes(0, 2)
+    private.set_processes(0, 2)
     assert accelerator.distributed_type == PartialState().distributed_type == DistributedType.MULTI_CPU
 
 
 def test_muted_loaders() -> None:
     accelerator, *_, loader = prepared(rng_types=["torch"])
     assert loader.rng_types == ["torch"]
-    kinds = _accelerate.mute_loaders(accelerator)
+    kinds = private.mute_loaders(accelerator)
     assert loader.rng_types is None
     assert accelerator.skip_first_batches(loader, 2).rng_types is None
     assert len(list(loader)) == 8
-    _accelerate.unmute_loaders(accelerator, kinds)
+    private.unmute_loaders(accelerator, kinds)
     assert loader.rng_types == ["torch"]
 
 
 def test_runs_collectives() -> None:
     *_, loader = prepared()
-    assert not _accelerate.runs_collectives(loader)
+    assert not private.runs_collectives(loader)
     dispatched = loop_runs.accelerator(dataloader_config=loop_runs.DataLoaderConfiguration(dispatch_batches=True))
-    assert _accelerate.runs_collectives(dispatched.prepare(DataLoader(samples(), batch_size=4)))
+    assert private.runs_collectives(dispatched.prepare(DataLoader(samples(), batch_size=4)))
 
 
 def test_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator, *_ = prepared()
-    assert _accelerate.sharding(accelerator) is None
+    assert private.sharding(accelerator) is None
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert _accelerate.sharding(accelerator) == "DEEPSPEED"
+    assert private.sharding(accelerator) == "DEEPSPEED"

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from lightning_scar import _torch
-from lightning_scar.agreement import Agreement, Plan
+from lightning_scar.core import private
+from lightning_scar.core.agreement import Agreement, Plan
 
 Saved = list[tuple[int, str, bool]]
 
@@ -53,13 +53,13 @@ def regroup(folder: Path, number: int, rank: int, size: int) -> None:
 
 
 def test_default_store() -> None:
-    """When this fails after an upgrade of torch, look at ``_torch.default_store``."""
+    """When this fails after an upgrade of torch, look at ``core/private.py``."""
     run_ranks(_use_default_store, 2)
 
 
 def _use_default_store(rank: int) -> None:
-    store = _torch.default_store()
-    assert store is _torch.default_store(), "it must tell one group from another"
+    store = private.default_store()
+    assert store is private.default_store(), "it must tell one group from another"
     assert not store.check(["test"])
     dist.barrier()
     if rank == 0:

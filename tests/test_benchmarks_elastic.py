@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks import soak
-from benchmarks.continuation import Curve
+from benchmarks.curve import Curve
 from benchmarks.step_log import Kill, Line, StepLog, mistakes, read, recovery, redone
-from lightning_scar.elastic.memory_folder import MemoryFolder
+from lightning_scar.elastic.supervisor.folder import MemoryFolder
 
 RUNS = {
     "overhead": ["--quick", "--rounds", "3", "--steps", "5", "--torchft", "no"],

@@ -34,8 +34,13 @@ Start = Callable[..., BaseProcess]
 def start() -> Iterator[Start]:
     context = multiprocessing.get_context("forkserver")
     # Torch imports its compiler when the first optimizer is made.
-    preload = ["lightning_scar.callback", "lightning.pytorch", "torch._dynamo", "torchdata.stateful_dataloader"]
-    preload += ["lightning_scar.accelerate"]
+    preload = [
+        "lightning_scar.lightning.checkpoint",
+        "lightning.pytorch",
+        "torch._dynamo",
+        "torchdata.stateful_dataloader",
+    ]
+    preload += ["lightning_scar.loops.accelerate"]
     context.set_forkserver_preload(preload)
     started: list[BaseProcess] = []
 

@@ -29,7 +29,7 @@ from torch.optim import SGD, Adam
 from zoo import ZOO, WithBatchNorm, WithRenormalisedEmbedding, WithValidation
 
 from lightning_scar import SCARCheckpoint, load
-from lightning_scar.fences import before_optimizer_steps
+from lightning_scar.lightning.fences import before_optimizer_steps
 
 
 @pytest.mark.parametrize("refresh", ["auto", None])

@@ -1,4 +1,4 @@
-"""Imports point one way: front doors -> continuation -> core -> storage, and elastic stands alone."""
+"""Imports point one way: front doors -> continuation, core and elastic; core -> storage; elastic stands alone."""
 
 import ast
 import subprocess
@@ -10,60 +10,74 @@ import pytest
 
 import lightning_scar
 
-PACKAGE = Path(lightning_scar.__file__).parent
-FRONT_DOORS = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+ROOT = Path(lightning_scar.__file__).parent.parent
+PACKAGE = ROOT / "lightning_scar"
+FRONT_DOORS = {
+    "lightning_scar.lightning",
+    "lightning_scar.loops",
+    *(f"lightning_scar.{path.stem}" for path in PACKAGE.glob("[!_]*.py")),
+}
+FRAMEWORKS = {"lightning", "pytorch_lightning", "accelerate"}
 FORBIDDEN = {
-    "core": {
-        "lightning",
-        "pytorch_lightning",
-        "accelerate",
-        "lightning_scar.continuation",
-        "lightning_scar.elastic",
-        *(f"lightning_scar.{name}" for name in FRONT_DOORS),
-    },
-    "storage": {
-        "torch",
-        "lightning",
-        "pytorch_lightning",
-        "accelerate",
-        "lightning_scar.core",
-        *(f"lightning_scar.{name}" for name in FRONT_DOORS),
-    },
-    "continuation": {
-        "lightning",
-        "pytorch_lightning",
-        "accelerate",
-        *(f"lightning_scar.{name}" for name in FRONT_DOORS),
-    },
+    "lightning": {"accelerate", "lightning_scar.loops"},
+    "loops": {"lightning", "pytorch_lightning", "lightning_scar.lightning"},
+    "continuation": {*FRAMEWORKS, *FRONT_DOORS},
+    "core": {*FRAMEWORKS, *FRONT_DOORS, "lightning_scar.continuation", "lightning_scar.elastic"},
+    "storage": {*FRAMEWORKS, *FRONT_DOORS, "torch", "lightning_scar.core"},
     "elastic": {
-        "lightning",
-        "pytorch_lightning",
-        "accelerate",
+        *FRAMEWORKS,
+        *FRONT_DOORS,
         "lightning_scar.continuation",
         "lightning_scar.core",
         "lightning_scar.storage",
-        *(f"lightning_scar.{name}" for name in FRONT_DOORS),
     },
+    "elastic/protocol": {"lightning_scar.elastic.worker", "lightning_scar.elastic.supervisor"},
+    "elastic/worker": {"lightning_scar.elastic.supervisor"},
 }
 
 
-def imported(path: Path) -> Iterator[str]:
+def imported(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Returns what a file imports, wherever in it: inside functions and for type checkers, too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively"
+            assert node.module is not None
+            yield from ((node.module, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def imports(package: str) -> dict[str, set[str]]:
+    """Returns for each module of a package which other ones of it it imports."""
+    paths = {}
+    for path in (ROOT / package).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found = {}
+    for module, path in paths.items():
+        names = {name if name in paths else source for source, name in imported(path)}
+        found[module] = names & set(paths) - {module}
+    return found
 
 
 @pytest.mark.parametrize("layer", FORBIDDEN)
 def test_a_layer_imports_nothing_from_above(layer: str) -> None:
-    modules = list((PACKAGE / layer).glob("*.py"))
+    modules = list((PACKAGE / layer).rglob("*.py"))
     assert modules
     for path in modules:
-        for name in imported(path):
-            above = [bad for bad in FORBIDDEN[layer] if name == bad or name.startswith(bad + ".")]
+        for source, member in imported(path):
+            name = member or source
+            above = [bad for bad in FORBIDDEN[layer] if f"{name}.".startswith(f"{bad}.")]
             assert not above, f"{path.relative_to(PACKAGE)} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["lightning_scar", "benchmarks"])
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    waiting = imports(package)
+    while free := {module for module, needed in waiting.items() if not needed & set(waiting)}:
+        for module in free:
+            del waiting[module]
+    assert not waiting, "each of these imports another one, in a circle or on the way to one"
 
 
 def test_no_module_grows_beyond_reading() -> None:
@@ -71,10 +85,35 @@ def test_no_module_grows_beyond_reading() -> None:
     assert not long
 
 
+def run(program: str) -> None:
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_lightning_is_imported_by_its_front_door_only() -> None:
-    program = (
+    run(
         "import sys, lightning_scar, lightning_scar.cli, lightning_scar.core.running_checkpoint; "
+        "lightning_scar.SCARLoop; "
         "assert not {'lightning', 'accelerate'} & set(sys.modules); "
         "lightning_scar.SCARCheckpoint; assert 'lightning' in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+USE = """
+from lightning.pytorch.strategies import StrategyRegistry
+trainer = lightning.Trainer(strategy="scar_ddp", accelerator="cpu", devices=1, logger=False)
+assert type(trainer.strategy) is lightning_scar.SCARDDPStrategy
+assert "scar_ddp" in StrategyRegistry.available_strategies()
+"""
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import lightning_scar, lightning",
+        "import lightning, lightning_scar",
+        "import lightning.pytorch.strategies, lightning_scar, lightning",
+        "import lightning_scar, importlib; importlib.reload(lightning_scar); import lightning",
+    ],
+)
+def test_the_name_of_the_strategy_is_known_whatever_is_imported_first(order: str) -> None:
+    run(order + USE)

@@ -1,4 +1,4 @@
-"""Loud tests of the private parts of Lightning in ``joining.py`` and ``logs.py``, in one process.
+"""Loud tests of the private parts of Lightning that make a process a replacement, in one process.
 
 When one of these fails after an upgrade, the function that it calls is what to look at.
 """
@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_scar import _lightning, joining, logs
+from lightning_scar.lightning import loggers, private, replacement
 
 
 class Stream(IterableDataset[Any]):
@@ -50,7 +50,7 @@ class Source(SingleDeviceStrategy):
         output = super().optimizer_step(*args, **kwargs)
         trainer = self.lightning_module.trainer
         if trainer.global_step + 1 == self.step:
-            self.handed_over = copy.deepcopy((_lightning.dump_checkpoint(trainer), joining.live_state(trainer)))
+            self.handed_over = copy.deepcopy((private.dump_checkpoint(trainer), replacement.live_state(trainer)))
         return output
 
 
@@ -66,8 +66,8 @@ class Joiner(SingleDeviceStrategy):
             return super().optimizer_step(optimizer, closure, *args, **kwargs)
         closure()
         trainer = self.lightning_module.trainer
-        joining.take_state(trainer, *self.handed_over)
-        joining.place_in_data(trainer)
+        replacement.take_state(trainer, *self.handed_over)
+        private.place_in_data(trainer)
         self.lightning_module.zero_grad()
         self.handed_over = None
         return None
@@ -92,7 +92,7 @@ def test_a_joiner_goes_on_as_the_one_that_its_state_comes_from(data: str, place:
     trainer.fit(model, DATA[data](), DATA["map"]())
     torch.nn.init.zeros_(other.net[0].weight)
     joiner = make_trainer(strategy=Joiner(source.handed_over), **options)
-    joining.begin_as_joiner(joiner)
+    replacement.begin_as_joiner(joiner)
     joiner.fit(other, DATA[data](), DATA["map"]())
     # Of what it took its state from, it sees and makes all that comes later.
     assert other.seen[accumulated:] == model.seen[step * accumulated :]
@@ -114,7 +114,7 @@ def test_a_joiner_neither_validates_nor_resumes_nor_writes(tmp_path: Path) -> No
     path = tmp_path / "first.ckpt"
     first.save_checkpoint(path)
     trainer = make_trainer(Watch(), max_epochs=2, default_root_dir=tmp_path)
-    joining.begin_as_joiner(trainer)
+    replacement.begin_as_joiner(trainer)
     assert rank_zero_only.rank == utils_rank_zero_only.rank == 1
     model = TinyModel()
     trainer.fit(model, loader(), loader(), ckpt_path=path)
@@ -131,9 +131,9 @@ def test_take_weights() -> None:
     class Take(Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             if trainer.global_step == 2:
-                before = copy.deepcopy(_lightning.dump_checkpoint(trainer)["loops"])
-                joining.take_weights(trainer, checkpoint)
-                now = _lightning.dump_checkpoint(trainer)
+                before = copy.deepcopy(private.dump_checkpoint(trainer)["loops"])
+                replacement.take_weights(trainer, checkpoint)
+                now = private.dump_checkpoint(trainer)
                 assert_same(now["state_dict"], checkpoint["state_dict"])
                 assert_same(now["optimizer_states"], checkpoint["optimizer_states"])
                 assert now["loops"] == before
@@ -159,7 +159,7 @@ def test_leaves_training_next(options: dict[str, Any], expected: list[int]) -> N
     class Ask(SingleDeviceStrategy):
         def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
             output = super().optimizer_step(*args, **kwargs)
-            if joining.leaves_training_next(self.lightning_module.trainer):
+            if private.leaves_training_next(self.lightning_module.trainer):
                 found.append(self.lightning_module.trainer.global_step + 1)
             return output
 
@@ -174,8 +174,8 @@ def test_undo_unfinished_step(accumulated: int) -> None:
     checked: list[int] = []
 
     def check(trainer: pl.Trainer, *args: Any) -> None:
-        checkpoint = copy.deepcopy(_lightning.dump_checkpoint(trainer))
-        joining.undo_unfinished_step(checkpoint, accumulated)
+        checkpoint = copy.deepcopy(private.dump_checkpoint(trainer))
+        private.undo_unfinished_step(checkpoint, accumulated)
         loop, steps = checkpoint["loops"]["fit_loop"], trainer.global_step
         batches = loop["epoch_loop.batch_progress"]
         for counts in (batches["current"], batches["total"]):
@@ -211,7 +211,7 @@ def test_compute_gradient(precision: Any) -> None:
 
         def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
             expected = [p.grad.clone() for p in module.parameters()]
-            joining.compute_gradient(trainer, self.batch)
+            private.compute_gradient(trainer, self.batch)
             computed.append(expected)
             for parameter, gradient in zip(module.parameters(), expected, strict=True):
                 assert torch.equal(parameter.grad, gradient)
@@ -226,14 +226,14 @@ def test_silence_sigterm_broadcast() -> None:
     advance = inspect.getsource(_TrainingEpochLoop.advance)
     assert "self._broadcast_sigterm_tensor()" in advance, "Lightning agrees on SIGTERM in another way: silence that"
     trainer = make_trainer(max_epochs=1)
-    joining.silence_sigterm_broadcast(trainer)
+    private.silence_sigterm_broadcast(trainer)
     assert "_broadcast_sigterm_tensor" in vars(trainer.fit_loop.epoch_loop)
 
 
 def test_batch_size() -> None:
     trainer = make_trainer()
-    assert joining.batch_size(trainer, {"x": torch.zeros(6, 2)}) == 6
-    assert joining.batch_size(trainer, object()) == 1
+    assert private.batch_size(trainer, {"x": torch.zeros(6, 2)}) == 6
+    assert private.batch_size(trainer, object()) == 1
 
 
 # -- logs --------------------------------------------------------------------------------------------------------------
@@ -252,12 +252,12 @@ def test_a_csv_file_goes_on_in_another_process(tmp_path: Path, monkeypatch: pyte
 
     class Note(Callback):
         def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-            logs.note(trainer)
+            loggers.note(trainer)
 
     for _ in range(2):
         logger = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1)
         trainer = make_trainer(Note(), max_epochs=1, logger=logger, log_every_n_steps=1, enable_checkpointing=False)
-        logs.inherit(trainer)
-        logs.go_on(trainer)
+        loggers.inherit(trainer)
+        loggers.go_on(trainer)
         trainer.fit(TinyModel(), loader())
     assert [step for step, _ in logged(tmp_path / "logs")] == [*range(BATCHES), *range(BATCHES)]

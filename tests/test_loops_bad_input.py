@@ -15,9 +15,9 @@ from loop_runs import Net, train
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_scar import SCARAccelerator, SCARContinuation, SCARLoop, load
-from lightning_scar.accelerate import WithAccelerate
 from lightning_scar.core.compatibility import ModelMismatchError
 from lightning_scar.core.restoration import NoCheckpointError
+from lightning_scar.loops.accelerate import WithAccelerate
 from lightning_scar.storage.delta import StorageError
 
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 
 import psutil
 
-from lightning_scar.elastic.command_line import main
+from lightning_scar.elastic.supervisor.command_line import main
 
 #: A plain script: counts to ten together with the others, and resumes from its own file.
 PLAIN = """

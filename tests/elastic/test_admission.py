@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 from torch.distributed import TCPStore
 
-from lightning_scar.elastic import admission as admissions
-from lightning_scar.elastic.admission import Admission, NotAdmittedError, arrive, heartbeat_key, loss_key
-from lightning_scar.elastic.agent import Layout
-from lightning_scar.elastic.journal import Events, Notices
-from lightning_scar.elastic.line import Line, Lines
-from lightning_scar.elastic.messages import Arrived, Back, Change, Lost, Stop
-from lightning_scar.elastic.nodes import Nodes
+from lightning_scar.elastic.protocol.log import Events, Notices
+from lightning_scar.elastic.protocol.messages import Arrived, Back, Change, Lost, Stop
+from lightning_scar.elastic.supervisor import admission as admissions
+from lightning_scar.elastic.supervisor.admission import Admission, NotAdmittedError, arrive, heartbeat_key, loss_key
+from lightning_scar.elastic.supervisor.agent import Layout
+from lightning_scar.elastic.supervisor.line import Line, Lines
+from lightning_scar.elastic.supervisor.nodes import Nodes
 
 
 class NodeZero:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from lightning_scar.elastic.connections import Connections
+from lightning_scar.elastic.worker.sockets import Connections
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ WORKER = """
 import os, sys, time
 from pathlib import Path
 from torch.distributed import TCPStore
-from lightning_scar.elastic.journal import Events, Notices
-from lightning_scar.elastic.messages import *
+from lightning_scar.elastic.protocol.log import Events, Notices
+from lightning_scar.elastic.protocol.messages import *
 
 folder, what = Path(sys.argv[1]), sys.argv[2:]
 host, port = os.environ["LIGHTNING_SCAR_STORE"].split(":")

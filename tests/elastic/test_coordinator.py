@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_scar.elastic.coordinator import Coordinator
-from lightning_scar.elastic.messages import (
+from lightning_scar.elastic.protocol.messages import (
     RESTART_EXIT_CODE,
     Back,
     Began,
@@ -31,7 +30,8 @@ from lightning_scar.elastic.messages import (
     Stranded,
     Waiting,
 )
-from lightning_scar.elastic.restarts import Policy
+from lightning_scar.elastic.supervisor.coordinator import Coordinator
+from lightning_scar.elastic.supervisor.policy import Policy
 
 #: The death of rank 2 in most of these tests.
 KILLED = "rank 2 was killed by SIGKILL"

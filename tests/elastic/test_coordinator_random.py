@@ -5,8 +5,7 @@ import signal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_scar.elastic.coordinator import Coordinator
-from lightning_scar.elastic.messages import (
+from lightning_scar.elastic.protocol.messages import (
     RESTART_EXIT_CODE,
     Back,
     Began,
@@ -26,7 +25,8 @@ from lightning_scar.elastic.messages import (
     Stranded,
     Waiting,
 )
-from lightning_scar.elastic.restarts import Policy
+from lightning_scar.elastic.supervisor.coordinator import Coordinator
+from lightning_scar.elastic.supervisor.policy import Policy
 
 SLOTS = 3
 #: What node 1 runs.

@@ -17,11 +17,8 @@ import torch.distributed as dist
 from ranks import PRELOAD
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lightning_scar.elastic.coordinator import Coordinator
-from lightning_scar.elastic.errors import CutOffError, RestartError
-from lightning_scar.elastic.journal import Events, Notices
-from lightning_scar.elastic.membership import Member
-from lightning_scar.elastic.messages import (
+from lightning_scar.elastic.protocol.log import Events, Notices
+from lightning_scar.elastic.protocol.messages import (
     Broken,
     Event,
     Exited,
@@ -34,7 +31,10 @@ from lightning_scar.elastic.messages import (
     Stop,
     Waiting,
 )
-from lightning_scar.elastic.restarts import Policy
+from lightning_scar.elastic.supervisor.coordinator import Coordinator
+from lightning_scar.elastic.supervisor.policy import Policy
+from lightning_scar.elastic.worker.errors import CutOffError, RestartError
+from lightning_scar.elastic.worker.member import Member
 
 Work: TypeAlias = Callable[[Member, Callable[[Any], None]], None]
 

@@ -10,7 +10,7 @@ import pytest
 from elastic_helpers import PLAIN, SLEEPER, assert_gone, ours, run, running, script, wait_for
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from lightning_scar.elastic import admission, nodes
+from lightning_scar.elastic.supervisor import admission, nodes
 
 
 def options(node: int, port: int) -> list[str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from elastic_helpers import assert_gone
 
-from lightning_scar.elastic import worker_process
-from lightning_scar.elastic.memory_folder import MemoryFolder
-from lightning_scar.elastic.worker_process import WorkerProcess
+from lightning_scar.elastic.supervisor import process as worker_process
+from lightning_scar.elastic.supervisor.folder import MemoryFolder
+from lightning_scar.elastic.supervisor.process import WorkerProcess
 
 
 def finished(*arguments: str) -> tuple[int, WorkerProcess]:

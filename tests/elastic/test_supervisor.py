@@ -10,7 +10,7 @@ import pytest
 from elastic_helpers import PLAIN, SLEEPER, assert_gone, command, ours, run, running, script, wait_for
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from lightning_scar.elastic.command_line import main
+from lightning_scar.elastic.supervisor.command_line import main
 
 
 def test_a_plain_script_whose_worker_is_killed_starts_again_and_ends_well(tmp_path: Path) -> None:

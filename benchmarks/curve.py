@@ -1,0 +1,32 @@
+"""The loss of one run over wall-clock time."""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run.
+
+    Attributes:
+        times: Seconds since the first step, of each snapshot.
+        steps: The steps that were done.
+        losses: Of the held-out digits.
+        outage: Seconds until all ranks stepped together again; ``None`` without a failure, or if they did not.
+        printed: What the supervisor said about the outage.
+
+    """
+
+    times: list[float]
+    steps: list[int]
+    losses: list[float]
+    outage: float | None
+    printed: list[str]
+
+    def at(self, when: float) -> float:
+        """The loss at a moment: that of the last snapshot."""
+        return self.losses[max(bisect_right(self.times, when) - 1, 0)]
+
+    def reaches(self, loss: float) -> float:
+        """Seconds until it is that low; infinite if it never is."""
+        return next((when for when, here in zip(self.times, self.losses, strict=True) if here <= loss), float("inf"))

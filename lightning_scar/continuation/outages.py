@@ -1,0 +1,140 @@
+"""What happened when a worker died: for people, for programs, for loggers."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from lightning_scar.elastic.worker.member import Member
+
+OnFailure = Literal["shrink", "buffer", "wait"]
+FlushMode = Literal["mean", "replay"]
+
+
+@dataclass(frozen=True)
+class OutagePolicy:
+    """What survivors do while a worker is missing.
+
+    Args:
+        on_failure: ``"shrink"``, ``"buffer"`` or ``"wait"``.
+        min_world_size: With fewer workers than that, survivors save and stop.
+        max_staleness: How many gradients a survivor collects at most beyond that of the interrupted step.
+        flush: How collected gradients are applied.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    """
+
+    on_failure: OnFailure = "shrink"
+    min_world_size: int = 1
+    max_staleness: int = 16
+    flush: FlushMode = "mean"
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("on_failure", self.on_failure, get_args(OnFailure)),
+            ("flush", self.flush, get_args(FlushMode)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+        if self.min_world_size < 1:
+            raise ValueError(f"min_world_size={self.min_world_size} must be at least 1")
+        if self.max_staleness < 0:
+            raise ValueError(
+                f"max_staleness={self.max_staleness} must not be negative; 0 collects nothing beyond a step"
+            )
+
+
+@dataclass
+class Outage:
+    """One failure, as this worker lived through it.
+
+    Attributes:
+        step: The optimizer steps that were completed then.
+        reason: Who was lost and how, e.g. ``"rank 2 was killed by SIGKILL"``.
+        survivors_seconds: From the failure until this worker had completed the interrupted step.
+        seconds: From the failure until all workers were there again; ``None`` as long as they are not.
+        stale_gradients: How many gradients, beyond that of the interrupted step, this worker collected and applied.
+        steps_lost: Completed steps that had to be made again.
+
+    """
+
+    step: int
+    reason: str = ""
+    survivors_seconds: float | None = None
+    seconds: float | None = None
+    stale_gradients: int = 0
+    steps_lost: int = 0
+    began: float = field(default_factory=time.monotonic, repr=False)
+
+
+class Outages:
+    """The outages of a training, and the two lines that people read about each.
+
+    Args:
+        log: Gets the same as metrics.
+        member: Who says the lines: the leader.
+        policy: What survivors do meanwhile.
+
+    """
+
+    def __init__(self, log: Callable[[dict[str, float]], None], member: Member, policy: OutagePolicy) -> None:
+        self.list: list[Outage] = []
+        self.policy = policy
+        self._log = log
+        self._member = member
+
+    @property
+    def present(self) -> Outage | None:
+        """The one that is not over."""
+        return self.list[-1] if self.list and self.list[-1].seconds is None else None
+
+    def begin(self, step: int) -> None:
+        """A group failed; within an outage it is part of that."""
+        if self.present is None:
+            self.list.append(Outage(step))
+
+    def regrouped(self) -> None:
+        """The survivors have found each other."""
+        outage, generation = self.present, self._member.generation
+        if outage is None or generation is None or (outage.reason and not generation.deaths):
+            return
+        outage.reason = generation.deaths or "the connection was lost"
+        here, all_of_them = len(generation.spawns), self._member.world_size
+        how = {"shrink": "go on", "buffer": "collect stale gradients", "wait": "wait"}[self.policy.on_failure]
+        self._say(f"{outage.reason} in step {outage.step + 1}; {here} of {all_of_them} workers {how}")
+
+    def restarting(self, deaths: str) -> None:
+        """All workers will be started again."""
+        if self.present is not None:
+            self.present.reason = deaths or self.present.reason or "the connection was lost"
+
+    def stepped(self) -> None:
+        """A step is done."""
+        outage = self.present
+        if outage is not None and outage.survivors_seconds is None:
+            outage.survivors_seconds = time.monotonic() - outage.began
+
+    def rejoined(self, step: int) -> None:
+        """All workers are there again."""
+        outage = self.present
+        if outage is None:
+            return
+        outage.seconds = time.monotonic() - outage.began
+        self._say(
+            f"all {self._member.world_size} workers are there again at step {step}: outage {outage.seconds:.1f} s, "
+            f"stale gradients applied: {outage.stale_gradients}, steps lost: {outage.steps_lost}"
+        )
+        metrics = {
+            "scar/outages": float(len(self.list)),
+            "scar/outage_seconds": outage.seconds,
+            "scar/stale_gradients": float(outage.stale_gradients),
+        }
+        self._log(metrics)
+
+    def _say(self, text: str) -> None:
+        if self._member.is_leader:
+            # In a line of its own, also where a progress bar stands.
+            print(f"\nlightning-scar: {text}", file=sys.stderr, flush=True)

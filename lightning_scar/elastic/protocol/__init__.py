@@ -1,0 +1,1 @@
+"""What the supervisor and its workers tell each other, and how it travels."""

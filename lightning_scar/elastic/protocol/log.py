@@ -1,0 +1,117 @@
+"""The two logs in the supervisor's store.
+
+All :mod:`messages <lightning_scar.elastic.protocol.messages>` go through them.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import get_args
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from lightning_scar.elastic.protocol.messages import Arrived, Event, Formed, Generation, Joining, Notice
+
+_KINDS = {kind.__name__: kind for kind in (*get_args(Event), Arrived, *get_args(Notice))}
+
+
+def _encode(message: Event | Arrived | Notice) -> str:
+    return json.dumps({"kind": type(message).__name__, **asdict(message)})
+
+
+def _decode(text: str | bytes) -> Event | Arrived | Notice:
+    fields = json.loads(text)
+    kind = _KINDS[fields.pop("kind")]
+    if kind is Formed:
+        generation = fields["generation"]
+        generation["spawns"] = {int(slot): spawn for slot, spawn in generation["spawns"].items()}
+        generation["joiners"] = tuple(generation["joiners"])
+        return Formed(Generation(**generation))
+    if kind is Joining:
+        fields["slots"] = tuple(fields["slots"])
+    message: Event | Arrived | Notice = kind(**fields)
+    return message
+
+
+class Events:
+    """The log of events: many writers, any of which may be killed in the middle; one reader, the coordinator.
+
+    Example::
+
+        >>> from torch.distributed import HashStore
+        >>> from lightning_scar.elastic.protocol.messages import Began
+        >>> store = HashStore()
+        >>> events = Events.create(store)
+        >>> Events(store).append(Began(slot=1, spawn=4))
+        >>> list(events.news())
+        [Began(slot=1, spawn=4, can_take_in=True)]
+
+    """
+
+    _KEY = "events"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._read = 0
+
+    @classmethod
+    def create(cls, store: Store) -> "Events":
+        """Begins the log; once, before anybody else uses it."""
+        store.set(cls._KEY, "")
+        return cls(store)
+
+    def append(self, event: Event | Arrived) -> None:
+        """Appends an event, in one operation of the store."""
+        self._store.append(self._KEY, _encode(event) + "\n")  # type: ignore[attr-defined]
+        # The store answers what it is asked, not what it is told: now it is there, or this raises.
+        self._store.check([self._KEY])
+
+    def news(self) -> Iterator[Event | Arrived]:
+        """The events since the last call."""
+        text = self._store.get(self._KEY)
+        lines, self._read = text[self._read :], len(text)
+        for line in lines.splitlines():
+            yield _decode(line)  # type: ignore[misc]
+
+
+class Notices:
+    """The log of notices: one writer, the coordinator; any number of readers.
+
+    Example::
+
+        >>> from torch.distributed import HashStore
+        >>> from lightning_scar.elastic.protocol.messages import Stop
+        >>> store = HashStore()
+        >>> Notices(store).append(Stop("SIGTERM"))
+        >>> list(Notices(store).news())
+        [Stop(reason='SIGTERM')]
+
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._length = 0
+        self._read = 0
+
+    @property
+    def length(self) -> int:
+        """How many this writer has appended."""
+        return self._length
+
+    def append(self, notice: Notice) -> None:
+        """Appends a notice."""
+        self._store.set(f"notice/{self._length}", _encode(notice))
+        self._length += 1
+
+    def skip(self, count: int) -> list[Notice]:
+        """The first so many notices, which do not come again."""
+        skipped = [_decode(self._store.get(f"notice/{i}")) for i in range(count)]
+        self._read = count
+        return skipped  # type: ignore[return-value]
+
+    def news(self) -> Iterator[Notice]:
+        """The notices since the last call."""
+        while self._store.check([f"notice/{self._read}"]):
+            notice = _decode(self._store.get(f"notice/{self._read}"))
+            self._read += 1
+            yield notice  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""Starts workers, watches them and replaces those that die: ``lightning-scar run``."""

@@ -1,0 +1,191 @@
+"""What runs on every node: it starts and ends workers as the coordinator says, and tells it how they end."""
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from lightning_scar.elastic.protocol.log import Events, Notices
+from lightning_scar.elastic.protocol.messages import (
+    Exited,
+    Finish,
+    Kill,
+    Notice,
+    Spawn,
+    Started,
+    Stop,
+)
+from lightning_scar.elastic.supervisor.admission import Admission, heartbeat_key, left_key, loss_key
+from lightning_scar.elastic.supervisor.process import WorkerProcess
+
+#: Seconds between two signs of life of an agent.
+BEAT_SECONDS = 2.0
+#: Seconds that workers have to end when the supervisor itself fails.
+_LAST_GRACE = 5.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this node stands in the job.
+
+    Args:
+        node: Its number.
+        nodes: How many there are.
+        per_node: How many workers each of them runs.
+
+    """
+
+    node: int
+    nodes: int
+    per_node: int
+
+    @property
+    def world_size(self) -> int:
+        """How many workers there are."""
+        return self.nodes * self.per_node
+
+    def slots(self, node: int) -> range:
+        """The slots of a node."""
+        return range(node * self.per_node, (node + 1) * self.per_node)
+
+
+def port_key(attempt: int) -> str:
+    """Under which the store tells the port of the store for the scripts' own groups."""
+    return f"master_port/{attempt}"
+
+
+class Agent:
+    """Runs the workers of one node.
+
+    Args:
+        store: The supervisor's.
+        address: Its host and port.
+        layout: Where this node stands.
+        admission: Its right to run this node's workers.
+        command: What a worker runs.
+        environment: What every worker's environment has besides the usual.
+
+    """
+
+    def __init__(
+        self,
+        store: TCPStore,
+        address: tuple[str, int],
+        layout: Layout,
+        admission: Admission,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> None:
+        self.code: int | None = None
+        self.reason = ""
+        self._store = store
+        self._address = address
+        self._layout = layout
+        self._admission = admission
+        self._command = command
+        self._environment = environment
+        self._events = Events(store)
+        self._notices = Notices(store)
+        self._workers: dict[int, tuple[Spawn, WorkerProcess]] = {}
+        self._beat_at = 0.0
+        for notice in self._notices.skip(admission.heard):
+            # The job may have ended meanwhile.
+            if isinstance(notice, Stop | Finish):
+                self._obey(notice)
+
+    def step(self) -> None:
+        """Does what is to be done by now.
+
+        Raises:
+            torch.distributed.DistError: If the store is out of reach.
+
+        """
+        self._beat()
+        # When the job is over the store may be gone any moment.
+        news = self._notices.news()
+        while self.code is None and (notice := next(news, None)) is not None:
+            self._obey(notice)
+        if self.code is not None:
+            return
+        for slot, (spawn, worker) in list(self._workers.items()):
+            code = worker.poll()
+            if code is not None:
+                del self._workers[slot]
+                self._events.append(Exited(slot, spawn.spawn, code, worker.tail()))
+
+    def close(self) -> None:
+        """Ends all workers that are left."""
+        deadline = time.monotonic() + _LAST_GRACE
+        workers = [worker for _, worker in self._workers.values()]
+        for worker in workers:
+            worker.send(signal.SIGTERM)
+        while None in [worker.poll() for worker in workers] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for worker in workers:
+            worker.send(signal.SIGKILL)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now - self._beat_at > BEAT_SECONDS:
+            self._store.add(heartbeat_key(self._layout.node, self._admission.agent), 1)
+            self._beat_at = now
+            self._check_loss()
+
+    def _check_loss(self) -> None:
+        """Ends the job here, if another agent may have this one's place."""
+        if self._store.check([loss_key(self._layout.node, self._admission.agent)]):
+            self.code, self.reason = 1, "node 0 has given this node up for lost"
+
+    def _obey(self, notice: Notice) -> None:
+        if isinstance(notice, Spawn) and notice.slot in self._layout.slots(self._layout.node):
+            self._check_loss()
+            if self.code is None:
+                self._start(notice)
+        elif isinstance(notice, Kill) and notice.slot in self._workers:
+            spawn, worker = self._workers[notice.slot]
+            if spawn.spawn == notice.spawn:
+                worker.send(notice.signal)
+        elif isinstance(notice, Stop):
+            self.reason = notice.reason
+        elif isinstance(notice, Finish):
+            self.code = notice.code
+            self._store.set(left_key(self._layout.node), "")
+
+    def _start(self, spawn: Spawn) -> None:
+        try:
+            worker = WorkerProcess(self._command, self._environment_of(spawn))
+        except OSError as error:
+            self._events.append(Exited(spawn.slot, spawn.spawn, 1, f"cannot start a process: {error}"))
+            return
+        self._workers[spawn.slot] = (spawn, worker)
+        self._events.append(Started(spawn.slot, spawn.spawn, worker.pid))
+
+    def _environment_of(self, spawn: Spawn) -> dict[str, str]:
+        layout, (host, port) = self._layout, self._address
+        values = {
+            # torchrun's.
+            "RANK": spawn.slot,
+            "LOCAL_RANK": spawn.slot % layout.per_node,
+            "WORLD_SIZE": layout.world_size,
+            "LOCAL_WORLD_SIZE": layout.per_node,
+            "GROUP_RANK": layout.node,
+            "GROUP_WORLD_SIZE": layout.nodes,
+            "ROLE_NAME": "default",
+            "ROLE_RANK": spawn.slot,
+            "ROLE_WORLD_SIZE": layout.world_size,
+            "MASTER_ADDR": host,
+            "MASTER_PORT": self._store.get(port_key(spawn.attempt)).decode(),
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+            "TORCHELASTIC_RESTART_COUNT": spawn.attempt,
+            # Ours.
+            "LIGHTNING_SCAR_STORE": f"{host}:{port}",
+            "LIGHTNING_SCAR_SLOT": spawn.slot,
+            "LIGHTNING_SCAR_SPAWN": spawn.spawn,
+            "LIGHTNING_SCAR_GENERATION": spawn.generation,
+        }
+        if layout.per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
+            values["OMP_NUM_THREADS"] = 1
+        return {**{name: str(value) for name, value in values.items()}, **self._environment}

@@ -1,0 +1,63 @@
+"""A folder in memory in which workers leave their state when all of them are started again."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+_MEMORY = Path("/dev/shm")
+_PREFIX = "lightning-scar-"
+
+
+class MemoryFolder:
+    """A fresh folder, gone when closed. Those of owners that were killed are removed by the next one.
+
+    The owner holds a lock on it, which the system lets go of however the owner ends.
+
+    Args:
+        parent: Where it is made; memory-backed if there is such a place.
+
+    """
+
+    def __init__(self, parent: Path | None = None) -> None:
+        if parent is None:
+            parent = _MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+        _sweep(parent)
+        self.path, self._lock = next(found for _ in count() if (found := _made_and_locked(parent)))
+
+    def close(self) -> None:
+        """Removes it, and what owners that were killed just before this one began have left."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+        _sweep(self.path.parent)
+
+
+def _made_and_locked(parent: Path) -> tuple[Path, int] | None:
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    with suppress(FileNotFoundError):
+        lock = os.open(path, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path, lock
+        # Before it had its lock another owner took it for a dead one's.
+        os.close(lock)
+    return None
+
+
+def _sweep(parent: Path) -> None:
+    for folder in parent.glob(f"{_PREFIX}*"):
+        # Another user's, or just removed by another supervisor.
+        with suppress(OSError):
+            _remove_unless_held(folder)
+
+
+def _remove_unless_held(folder: Path) -> None:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)

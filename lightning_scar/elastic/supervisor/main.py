@@ -1,0 +1,204 @@
+"""Runs a script in several workers and keeps it running: ``lightning-scar run``."""
+
+import json
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+from lightning_scar.elastic.protocol.log import Events
+from lightning_scar.elastic.protocol.messages import StopAsked
+from lightning_scar.elastic.supervisor.admission import LINES_KEY, Admission, NotAdmittedError, arrive
+from lightning_scar.elastic.supervisor.agent import Agent, Layout
+from lightning_scar.elastic.supervisor.folder import MemoryFolder
+from lightning_scar.elastic.supervisor.host import Host
+from lightning_scar.elastic.supervisor.nodes import JOIN_SECONDS
+from lightning_scar.elastic.supervisor.policy import Policy, signal_name
+from lightning_scar.elastic.worker.sockets import Connections
+from lightning_scar.elastic.worker.state_folder import VARIABLE
+
+_POLL_SECONDS = 0.02
+#: Seconds for which an agent waits for a key in the store.
+_ANSWER_SECONDS = 30
+
+
+class LaunchError(Exception):
+    """The job cannot be started."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be run, and where.
+
+    Args:
+        command: What a worker runs: a program and its arguments.
+        layout: How many workers there are, on which nodes.
+        policy: What happens when they fail.
+        host: The address of node 0.
+        port: The port of its store; 0 for any that is free.
+        run_id: A name of the job; any if not given.
+        hang_timeout: What the user chose, for the workers to know; ``None`` for the process group's timeout.
+
+    """
+
+    command: Sequence[str]
+    layout: Layout
+    policy: Policy = field(default_factory=Policy)
+    host: str = "127.0.0.1"
+    port: int = 0
+    run_id: str = ""
+    hang_timeout: float | None = None
+
+
+def supervise(job: Job) -> int:
+    """Runs a job on this node, to its end.
+
+    Returns:
+        The exit code: 0 if all workers ended well, 128 and its number after a signal, else 1.
+
+    Raises:
+        LaunchError: If it cannot be started.
+
+    """
+    signals: list[int] = []
+    with ExitStack() as stack:
+        stack.enter_context(_collected(signals))
+        connections = Connections()
+        store = _serve(job) if job.layout.node == 0 else connections.opened_by(lambda: _join(job, signals))
+        address = (job.host, store.port)
+        folder = stack.enter_context(closing(MemoryFolder()))
+        environment = _environment(job, store, folder)
+        host = stack.enter_context(closing(Host(store, job.layout, job.policy, say))) if job.layout.node == 0 else None
+        admission = Admission()
+        if host is None:
+            admission = stack.enter_context(closing(_arrive(job, store, signals, connections.cut)))
+        try:
+            agent = stack.enter_context(closing(Agent(store, address, job.layout, admission, job.command, environment)))
+            return _run(agent, host, Events(store), signals, job.layout.node)
+        except DistError as error:
+            say(f"the supervisor on node 0 is gone or out of reach; the workers of this node are ended ({error})")
+            return 1
+
+
+def say(text: str) -> None:
+    """Tells the user something."""
+    with suppress(OSError, ValueError):
+        print(f"lightning-scar: {text}", file=sys.stderr, flush=True)
+
+
+def _run(agent: Agent, host: Host | None, events: Events, signals: list[int], node: int) -> int:
+    while agent.code is None:
+        while signals:
+            events.append(StopAsked(signals.pop(0), node))
+        if host is not None:
+            host.step()
+        agent.step()
+        time.sleep(_POLL_SECONDS)
+    if host is not None:
+        host.wait_for_agents()
+    elif agent.code:
+        say(f"the job ended: {agent.reason or 'see node 0'}")
+    return agent.code
+
+
+@contextmanager
+def _collected(signals: list[int]) -> Iterator[None]:
+    """Collects the signals that ask for an end."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment(job: Job, store: TCPStore, folder: MemoryFolder) -> dict[str, str]:
+    environment = {
+        "TORCHELASTIC_RUN_ID": json.loads(store.get("job"))["run_id"],
+        "TORCHELASTIC_MAX_RESTARTS": str(job.policy.max_restarts),
+        VARIABLE: str(folder.path),
+    }
+    if job.hang_timeout is not None:
+        environment["LIGHTNING_SCAR_HANG_TIMEOUT"] = str(job.hang_timeout)
+    return environment
+
+
+# -- the store ------------------------------------------------------------------------------------------------------
+
+
+def _serve(job: Job) -> TCPStore:
+    try:
+        store = TCPStore(job.host, job.port, is_master=True, wait_for_workers=False)
+    except DistError as error:
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            remedy = "leave --rdzv-endpoint and --master-port out" if job.layout.nodes == 1 else "choose another one"
+            raise LaunchError(
+                f"port {job.port} of {job.host} is taken, perhaps by another job; {remedy}, or end that job"
+            ) from None
+        raise LaunchError(f"cannot listen on port {job.port} of {job.host}: {error}") from None
+    about = {"run_id": job.run_id or uuid.uuid4().hex, "nodes": job.layout.nodes, "per_node": job.layout.per_node}
+    # Before the job is told of: others may have something to say as soon as they know it.
+    Events.create(store)
+    store.set("job", json.dumps(about))
+    return store
+
+
+def _join(job: Job, signals: list[int]) -> TCPStore:
+    _wait_for_node_0(job, signals)
+    try:
+        timeout = timedelta(seconds=_ANSWER_SECONDS)
+        store = TCPStore(job.host, job.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        about = json.loads(store.get("job"))
+    except DistError as error:
+        raise LaunchError(f"{job.host}:{job.port} does not answer as a supervisor does: {error}") from None
+    for name, mine in (("nodes", job.layout.nodes), ("per_node", job.layout.per_node)):
+        if about[name] != mine:
+            option = "--nnodes" if name == "nodes" else "--nproc-per-node"
+            raise LaunchError(f"{option} is {mine} on this node and {about[name]} on node 0; give the same on all")
+    return store
+
+
+def _arrive(job: Job, store: TCPStore, signals: list[int], on_end: Callable[[], None]) -> Admission:
+    node = job.layout.node
+    try:
+        # A store that has vanished with its host is asked in vain, for ever.
+        admission = arrive(store, job.host, node, stops=lambda: bool(signals), on_end=on_end)
+    except NotAdmittedError:
+        if signals:
+            raise LaunchError(f"ended by {signal_name(signals[0])} before node 0 admitted this node") from None
+        raise LaunchError(f"another node has --node-rank {node} already, and is there; give each its own") from None
+    except DistError as error:
+        raise LaunchError(f"the supervisor on node 0 has ended ({error})") from None
+    if admission.line is None:
+        port = store.get(LINES_KEY).decode()
+        say(f"port {port} of {job.host} cannot be reached: if a host is lost, that is noticed late or not at all")
+    return admission
+
+
+def _wait_for_node_0(job: Job, signals: list[int]) -> None:
+    deadline = time.monotonic() + JOIN_SECONDS
+    while reason := _refusal(job):
+        if signals:
+            raise LaunchError(f"ended by {signal_name(signals[0])} before node 0 was there")
+        if time.monotonic() > deadline:
+            raise LaunchError(f"node 0 cannot be reached at {job.host}:{job.port}: {reason}")
+        time.sleep(0.5)
+
+
+def _refusal(job: Job) -> str:
+    """Why the port does not answer; empty if it does."""
+    try:
+        socket.create_connection((job.host, job.port), timeout=5).close()
+    except OSError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,1 @@
+"""A worker's part in the generations of its process group."""

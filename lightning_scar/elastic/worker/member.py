@@ -1,0 +1,372 @@
+"""A worker's part in the generations of its process group."""
+
+import atexit
+import functools
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from lightning_scar.elastic.protocol.log import Events
+from lightning_scar.elastic.protocol.messages import (
+    Began,
+    Ended,
+    Event,
+    GaveUp,
+    Generation,
+    Ready,
+    Registered,
+    StopAsked,
+    Stranded,
+    Waiting,
+)
+from lightning_scar.elastic.worker.errors import CutOffError, GroupLostError, RestartError
+from lightning_scar.elastic.worker.notices import History
+from lightning_scar.elastic.worker.sockets import Connections
+
+#: A supervisor that does not answer for so long is gone.
+_CONNECT = timedelta(seconds=60)
+
+
+class Member:
+    """This worker, as its supervisor and the others know it. It makes the default process group of each generation.
+
+    Args:
+        host: Where the supervisor's store is.
+        port: Its port.
+        slot: This worker's place in the job, from 0.
+        spawn: The number of this process.
+        generation: The generation that it starts in; -1 for a replacement.
+        world_size: How many places there are.
+
+    """
+
+    def __init__(self, host: str, port: int, slot: int, spawn: int, generation: int, world_size: int) -> None:
+        self.slot = slot
+        self.world_size = world_size
+        #: The generation that this worker is in, or was in last; ``None`` for a replacement not yet taken in.
+        self.generation: Generation | None = None
+        #: Whether this process took the place of one that died.
+        self.is_replacement = generation < 0
+        self._spawn = spawn
+        self._first = generation
+        self._connect: Callable[[], TCPStore] = lambda: TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=_CONNECT
+        )
+        self._store = self._connect()
+        self._events = Events(self._store)
+        self._connections = Connections()
+        self._has_called = False
+        self._excepthook = sys.excepthook
+        self._history = History(self._connect, _heard_key(slot, spawn), self._wake)
+        # As Lightning does: threads of a group that come back while the interpreter ends may take the process down.
+        atexit.register(_destroy_group)
+        self._tell(Registered(slot, spawn))
+
+    @classmethod
+    def of_environment(cls) -> "Member | None":
+        """The one of this process; ``None`` if no supervisor started it."""
+        return _of_environment() if "LIGHTNING_SCAR_STORE" in os.environ else None
+
+    # -- what a worker tells -------------------------------------------------------------------------------------
+
+    def begin(self, can_take_in: bool = True) -> None:
+        """From now on this worker has a state worth keeping, and can go on after a failure.
+
+        Args:
+            can_take_in: Whether replacements can be taken in; else all workers are started again.
+
+        """
+        self._tell(Began(self.slot, self._spawn, can_take_in))
+
+    def end(self) -> None:
+        """The training is over."""
+        self._tell(Ended(self.slot, self._spawn))
+
+    # -- generations ---------------------------------------------------------------------------------------------
+
+    def enter_first(self, **options: Any) -> Generation:
+        """Forms the process group of the generation that all workers start in.
+
+        Args:
+            options: As for ``torch.distributed.init_process_group``.
+
+        """
+        self._history.wait_until(lambda: bool(self._own_generations()))
+        return self._form(self._own_generations()[0], options)
+
+    def enter_next(self, step: int, boundary: bool, waited: float = 0.0, **options: Any) -> Generation:
+        """Waits for the generation after the present one, and forms its process group.
+
+        Args:
+            step: How many optimizer steps this worker has completed.
+            boundary: Whether it stands behind a completed step rather than in the next one.
+            waited: Seconds for which it had been blocked when it gave up.
+            options: As for ``torch.distributed.init_process_group``.
+
+        Raises:
+            RestartError: If all workers will be started again instead.
+            CutOffError: If the supervisor is gone.
+
+        """
+        number = self._number
+        self.leave()
+        self._tell(Waiting(self.slot, self._spawn, number, step, boundary, waited))
+        return self._form(self._wait_for_next(number), options)
+
+    def enter_as_joiner(self, **options: Any) -> Generation:
+        """Waits until this worker, which has no state yet, is taken in, and forms the process group.
+
+        Args:
+            options: As for ``torch.distributed.init_process_group``.
+
+        Raises:
+            RestartError: If all workers will be started again instead.
+            CutOffError: If the supervisor is gone.
+
+        """
+        number = self._number
+        self.leave()
+        self._tell(Ready(self.slot, self._spawn))
+        return self._form(self._wait_for_next(number), options)
+
+    def strand(self, step: int) -> None:
+        """Waits to hear who keeps the state, after a failure that cannot be mended in this process.
+
+        Args:
+            step: How many optimizer steps this worker has completed; -1 if it has no state.
+
+        Raises:
+            RestartError: When that is known.
+            CutOffError: If the supervisor is gone.
+
+        """
+        number = self._number
+        self.leave()
+        self._tell(Stranded(self.slot, self._spawn, number, step))
+        self._history.wait_until(lambda: False)
+
+    def check_health(self) -> None:
+        """Raises if the group broke where the device says nothing: kernels of NCCL that are aborted leave garbage.
+
+        Raises:
+            GroupLostError: If the present generation is no more.
+
+        """
+        if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
+            torch.cuda.current_stream().synchronize()
+            if self.is_broken:
+                raise GroupLostError
+
+    def leave(self) -> None:
+        """Closes the group, which wakes whoever is blocked in it."""
+        self._connections.cut()
+        if not dist.is_initialized():
+            return
+        if dist.get_backend() == dist.Backend.NCCL:
+            # A kernel may wait on the device for a peer that is gone.
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
+
+    @property
+    def _number(self) -> int:
+        return self.generation.number if self.generation is not None else self._first
+
+    def _wait_for_next(self, number: int) -> Generation:
+        self._history.wait_until(lambda: any(g.number > number for g in self._own_generations()))
+        return self._own_generations()[-1]
+
+    def _own_generations(self) -> list[Generation]:
+        return self._history.generations(self.slot, self._spawn)
+
+    def _form(self, generation: Generation, options: dict[str, Any]) -> Generation:
+        self.generation = generation
+        self._has_called = False
+        # torch puts the rank in front of tracebacks, once for every group.
+        sys.excepthook = self._excepthook
+        # A connection of its own: whoever is blocked in it, waiting for one that died meanwhile, can be woken.
+        connection = self._connections.opened_by(self._connect)
+        with self._connections.recorded():
+            if self.is_broken:
+                # The notice came before there was anything to cut.
+                raise GroupLostError
+            rank = generation.members.index(self.slot)
+            store = PrefixStore(f"generation/{generation.number}", connection)
+            dist.init_process_group(store=store, rank=rank, world_size=len(generation.spawns), **options)
+        return generation
+
+    # -- the state of the present generation ---------------------------------------------------------------------
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this worker has the lowest slot in its generation."""
+        return self.generation is not None and self.generation.members[0] == self.slot
+
+    @property
+    def is_joiner(self) -> bool:
+        """Whether this process took the place of one that died, and has not been taken in yet."""
+        return self.is_replacement and self.generation is None
+
+    @property
+    def local_rank(self) -> int:
+        """How many of its generation have lower slots on this node."""
+        members = self.generation.members if self.generation is not None else []
+        first = self.slot - int(os.environ.get("LOCAL_RANK", "0"))
+        return sum(first <= slot < self.slot for slot in members)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nobody is missing from its generation."""
+        return self.generation is not None and len(self.generation.spawns) == self.world_size
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the present generation is known to be no more."""
+        return self._history.is_broken(self._number)
+
+    def is_due_to_failure(self, error: BaseException) -> bool:
+        """Whether an error comes from the loss of another worker, not from the program."""
+        if isinstance(error, CutOffError | RestartError) or not isinstance(error, Exception):
+            return False
+        if isinstance(error, GroupLostError | dist.DistError):
+            return True
+        # gloo raises plain RuntimeErrors; what they have in common is the path of the source file that they name.
+        is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+        return is_of_gloo or self.is_broken
+
+    def joiners_are_ready(self) -> bool:
+        """Whether replacements wait to be taken in after the present generation."""
+        return self._history.is_joined(self._number)
+
+    def wait_for_joiners(self) -> None:
+        """Waits until replacements are ready, or the generation breaks, or the job is to end.
+
+        Raises:
+            RestartError: If all workers will be started again instead.
+            CutOffError: If the supervisor is gone.
+
+        """
+        self._history.wait_until(lambda: self.has_news)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is a reason to stop waiting for better times: joiners, another failure, the end of the job."""
+        return self.joiners_are_ready() or self.is_broken or self.is_stopping or self._history.is_restarting
+
+    @property
+    def attempt(self) -> int:
+        """How often all workers have been started again."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the job is to end."""
+        return self._history.is_stopping
+
+    def call(self, word: str, step: int) -> None:
+        """Announces something to the present generation; by its leader, before a step's collectives.
+
+        Does nothing as long as a member has not heard of the reason for it: who has, looks for a call behind each step,
+        and the others need not.
+
+        Args:
+            word: What is to follow the step. The first word of a generation counts.
+            step: The number of the step.
+
+        """
+        try:
+            if not self._has_called and self._all_have_heard():
+                self._has_called = True
+                self._store.set(self._call_key, f"{step} {word}")
+                # The store answers what it is asked, not what it is told: now everybody can read it.
+                self._store.check([self._call_key])
+        except dist.DistError as error:
+            raise CutOffError from error
+
+    def called(self, step: int) -> str:
+        """What the leader announced to follow a step whose collectives this worker has completed; empty for nothing.
+
+        Args:
+            step: The number of the step.
+
+        Raises:
+            CutOffError: If the supervisor is gone.
+
+        """
+        if self._history.is_cut_off:
+            raise CutOffError
+        if not (self.joiners_are_ready() or self.is_stopping):
+            return ""
+        try:
+            if not self._store.check([self._call_key]):
+                return ""
+            number, word = self._store.get(self._call_key).decode().split()
+        except dist.DistError as error:
+            raise CutOffError from error
+        # A leader may be a step ahead already when this worker looks.
+        return word if int(number) <= step else ""
+
+    def _all_have_heard(self) -> bool:
+        assert self.generation is not None
+        counts = self._store.multi_get([_heard_key(slot, spawn) for slot, spawn in self.generation.spawns.items()])
+        return all(int(count) >= self._history.acted_on for count in counts)
+
+    def give_up(self, reason: str) -> None:
+        """Tells the supervisor that the job cannot go on."""
+        self._tell(GaveUp(self.slot, self._spawn, reason))
+
+    def ask_to_stop(self, signum: int) -> None:
+        """Asks the supervisor to end the job: all workers save behind the same step."""
+        self._tell(StopAsked(signum, slot=self.slot, spawn=self._spawn))
+
+    @property
+    def _call_key(self) -> str:
+        return f"call/{self._number}"
+
+    def _wake(self, generation: int | None) -> None:
+        """Lets the training thread go, should it be blocked in a collective of a generation that is no more."""
+        if generation is not None and generation != self._number:
+            return
+        # There may be no group, or none any more: this is another thread than the one that makes and destroys it.
+        with suppress(ValueError):
+            if dist.get_backend() == dist.Backend.NCCL:
+                group = dist.distributed_c10d._get_default_group()
+                group._get_backend(torch.device("cuda")).abort()
+                return
+        self._connections.cut()
+
+    def _tell(self, event: Event) -> None:
+        try:
+            self._events.append(event)
+        except dist.DistError as error:
+            raise CutOffError from error
+
+
+def _destroy_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _heard_key(slot: int, spawn: int) -> str:
+    """Under which the store tells how many notices a worker has heard."""
+    return f"heard/{slot}/{spawn}"
+
+
+@functools.cache
+def _of_environment() -> Member:
+    host, _, port = os.environ["LIGHTNING_SCAR_STORE"].rpartition(":")
+    slot, spawn, generation = (int(os.environ[f"LIGHTNING_SCAR_{name}"]) for name in ("SLOT", "SPAWN", "GENERATION"))
+    return Member(host, int(port), slot, spawn, generation, int(os.environ["WORLD_SIZE"]))
+
+
+def hang_timeout() -> timedelta | None:
+    """How long the others wait for a worker that hangs, if the user said so."""
+    seconds = os.environ.get("LIGHTNING_SCAR_HANG_TIMEOUT")
+    return timedelta(seconds=float(seconds)) if seconds else None

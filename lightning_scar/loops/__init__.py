@@ -1,0 +1,1 @@
+"""The front door of training loops: plain PyTorch, Lightning Fabric and Accelerate."""
