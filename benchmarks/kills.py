@@ -19,7 +19,7 @@ from benchmarks.step_log import Kill, Line
 
 #: Where ``python -m benchmarks...`` works.
 ROOT = Path(__file__).parents[1]
-_LEASH = ROOT / "lightning_scar" / "elastic" / "leash.py"
+_LEASH = ROOT / "lightning_scar" / "elastic" / "supervisor" / "leash.py"
 #: Seconds that a training has to end after it was asked to.
 _GRACE = 20.0
 _POLL = 0.01
