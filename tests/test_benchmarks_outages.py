@@ -94,8 +94,11 @@ def test_the_sum_is_as_long_as_the_missed_steps_until_the_rule_lowers_the_rate()
     ("way", "steps"),
     [
         *(("none", 30), ("large_batch", 31), ("checkpoint", 9), ("chain", 29), ("chain_async", 24)),
-        # Sixteen contributions in eight slots; a discount shortens what they add up to.
-        *(("replay", 22), ("discount", 14 + sum(1 / (1 + age) for age in range(16)) / 2)),
+        # Sixteen contributions in eight steps, of which the last is of nine; a discount shortens them.
+        *(
+            ("replay", 22),
+            ("discount", 14 + sum(1 / (1 + i) for i in range(7)) + sum(1 / (1 + i) for i in range(7, 16)) / 9),
+        ),
         *(("mean", 15), ("clipped", 15), ("local_server", 30)),
         *(("wait", 14), ("buffer", 15), ("shrink", 29), ("local_sgd", 30)),
     ],

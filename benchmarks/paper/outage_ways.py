@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.paper.training import ModuleTraining
-from lightning_scar.core.discounts import Discount, inverse_discount
 from lightning_scar.core.gradient_buffer import Mode, StaleGradientBuffer
 
 #: The paper's rule: with more gradients pending than this ...
@@ -199,7 +198,7 @@ def collect(
     cluster: Cluster,
     units: int,
     mode: Mode = "mean",
-    discount: Discount | None = None,
+    discount: bool = False,
     apply: Apply = mean_step,
     lasts: bool = True,
 ) -> None:
@@ -245,7 +244,7 @@ SERVER = (
     Way("sum", partial(collect, apply=sum_step)),
     Way("mean", collect),
     Way("replay", partial(collect, mode="replay")),
-    Way("discount", partial(collect, mode="replay", discount=inverse_discount)),
+    Way("discount", partial(collect, mode="replay", discount=True)),
     Way("clipped", partial(collect, apply=clipped_step)),
     Way("local_server", local),
 )

@@ -1,7 +1,7 @@
-"""Stale gradients: what workers compute while their group is broken, kept in bounded memory until it is whole again.
+"""Stale gradients: what workers compute while their group is broken, held in bounded memory until it is complete again.
 
-The worker-side continuation of 'Training Through Failure' (arXiv 2406.05546), without its unbounded list of gradients
-and without its sum of them, whose length grows with the outage.
+The worker-side continuation of 'Training Through Failure' (arXiv 2406.05546), but without its unbounded list of
+gradients, and with their mean instead of their sum, whose length grows with the outage.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,25 +12,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_scar.core.discounts import Discount
 from lightning_scar.core.gradient_sum import TOTALS, GradientSum, are_finite, as_real, dense_grad, set_grad, wide_zeros
 from lightning_scar.core.threads import batches
 
 Mode = Literal["mean", "replay"]
 
-#: Bytes of gradients that are averaged at once.
+#: How many sets of gradients ``replay`` holds at most, and so the most steps that it makes.
+_REPLAY_STEPS = 8
+
+#: Bytes of gradients that are averaged in one collective.
 _BUCKET = 25 << 20
-#: Discounts below count as 0: divided by such a weight a gradient would leave the range of float32.
-_LEAST_DISCOUNT = 1e-20
 
 
 @dataclass(frozen=True)
 class StaleStep:
-    """An optimizer step that is to be made of stale gradients.
+    """An optimizer step that is made of stale gradients.
 
     Attributes:
-        contributions: How many it is made of, over all ranks.
-        samples: How many samples these saw.
+        contributions: The number of contributions in it, over all ranks.
+        samples: The number of samples in these.
 
     """
 
@@ -39,33 +39,30 @@ class StaleStep:
 
 
 class StaleGradientBuffer:
-    r"""Adds up the gradients of an outage, to be averaged over all contributors and applied after it.
+    r"""Sums the gradients of an outage, to average them over all contributors and apply them after it.
 
     The i-th contribution of an outage (0, 1, ...) has staleness i: the number of optimizer steps that the run would
-    have made since the weights it was computed on. It weighs :math:`w = n\,d(i)` for :math:`n` samples and the
-    discount :math:`d`. Contributions with NaN or Inf are dropped; they count as a step all the same.
+    have made since the weights were updated last. Its weight :math:`w` is its number of samples :math:`n`.
+    Contributions with NaN or Inf are dropped, but count as a step.
 
-    - ``mean`` makes one step of all gradients, :math:`\sum w g / \sum w` over all contributions of all ranks: the step
-      of one large batch, if the loss is a mean over samples. A discount shifts the weights, not the length of the step.
-    - ``replay`` makes the steps one after the other, each averaged over the ranks. From the second on their gradients
-      really are stale, so the discount shortens them, :math:`\sum w g / \sum n`, as Zhang et al. (2016) divide the
-      learning rate. (Optimizers that do not heed the length of gradients, like Adam, hardly heed this discount.)
+    - ``mean`` makes one step of all gradients, :math:`\sum w g / \sum w` over all contributions of all ranks. This is
+      the step of one large batch, if the loss is a mean over samples.
+    - ``replay`` makes one step per contribution, each averaged over the ranks. The eighth and all later contributions
+      share one step.
 
-    Memory: one set of gradients in ``mean``, at most ``slots`` in ``replay``, where consecutive contributions share a
-    slot. When all slots are in use neighbours are merged, and each then holds twice as many. Half-precision gradients
-    are added up in float32, others in their own dtype, on their own device. Memory comes with the first contributions
-    and is used again after :meth:`clear`.
+    Memory: one set of gradients in ``mean``, at most eight in ``replay``. Half-precision gradients are summed in
+    float32, others in their own dtype, on their own device. The memory is allocated with the first contributions and
+    reused after :meth:`clear`.
 
-    With a ``GradScaler`` the gradients go in and come out scaled, on all ranks by the same scale.
+    With a ``GradScaler``, gradients go in and come out scaled. All ranks must use the same scale.
 
     Args:
-        parameters: Those of the model, in the same order on all ranks; any shape, real or complex floating point.
+        parameters: The model's parameters, in the same order on all ranks; real or complex floating point.
         mode: How to apply the gradients, ``"mean"`` or ``"replay"``.
-        discount: Gives the weight of a staleness, in [0, 1]: :func:`~lightning_scar.core.discounts.inverse_discount`,
-            :func:`~lightning_scar.core.discounts.exponential_discount` or
-            any other; ``None`` for 1.
-        max_staleness: Contributions that are staler, in steps, are dropped; ``None`` for no limit.
-        slots: Sets of gradients that ``replay`` may hold, and so the most steps that it makes.
+        discount: Whether to multiply the weight by ``1 / (1 + staleness)`` (Zhang et al. 2016, arXiv 1511.05950). In
+            ``mean`` this shifts the weights and keeps the length of the step. In ``replay`` it shortens the later
+            steps, :math:`\sum w g / \sum n`; optimizers that normalize gradients, like Adam, hardly react to this.
+        max_staleness: The greatest staleness that is held; ``None`` for no limit.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -77,7 +74,7 @@ class StaleGradientBuffer:
         >>> _ = torch.nn.init.zeros_(model.weight)
         >>> buffer = StaleGradientBuffer(model.parameters(), max_staleness=2)
         >>> batches = iter([torch.full((2, 1), 3.0), torch.full((6, 1), 7.0), torch.full((4, 1), float("nan"))])
-        >>> while not buffer.is_full:  # the others are away
+        >>> while not buffer.is_full:  # the other workers are missing
         ...     batch = next(batches)
         ...     optimizer.zero_grad()
         ...     model(batch).mean().backward()
@@ -89,7 +86,7 @@ class StaleGradientBuffer:
         ...     optimizer.step()
         ...     print(step, f"{model.weight.item():.3f}")  # -(2 * 3 + 6 * 7) / 8
         StaleStep(contributions=2, samples=8) -6.000
-        >>> len(buffer)
+        >>> buffer.contributions
         0
 
     """
@@ -98,111 +95,77 @@ class StaleGradientBuffer:
         self,
         parameters: Iterable[Tensor],
         mode: Mode = "mean",
-        discount: Discount | None = None,
+        discount: bool = False,
         max_staleness: int | None = None,
-        slots: int = 8,
     ) -> None:
         self._parameters = list(parameters)
         if not self._parameters:
-            raise ValueError("parameters is empty: give those of the model (an iterator can be used only once)")
+            raise ValueError("parameters is empty: pass the model's parameters (an iterator can be used only once)")
         if mode not in get_args(Mode):
             raise ValueError(f"mode={mode!r} must be one of {get_args(Mode)}")
         if max_staleness is not None and not max_staleness >= 0:
             raise ValueError(f"max_staleness={max_staleness!r} must be at least 0, or None for no limit")
-        if not slots >= 1:
-            raise ValueError(f"slots={slots!r} must be at least 1: replay needs memory for one set of gradients")
         self._replays = mode == "replay"
         self._discount = discount
         self._max_staleness = max_staleness
-        self._max_slots = slots if self._replays else 1
-        self._slots: list[GradientSum] = []
-        self.clear()
+        self._offered = 0
+        self._sums: list[GradientSum] = []
 
     def clear(self) -> None:
-        """Forgets all contributions and counts; keeps the memory."""
-        self._offered = self._dropped = 0
-        # How many of those offered share a slot.
-        self._span = 1
-        for slot in self._slots:
-            slot.clear()
-
-    def __len__(self) -> int:
-        """The number of contributions held."""
-        return self.contributions
+        """Drop all contributions and reset the counters; keep the memory."""
+        self._offered = 0
+        for each in self._sums:
+            each.clear()
 
     @property
     def contributions(self) -> int:
-        """How many contributions this rank holds."""
-        return sum(int(slot.tally[2]) for slot in self._slots)
-
-    @property
-    def samples(self) -> int:
-        """How many samples these saw."""
-        return sum(int(slot.tally[1]) for slot in self._slots)
-
-    @property
-    def dropped(self) -> int:
-        """How many contributions were dropped since the buffer was last clear."""
-        return self._dropped
-
-    @property
-    def staleness(self) -> int:
-        """The greatest staleness held, in steps; 0 if the buffer is empty."""
-        return max((slot.staleness for slot in self._slots), default=0)
+        """The number of contributions that this rank holds."""
+        return sum(int(each.tally[2]) for each in self._sums)
 
     @property
     def is_full(self) -> bool:
-        """Whether the next contribution would be dropped for its staleness, unless another is stated for it."""
+        """Whether the next contribution would exceed ``max_staleness``."""
         return self._max_staleness is not None and self._offered > self._max_staleness
 
     @torch.no_grad()
-    def add(self, samples: int, staleness: int | None = None) -> bool:
-        """Takes the present gradients of the parameters as one contribution and leaves them as they are.
+    def add(self, samples: int) -> bool:
+        """Add the present gradients of the parameters as one contribution. They are not changed.
 
         Args:
-            samples: How many samples the gradients are a mean over, at least 1.
-            staleness: Optimizer steps since the weights that they were computed on, at least 0. Only for those whose
-                weights move meanwhile (stale synchronous SGD); ``None`` for the number of contributions before it.
+            samples: The number of samples that the gradients are a mean over, at least 1.
 
         Returns:
-            Whether it is held; ``False`` if it was dropped, for NaN or Inf or for its staleness. A gradient that is
-            ``None`` counts as zeros.
+            Whether the contribution is held; ``False`` if it was dropped, for NaN or Inf or because the buffer is full.
+            A gradient that is ``None`` counts as zeros.
 
         Raises:
-            ValueError: If an argument is out of range, the discount is, or a gradient is sparse.
+            ValueError: If ``samples`` is out of range, or a gradient is sparse.
 
         """
         if not samples >= 1:
-            raise ValueError(f"samples={samples!r} must be at least 1: how many samples the gradients are a mean over")
-        if staleness is not None and not staleness >= 0:
-            raise ValueError(f"staleness={staleness!r} must be at least 0, or None for the number of earlier ones")
+            raise ValueError(f"samples={samples!r} must be at least 1: the number that the gradients are a mean over")
         grads = [dense_grad(i, parameter) for i, parameter in enumerate(self._parameters)]
-        number = self._offered
-        staleness = number if staleness is None else staleness
-        weight = samples * self._worth(staleness)
+        is_full, staleness = self.is_full, self._offered
         self._offered += 1
-        is_fresh = self._max_staleness is None or staleness <= self._max_staleness
-        if not (is_fresh and are_finite([grad for grad in grads if grad is not None])):
-            self._dropped += 1
+        if is_full or not are_finite([grad for grad in grads if grad is not None]):
             return False
-        self._slot_of(number).add(grads, weight, samples, staleness)
+        weight = samples / (1 + staleness) if self._discount else float(samples)
+        self._sum_for(staleness).add(grads, weight, samples)
         return True
 
     def steps(self, group: "dist.ProcessGroup | None" = None) -> Iterator[StaleStep]:
-        """Empties the buffer: writes the gradients of one optimizer step after the other. With a group, a collective.
+        """Empty the buffer: write the gradients of one optimizer step after the other. With a group, a collective.
 
-        A parameter that no contribution to a step had a gradient for gets ``None``, so optimizers skip it as usual. A
-        step whose weights are all 0 is left out.
+        If no contribution to a step has a gradient for a parameter, its gradient is ``None``, so optimizers skip it.
 
-        Gradients are held until their step is made: if the group breaks on the way, :meth:`steps` with the next one
-        goes on from there. A member that had made fewer steps than another and took its state must :meth:`clear` first:
-        its gradients are in that state.
+        Gradients are held until their step is made: if the group breaks in between, call :meth:`steps` with the next
+        group to continue. A member that took the state of another one, which had made more steps, must :meth:`clear`
+        first: that state includes its gradients.
 
         Args:
-            group: All its members iterate together, each with a buffer for the same parameters, mode and slots and with
-                any number of contributions, or none. Step j is of the same span of contributions on all of them: the
-                widest that one needs. ``torch.distributed.group.WORLD`` is the default group, if there is one;
-                ``None`` stands for this process alone.
+            group: All its members iterate together, each with a buffer for the same parameters and mode, and with any
+                number of contributions, or none. ``torch.distributed.group.WORLD`` is the default group, if there is
+                one; ``None`` stands for this process alone.
 
         Yields:
             What the step is made of. Call ``optimizer.step()`` before the next.
@@ -211,65 +174,52 @@ class StaleGradientBuffer:
             ValueError: If the buffers of the members do not match; raised on all.
 
         """
-        for index, tally in enumerate(self._agree(group)):
+        self._check_match(group)
+        for index, tally in enumerate(self._tallies(group)):
             weight, samples, contributions = tally[:TOTALS].tolist()
-            if weight > 0:
+            if contributions:
                 self._write(index, samples if self._replays else weight, tally[TOTALS:] > 0, group)
                 yield StaleStep(round(contributions), round(samples))
-            if index < len(self._slots):
-                self._slots[index].clear()
+            if index < len(self._sums):
+                self._sums[index].clear()
         self.clear()
 
-    def _worth(self, staleness: int) -> float:
-        if self._discount is None:
-            return 1.0
-        worth = self._discount(staleness)
-        if not 0 <= worth <= 1:
-            raise ValueError(f"discount({staleness}) returned {worth!r} and must return a weight in [0, 1]")
-        return worth if worth >= _LEAST_DISCOUNT else 0.0
+    def _sum_for(self, staleness: int) -> GradientSum:
+        index = min(staleness, _REPLAY_STEPS - 1) if self._replays else 0
+        while len(self._sums) <= index:
+            self._sums.append(GradientSum(len(self._parameters)))
+        return self._sums[index]
 
-    def _slot_of(self, number: int) -> GradientSum:
-        while number // self._span >= self._max_slots:
-            self._merge()
-        index = number // self._span
-        self._slots += [GradientSum(len(self._parameters)) for _ in range(len(self._slots), index + 1)]
-        return self._slots[index]
+    def _check_match(self, group: "dist.ProcessGroup | None") -> None:
+        if group is None:
+            return
+        own = [int(self._replays), len(self._parameters), sum(p.numel() for p in self._parameters)]
+        # One collective gives both bounds: the least is the greatest of the negatives.
+        bounds = torch.tensor([*own, *(-n for n in own)])
+        *greatest, a, b, c = self._all_reduce(bounds, dist.ReduceOp.MAX, group).tolist()
+        if greatest != [-a, -b, -c]:
+            raise ValueError(
+                "the ranks' buffers do not match: use the same parameters and mode on all ranks (replay, parameters, "
+                f"elements: {own} on this rank, at most {greatest})"
+            )
 
-    def _merge(self) -> None:
-        """Puts neighbours together; the slots that become free go to the end."""
-        self._span *= 2
-        firsts, seconds = self._slots[::2], self._slots[1::2]
-        for first, second in zip(firsts, seconds, strict=False):
-            first.take(second)
-        self._slots = firsts + seconds
-
-    def _agree(self, group: "dist.ProcessGroup | None") -> Tensor:
-        """The tallies of all slots over all ranks, shape ``(slots, 3 + parameters)``."""
-        if group is not None:
-            form = [self._replays, self._max_slots, len(self._parameters), sum(p.numel() for p in self._parameters)]
-            greatest = torch.tensor([self._span, *form, *(-n for n in form)])
-            span, *bounds = self._all_reduce(greatest, dist.ReduceOp.MAX, group).tolist()
-            if bounds[: len(form)] != [-n for n in bounds[len(form) :]]:
-                raise ValueError(
-                    "the ranks' buffers do not match: give all the same parameters, mode and slots (replays, slots, "
-                    f"parameters, elements: here {form}, at most {bounds[: len(form)]})"
-                )
-            while self._span < span:
-                self._merge()
-        tallies = torch.zeros(self._max_slots, TOTALS + len(self._parameters), dtype=torch.float64)
-        for tally, slot in zip(tallies, self._slots, strict=False):
-            tally.copy_(slot.tally)
+    def _tallies(self, group: "dist.ProcessGroup | None") -> Tensor:
+        """Return the tallies of all sums over all ranks, in shape ``(steps, TOTALS + parameters)``."""
+        n_steps = _REPLAY_STEPS if self._replays else 1
+        tallies = torch.zeros(n_steps, TOTALS + len(self._parameters), dtype=torch.float64)
+        for tally, each in zip(tallies, self._sums, strict=False):
+            tally.copy_(each.tally)
         return tallies if group is None else self._all_reduce(tallies, dist.ReduceOp.SUM, group)
 
     def _all_reduce(self, values: Tensor, op: "dist.ReduceOp.RedOpType", group: "dist.ProcessGroup") -> Tensor:
-        # Where gradients are, for NCCL carries no CPU tensors.
+        # On the device of the gradients, because NCCL does not support CPU tensors.
         values = values.to(self._parameters[0].device)
         dist.all_reduce(values, op, group=group)
         return values.cpu()
 
     @torch.no_grad()
     def _write(self, index: int, divisor: float, seen: Tensor, group: "dist.ProcessGroup | None") -> None:
-        sums = self._slots[index].sums if index < len(self._slots) else [None] * len(self._parameters)
+        sums = self._sums[index].sums if index < len(self._sums) else [None] * len(self._parameters)
         for i in (~seen).nonzero().flatten().tolist():
             self._parameters[i].grad = None
         for bucket in self._buckets(seen.nonzero().flatten().tolist()):
@@ -282,7 +232,7 @@ class StaleGradientBuffer:
                 set_grad(self._parameters[i], values)
 
     def _buckets(self, indices: list[int]) -> Iterator[list[int]]:
-        """The parameters that are averaged together: of one device, the same on all ranks."""
+        """Group the parameters that are averaged together: of one device, and the same on all ranks."""
         by_device: dict[torch.device, list[int]] = {}
         for i in indices:
             by_device.setdefault(self._parameters[i].device, []).append(i)

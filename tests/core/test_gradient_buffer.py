@@ -14,7 +14,6 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from lightning_scar.core import gradient_buffer as module
-from lightning_scar.core.discounts import Discount, exponential_discount, inverse_discount
 from lightning_scar.core.gradient_buffer import StaleGradientBuffer, StaleStep
 
 SHAPES = [(3, 2), (4,), (), (2, 0)]
@@ -62,15 +61,15 @@ def filled(values: Sequence[float], **kwargs: Any) -> tuple[StaleGradientBuffer,
 
 @given(
     samples=st.lists(st.integers(1, 1000), min_size=1, max_size=6),
-    discount=st.sampled_from([None, inverse_discount, exponential_discount(0.3)]),
+    discount=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]),
 )
-def test_the_mean_is_that_of_float64(samples: list[int], discount: Discount | None, dtype: torch.dtype) -> None:
+def test_the_mean_is_that_of_float64(samples: list[int], discount: bool, dtype: torch.dtype) -> None:
     own = parameters(dtype)
     buffer = StaleGradientBuffer(own, discount=discount)
     offered = [gradients(seed, dtype) for seed in range(len(samples))]
     assert all(offer(buffer, own, grads, n) for grads, n in zip(offered, samples, strict=True))
-    weights = [n * (discount(i) if discount else 1.0) for i, n in enumerate(samples)]
+    weights = [n / (1 + i) if discount else n for i, n in enumerate(samples)]
     (step,) = (step for step in buffer.steps())
     assert step == StaleStep(len(samples), sum(samples))
     reference = torch.complex128 if dtype.is_complex else torch.float64
@@ -190,7 +189,7 @@ def test_a_contribution_that_is_not_finite_leaves_no_trace(bad: float, place: in
     damaged = gradients(2, dtype)
     damaged[place].view(-1)[-1] = bad
     assert not offer(buffer, own, damaged, 5)
-    assert (len(buffer), buffer.samples, buffer.dropped) == (1, 3, 1)
+    assert buffer.contributions == 1
     assert list(buffer.steps()) == [StaleStep(1, 3)]
     for parameter, expected in zip(own, good, strict=True):
         torch.testing.assert_close(parameter.grad, expected)
@@ -199,16 +198,15 @@ def test_a_contribution_that_is_not_finite_leaves_no_trace(bad: float, place: in
 def test_large_gradients_are_finite() -> None:
     buffer, parameter = filled([])
     assert offer(buffer, [parameter], [torch.tensor([3e38])])
-    assert len(buffer) == 1
+    assert buffer.contributions == 1
     assert not math.isinf(replayed(buffer, parameter)[0][0])
 
 
 @pytest.mark.parametrize("mode", ["mean", "replay"])
 def test_nothing_held_makes_no_step(mode: Any) -> None:
     buffer, parameter = filled([math.nan, math.inf], mode=mode)
-    assert buffer.dropped == 2
     assert replayed(buffer, parameter) == []
-    assert (buffer.dropped, len(buffer), buffer.staleness) == (0, 0, 0)
+    assert buffer.contributions == 0
     assert replayed(filled([], mode=mode)[0], parameter) == []
 
 
@@ -229,7 +227,7 @@ def test_beyond_the_greatest_staleness_contributions_are_dropped(limit: int) -> 
     for i in range(limit + 3):
         assert buffer.is_full == (i > limit)
         assert offer(buffer, [parameter], [torch.ones(1)]) == (i <= limit)
-    assert (len(buffer), buffer.staleness, buffer.dropped) == (limit + 1, limit, 2)
+    assert buffer.contributions == limit + 1
     buffer.clear()
     assert not buffer.is_full
 
@@ -242,82 +240,33 @@ def test_a_worker_whose_gradients_are_all_damaged_stops_too() -> None:
 def test_without_a_limit_a_buffer_is_never_full() -> None:
     buffer, parameter = filled([1.0] * 100)
     assert not buffer.is_full
-    assert (len(buffer), buffer.staleness) == (100, 99)
     assert replayed(buffer, parameter) == [(1.0, 100)]
-
-
-def test_a_stated_staleness_goes_before_the_number() -> None:
-    buffer, parameter = filled([], discount=inverse_discount, max_staleness=4)
-    for number, staleness, held in [(2.0, 1, True), (8.0, 3, True), (99.0, 5, False), (2.0, 1, True)]:
-        parameter.grad = torch.tensor([number])
-        assert buffer.add(4, staleness=staleness) is held
-    assert (buffer.staleness, buffer.dropped, buffer.samples) == (3, 1, 12)
-    assert replayed(buffer, parameter) == [(3.2, 3)]
-
-
-@pytest.mark.parametrize("least", [0.0, 1e-300])
-def test_a_contribution_without_weight_is_not_seen(least: float) -> None:
-    buffer, parameter = filled([1.0, 5.0], discount=lambda staleness: least if staleness else 1.0)
-    assert replayed(buffer, parameter) == [(1.0, 2)]
-    own = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    buffer = StaleGradientBuffer(own, discount=lambda staleness: least if staleness else 1.0)
-    offer(buffer, own, [torch.ones(1), None])
-    offer(buffer, own, [torch.ones(1), torch.ones(1)])
-    list(buffer.steps())
-    assert own[1].grad is None
-    buffer, parameter = filled([1.0], discount=lambda staleness: least)
-    assert replayed(buffer, parameter) == []
 
 
 # -- replay ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("n", "slots", "expected"),
-    [
-        (3, 4, [(0.0, 1), (1.0, 1), (2.0, 1)]),
-        (4, 4, [(0.0, 1), (1.0, 1), (2.0, 1), (3.0, 1)]),
-        (5, 4, [(0.5, 2), (2.5, 2), (4.0, 1)]),
-        (9, 4, [(1.5, 4), (5.5, 4), (8.0, 1)]),
-        (4, 3, [(0.5, 2), (2.5, 2)]),
-        (7, 3, [(1.5, 4), (5.0, 3)]),
-        (6, 1, [(2.5, 6)]),
-    ],
-)
-def test_neighbours_share_a_step_when_slots_run_out(n: int, slots: int, expected: list[tuple[float, int]]) -> None:
-    buffer, parameter = filled(range(n), mode="replay", slots=slots)
-    assert (len(buffer), buffer.staleness) == (n, n - 1)
-    assert replayed(buffer, parameter) == expected
-    assert len(buffer) == 0
-
-
-@given(
-    offered=st.lists(st.tuples(st.floats(-10, 10, width=32) | st.just(math.nan), st.integers(1, 9)), max_size=40),
-    slots=st.integers(1, 5),
-)
-def test_a_replay_is_of_equal_spans(offered: list[tuple[float, int]], slots: int) -> None:
-    buffer, parameter = filled([], mode="replay", slots=slots)
+@given(offered=st.lists(st.tuples(st.floats(-10, 10, width=32) | st.just(math.nan), st.integers(1, 9)), max_size=20))
+def test_a_replay_makes_a_step_of_each_but_the_last_ones_share_one(offered: list[tuple[float, int]]) -> None:
+    buffer, parameter = filled([], mode="replay")
     for number, samples in offered:
         offer(buffer, [parameter], [torch.tensor([number])], samples)
-    last = max((i for i, (number, _) in enumerate(offered) if not math.isnan(number)), default=0)
-    span = next(2**level for level in range(10) if last // 2**level < slots)
     expected = []
-    for start in range(0, len(offered), span):
-        held = [(number, n) for number, n in offered[start : start + span] if not math.isnan(number)]
+    for part in (*([each] for each in offered[:7]), offered[7:]):
+        held = [(number, n) for number, n in part if not math.isnan(number)]
         if held:
             total = sum(n for _, n in held)
             expected.append((sum(number * n for number, n in held) / total, StaleStep(len(held), total)))
     found = [(value(parameter), step) for step in buffer.steps()]
     assert [step for _, step in found] == [step for _, step in expected]
     assert [mean for mean, _ in found] == pytest.approx([mean for mean, _ in expected], rel=1e-5, abs=1e-4)
+    assert buffer.contributions == 0
 
 
 def test_a_discount_shortens_the_steps_of_a_replay() -> None:
-    buffer, parameter = filled([1.0] * 3, mode="replay", discount=inverse_discount)
+    buffer, parameter = filled([1.0] * 3, mode="replay", discount=True)
     assert replayed(buffer, parameter) == [(1.0, 1), (0.5, 1), (round(1 / 3, 5), 1)]
-    buffer, parameter = filled([1.0] * 4, mode="replay", slots=2, discount=exponential_discount())
-    assert replayed(buffer, parameter) == [(0.75, 2), (0.1875, 2)]
-    buffer, parameter = filled([1.0] * 4, discount=exponential_discount())
+    buffer, parameter = filled([1.0] * 4, discount=True)
     assert replayed(buffer, parameter) == [(1.0, 4)], "the length of the one step stays"
 
 
@@ -326,7 +275,7 @@ def test_steps_not_made_are_kept() -> None:
     for i, _ in enumerate(buffer.steps()):
         if i == 2:
             break  # the optimizer failed in the third step
-    assert len(buffer) == 2
+    assert buffer.contributions == 2
     assert replayed(buffer, parameter) == [(2.0, 1), (3.0, 1)]
 
 
@@ -352,15 +301,15 @@ def test_a_replay_is_the_same_as_the_steps_themselves() -> None:
 
 
 def held_tensors(buffer: StaleGradientBuffer) -> set[tuple[int, int]]:
-    return {(t.data_ptr(), t.nbytes) for slot in buffer._slots for t in slot.sums if t is not None and t.nbytes}
+    return {(t.data_ptr(), t.nbytes) for each in buffer._sums for t in each.sums if t is not None and t.nbytes}
 
 
-@pytest.mark.parametrize(("mode", "slots", "sets"), [("mean", 8, 1), ("replay", 4, 4), ("replay", 3, 3)])
+@pytest.mark.parametrize(("mode", "sets"), [("mean", 1), ("replay", 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_bounded_and_used_again(mode: Any, slots: int, sets: int, dtype: torch.dtype) -> None:
+def test_memory_is_bounded_and_used_again(mode: Any, sets: int, dtype: torch.dtype) -> None:
     own = parameters(dtype)
     frozen = nn.Parameter(torch.zeros(1000, dtype=dtype), requires_grad=False)
-    buffer = StaleGradientBuffer([*own, frozen], mode=mode, slots=slots)
+    buffer = StaleGradientBuffer([*own, frozen], mode=mode)
     assert not held_tensors(buffer)
     seen = []
     for _ in range(2):
@@ -376,11 +325,11 @@ def test_memory_is_bounded_and_used_again(mode: Any, slots: int, sets: int, dtyp
 
 
 def test_a_buffer_is_used_for_one_outage_after_the_other() -> None:
-    buffer, parameter = filled([], mode="replay", slots=2)
+    buffer, parameter = filled([], mode="replay")
     for _ in range(3):
         for number in (1.0, 2.0, 6.0):
             offer(buffer, [parameter], [torch.tensor([float(number)])])
-        assert replayed(buffer, parameter) == [(1.5, 2), (6.0, 1)]
+        assert replayed(buffer, parameter) == [(1.0, 1), (2.0, 1), (6.0, 1)]
     offer(buffer, [parameter], [torch.tensor([9.0])])
     assert replayed(buffer, parameter) == [(9.0, 1)]
 
@@ -391,20 +340,20 @@ def test_a_buffer_is_used_for_one_outage_after_the_other() -> None:
 def flushed(rank: int, offered: list[list[float]], **kwargs: Any) -> list[tuple[float, int]]:
     buffer, parameter = filled(offered[rank], **kwargs)
     found = replayed(buffer, parameter, dist.group.WORLD)
-    assert len(buffer) == 0
+    assert buffer.contributions == 0
     return found
 
 
 FLUSHES: dict[str, tuple[dict[str, Any], list[list[float]], list[tuple[float, int]]]] = {
     "mean": ({}, [[1.0, 2.0], [6.0], []], [(3.0, 3)]),
-    "a discount": ({"discount": inverse_discount}, [[1.0, 4.0], [7.0], []], [(4.0, 3)]),
+    "a discount": ({"discount": True}, [[1.0, 4.0], [7.0], []], [(4.0, 3)]),
     "damage on one": ({}, [[1.0, math.nan], [5.0]], [(3.0, 2)]),
     "only damage": ({}, [[math.nan], []], []),
     "replay": ({"mode": "replay"}, [[1.0, 2.0, 3.0], [5.0], []], [(3.0, 2), (2.0, 1), (3.0, 1)]),
-    "a replay in other spans": (
-        {"mode": "replay", "slots": 2},
-        [[1.0, 2.0, 3.0, 4.0, 5.0], [7.0, 8.0], [], [0.0, 0.0, 2.0]],
-        [(27 / 9, 9), (5.0, 1)],
+    "a long replay": (
+        {"mode": "replay"},
+        [[float(i) for i in range(10)], [2.0, 3.0], [], [0.0, 0.0, 2.0]],
+        [(0.66667, 3), (1.33333, 3), (2.0, 2), *((float(i), 1) for i in range(3, 7)), (8.0, 3)],
     ),
     "a replay in which nobody has the second": (
         {"mode": "replay"},
@@ -425,7 +374,7 @@ def trains_on(rank: int, dtype: torch.dtype, mode: Any, bucket: int) -> list[Ten
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 1)).to(dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    buffer = StaleGradientBuffer(model.parameters(), mode=mode, slots=4)
+    buffer = StaleGradientBuffer(model.parameters(), mode=mode)
     for i in range([9, 3, 0][rank]):
         model.zero_grad()
         inputs = torch.randn(4 + rank, 7, generator=torch.Generator().manual_seed(100 * rank + i)).to(dtype)
@@ -514,12 +463,10 @@ def mismatched(rank: int, forms: list[dict[str, Any]]) -> str:
     return ""
 
 
-@pytest.mark.parametrize(
-    "other", [{"size": 4}, {"mode": "replay", "slots": 1}, {"mode": "replay"}], ids=["shape", "mode", "slots"]
-)
+@pytest.mark.parametrize("other", [{"size": 4}, {"mode": "replay"}], ids=["shape", "mode"])
 def test_buffers_that_do_not_match_are_refused_on_all_ranks(other: dict[str, Any]) -> None:
     errors = run_ranks(mismatched, 2, [{}, other])
-    assert all("do not match: give all the same parameters, mode and slots" in error for error in errors)
+    assert all("do not match: use the same parameters and mode on all ranks" in error for error in errors)
 
 
 def test_without_a_process_group_the_default_is_this_process() -> None:
@@ -534,19 +481,9 @@ def test_without_a_process_group_the_default_is_this_process() -> None:
     ("call", "says"),
     [
         (lambda: filled([], mode="sum"), "mode='sum' must be one of ('mean', 'replay')"),
-        (lambda: filled([], max_staleness=-1), "max_staleness=-1 must be at least 0"),
-        (lambda: filled([], slots=0), "slots=0 must be at least 1"),
-        (lambda: filled([], mode="replay", slots=-2), "slots=-2 must be at least 1"),
         (lambda: StaleGradientBuffer(iter([])), "parameters is empty"),
         (lambda: filled([])[0].add(0), "samples=0 must be at least 1"),
         (lambda: filled([])[0].add(-3), "samples=-3 must be at least 1"),
-        (lambda: filled([])[0].add(1, staleness=-1), "staleness=-1 must be at least 0"),
-        (lambda: filled([1.0], discount=lambda s: -0.5), "discount(0) returned -0.5"),
-        (lambda: filled([1.0] * 3, discount=lambda s: 1.0 + s), "discount(1) returned 2.0"),
-        (lambda: filled([1.0], discount=lambda s: math.nan), "discount(0) returned nan"),
-        (lambda: filled([1.0], discount=lambda s: math.inf), "discount(0) returned inf"),
-        (lambda: exponential_discount(1.5), "factor=1.5 must be in [0, 1]"),
-        (lambda: exponential_discount(math.nan), "factor=nan must be in [0, 1]"),
     ],
 )
 def test_bad_input_is_named(call: Callable[[], Any], says: str) -> None:
@@ -561,5 +498,5 @@ def test_sparse_gradients_are_refused_before_anything_is_held() -> None:
     model(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"parameter 2, shape \(5, 2\), has layout torch.sparse_coo.*sparse=False"):
         buffer.add(1)
-    assert (len(buffer), buffer.dropped, buffer.samples) == (0, 0, 0)
+    assert buffer.contributions == 0
     assert not held_tensors(buffer)
