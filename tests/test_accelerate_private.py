@@ -33,7 +33,6 @@ def test_training_state() -> None:
     assert state.inner_optimizers == [optimizer.optimizer]
     assert state.schedulers == [schedule]
     assert state.objects == {"custom_0": ema}
-    assert private.custom_objects(accelerator) == [ema]
 
 
 def test_the_scaler_is_part_of_it() -> None:

@@ -1,6 +1,5 @@
 """Loops of Accelerate in one process: saved, cut short, resumed; and what is refused."""
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from typing import Any
 import loop_runs
 import pytest
 import torch
-from accelerate import accelerator as accelerator_module
 from helpers import TinyModel, assert_blocks_as_lived, assert_same, fit, loader, make_trainer, samples, saver
 from loop_runs import WAYS, Loop, Net, train
 from safetensors.torch import load_file
@@ -20,7 +18,6 @@ from torch.utils.data import DataLoader
 from lightning_scar import SCARAccelerator, SCARCheckpointIO, SCARLoop, load
 from lightning_scar.core.compatibility import ModelMismatchError
 from lightning_scar.core.restoration import restore
-from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.store import DeltaStore
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "objects", "global_step")
@@ -111,45 +108,7 @@ def test_save_state_and_load_state_work_beside_it(tmp_path: Path, steps: int) ->
     assert_same(load(tmp_path / "scar")["state_dict"], dict(model.state_dict()))
 
 
-@pytest.mark.parametrize("lost", ["random_states_0.pkl", "custom_checkpoint_0.pkl"])
-@pytest.mark.parametrize("how", ["missing", "cut short"])
-def test_what_save_state_did_not_finish_is_not_loaded(tmp_path: Path, lost: str, how: str) -> None:
-    accelerator, model, *_ = small(tmp_path)
-    accelerator.register_for_checkpointing(loop_runs.Ema(model))
-    folder = tmp_path / "state"
-    accelerator.save_state(str(folder))
-    if how == "missing":
-        (folder / lost).unlink()
-    else:
-        (folder / lost).write_bytes((folder / lost).read_bytes()[:-30])
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(StorageError, match=f"cut short before it had written {lost}"):
-        accelerator.load_state(str(folder))
-    assert_same(dict(model.state_dict()), before)
-    accelerator.save_state(str(folder))
-    accelerator.load_state(str(folder))
-
-
-def test_a_save_state_that_fails_half_way_does_not_look_like_the_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    accelerator, *_ = small(tmp_path)
-    folder = tmp_path / "state"
-    accelerator.save_state(str(folder))
-    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
-    monkeypatch.setattr(accelerator_module, "save_accelerator_state", _no_space)
-    with pytest.raises(OSError, match="No space left"):
-        accelerator.save_state(str(folder))
-    with pytest.raises(StorageError, match=r"cut short before it had written random_states_0\.pkl"):
-        accelerator.load_state(str(folder))
-    accelerator.load_state(str(tmp_path / "copy"))
-
-
-def _no_space(*args: Any, **kwargs: Any) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def test_a_folder_of_save_state_is_one_for_accelerate_alone(tmp_path: Path) -> None:
+def test_a_folder_of_save_state_is_an_ordinary_one(tmp_path: Path) -> None:
     accelerator, model, *_ = small(tmp_path)
     accelerator.save_state(str(tmp_path / "state"))
     saved = {name: value.clone() for name, value in model.state_dict().items()}

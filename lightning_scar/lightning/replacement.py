@@ -1,6 +1,6 @@
 """How a replacement takes its place in a training that is under way, and what it gets from a survivor."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_zero_only
@@ -25,27 +25,9 @@ def begin_as_joiner(trainer: pl.Trainer) -> None:
     rank_zero_only.rank = utils_rank_zero_only.rank = trainer.world_size  # type: ignore[attr-defined]
 
 
-class Successor(Protocol):
-    """A callback that goes on in a replacement with more than its ``state_dict``."""
-
-    def hand_over(self) -> Any:
-        """What it needs there."""
-
-    def take_over(self, trainer: pl.Trainer, seat: Any) -> None:
-        """Goes on with what another rank's callback handed over."""
-
-    def fence(self) -> None:
-        """Something else than an optimizer is about to change the weights."""
-
-    def save_all(self, trainer: pl.Trainer) -> None:
-        """All workers will be started again: what this rank alone holds must be on disk."""
-
-    def optimizer_states(self, trainer: pl.Trainer) -> list[Any]:
-        """What is on disk of the states of sharded optimizers, each part from its freshest source. A collective."""
-
-
-def successors(trainer: pl.Trainer) -> list[Successor]:
-    """The callbacks of a trainer that are such, in order."""
+def scar_checkpoints(trainer: pl.Trainer) -> list[Any]:
+    """Return the trainer's :class:`~lightning_scar.SCARCheckpoint` callbacks, in order."""
+    # Known by a method, because their module imports this one.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if hasattr(callback, "take_over")]
 
@@ -58,7 +40,7 @@ def has_sharded_optimizer(trainer: pl.Trainer) -> bool:
 def live_state(trainer: pl.Trainer) -> dict[str, Any]:
     """What a checkpoint does not hold, but a training that is under way needs."""
     return {
-        "seats": [callback.hand_over() for callback in successors(trainer)],
+        "seats": [callback.hand_over() for callback in scar_checkpoints(trainer)],
         "metrics": private.metrics(trainer),
         "should_stop": trainer.should_stop,
     }
@@ -79,7 +61,7 @@ def take_state(trainer: pl.Trainer, checkpoint: dict[str, Any], live: dict[str, 
     rank_zero_only.rank = utils_rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
     loggers.go_on(trainer)
     _show_progress(trainer)
-    for callback, seat in zip(successors(trainer), live["seats"], strict=True):
+    for callback, seat in zip(scar_checkpoints(trainer), live["seats"], strict=True):
         callback.take_over(trainer, seat)
     private.reset_results(trainer)
 
@@ -95,6 +77,6 @@ def _show_progress(trainer: pl.Trainer) -> None:
 
 def take_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Takes what an optimizer step changes, and nothing else."""
-    for callback in successors(trainer):
+    for callback in scar_checkpoints(trainer):
         callback.fence()
     private.restore_step(trainer, checkpoint)

@@ -77,7 +77,7 @@ class Calls:
             self.resumed = resumed = checkpoint.pop(_KEY)
             trainer.should_stop = resumed["finished"] or resumed["live"]["should_stop"]
             if "optimizer_states" not in checkpoint:
-                checkpoint["optimizer_states"] = replacement.successors(trainer)[0].optimizer_states(trainer)
+                checkpoint["optimizer_states"] = replacement.scar_checkpoints(trainer)[0].optimizer_states(trainer)
             return checkpoint
 
         private.intercept_resume(trainer, choose)

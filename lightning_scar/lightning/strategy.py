@@ -257,7 +257,7 @@ def check_optimizers(trainer: "pl.Trainer") -> None:
             "strategy='scar_ddp' cannot go on after a failure inside a step of LBFGS, which changes the parameters and "
             "computes gradients in turn. Use another optimizer, or strategy='ddp'."
         )
-    if replacement.has_sharded_optimizer(trainer) and not replacement.successors(trainer):
+    if replacement.has_sharded_optimizer(trainer) and not replacement.scar_checkpoints(trainer):
         raise MisconfigurationException(
             "strategy='scar_ddp' with a ZeroRedundancyOptimizer needs a SCARCheckpoint: what a dead worker alone held "
             "of the optimizer's state comes from there. Add SCARCheckpoint(...) to the Trainer's callbacks."

@@ -208,7 +208,7 @@ class Fit:
         for logger in self._trainer.loggers:
             logger.save()
         if replacement.has_sharded_optimizer(self._trainer):
-            for callback in replacement.successors(self._trainer):
+            for callback in replacement.scar_checkpoints(self._trainer):
                 callback.save_all(self._trainer)
 
     def keep(self, more: dict[str, Any]) -> None:

@@ -20,15 +20,14 @@ from lightning_scar.loops import private
 from lightning_scar.loops.framework import Framework
 from lightning_scar.loops.loop import SCARLoop
 from lightning_scar.loops.options import Options
-from lightning_scar.loops.state_folders import watch_state_folders
 
 
 class SCARAccelerator(SCARLoop):
     """Saves the blocks of an Accelerate loop that moved furthest, often, and resumes from them.
 
     Takes models, optimizers, schedulers, the scaler and everything given to ``register_for_checkpointing`` from the
-    accelerator: what is there when :meth:`resume` is called. ``accelerator.save_state`` and ``load_state`` work beside
-    it, and what a ``save_state`` left unfinished is not loaded.
+    accelerator: what is there when :meth:`resume` is called. ``accelerator.save_state`` and ``load_state`` work as
+    usual.
 
     Args:
         accelerator: The accelerator; its ``prepare`` may come later.
@@ -64,7 +63,6 @@ class SCARAccelerator(SCARLoop):
     def __init__(self, accelerator: Accelerator, dirpath: str | os.PathLike[str], **options: Unpack[Options]) -> None:
         check_accelerator(accelerator)
         super().__init__(dirpath, WithAccelerate(accelerator), **options)
-        watch_state_folders(accelerator)
 
 
 class WithAccelerate(Framework):

@@ -41,19 +41,13 @@ def training_state(accelerator: Accelerator) -> TrainingState:
 
     """
     scaler = {"scaler": accelerator.scaler} if accelerator.scaler is not None else {}
-    custom = {f"custom_{i}": value for i, value in enumerate(custom_objects(accelerator))}
+    custom = {f"custom_{i}": value for i, value in enumerate(accelerator._custom_objects)}
     return TrainingState(
         modules={str(i): model for i, model in enumerate(accelerator._models)},
         optimizers=list(accelerator._optimizers),
         schedulers=list(accelerator._schedulers),
         objects={**scaler, **custom},
     )
-
-
-def custom_objects(accelerator: Accelerator) -> list[Any]:
-    """What was given to ``register_for_checkpointing``, in order."""
-    objects: list[Any] = accelerator._custom_objects
-    return objects
 
 
 def loaders(accelerator: Accelerator) -> list[Any]:
