@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: $(READY)  ## train, kill, resume and compare, three times: about two minutes
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,13 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict lightning_scar examples benchmarks
 
+docs: $(VENV)/.docs  ## the pages of docs/ and the API reference, into site/
+	$(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(READY)
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
@@ -26,4 +33,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs demo.png
+	rm -rf $(VENV) runs site demo.png
