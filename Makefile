@@ -19,7 +19,7 @@ check: $(READY)
 	$(BIN)/mypy --strict lightning_scar examples benchmarks
 
 docs: $(VENV)/.docs  ## the pages of docs/ and the API reference, into site/
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(VENV)/.docs: $(READY)
 	$(PIP) --editable '.[docs]'
