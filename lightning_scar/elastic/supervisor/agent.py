@@ -18,11 +18,9 @@ from lightning_scar.elastic.protocol.messages import (
     Started,
     Stop,
 )
-from lightning_scar.elastic.supervisor.admission import Admission, heartbeat_key, left_key, loss_key
+from lightning_scar.elastic.supervisor.admission import BEAT_SECONDS, Admission, beat, left_key, loss_key
 from lightning_scar.elastic.supervisor.process import WorkerProcess
 
-#: Seconds between two signs of life of an agent.
-BEAT_SECONDS = 2.0
 #: Seconds that workers have to end when the supervisor itself fails.
 _LAST_GRACE = 5.0
 
@@ -91,7 +89,7 @@ class Agent:
         self._notices = Notices(store)
         self._workers: dict[int, tuple[Spawn, WorkerProcess]] = {}
         self._beat_at = 0.0
-        for notice in self._notices.skip(admission.heard):
+        for notice in self._notices.skip(admission.skipped):
             # The job may have ended meanwhile.
             if isinstance(notice, Stop | Finish):
                 self._obey(notice)
@@ -129,8 +127,8 @@ class Agent:
 
     def _beat(self) -> None:
         now = time.monotonic()
-        if now - self._beat_at > BEAT_SECONDS:
-            self._store.add(heartbeat_key(self._layout.node, self._admission.agent), 1)
+        if now - self._beat_at >= BEAT_SECONDS:
+            beat(self._store, self._layout.node, self._admission.agent)
             self._beat_at = now
             self._check_loss()
 

@@ -42,7 +42,7 @@ class Host:
         now = time.monotonic()
         for event in self._events.news():
             if isinstance(event, Arrived):
-                self._nodes.arrived(event)
+                self._nodes.handle(event)
             else:
                 self._publish(self._coordinator.take(event, now))
         for change in self._nodes.changes(now):
@@ -57,10 +57,6 @@ class Host:
             time.sleep(0.05)
             # Who has just come is to hear it, too.
             self.step()
-
-    def close(self) -> None:
-        """Hangs up."""
-        self._nodes.close()
 
     def _publish(self, notices: list[Notice]) -> None:
         for notice in notices:

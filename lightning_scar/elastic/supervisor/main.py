@@ -6,7 +6,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,13 +15,13 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.protocol.log import Events
 from lightning_scar.elastic.protocol.messages import StopAsked
-from lightning_scar.elastic.supervisor.admission import LINES_KEY, Admission, NotAdmittedError, arrive
+from lightning_scar.elastic.supervisor.admission import SILENCE_SECONDS, Admission, NotAdmittedError, arrive
 from lightning_scar.elastic.supervisor.agent import Agent, Layout
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
 from lightning_scar.elastic.supervisor.host import Host
 from lightning_scar.elastic.supervisor.nodes import JOIN_SECONDS
 from lightning_scar.elastic.supervisor.policy import Policy, signal_name
-from lightning_scar.elastic.worker.sockets import Connections
+from lightning_scar.elastic.worker.sockets import with_silence_limit
 from lightning_scar.elastic.worker.state_folder import VARIABLE
 
 _POLL_SECONDS = 0.02
@@ -70,15 +70,12 @@ def supervise(job: Job) -> int:
     signals: list[int] = []
     with ExitStack() as stack:
         stack.enter_context(_collected(signals))
-        connections = Connections()
-        store = _serve(job) if job.layout.node == 0 else connections.opened_by(lambda: _join(job, signals))
+        store = _serve(job) if job.layout.node == 0 else _join(job, signals)
         address = (job.host, store.port)
         folder = stack.enter_context(closing(MemoryFolder()))
         environment = _environment(job, store, folder)
-        host = stack.enter_context(closing(Host(store, job.layout, job.policy, say))) if job.layout.node == 0 else None
-        admission = Admission()
-        if host is None:
-            admission = stack.enter_context(closing(_arrive(job, store, signals, connections.cut)))
+        host = Host(store, job.layout, job.policy, say) if job.layout.node == 0 else None
+        admission = Admission() if host is not None else _arrive(job, store, signals)
         try:
             agent = stack.enter_context(closing(Agent(store, address, job.layout, admission, job.command, environment)))
             return _run(agent, host, Events(store), signals, job.layout.node)
@@ -157,7 +154,10 @@ def _join(job: Job, signals: list[int]) -> TCPStore:
     _wait_for_node_0(job, signals)
     try:
         timeout = timedelta(seconds=_ANSWER_SECONDS)
-        store = TCPStore(job.host, job.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        store = with_silence_limit(
+            lambda: TCPStore(job.host, job.port, is_master=False, wait_for_workers=False, timeout=timeout),
+            SILENCE_SECONDS,
+        )
         about = json.loads(store.get("job"))
     except DistError as error:
         raise LaunchError(f"{job.host}:{job.port} does not answer as a supervisor does: {error}") from None
@@ -168,21 +168,16 @@ def _join(job: Job, signals: list[int]) -> TCPStore:
     return store
 
 
-def _arrive(job: Job, store: TCPStore, signals: list[int], on_end: Callable[[], None]) -> Admission:
+def _arrive(job: Job, store: TCPStore, signals: list[int]) -> Admission:
     node = job.layout.node
     try:
-        # A store that has vanished with its host is asked in vain, for ever.
-        admission = arrive(store, job.host, node, stops=lambda: bool(signals), on_end=on_end)
+        return arrive(store, node, stops=lambda: bool(signals))
     except NotAdmittedError:
         if signals:
             raise LaunchError(f"ended by {signal_name(signals[0])} before node 0 admitted this node") from None
         raise LaunchError(f"another node has --node-rank {node} already, and is there; give each its own") from None
     except DistError as error:
         raise LaunchError(f"the supervisor on node 0 has ended ({error})") from None
-    if admission.line is None:
-        port = store.get(LINES_KEY).decode()
-        say(f"port {port} of {job.host} cannot be reached: if a host is lost, that is noticed late or not at all")
-    return admission
 
 
 def _wait_for_node_0(job: Job, signals: list[int]) -> None:

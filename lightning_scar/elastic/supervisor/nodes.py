@@ -8,21 +8,43 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from lightning_scar.elastic.protocol.log import Notices
 from lightning_scar.elastic.protocol.messages import Arrived, Back, Change, Lost
 from lightning_scar.elastic.supervisor.admission import (
-    LINES_KEY,
+    BEAT_SECONDS,
     SILENCE_SECONDS,
     admission_key,
     heartbeat_key,
     left_key,
-    line_name,
     loss_key,
 )
 from lightning_scar.elastic.supervisor.agent import Layout
-from lightning_scar.elastic.supervisor.line import Lines
 
 #: Seconds that the nodes have to show up at the start.
 JOIN_SECONDS = 600.0
-#: Seconds between two looks at the signs of life.
-_LOOK_SECONDS = 1.0
+#: Seconds of silence that are enough when another agent has been started in the place of a silent one.
+_REPLACED_SECONDS = 3
+
+
+@dataclass
+class _Agent:
+    """One that was admitted, or waits to be.
+
+    Args:
+        number: Which of the agents that the node ever had.
+        beats: How many of its heartbeats were seen.
+        silence: Seconds for which there was no new one.
+
+    """
+
+    number: int
+    beats: int = 0
+    silence: float = 0.0
+
+    def listen(self, beats: int) -> None:
+        """Compare the heartbeats with those at the last check, one beat's time ago.
+
+        Silence is counted in checks, not by the clock: where node 0 itself was stopped for a while, nobody was silent.
+        """
+        self.silence = self.silence + BEAT_SECONDS if beats == self.beats else 0.0
+        self.beats = beats
 
 
 @dataclass
@@ -32,10 +54,9 @@ class _Node:
     Args:
         number: Which one.
         slots: Its slots.
-        since: When it was heard of last, or lost.
-        agent: The number of the agent that was admitted; 0 for none.
-        waiting: That of the newest one which waits to be.
-        beat: How often the agent has given a sign of life.
+        since: Since when it has had no agent.
+        agent: The agent that was admitted.
+        waiting: The newest one that waits to be.
         was_there: Whether there ever was one.
         is_given_up: Whether nobody waits for it any more.
 
@@ -44,11 +65,16 @@ class _Node:
     number: int
     slots: tuple[int, ...]
     since: float
-    agent: int = 0
-    waiting: int = 0
-    beat: int = 0
+    agent: _Agent | None = None
+    waiting: _Agent | None = None
     was_there: bool = False
     is_given_up: bool = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether its agent has been silent for too long."""
+        limit = SILENCE_SECONDS if self.waiting is None else min(SILENCE_SECONDS, _REPLACED_SECONDS)
+        return self.agent is not None and self.agent.silence >= limit
 
 
 class Nodes:
@@ -71,72 +97,62 @@ class Nodes:
         self._notices = notices
         self._node_timeout = node_timeout
         self._nodes = [_Node(number, tuple(layout.slots(number)), now) for number in range(1, layout.nodes)]
-        self._looked = now
-        self._lines = Lines() if self._nodes else None
-        if self._lines is not None:
-            store.set(LINES_KEY, str(self._lines.port))
+        self._checked_at = now
 
-    def arrived(self, event: Arrived) -> None:
-        """An agent waits to be admitted."""
-        self._nodes[event.node - 1].waiting = event.agent
+    def handle(self, event: Arrived) -> None:
+        """Note that an agent waits to be admitted."""
+        self._nodes[event.node - 1].waiting = _Agent(event.agent)
 
     def changes(self, now: float) -> Iterator[Change]:
-        """What has become of the nodes since the last call.
+        """Yield which nodes were lost or are back since the last call, and admit the agents behind it.
 
-        Each has to be published before the next one is asked for: a new agent begins to listen behind it.
+        Whoever is admitted skips the notices of before. So the caller publishes what it decides about a change before
+        it asks for the next one.
         """
-        gone = set(self._lines.ended()) if self._lines is not None else set()
-        if now - self._looked >= _LOOK_SECONDS:
-            self._looked = now
-            gone |= {line_name(node.number, node.agent) for node in self._nodes if self._is_silent(node, now)}
+        if now - self._checked_at >= BEAT_SECONDS:
+            self._checked_at = now
+            for node in self._nodes:
+                self._listen(node)
         for node in self._nodes:
-            if line_name(node.number, node.waiting) in gone:
-                node.waiting = 0
-            if node.agent and line_name(node.number, node.agent) in gone:
+            if node.is_silent:
                 yield self._lose(node, now)
-            if node.waiting and not node.agent:
-                yield from self._admit(node, now)
+            if node.waiting is not None and node.agent is None:
+                yield from self._admit(node, node.waiting)
             if self._is_overdue(node, now):
                 yield self._give_up(node)
 
     def all_left(self) -> bool:
-        """Whether no other node's agent needs the store any more."""
+        """Return whether no other node's agent needs the store any more."""
         there = [node for node in self._nodes if node.agent or node.waiting]
         return all(self._store.check([left_key(node.number)]) for node in there)
 
-    def close(self) -> None:
-        """Hangs up."""
-        if self._lines is not None:
-            self._lines.close()
-
-    def _is_silent(self, node: _Node, now: float) -> bool:
-        if not node.agent:
-            return False
-        # Beats are compared with each other, never with a clock.
-        beat = self._store.add(heartbeat_key(node.number, node.agent), 0)
-        if beat != node.beat:
-            node.beat, node.since = beat, now
-        return now - node.since > SILENCE_SECONDS
+    def _listen(self, node: _Node) -> None:
+        for agent in (node.agent, node.waiting):
+            if agent is not None:
+                agent.listen(self._store.add(heartbeat_key(node.number, agent.number), 0))
+        if node.waiting is not None and node.waiting.silence >= SILENCE_SECONDS:
+            node.waiting = None
 
     def _lose(self, node: _Node, now: float) -> Lost:
-        self._store.set(loss_key(node.number, node.agent), "")
-        node.agent, node.since, node.is_given_up = 0, now, self._node_timeout == 0
+        assert node.agent is not None
+        self._store.set(loss_key(node.number, node.agent.number), "")
+        node.agent, node.since, node.is_given_up = None, now, self._node_timeout == 0
         return Lost(node.number, node.slots, for_good=node.is_given_up)
 
-    def _admit(self, node: _Node, now: float) -> Iterator[Back]:
-        agent, node.waiting = node.waiting, 0
-        if self._store.check([loss_key(node.number, agent)]):
-            # It did not want to wait any longer.
+    def _admit(self, node: _Node, agent: _Agent) -> Iterator[Back]:
+        node.waiting = None
+        if self._store.check([loss_key(node.number, agent.number)]):
+            # It stopped waiting.
             return
         is_first, node.was_there = not node.was_there, True
-        node.agent, node.beat, node.since, node.is_given_up = agent, 0, now, False
+        node.agent, node.is_given_up = agent, False
         # What was said to the one before it is not meant for this one.
-        self._store.set(admission_key(node.number, agent), str(0 if is_first else self._notices.length))
+        self._store.set(admission_key(node.number, agent.number), str(0 if is_first else self._notices.length))
         if not is_first:
             yield Back(node.number, node.slots)
 
     def _is_overdue(self, node: _Node, now: float) -> bool:
-        return not node.agent and not node.is_given_up and now - node.since > self._patience(node)
+        return node.agent is None and not node.is_given_up and now - node.since > self._patience(node)
 
     def _patience(self, node: _Node) -> float:
         return self._node_timeout if node.was_there else JOIN_SECONDS
