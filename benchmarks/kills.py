@@ -19,7 +19,7 @@ from benchmarks.step_log import Kill, Line
 
 #: Where ``python -m benchmarks...`` works.
 ROOT = Path(__file__).parents[1]
-_LEASH = ROOT / "lightning_scar" / "elastic" / "supervisor" / "leash.py"
+_DIE_WITH_PARENT = ROOT / "lightning_scar" / "elastic" / "supervisor" / "die_with_parent.py"
 #: Seconds that a training has to end after it was asked to.
 _GRACE = 20.0
 _POLL = 0.01
@@ -39,11 +39,11 @@ def environment(**more: str) -> dict[str, str]:
     return {**own, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback, "PYTHONWARNINGS": "ignore", **more}
 
 
-def leashed(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> "subprocess.Popen[bytes]":
+def start_child(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> "subprocess.Popen[bytes]":
     """Starts a process that does not outlive this one, however that ends."""
-    leash = [sys.executable, "-I", "-S", str(_LEASH), str(os.getpid())]
+    tied = [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid())]
     return subprocess.Popen(
-        [*leash, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        [*tied, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 
@@ -67,7 +67,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self._output = (folder / "output").open("ab")
         self.started = time.monotonic()
-        self.process = leashed(command, environment, self._output)
+        self.process = start_child(command, environment, self._output)
         self.seen: dict[int, float] = {self.process.pid: psutil.Process(self.process.pid).create_time()}
         self.state_folders: set[Path] = set()
         self.kills: list[Kill] = []

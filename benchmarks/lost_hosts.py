@@ -17,7 +17,7 @@ import psutil
 from torch.distributed.elastic.utils.distributed import get_free_port
 from typing_extensions import override
 
-from benchmarks.kills import Run, leashed
+from benchmarks.kills import Run, start_child
 from benchmarks.step_log import Kill
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
 from lightning_scar.storage.host_memory import VARIABLE
@@ -81,4 +81,4 @@ class LostHosts(Run):
         return {**self._environment, VARIABLE: str(self._memories[host])}
 
     def _start(self, host: int) -> "subprocess.Popen[bytes]":
-        return leashed(self._command(host), self._environment_of(host), self._output)
+        return start_child(self._command(host), self._environment_of(host), self._output)

@@ -165,7 +165,8 @@ class NamespaceHost:
     def living(self, pids: set[int]) -> set[int]:
         own = _pid_namespace(self._first)
         # Its first process is none that waits for orphans.
-        living = {process.pid for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE}
+        processes = psutil.process_iter(["status"])
+        living = {process.pid for process in processes if process.info["status"] != psutil.STATUS_ZOMBIE}
         return {pid for pid in living - {self._first} if _pid_namespace(pid) == own}
 
     def close(self) -> None:

@@ -1,7 +1,6 @@
-"""Runs a command that does not outlive the process that asked for it: ``python -I leash.py <parent> command ...``.
+"""Run a command that dies with its parent, even by SIGKILL: ``python -I die_with_parent.py <parent> command ...``.
 
-The kernel kills a leashed process when its parent is gone, even by SIGKILL. A file of its own, run without the package:
-importing that would take longer than all the rest.
+The file is run by itself: to import the package would take longer than all the rest.
 """
 
 import ctypes
@@ -13,12 +12,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Ties this process to its parent and becomes the command."""
+    """Ask the kernel to kill this process when its parent dies, and become the command."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
-            return  # It died before the leash was on.
+            return  # The parent died before the kernel was asked.
     try:
         os.execvp(command[0], command)
     except OSError as error:
