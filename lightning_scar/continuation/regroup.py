@@ -62,7 +62,7 @@ class Generations:
                     self._training.wrap()
                     return was_behind
             except Exception as error:
-                if not self._member.is_due_to_failure(error):
+                if not self._member.caused_by_peer_loss(error):
                     raise
 
     def leave(self) -> None:

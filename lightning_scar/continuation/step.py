@@ -168,9 +168,9 @@ class Continuation:
             return
         step = self._generations.steps + 1
         if self._member.is_stopping:
-            self._member.call(_STOP, step)
+            self._member.announce(_STOP, step)
         elif self._member.joiners_are_ready():
-            self._member.call(_JOIN, step)
+            self._member.announce(_JOIN, step)
 
     # -- between two steps ---------------------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class Continuation:
 
         """
         asks, self._asks = self._asks, False
-        word = self._member.called(self._generations.steps) if asks else ""
+        word = self._member.announced(self._generations.steps) if asks else ""
         if word == _STOP:
             self._training.stop()
             return
@@ -212,7 +212,7 @@ class Continuation:
 
     def _can_survive(self, error: Exception) -> bool:
         is_possible = self._training.is_first and self._training.can_take_in
-        return is_possible and self._member.is_due_to_failure(error)
+        return is_possible and self._member.caused_by_peer_loss(error)
 
     def _survive(self, closure: Closure, waited: float) -> bool:
         """Enters the next generation.
@@ -273,7 +273,7 @@ class Continuation:
 
     def is_due_to_failure(self, error: BaseException) -> bool:
         """Whether another worker's death is behind an error that ends the training."""
-        return isinstance(error, RestartError) or self._member.is_due_to_failure(error)
+        return isinstance(error, RestartError) or self._member.caused_by_peer_loss(error)
 
     def restart(self) -> None:
         """Leaves this process, for all workers to be started again with the state of this moment.

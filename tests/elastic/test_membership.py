@@ -230,7 +230,7 @@ def train(member: Member, say: Callable[[Any], None]) -> None:
     say(total())
     with pytest.raises(RuntimeError) as caught:
         step_on()
-    assert member.is_due_to_failure(caught.value)
+    assert member.caused_by_peer_loss(caught.value)
     generation = enter_next(member, step=1, boundary=False)
     say((total(), generation.deaths))
     time.sleep(100)
@@ -274,14 +274,14 @@ def blocked(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
     return future
 
 
-def hear(member: Member, step: int) -> str:
-    """A store does not answer to what is set: another worker may look before it is there."""
-    soon(lambda: bool(member.called(step)))
-    return member.called(step)
+def heard(member: Member, step: int) -> str:
+    """What was announced. The store does not confirm a set: another worker may look before it is there."""
+    soon(lambda: bool(member.announced(step)))
+    return member.announced(step)
 
 
 def leader_and_other(crew: Crew) -> tuple[Member, Member]:
-    """Both have heard that a replacement waits, which is a reason to call."""
+    """Both have heard that a replacement waits, which is a reason to announce something."""
     crew.form(0, 0, 1)
     members = member_of(crew, 0), member_of(crew, 1)
     crew.post(Joining(0, (2,)))
@@ -298,42 +298,57 @@ def soon(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def call(member: Member, word: str, step: int) -> None:
-    """As a leader does it before every step, until all have heard."""
-    member.call(word, step)
-    soon(lambda: member.call(word, step) or member._has_called)
+def announce(member: Member, word: str, step: int) -> None:
+    """As a leader does it before every step, until all have acknowledged the reason."""
+    soon(lambda: member.announce(word, step) or member._has_announced)
 
 
-def test_a_word_is_heard_from_its_step_on(crew: Crew) -> None:
+def test_an_announcement_is_heard_from_its_step_on(crew: Crew) -> None:
     leader, other = leader_and_other(crew)
-    assert other.called(4) == ""
-    call(leader, "switch", 5)
-    assert hear(other, 6) == "switch"
-    assert [other.called(step) for step in (4, 5)] == ["", "switch"]
+    assert other.announced(4) == ""
+    announce(leader, "switch", 5)
+    assert heard(other, 6) == "switch"
+    assert [other.announced(step) for step in (4, 5)] == ["", "switch"]
 
 
-def test_the_first_word_counts(crew: Crew) -> None:
+def test_the_first_announcement_counts(crew: Crew) -> None:
     leader, other = leader_and_other(crew)
-    call(leader, "switch", 5)
-    call(leader, "stop", 3)
-    assert hear(other, 9) == "switch"
+    announce(leader, "switch", 5)
+    announce(leader, "stop", 3)
+    assert heard(other, 9) == "switch"
     time.sleep(0.2)
-    assert other.called(9) == "switch"
+    assert other.announced(9) == "switch"
 
 
-def test_nothing_is_called_before_all_have_heard_of_the_reason(crew: Crew) -> None:
-    """Who has not heard does not look: to ask the store behind each step would cost more than all the rest."""
+def test_nothing_is_announced_before_all_have_acknowledged_the_reason(crew: Crew) -> None:
+    """Who has not heard of it does not look: to ask the store behind each step would cost more than all the rest."""
     leader = member_of(crew, 0)
-    leader.generation = Generation(0, {0: 0, 1: 7}, source=0)
+    leader.generation = crew.form(0, 0, spawns={0: 0, 1: 7}).generation
     crew.post(Broken(9, ""), Joining(0, (2,)))
     soon(leader.joiners_are_ready)
-    for count in ("0", "1", "2"):
-        assert not crew.store.check(["call/0"])
-        crew.store.set("heard/1/7", count)
-        # The store answers what it is asked, not what it is told: now it is there.
-        assert crew.store.get("heard/1/7") == count.encode()
-        leader.call("switch", 4 + int(count))
-    assert crew.store.get("call/0") == b"6 switch"
+    leader.announce("switch", 4)
+    assert not crew.store.check(["announcement/0"])
+    # The other one hears of it, and of one more.
+    member_of(crew, 1, spawn=7)
+    crew.post(Joining(0, (2, 3)))
+    announce(leader, "switch", 5)
+    assert crew.store.get("announcement/0") == b"5 switch"
+    assert crew.store.add("acknowledgements/0", 0) == 2
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_stop_is_acknowledged_in_the_generation_that_hears_of_it_and_in_the_next(crew: Crew, is_first: bool) -> None:
+    if is_first:
+        crew.form(0, 0, 1)
+    crew.post(Stop("SIGTERM"))
+    number = 1
+    members = [member_of(crew, 0), member_of(crew, 1)]
+    generation = crew.form(number, 0, 1).generation
+    members[0].generation = generation
+    announce(members[0], "stop", 5)
+    members[1].generation = generation
+    assert heard(members[1], 5) == "stop"
+    assert crew.store.add("acknowledgements/0", 0) == 2 * is_first
 
 
 def test_all_start_again_and_one_keeps_the_state(crew: Crew) -> None:
@@ -422,7 +437,7 @@ def test_whoever_waits_for_a_killed_supervisor_is_told(server: tuple[Any, int]) 
     assert member.is_broken
 
 
-@pytest.mark.parametrize("ask", [lambda m: m.called(1), lambda m: m.enter_next(1, True)])
+@pytest.mark.parametrize("ask", [lambda m: m.announced(1), lambda m: m.enter_next(1, True)])
 def test_no_question_goes_to_a_killed_supervisor(server: tuple[Any, int], ask: Callable[[Member], Any]) -> None:
     process, port = server
     member = Member("127.0.0.1", port, 0, 0, 0, 2)
@@ -441,7 +456,7 @@ def stay(member: Member, say: Callable[[Any], None]) -> None:
     try:
         total()
     except RuntimeError as error:
-        say(member.is_due_to_failure(error))
+        say(member.caused_by_peer_loss(error))
     enter_next(member)
 
 

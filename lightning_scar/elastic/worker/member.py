@@ -27,7 +27,7 @@ from lightning_scar.elastic.protocol.messages import (
     Waiting,
 )
 from lightning_scar.elastic.worker.errors import CutOffError, GroupLostError, RestartError
-from lightning_scar.elastic.worker.notices import History
+from lightning_scar.elastic.worker.notices import History, acknowledgements_key
 from lightning_scar.elastic.worker.sockets import Connections
 
 #: A supervisor that does not answer for so long is gone.
@@ -62,9 +62,9 @@ class Member:
         self._store = self._connect()
         self._events = Events(self._store)
         self._connections = Connections()
-        self._has_called = False
+        self._has_announced = False
         self._excepthook = sys.excepthook
-        self._history = History(self._connect, _heard_key(slot, spawn), self._wake)
+        self._history = History(self._connect, slot, spawn, self._wake)
         # As Lightning does: threads of a group that come back while the interpreter ends may take the process down.
         atexit.register(_destroy_group)
         self._tell(Registered(slot, spawn))
@@ -98,8 +98,8 @@ class Member:
             options: As for ``torch.distributed.init_process_group``.
 
         """
-        self._history.wait_until(lambda: bool(self._own_generations()))
-        return self._form(self._own_generations()[0], options)
+        self._history.wait_until(lambda: bool(self._history.generations))
+        return self._form(self._history.generations[0], options)
 
     def enter_next(self, step: int, boundary: bool, waited: float = 0.0, **options: Any) -> Generation:
         """Waits for the generation after the present one, and forms its process group.
@@ -180,15 +180,12 @@ class Member:
         return self.generation.number if self.generation is not None else self._first
 
     def _wait_for_next(self, number: int) -> Generation:
-        self._history.wait_until(lambda: any(g.number > number for g in self._own_generations()))
-        return self._own_generations()[-1]
-
-    def _own_generations(self) -> list[Generation]:
-        return self._history.generations(self.slot, self._spawn)
+        self._history.wait_until(lambda: any(g.number > number for g in self._history.generations))
+        return self._history.generations[-1]
 
     def _form(self, generation: Generation, options: dict[str, Any]) -> Generation:
         self.generation = generation
-        self._has_called = False
+        self._has_announced = False
         # torch puts the rank in front of tracebacks, once for every group.
         sys.excepthook = self._excepthook
         # A connection of its own: whoever is blocked in it, waiting for one that died meanwhile, can be woken.
@@ -231,7 +228,7 @@ class Member:
         """Whether the present generation is known to be no more."""
         return self._history.is_broken(self._number)
 
-    def is_due_to_failure(self, error: BaseException) -> bool:
+    def caused_by_peer_loss(self, error: BaseException) -> bool:
         """Whether an error comes from the loss of another worker, not from the program."""
         if isinstance(error, CutOffError | RestartError) or not isinstance(error, Exception):
             return False
@@ -270,28 +267,28 @@ class Member:
         """Whether the job is to end."""
         return self._history.is_stopping
 
-    def call(self, word: str, step: int) -> None:
-        """Announces something to the present generation; by its leader, before a step's collectives.
+    def announce(self, word: str, step: int) -> None:
+        """Announce something to the present generation; by its leader, before a step's collectives.
 
-        Does nothing as long as a member has not heard of the reason for it: who has, looks for a call behind each step,
-        and the others need not.
+        Do nothing until all members have acknowledged the reason for it, replacements that wait or the end of the job:
+        only then do they look for an announcement behind each step.
 
         Args:
-            word: What is to follow the step. The first word of a generation counts.
+            word: What is to follow the step. The first announcement of a generation counts.
             step: The number of the step.
 
         """
         try:
-            if not self._has_called and self._all_have_heard():
-                self._has_called = True
-                self._store.set(self._call_key, f"{step} {word}")
-                # The store answers what it is asked, not what it is told: now everybody can read it.
-                self._store.check([self._call_key])
+            if not self._has_announced and self._all_have_acknowledged():
+                self._has_announced = True
+                self._store.set(self._announcement_key, f"{step} {word}")
+                # The store does not confirm a set. When it answers a question after it, everybody can read it.
+                self._store.check([self._announcement_key])
         except dist.DistError as error:
             raise CutOffError from error
 
-    def called(self, step: int) -> str:
-        """What the leader announced to follow a step whose collectives this worker has completed; empty for nothing.
+    def announced(self, step: int) -> str:
+        """Return what the leader announced to follow a step whose collectives this worker has completed, or "".
 
         Args:
             step: The number of the step.
@@ -305,18 +302,17 @@ class Member:
         if not (self.joiners_are_ready() or self.is_stopping):
             return ""
         try:
-            if not self._store.check([self._call_key]):
+            if not self._store.check([self._announcement_key]):
                 return ""
-            number, word = self._store.get(self._call_key).decode().split()
+            number, word = self._store.get(self._announcement_key).decode().split()
         except dist.DistError as error:
             raise CutOffError from error
         # A leader may be a step ahead already when this worker looks.
         return word if int(number) <= step else ""
 
-    def _all_have_heard(self) -> bool:
+    def _all_have_acknowledged(self) -> bool:
         assert self.generation is not None
-        counts = self._store.multi_get([_heard_key(slot, spawn) for slot, spawn in self.generation.spawns.items()])
-        return all(int(count) >= self._history.acted_on for count in counts)
+        return self._store.add(acknowledgements_key(self._number), 0) == len(self.generation.spawns)
 
     def give_up(self, reason: str) -> None:
         """Tells the supervisor that the job cannot go on."""
@@ -327,8 +323,8 @@ class Member:
         self._tell(StopAsked(signum, slot=self.slot, spawn=self._spawn))
 
     @property
-    def _call_key(self) -> str:
-        return f"call/{self._number}"
+    def _announcement_key(self) -> str:
+        return f"announcement/{self._number}"
 
     def _wake(self, generation: int | None) -> None:
         """Lets the training thread go, should it be blocked in a collective of a generation that is no more."""
@@ -352,11 +348,6 @@ class Member:
 def _destroy_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _heard_key(slot: int, spawn: int) -> str:
-    """Under which the store tells how many notices a worker has heard."""
-    return f"heard/{slot}/{spawn}"
 
 
 @functools.cache

@@ -22,29 +22,37 @@ from lightning_scar.elastic.worker.errors import CutOffError, RestartError
 _POLL = 0.02
 
 
+def acknowledgements_key(generation: int) -> str:
+    """Return the key that counts the members of a generation which know why something may be announced in it."""
+    return f"acknowledgements/{generation}"
+
+
 class History:
     """The notices of a job, as far as this worker has heard.
 
     Args:
         connect: Makes a connection to the supervisor's store, for the reading thread alone.
-        key: Under which the others find in the store how many notices this worker has heard.
+        slot: This worker's slot.
+        spawn: Its spawn number.
         on_break: Called in that thread with the number of a generation that broke; with ``None`` if the supervisor is
             gone.
 
     """
 
-    def __init__(self, connect: Callable[[], Store], key: str, on_break: Callable[[int | None], None]) -> None:
+    def __init__(
+        self, connect: Callable[[], Store], slot: int, spawn: int, on_break: Callable[[int | None], None]
+    ) -> None:
         #: Whether the supervisor is gone.
         self.is_cut_off = False
         #: Whether the job is to end.
         self.is_stopping = False
-        #: With how many notices this worker knew of the newest one that a leader has to act on.
-        self.acted_on = 0
+        #: The generations that this worker is a member of, in order.
+        self.generations: list[Generation] = []
         self._connect = connect
-        self._key = key
-        self._heard = 0
+        self._slot = slot
+        self._spawn = spawn
         self._on_break = on_break
-        self._formed: list[Generation] = []
+        self._acknowledged = -1
         self._broken: set[int] = set()
         self._joining: Joining | None = None
         self._restart: Restart | None = None
@@ -57,10 +65,6 @@ class History:
         atexit.register(self._end)
         # What was true before this process began must not be taken for news.
         has_read.wait()
-
-    def generations(self, slot: int, spawn: int) -> list[Generation]:
-        """Those that a worker is a member of, in order."""
-        return [generation for generation in self._formed if generation.spawns.get(slot) == spawn]
 
     def is_broken(self, generation: int) -> bool:
         """Whether a generation is no more."""
@@ -99,13 +103,13 @@ class History:
             store = self._connect()
             notices = Notices(store)
             for notice in notices.news():
-                self._take_note_of(notice)
-            store.set(self._key, str(self._heard))
+                self._apply(notice)
+            self._acknowledge(store)
             has_read.set()
             while not self._has_ended.wait(_POLL):
                 for notice in notices.news():
-                    self._hear(notice)
-                    store.set(self._key, str(self._heard))
+                    self._handle(notice)
+                    self._acknowledge(store)
         except Exception:
             with self._changed:
                 self.is_cut_off = True
@@ -113,20 +117,25 @@ class History:
             self._on_break(None)
             has_read.set()
 
-    def _hear(self, notice: Notice) -> None:
+    def _acknowledge(self, store: Store) -> None:
+        """Tell the leader, once in a generation, that this worker knows why something may be announced in it."""
+        number = self.generations[-1].number if self.generations else -1
+        if number > self._acknowledged and (self.is_stopping or self.is_joined(number)):
+            self._acknowledged = number
+            store.add(acknowledgements_key(number), 1)
+
+    def _handle(self, notice: Notice) -> None:
         with self._changed:
-            self._take_note_of(notice)
+            self._apply(notice)
             self._changed.notify_all()
         if isinstance(notice, Broken):
             self._on_break(notice.generation)
 
-    def _take_note_of(self, notice: Notice) -> None:
-        self._heard += 1
-        if isinstance(notice, Joining | Stop):
-            self.acted_on = self._heard
+    def _apply(self, notice: Notice) -> None:
         match notice:
             case Formed():
-                self._formed.append(notice.generation)
+                if notice.generation.spawns.get(self._slot) == self._spawn:
+                    self.generations.append(notice.generation)
                 # Of those whom a new start has replaced.
                 self._restart = None
             case Broken():
