@@ -59,7 +59,7 @@ class Job:
         return notices
 
     def tell(self, *events: Event) -> list[Notice]:
-        return [n for event in events for n in self.noted(self.coordinator.take(event, self.now))]
+        return [n for event in events for n in self.noted(self.coordinator.handle(event, self.now))]
 
     def later(self, seconds: float) -> list[Notice]:
         self.now += seconds

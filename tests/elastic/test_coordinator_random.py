@@ -76,7 +76,7 @@ class World:
         self.check(self.coordinator.start(0.0))
 
     def take(self, event: Event) -> None:
-        self.check(self.coordinator.take(event, self.now))
+        self.check(self.coordinator.handle(event, self.now))
 
     def check(self, notices: list[Notice]) -> None:
         for notice in notices:

@@ -194,7 +194,7 @@ def test_groups_form_anew_in_the_same_processes(crew: Crew) -> None:
     while min(heard.values()) < formed:
         assert time.monotonic() < deadline
         for event in crew.events.news():
-            crew.post(*coordinator.take(event, time.monotonic()))
+            crew.post(*coordinator.handle(event, time.monotonic()))
         for slot in range(size):
             if not crew.is_silent(slot, 0.005):
                 assert crew.says(slot) == size
@@ -213,7 +213,7 @@ def test_survivors_go_on_without_the_dead(crew: Crew) -> None:
     while coordinator._present.generation.number == 0:
         assert time.monotonic() < deadline
         for event in crew.events.news():
-            crew.post(*coordinator.take(event, time.monotonic()))
+            crew.post(*coordinator.handle(event, time.monotonic()))
         time.sleep(0.01)
     assert [crew.says(slot) for slot in (0, 2)] == [(2, "rank 1 was killed by SIGKILL")] * 2
 

@@ -44,9 +44,9 @@ class Host:
             if isinstance(event, Arrived):
                 self._nodes.handle(event)
             else:
-                self._publish(self._coordinator.take(event, now))
+                self._publish(self._coordinator.handle(event, now))
         for change in self._nodes.changes(now):
-            self._publish(self._coordinator.take(change, now))
+            self._publish(self._coordinator.handle(change, now))
         self._publish(self._coordinator.tick(now))
 
     def wait_for_agents(self) -> None:

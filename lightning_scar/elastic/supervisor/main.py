@@ -20,7 +20,8 @@ from lightning_scar.elastic.supervisor.agent import Agent, Layout
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
 from lightning_scar.elastic.supervisor.host import Host
 from lightning_scar.elastic.supervisor.nodes import JOIN_SECONDS
-from lightning_scar.elastic.supervisor.policy import Policy, signal_name
+from lightning_scar.elastic.supervisor.policy import Policy
+from lightning_scar.elastic.supervisor.wording import signal_name
 from lightning_scar.elastic.worker.sockets import with_silence_limit
 from lightning_scar.elastic.worker.state_folder import VARIABLE
 

@@ -1,6 +1,5 @@
-"""How often and how soon workers are started again, and how a worker's end is put in words."""
+"""How often and how soon workers are started again."""
 
-import signal
 from collections import deque
 from dataclasses import dataclass
 
@@ -12,11 +11,11 @@ LONGEST_PAUSE = 30.0
 
 @dataclass(frozen=True)
 class Policy:
-    """What the user may choose.
+    """What the user can choose.
 
     Args:
-        max_restarts: How many failures within the window are made good. All workers that die in one outage, until
-            its survivors are together again, count once; so does a replacement that dies on its way in.
+        max_restarts: How many failures within the window lead to a restart. All deaths in one outage count once, until
+            its survivors are together again. The death of a replacement that has not joined counts, too.
         restart_window: Seconds.
         hang_timeout: A worker hangs when others have waited for it for longer; seconds.
         stop_timeout: Seconds that workers have to save and exit.
@@ -34,14 +33,14 @@ class Policy:
 
 
 class Budget:
-    """Counts failures: whether one more may be made good."""
+    """Counts failures: whether one more may lead to a restart."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._times: deque[float] = deque()
 
     def spend(self, now: float) -> bool:
-        """Counts a failure; returns whether it is within ``max_restarts``."""
+        """Count a failure. Return whether it is within ``max_restarts``."""
         self._times.append(now)
         while now - self._times[0] > self._policy.restart_window:
             self._times.popleft()
@@ -49,7 +48,7 @@ class Budget:
 
 
 class BackOff:
-    """How long to wait before a slot is filled again: not at all, then longer for one that keeps dying young.
+    """How long to wait before a slot is filled again: not at all at first, longer if its workers keep dying young.
 
     Example::
 
@@ -65,7 +64,7 @@ class BackOff:
         self._died_young: dict[int, int] = {}
 
     def pause(self, slot: int, lived: float) -> float:
-        """Seconds to wait.
+        """Return the seconds to wait.
 
         Args:
             slot: Whose worker died.
@@ -75,51 +74,3 @@ class BackOff:
         times = self._died_young.get(slot, 0) + 1 if lived < HEALTHY_SECONDS else 0
         self._died_young[slot] = times
         return 0.0 if times < 2 else min(LONGEST_PAUSE, 2.0 ** (times - 2))
-
-
-def signal_name(number: int) -> str:
-    """``SIGTERM`` for 15.
-
-    Example::
-
-        >>> signal_name(15), signal_name(64), signal_name(99)
-        ('SIGTERM', 'SIGRTMAX', 'signal 99')
-
-    """
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def ending(code: int) -> str:
-    """An exit code in words.
-
-    Example::
-
-        >>> ending(-9), ending(1)
-        ('was killed by SIGKILL', 'exited with code 1')
-
-    """
-    if code < 0:
-        return f"was killed by {signal_name(-code)}"
-    return f"exited with code {code}" + (" in the middle of the training" if code == 0 else "")
-
-
-def last_words(slot: int, code: int, tail: str) -> str:
-    """What a dead worker left, for the message that ends a job."""
-    if tail.strip():
-        indented = "".join(f"    {line}\n" for line in tail.strip("\n").splitlines())
-        return f"The last lines that rank {slot} wrote to its standard error:\n{indented}"
-    hint = "; the system may have run out of memory (see dmesg)" if code == -signal.SIGKILL else ""
-    return f"Rank {slot} wrote nothing to its standard error{hint}.\n"
-
-
-def exhausted(policy: Policy) -> str:
-    """Why a failure was not made good, and the remedy."""
-    if policy.max_restarts == 0:
-        return "It was not started again: --max-restarts is 0. Mend the cause, or allow restarts.\n"
-    return (
-        f"It was not started again: --max-restarts {policy.max_restarts} within {policy.restart_window:g} s is used "
-        "up. Mend the cause, or allow more with --max-restarts and --restart-window.\n"
-    )
