@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
+LOWEST := .venv-lowest
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-lowest check docs clean
 
 demo: $(READY)  ## train, kill, resume and compare, three times: about two minutes
 	$(BIN)/python examples/demo.py
@@ -12,6 +13,17 @@ demo: $(READY)  ## train, kill, resume and compare, three times: about two minut
 # Two workers on two cores: more than one thread in each only makes them wait for each other.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The lowest versions that pyproject.toml allows. On Linux pip gets torch for CUDA, 2.5 GB, unless
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu is set.
+test-lowest: $(LOWEST)/.ready
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 tests/core tests/storage \
+		tests/test_lightning_private.py tests/test_lightning_joining.py tests/test_accelerate_private.py
+
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable '.[dev,examples]'
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -33,4 +45,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs site demo.png
+	rm -rf $(VENV) $(LOWEST) runs site demo.png

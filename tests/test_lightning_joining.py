@@ -224,7 +224,11 @@ def test_compute_gradient(precision: Any) -> None:
 
 def test_silence_sigterm_broadcast() -> None:
     advance = inspect.getsource(_TrainingEpochLoop.advance)
-    assert "self._broadcast_sigterm_tensor()" in advance, "Lightning agrees on SIGTERM in another way: silence that"
+    says_so = "self._broadcast_sigterm_tensor()" in advance
+    # Lightning 2.5 does not broadcast: each rank ends by itself.
+    assert says_so or "broadcast" not in inspect.getsource(_TrainingEpochLoop), (
+        "Lightning agrees on SIGTERM in another way: silence that"
+    )
     trainer = make_trainer(max_epochs=1)
     private.silence_sigterm_broadcast(trainer)
     assert "_broadcast_sigterm_tensor" in vars(trainer.fit_loop.epoch_loop)

@@ -3,6 +3,7 @@
 Each stands behind one function here, and each function has a test that fails loudly when Lightning changes.
 """
 
+import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -62,10 +63,15 @@ def intercept_resume(trainer: pl.Trainer, choose: Callable[[Any, bool | None], A
         if isinstance(chosen, dict):
             connector._loaded_checkpoint = _pl_migrate_checkpoint(chosen)
         else:
-            # Lightning 2.5 does not know the other argument.
-            connector.resume_start(chosen, **({} if weights_only is None else {"weights_only": weights_only}))
+            _resume_start(connector, chosen, weights_only)
 
     connector.resume_start = resume_start  # type: ignore[method-assign]
+
+
+def _resume_start(connector: Any, path: Any, weights_only: bool | None) -> None:
+    """Let Lightning read a checkpoint. Lightning 2.5 has no ``weights_only``, and loads everything."""
+    knows = "weights_only" in inspect.signature(connector.resume_start).parameters
+    connector.resume_start(path, **({"weights_only": weights_only} if knows else {}))
 
 
 def end_interception(trainer: pl.Trainer) -> None:
@@ -329,7 +335,7 @@ def silence_sigterm_broadcast(trainer: pl.Trainer) -> None:
     """Ranks agree on the step to stop at over the supervisor's store.
 
     Lightning broadcasts before every batch, and takes an error there for no news: after a failure its ranks would be
-    in different collectives.
+    in different collectives. Lightning 2.5 does not broadcast.
     """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 

@@ -33,7 +33,7 @@ DTYPES = [
     torch.float8_e4m3fnuz,
     torch.float8_e5m2,
     torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
+    *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []),  # torch 2.6 has no such type.
     torch.complex32,
     torch.complex64,
     torch.complex128,
@@ -194,7 +194,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "RMSprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
     "Rprop": lambda p: optim.Rprop(p, lr=0.01),
     "SparseAdam": lambda p: optim.SparseAdam(p, lr=0.01),
-    "Muon": lambda p: optim.Muon(p, lr=0.01),
+    **({"Muon": lambda p: optim.Muon(p, lr=0.01)} if hasattr(optim, "Muon") else {}),  # torch 2.6 has none.
 }
 
 
