@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_scar.core.memory import readable
+from lightning_scar.core.platforms import supervisor_refusal
 from lightning_scar.core.recovery import known_distance, known_rework
 from lightning_scar.core.restoration import NoCheckpointError, load
 from lightning_scar.core.skeletons import is_skeleton
@@ -108,6 +109,8 @@ def main() -> None:
     commands: Any = {"run": run, "inspect": inspect, "verify": verify, "export": export}
     try:
         if sys.argv[1:2] == ["run"]:
+            if (refusal := supervisor_refusal()) is not None:
+                sys.exit(f"lightning-scar: {refusal}")
             # The script's own arguments follow, which are nobody else's to read.
             from lightning_scar.elastic.supervisor.command_line import main as run_main
 

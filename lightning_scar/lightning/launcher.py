@@ -12,6 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from typing_extensions import override
 
+from lightning_scar.core.platforms import supervisor_refusal
+
 
 class SupervisedLauncher(_Launcher):
     """Turns the first process of a plain ``python train.py`` into the supervisor, which starts the workers.
@@ -61,9 +63,11 @@ def become_supervisor(options: list[str]) -> None:
         options: Options of the command.
 
     Raises:
-        MisconfigurationException: If the program could not be run again as it was.
+        MisconfigurationException: If the program could not be run again as it was, or not on this operating system.
 
     """
+    if (refusal := supervisor_refusal()) is not None:
+        raise MisconfigurationException(refusal)
     remedy = f"Start it with `lightning-scar run {' '.join(options)} your_script.py`, or use strategy='ddp'."
     if not _is_a_script():
         raise MisconfigurationException(
