@@ -13,8 +13,9 @@ from hypothesis import settings
 from lightning_scar.storage.host_memory import VARIABLE
 
 # Other processes share the machine: how long an example takes says nothing.
-settings.register_profile("tests", deadline=None)
-settings.load_profile("tests")
+settings.register_profile("all", deadline=None)
+settings.register_profile("some", settings.get_profile("all"), max_examples=25)
+settings.load_profile("some")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 import psutil
+from prepared import PreparedPopen, kill_all
 from typing_extensions import override
 
 from lightning_scar.storage.host_memory import VARIABLE
@@ -205,15 +206,6 @@ def folder_hosts(count: int, folder: Path) -> Iterator[list[Host]]:
         yield [stack.enter_context(closing(FolderHost(folder / f"host-{number}"))) for number in range(count)]
 
 
-def kill_all(pid: int) -> None:
-    """Kills a process and what it started."""
-    with suppress(psutil.NoSuchProcess):
-        first = psutil.Process(pid)
-        for process in [first, *first.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
 def kill_supervisor(pid: int) -> None:
     """Kills a supervisor and nothing else.
 
@@ -229,7 +221,7 @@ def kill_supervisor(pid: int) -> None:
 def _popen(
     command: Sequence[str], environment: Mapping[str, str], cwd: Path, console: IO[str]
 ) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+    return PreparedPopen(
         command, stdout=console, stderr=subprocess.STDOUT, cwd=cwd, env=dict(environment), start_new_session=True
     )
 

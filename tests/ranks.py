@@ -1,6 +1,5 @@
 """Runs a function on several real processes that form a group over gloo on the loopback."""
 
-import multiprocessing
 import os
 import pickle
 import sys
@@ -15,16 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from prepared import multiprocessing_context
 
-# A server that has imported everything forks the ranks. There is one in a process: the first list counts for all.
-PRELOAD = [
-    "lightning_scar.lightning.checkpoint",
-    "lightning_scar.loops.accelerate",
-    "lightning.pytorch",
-    "torch._dynamo",
-    "torch.distributed.optim",
-    "torchdata.stateful_dataloader",
-]
 #: How long the others may go on when one rank has failed, in seconds.
 GRACE = 5.0
 
@@ -62,8 +53,7 @@ def run_ranks(
         RankError: If a rank failed or was too slow; the first to fail comes first in the message.
 
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = multiprocessing_context()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         # The server keeps the environment of its first use.
         call = (Path(folder), dict(os.environ), n, function, args, kwargs)

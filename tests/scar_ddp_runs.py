@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from helpers import assert_same
-from hosts import Host, LocalHost, kill_all, kill_supervisor
+from hosts import Host, LocalHost, kill_supervisor
+from prepared import kill_all
 from scar_ddp_training import Model
 from scar_job import RATE, samples
 from torch import nn
@@ -73,6 +74,7 @@ def train(
     run: Sequence[str] | None = ("--max-restarts", "9"),
     command: Sequence[str] = (),
     door: str = "Trainer",
+    real: bool = False,
     limit: float = 110,
     hosts: Sequence[Host] = (),
     model: dict[str, Any] | None = None,
@@ -91,6 +93,7 @@ def train(
         run: Options of ``lightning-scar run``; ``None`` to start the script by itself.
         command: Another command that ends with a script.
         door: One of :data:`SCRIPTS`.
+        real: Whether the supervisor and its workers are programs that start anew, as a user's do.
         limit: Seconds until it is killed.
         hosts: Where each node is; all here if not given.
         model: Arguments of the script's model.
@@ -118,7 +121,9 @@ def train(
         endpoint = ["--nnodes", str(nodes), "--rdzv-endpoint", f"{first}:{get_free_port()}"]
         places = [[*endpoint, "--node-rank", str(node)] for node in range(nodes)]
     script = Path(__file__).with_name(SCRIPTS[door])
-    commands = [[*command, *place, str(script), json.dumps(asked)] for place in places]
+    # What is not Python by its name is not prepared.
+    anew = ["env"] if real else []
+    commands = [[*anew, *command, *place, str(script), json.dumps(asked)] for place in places]
     # Of these faults somebody else than the worker takes care.
     losses = {
         folder / f"fault-{i}": (slot * nodes // ranks, how)

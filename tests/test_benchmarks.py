@@ -2,13 +2,13 @@
 
 import json
 import math
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import prepared
 import pytest
 
 from benchmarks import moonclip_peer, report, stall
@@ -58,13 +58,12 @@ def test_a_benchmark_measures_what_is_promised(name: str, tmp_path: Path) -> Non
     # No test goes to the network.
     extra += ["--moonclip", "no"] if name == "stall" else []
     options = [*extra, "--quick", "--rounds", "1", "--json", str(out), "--dir", str(tmp_path)]
-    run = subprocess.run(
+    run = prepared.run(
         [sys.executable, "-m", f"benchmarks.{module}", *options],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=380,
-        check=False,
     )
     assert run.returncode == 0, run.stderr
     # It says what it is at.

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 
 from benchmarks import soak
@@ -35,13 +36,12 @@ PROMISED = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_benchmark_of_failures_measures_what_is_promised(name: str, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
-    run = subprocess.run(
+    run = prepared.run(
         [sys.executable, "-m", f"benchmarks.{name}", *RUNS[name], "--json", str(out), "--dir", str(tmp_path)],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=280,
-        check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     figures: dict[str, Any] = json.loads(out.read_text())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import prepared
 import pytest
 import torch
 
@@ -263,13 +264,12 @@ def test_some_strategies_alone_are_shown_and_drawn(tmp_path: Path, capsys: pytes
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
+    return prepared.run(
         [sys.executable, "-m", "benchmarks.paper", *arguments],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         timeout=380,
-        check=False,
     )
 
 

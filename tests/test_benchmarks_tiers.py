@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 
 from benchmarks import tiers
@@ -27,7 +28,7 @@ PROMISED = [
 def started(tmp_path: Path, memory: Path) -> "subprocess.Popen[str]":
     memory.mkdir(exist_ok=True)
     options = ["--quick", "--rounds", "1", "--json", str(tmp_path / "figures.json"), "--dir", str(tmp_path)]
-    return subprocess.Popen(
+    return prepared.PreparedPopen(
         [sys.executable, "-m", "benchmarks.tiers", *options],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "LIGHTNING_SCAR_MEMORY": str(memory)},
@@ -69,14 +70,13 @@ def test_what_a_killed_one_leaves_in_memory_is_removed_by_the_next(tmp_path: Pat
 def test_it_says_what_is_missing(tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     memory.write_text("a file")
-    run = subprocess.run(
+    run = prepared.run(
         [sys.executable, "-m", "benchmarks.tiers", "--quick", "--dir", str(tmp_path)],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "LIGHTNING_SCAR_MEMORY": str(memory)},
         capture_output=True,
         text=True,
         timeout=100,
-        check=False,
     )
     assert run.returncode == 1
     assert "set LIGHTNING_SCAR_MEMORY to one in memory" in run.stderr

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import prepared
 import pytest
 
 from lightning_scar import load
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(name: str, *options: str | Path, by: Sequence[str] = ()) -> str:
-    done = subprocess.run(
+    done = prepared.run(
         [sys.executable, *by, str(ROOT / "examples" / name), *map(str, options)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -24,7 +25,6 @@ def run(name: str, *options: str | Path, by: Sequence[str] = ()) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         timeout=100,
-        check=False,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

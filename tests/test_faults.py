@@ -3,7 +3,6 @@
 A server that has imported everything forks them, so that each starts in a moment.
 """
 
-import multiprocessing
 import os
 import random
 import signal
@@ -20,6 +19,7 @@ import torch
 from helpers import TinyModel, assert_same, cut_short, fit, saver
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lived import Saved, assert_as_lived
+from prepared import multiprocessing_context
 from torch import Tensor
 
 from lightning_scar import load
@@ -32,16 +32,7 @@ Start = Callable[..., BaseProcess]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    context = multiprocessing.get_context("forkserver")
-    # Torch imports its compiler when the first optimizer is made.
-    preload = [
-        "lightning_scar.lightning.checkpoint",
-        "lightning.pytorch",
-        "torch._dynamo",
-        "torchdata.stateful_dataloader",
-    ]
-    preload += ["lightning_scar.loops.accelerate"]
-    context.set_forkserver_preload(preload)
+    context = multiprocessing_context()
     started: list[BaseProcess] = []
 
     def start(target: Callable[..., None], *args: Any, **kwargs: Any) -> BaseProcess:

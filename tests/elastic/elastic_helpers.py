@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import psutil
+from prepared import PreparedPopen, kill_all, workers_are_prepared
 
 from lightning_scar.elastic.supervisor.command_line import main
 
@@ -90,7 +91,7 @@ def command(*arguments: str | Path) -> list[str]:
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Runs a supervisor in this process, which has imported torch already; returns what it and its workers wrote."""
     with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-        with led_to(1, out.fileno()), led_to(2, err.fileno()), redirect_stderr(err):
+        with led_to(1, out.fileno()), led_to(2, err.fileno()), redirect_stderr(err), workers_are_prepared():
             code = main([str(argument) for argument in arguments])
         out.seek(0)
         err.seek(0)
@@ -109,16 +110,22 @@ def led_to(descriptor: int, other: int) -> Iterator[None]:
 
 
 @contextmanager
-def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A supervisor; it and what it started are ended in the end."""
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def running(
+    *arguments: str | Path, kind: "type[subprocess.Popen[str]]" = PreparedPopen
+) -> Iterator["subprocess.Popen[str]"]:
+    """A supervisor; it and what it started are ended in the end.
+
+    Args:
+        arguments: What follows ``lightning-scar run``.
+        kind: ``subprocess.Popen`` for a program that starts anew.
+
+    """
+    process = kind(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process
     finally:
         if process.poll() is None:
-            children = psutil.Process(process.pid).children(recursive=True)
-            for one in (process, *children):
-                one.kill()
+            kill_all(process.pid)
         process.communicate()
 
 

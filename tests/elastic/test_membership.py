@@ -1,6 +1,5 @@
 """A worker's part in the generations: processes and gloo groups, told what to do by the notices of the test."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -14,7 +13,7 @@ from typing import Any, TypeAlias
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import PRELOAD
+from prepared import multiprocessing_context
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.protocol.log import Events, Notices
@@ -39,8 +38,7 @@ from lightning_scar.elastic.worker.member import Member
 Work: TypeAlias = Callable[[Member, Callable[[Any], None]], None]
 
 #: Not forked from here: a lock that a thread of this test's store holds at that moment would never be released there.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(PRELOAD)
+_CONTEXT = multiprocessing_context()
 #: Nobody may have to wait for it.
 TIMEOUT = timedelta(seconds=60)
 #: How soon whoever is blocked is to be woken; less than the timeout by far, and enough for a loaded machine.
