@@ -12,10 +12,10 @@ demo: $(READY)  ## train, kill, resume and compare, three times: about two minut
 
 # Two workers on two cores: more than one thread in each only makes them wait for each other.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(READY)  ## all that is long, too: soaks, repeated kills, sweeps, and more examples of each property
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --hypothesis-profile all
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile all
 
 # The lowest versions that pyproject.toml allows. On Linux pip gets torch for CUDA, 2.5 GB, unless
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu is set.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 import psutil
-from prepared import PreparedPopen, kill_all
+from prepared import PreparedPopen, in_one_program, kill_all
 from typing_extensions import override
 
 from lightning_scar.storage.host_memory import VARIABLE
@@ -150,7 +150,7 @@ class NamespaceHost:
     ) -> subprocess.Popen[bytes]:
         enter = ["nsenter", "-t", str(self._first), "--net", "--uts", "--ipc", "--mount", "--pid", f"--wd={cwd}"]
         environment = {**environment, "GLOO_SOCKET_IFNAME": "eth0"}
-        return _popen([*enter, *command], environment, cwd, console)
+        return _popen([*enter, *in_one_program(command)], environment, cwd, console)
 
     def lose(self) -> None:
         # The cable first: no kernel says good-bye for its dead processes.

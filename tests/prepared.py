@@ -124,6 +124,16 @@ def run(
     return done
 
 
+def in_one_program(command: Sequence[str]) -> list[str]:
+    """The same for where no prepared parent is, such as another host: workers do not start anew, but what starts them.
+
+    Args:
+        command: Python and what it is to run.
+
+    """
+    return [sys.executable, __file__, "run", *command]
+
+
 def kill_all(pid: int) -> None:
     """Kills a process and what it started."""
     with suppress(psutil.NoSuchProcess):
@@ -320,13 +330,24 @@ def _become(request: dict[str, Any], streams: list[int], told: int) -> NoReturn:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
-    more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
-    sys.path[:0] = more
-    if program.is_unbuffered or os.environ.get("PYTHONUNBUFFERED"):
-        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [path for path in more if path and path not in sys.path]
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
+    _run(program)
+
+
+def _start(program: _Program) -> NoReturn:
+    """Runs a program in this process, which has imported everything."""
+    global _current
+    _current = _a_parent_of_its_own()
+    _run(program)
+
+
+def _run(program: _Program) -> NoReturn:
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
+    if program.is_unbuffered or os.environ.get("PYTHONUNBUFFERED"):
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     if _current:
         subprocess.Popen._execute_child = _execute_child  # type: ignore[attr-defined]
     os.execv = _exec  # type: ignore[assignment]
@@ -421,16 +442,24 @@ def _prctl(option: int, value: int) -> None:
 
 
 def main() -> None:
-    """Runs a prepared parent: its connection and the process that it belongs to are given as arguments."""
-    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[2]):
-        return
+    """Runs a prepared parent, or a program that has one.
+
+    Arguments are the parent's connection and the process that it belongs to, or ``run`` and a command.
+    """
+    # Whoever unpickles a request knows this module by its name.
+    this = importlib.import_module("prepared")
+    is_program = sys.argv[1] == "run"
+    if not is_program:
+        _prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != int(sys.argv[2]):
+            return
     for module in MODULES:
         importlib.import_module(module)
-    # Whoever unpickles a request knows this module by its name.
-    connection = socket.socket(fileno=int(sys.argv[1]))
     gc.freeze()
-    importlib.import_module("prepared")._serve(connection)
+    if is_program:
+        this._start(this._Program.of(sys.argv[2:]))
+    else:
+        this._serve(socket.socket(fileno=int(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -49,9 +49,14 @@ PROMISED = {
     ],
 }
 
+#: Those whose figures are what others measure, in more ways or for longer.
+LONG = ("stall --ranks 2", "choice", "rework")
+
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("name", PROMISED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in PROMISED]
+)
 def test_a_benchmark_measures_what_is_promised(name: str, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     module, *extra = name.split()

@@ -31,13 +31,18 @@ PROMISED = {
     "continuation": ["none_last_step", "wait_last_step"],
 }
 
+LONG = ("overhead", "soak", "continuation")
+
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in RUNS]
+)
 def test_a_benchmark_of_failures_measures_what_is_promised(name: str, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     run = prepared.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *RUNS[name], "--json", str(out), "--dir", str(tmp_path)],
+        # They know workers by the environment that they were started with: so these start anew.
+        ["env", sys.executable, "-m", f"benchmarks.{name}", *RUNS[name], "--json", str(out), "--dir", str(tmp_path)],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,

@@ -273,6 +273,7 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_quick_run_shows_the_signs_of_the_paper(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"

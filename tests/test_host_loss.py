@@ -24,7 +24,7 @@ def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[list[Host]
         yield hosts
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", [DOORS[0], *(pytest.param(door, marks=pytest.mark.slow) for door in DOORS[1:])])
 @pytest.mark.parametrize("hosts", [2], indirect=True)
 def test_the_others_go_on_without_a_host_until_another_one_is_in_its_place(
     tmp_path: Path, hosts: list[Host], door: str
@@ -66,7 +66,7 @@ def plan(training: Training) -> str:
     return training.console.rsplit("Optimizer states from the running checkpoint", 1)[1].split("\n")[0]
 
 
-@pytest.mark.parametrize("hosts", [2, 3], indirect=True)
+@pytest.mark.parametrize("hosts", [2, pytest.param(3, marks=pytest.mark.slow)], indirect=True)
 def test_a_lost_hosts_shard_comes_out_of_its_neighbours_memory(tmp_path: Path, hosts: list[Host]) -> None:
     ranks = len(hosts)
     fault: Fault = ("training_step", 7, 1, "lose the host")
@@ -88,6 +88,7 @@ def test_a_lost_hosts_shard_comes_out_of_its_neighbours_memory(tmp_path: Path, h
     assert not [path for host in hosts for path in host.left_in_memory()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", [3], indirect=True)
 def test_where_two_neighbours_are_lost_at_once_a_shard_comes_from_storage(tmp_path: Path, hosts: list[Host]) -> None:
     faults: list[Fault] = [("training_step", 7, rank, "lose the host") for rank in (1, 2)]

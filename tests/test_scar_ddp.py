@@ -19,11 +19,12 @@ from scar_ddp_runs import (
 )
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("door", DOORS)
 def test_without_failures_parameters_are_those_of_ddp_bit_for_bit(tmp_path: Path, door: str) -> None:
     # Only a Trainer becomes its own supervisor.
     how: dict[str, Any] = {"run": None} if door == "Trainer" else {}
-    training = train(tmp_path, door=door, real=True, **how, **WITH_DROPOUT)
+    training = train(tmp_path, door=door, real=True, limit=280, **how, **WITH_DROPOUT)
     assert_done(training, steps=36)
     assert training.outages(0) == []
     assert "lightning-scar" not in training.console

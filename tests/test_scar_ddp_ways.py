@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 import torch
 from helpers import assert_same
@@ -138,7 +139,7 @@ def test_accelerates_own_launchers_work_without_replacements(
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED.format(launcher=launcher, call=call))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
+    done = prepared.run(
         [*command, str(script), str(tmp_path / "scar")],
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -146,7 +147,6 @@ def test_accelerates_own_launchers_work_without_replacements(
         stderr=subprocess.STDOUT,
         text=True,
         timeout=100,
-        check=False,
     )
     assert done.returncode == 0, done.stdout
     assert done.stdout.count(f"ends with {size}") == size
