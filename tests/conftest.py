@@ -9,6 +9,7 @@ import fsspec
 import pytest
 import s3fs
 from hypothesis import settings
+from prepared import PreparedPopen
 
 from lightning_scar.storage.host_memory import VARIABLE
 
@@ -16,6 +17,13 @@ from lightning_scar.storage.host_memory import VARIABLE
 settings.register_profile("all", deadline=None)
 settings.register_profile("some", settings.get_profile("all"), max_examples=25)
 settings.load_profile("some")
+
+
+@pytest.fixture(autouse=True)
+def no_program_outlives_its_test() -> Iterator[None]:
+    """Also where a test fails."""
+    yield
+    PreparedPopen.end_all()
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import psutil
 
@@ -93,7 +93,20 @@ def _execute_child(self: Any, *args: Any) -> None:
 class PreparedPopen(subprocess.Popen):  # type: ignore[type-arg]
     """A process that a prepared parent forks, where that can be; else a program that starts anew."""
 
-    _execute_child = _execute_child
+    _started: ClassVar[list["PreparedPopen"]] = []
+
+    def _execute_child(self, *args: Any) -> None:
+        _execute_child(self, *args)
+        self._started.append(self)
+
+    @classmethod
+    def end_all(cls) -> None:
+        """Kills those that still run, with all that they started."""
+        while cls._started:
+            process = cls._started.pop()
+            if process.poll() is None:
+                kill_all(process.pid)
+                process.wait(10)
 
 
 @contextmanager

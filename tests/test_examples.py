@@ -51,7 +51,7 @@ def test_zero_is_cut_short_on_two_ranks_and_goes_on_on_one(tmp_path: Path) -> No
 def test_survive(tmp_path: Path) -> None:
     printed = run("survive.py", "--epochs", "1", "--step", "5")
     assert "rank 0 was killed by SIGKILL in step 6; 2 of 3 workers go on" in printed
-    assert "all 3 workers are there again at step 46: outage" in printed
+    assert "all 3 workers are there again at step" in printed
     (end,) = re.findall(r"Rank 0 ends at step 46. Outages: \[(.*)\]", printed)
     assert "reason='rank 0 was killed by SIGKILL'" in end
     assert "steps_lost=0" in end

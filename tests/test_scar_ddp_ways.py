@@ -55,8 +55,10 @@ def test_logs_and_checkpoints_go_on_in_the_replacement_of_rank_0(tmp_path: Path)
     with (version / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     steps = [int(row["step"]) for row in rows if row.get("loss")]
-    # Without rank 0 nobody logs: its replacement comes in at the end of the epoch of 12 steps.
-    assert steps == [*range(3), *range(12, 24)]
+    # Without rank 0 nobody logs: its replacement comes in at the end of the epoch of 12 steps, if not sooner.
+    came_in = steps[3]
+    assert 3 < came_in <= 12
+    assert steps == [*range(3), *range(came_in, 24)]
     assert [int(row["step"]) for row in rows if row.get("lr-Adam")] == steps
     assert [row["scar/outages"] for row in rows if row.get("scar/outages")] == ["1.0"]
     assert sum(bool(row.get("val_loss")) for row in rows) == 2
