@@ -3,9 +3,9 @@
 - Partial saves to memory and to disk by turns, each alone: ``*_stall_s`` is how long the training thread stood still
   for an eager one (``*_lazy_stall_s`` a lazy one, beside a forward and backward), ``*_written_s`` how long an eager one
   took from its beginning until it was written.
-- A restore into live tensors from this host's memory (``own_s``), from a neighbour's (``neighbour_s``, a server in
-  another process, over the loopback), and from disk with the files in the page cache (``disk_warm_s``) and dropped from
-  it (``disk_cold_s``).
+- A restore into live tensors from this host's memory (``own_s``), of what only a neighbour's memory has
+  (``neighbour_s``: it goes to disk and is read there), and from disk with the files in the page cache
+  (``disk_warm_s``) and dropped from it (``disk_cold_s``).
 - How fast the files of a rank's memory follow to another process, each in place of an older one as in a training
   (``replication_bytes_per_s``), beside a plain socket from ready memory to ready memory. And how long the first copy
   takes (``first_copy_s``), for which that process gets its memory anew from the system, beside just that, a write of as

@@ -7,16 +7,17 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
-from lightning_scar.storage.address_book import AddressBook, Entry
-from lightning_scar.storage.chain import Chain
+from lightning_scar.storage.chain import Address, Addresses, Chain
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.folder_server import FolderServer
 from lightning_scar.storage.host_memory import VARIABLE
+from lightning_scar.storage.neighbour import Server
+from lightning_scar.storage.store import names_in, rank_folder
 
 KEY = b"a benchmark's"
 #: Bytes of the buffers that are copied over a plain socket: more than caches hold.
@@ -86,8 +87,8 @@ def _wait_for_end(connection: Connection) -> None:
 
 
 def serve(folder: Path, connection: Connection) -> None:
-    """Serves a folder, as another host does with its memory; the object is the address."""
-    server = FolderServer(folder, KEY)
+    """Takes copies in, as another host does; the object is the address."""
+    server = Server(Directory(folder), KEY)
     connection.send(server.address)
     _wait_for_end(connection)
     server.close()
@@ -144,20 +145,21 @@ class PlainCopy:
         self._peer.close()
 
 
-def new_chain(source: Path, book_folder: Path, address: tuple[str, int]) -> Chain:
-    """What copies a rank's memory to another host, as a run of two hosts has it.
+def new_chain(memory: Directory, folder: Path, address: tuple[str, int]) -> Chain:
+    """Return what copies a rank's memory to another host, as a run of two hosts has it.
 
     Args:
-        source: The folder of the rank in memory.
-        book_folder: Where to put the address book.
+        memory: The memory, in which the rank is the first one.
+        folder: Where to put the addresses.
         address: Of the server there.
 
     """
-    book = AddressBook(Directory(book_folder), "benchmark")
-    own, other = Entry(0, "here", "127.0.0.1", 0), Entry(1, "there", *address)
-    for entry in (own, other):
-        book.write(entry)
-    return Chain(source, "/".join(source.parts[-2:]), own, book, KEY, world_size=2, replicas=1)
+    addresses = Addresses(Directory(folder), "benchmark")
+    own, other = Address(0, "here", "127.0.0.1", 0), Address(1, "there", *address)
+    for each in (own, other):
+        addresses.write(each)
+    names = partial(names_in, memory, rank_folder(0))
+    return Chain(memory, [rank_folder(0)], names, own, addresses, KEY, world_size=2, replicas=1)
 
 
 def wait_for_copies(chain: Chain) -> None:

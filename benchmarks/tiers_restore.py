@@ -1,10 +1,12 @@
 """For :mod:`benchmarks.tiers`: how long a restore takes from each tier, and how fast copies go to another host.
 
 A process saves to memory and to disk and kills itself, so that both hold the same state; here it is read into live
-tensors, by turns from its memory, from the same memory through a server in another process, and from disk.
+tensors, by turns from its memory, from disk, and as after the loss of a host: what its neighbour's memory alone has
+goes to disk, and is read there.
 """
 
 import os
+import shutil
 import signal
 import time
 import zlib
@@ -19,18 +21,19 @@ from torch.optim import Optimizer
 from benchmarks.gpt import Size
 from benchmarks.ranks import State
 from benchmarks.resume import evict, flattened
-from benchmarks.tiers_peers import KEY, PlainCopy, new_chain, other_process, serve, sink, wait_for_copies
+from benchmarks.tiers_peers import PlainCopy, new_chain, other_process, serve, sink, wait_for_copies
 from benchmarks.tiers_saves import Samples
 from lightning_scar.core.restoration import restore
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeleton import Path as Place
 from lightning_scar.storage.chain import Chain
-from lightning_scar.storage.directory import Directory, Tier
-from lightning_scar.storage.host_memory import left_in_memory
-from lightning_scar.storage.neighbour import PROTOCOL
-from lightning_scar.storage.store import DeltaStore, Store, rank_folder
-from lightning_scar.storage.tiers import TieredStore, open_store
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.host_memory import HostMemory, MemoryPlace
+from lightning_scar.storage.lease import run_of
+from lightning_scar.storage.places import Places, open_store
+from lightning_scar.storage.store import DeltaStore, rank_folder
+from lightning_scar.storage.write_back import bring_in
 
 #: Saves after the first, each of a part of the state: what is read lies in several files, as after a training.
 _SAVES = 8
@@ -75,20 +78,25 @@ class Restores:
         state: The live state to restore into.
         url: The directory.
         memory: What is left in memory.
-        address: Of a server of the folder that it lies in.
 
     """
 
-    def __init__(self, state: State, url: Path, memory: Path, address: tuple[str, int]) -> None:
+    def __init__(self, state: State, url: Path, memory: MemoryPlace) -> None:
         self._state = state
         self._url = url
-        there = f"{PROTOCOL}://{address[0]}:{address[1]}/{memory.name}"
-        self._stores: dict[str, Callable[[], Store]] = {
+        self._memory = memory
+        self._stores: dict[str, Callable[[], DeltaStore]] = {
             "own": lambda: open_store(url),
-            "neighbour": lambda: TieredStore([DeltaStore(there, {"key": KEY}, Tier.NEIGHBOUR), DeltaStore(url)]),
+            "neighbour": self._brought,
             "disk": lambda: DeltaStore(url),
         }
         self._ready = [tensor.clone() for tensor in flattened(state.checkpoint()).values()]
+
+    def _brought(self) -> DeltaStore:
+        """What only a neighbour's memory has, as the next start finds it."""
+        shutil.rmtree(anew := self._url.with_name("brought"), ignore_errors=True)
+        bring_in(Places(Directory(anew)), self._memory, 0, 1)
+        return DeltaStore(anew)
 
     @torch.no_grad()
     def restore(self, name: str) -> tuple[float, str]:
@@ -105,7 +113,7 @@ class Restores:
     @torch.no_grad()
     def verify(self, expected: dict[str, int]) -> None:
         """Checks that all restore what was saved, bit for bit, and from where they say."""
-        sources = {"own": "this host's memory", "neighbour": "a neighbour's memory", "disk": "newest versions"}
+        sources = {"own": "this host's memory", "neighbour": "newest versions", "disk": "newest versions"}
         for name, source in sources.items():
             for tensor in flattened(self._state.checkpoint()).values():
                 tensor.zero_()
@@ -136,15 +144,16 @@ class Restores:
         samples.setdefault("copy_s", []).append(self._copy())
 
 
-def _replicate(source: Path, book: Path, address: tuple[str, int]) -> tuple[float, float]:
+def _replicate(memory: Directory, folder: Path, address: tuple[str, int]) -> tuple[float, float]:
     """Seconds until a host that has nothing holds a copy, and until it has a newer file in place of each."""
-    chain = new_chain(source, book, address)
+    chain = new_chain(memory, folder, address)
+    files = sorted(Path(memory.file(rank_folder(0))).glob("*.safetensors"))
     try:
         first = _follow(chain)
         # One by one, as saves come.
-        return first, sum(_replace_and_follow(chain, path) for path in sorted(source.glob("*.safetensors")))
+        return first, sum(_replace_and_follow(chain, path) for path in files)
     finally:
-        chain.close(remove=True)
+        chain.close()
 
 
 def _replace_and_follow(chain: Chain, path: Path) -> float:
@@ -188,18 +197,18 @@ def run(state: State, size: Size, folder: Path, memory: Path, rounds: int) -> tu
     url = folder / "dead"
     with other_process(_save_and_die, size, url) as expected:
         pass
-    (left,) = left_in_memory(Directory(url))
+    directory = Directory(url)
+    left = MemoryPlace(HostMemory(directory, str(run_of(directory))), None)
     samples: Samples = {}
-    with other_process(serve, left.parent) as address:
-        restores = Restores(state, url, left, address)
-        restores.verify(expected)
-        for _ in range(rounds):
-            restores.measure(samples)
-    return samples, _copies(left / rank_folder(0), folder / "book", memory, rounds, samples)
+    restores = Restores(state, url, left)
+    restores.verify(expected)
+    for _ in range(rounds):
+        restores.measure(samples)
+    return samples, _copies(left, folder / "addresses", memory, rounds, samples)
 
 
-def _copies(source: Path, book: Path, memory: Path, rounds: int, samples: Samples) -> dict[str, int]:
-    files = list(source.glob("*.safetensors"))
+def _copies(source: Directory, addresses: Path, memory: Path, rounds: int, samples: Samples) -> dict[str, int]:
+    files = list(Path(source.file(rank_folder(0))).glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
     there = memory / "there"
     there.mkdir(mode=0o700)
@@ -208,7 +217,7 @@ def _copies(source: Path, book: Path, memory: Path, rounds: int, samples: Sample
         for counts in [False] + [True] * rounds:
             # Just before the first copy, so that both get pages of the same kind.
             took = {"anew_s": _write_anew(memory, size)}
-            took["first_copy_s"], took["replication_s"] = _replicate(source, book, server)
+            took["first_copy_s"], took["replication_s"] = _replicate(source, addresses, server)
             took["socket_s"] = plain.measure()
             for key, seconds in took.items() if counts else ():
                 samples.setdefault(key, []).append(seconds)

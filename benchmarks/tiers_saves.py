@@ -71,7 +71,8 @@ class Saver:
         self.running.flush()
         written = time.perf_counter() - started
         assert self.running.stats.saves == before + 1, "the save was skipped"
-        assert self.running.store.trouble is None, f"it found no room in memory: {self.running.store.trouble}"
+        trouble = self.running.store.directory.trouble
+        assert trouble is None, f"it found no room in memory: {trouble}"
         self._state.optimizer.zero_grad()
         return self.running.stats.stall_seconds, written
 
@@ -147,8 +148,8 @@ def steps(
         store = running.store
         saver.save("eager")
         saver.save("lazy")
-        assert store.memory is not None
-        chain = new_chain(store.memory_folders[0] / store.memory.folder, folder / "steps-book", address)
+        assert store.directory.memory is not None
+        chain = new_chain(store.directory.memory, folder / "steps-addresses", address)
         try:
             for turn in report.counted(range(2 * rounds), 2 * rounds, "stretches of training steps"):
                 replicated = turn % 4 in (0, 3)
@@ -165,5 +166,5 @@ def steps(
             wait_for_copies(chain)
         finally:
             store.chain = None
-            chain.close(remove=False)
+            chain.close()
     return samples, {"skipped_saves": running.stats.skipped_saves, "copies_late_saves": late}

@@ -22,8 +22,8 @@ from lightning_scar.core.restoration import NoCheckpointError, load
 from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.delta import StorageError, StoredBlock
 from lightning_scar.storage.directory import Directory, Tier
-from lightning_scar.storage.store import Store, rank_folder, rank_of, retry_vanished
-from lightning_scar.storage.tiers import open_store
+from lightning_scar.storage.places import open_store
+from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of, retry_vanished
 
 
 def run() -> int:
@@ -120,7 +120,7 @@ def main() -> None:
         sys.exit(f"lightning-scar: {error}")
 
 
-def _opened(dir: str, storage_options: dict[str, Any] | None) -> Store:
+def _opened(dir: str, storage_options: dict[str, Any] | None) -> DeltaStore:
     store = open_store(dir, storage_options)
     retry_vanished(store.refresh)
     if not list(store.index.keys()):
@@ -149,7 +149,7 @@ def _weights_file(checkpoint: dict[str, Any]) -> bytes:
     return safetensors.torch.save({name: value.clone().contiguous() for name, value in weights.items()})
 
 
-def _summary(store: Store) -> Table:
+def _summary(store: DeltaStore) -> Table:
     heads, consistent = store.index.heads, store.index.consistent
     head = max(heads.values(), key=lambda head: head.step)
     newest = _newest(store)
@@ -169,14 +169,14 @@ def _summary(store: Store) -> Table:
         f"{readable(sum(delta.nbytes for delta in store.deltas))}",
         "starts": str(len(store.index.lineage)),
     }
-    if in_memory := [delta.nbytes for delta in store.deltas if delta.directory.tier is Tier.MEMORY]:
+    if in_memory := [delta.nbytes for delta in store.deltas if delta.directory.tier(delta.name) is Tier.MEMORY]:
         rows["of these in this host's memory"] = f"{len(in_memory)}, {readable(sum(in_memory))}"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
 
 
-def _refresh(store: Store) -> str:
+def _refresh(store: DeltaStore) -> str:
     """How far it is off, and what it takes."""
     by_age = sorted(store.deltas, key=lambda delta: delta.head.recency)
     newest = {delta.head.rank: delta for delta in by_age if delta.head.kind != "compacted"}
@@ -188,7 +188,7 @@ def _refresh(store: Store) -> str:
     return f"{share:.0%} of the bytes of the last save; without it the distance would be {math.hypot(*bases):.4g}"
 
 
-def _ranks(store: Store) -> Table:
+def _ranks(store: DeltaStore) -> Table:
     heads = store.index.heads
     world_size = max(head.world_size for head in heads.values())
     table = Table(title="What every rank saved last", title_justify="left")
@@ -207,7 +207,7 @@ def _ranks(store: Store) -> Table:
     return table
 
 
-def _tensors(store: Store) -> Table:
+def _tensors(store: DeltaStore) -> Table:
     by_tensor: dict[str, list[StoredBlock]] = {}
     for block in _newest(store):
         by_tensor.setdefault(block.key.rsplit("[", 1)[0], []).append(block)
@@ -223,6 +223,6 @@ def _tensors(store: Store) -> Table:
     return table
 
 
-def _newest(store: Store) -> list[StoredBlock]:
+def _newest(store: DeltaStore) -> list[StoredBlock]:
     keys = sorted(store.index.keys())
     return [block for key in keys if (block := store.index.newest(key)) is not None and not is_skeleton(key)]

@@ -11,7 +11,7 @@ from lightning_scar.core.codec import Codec, decode, encode
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.reader import Reader
 from lightning_scar.core.restoration import restore
-from lightning_scar.storage.tiers import open_store
+from lightning_scar.storage.places import open_store
 
 #: A place in a checkpoint.
 Path = tuple[str | int, ...]

@@ -14,7 +14,7 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
 from lightning_scar.storage.delta import StoredBlock
 from lightning_scar.storage.host_memory import VARIABLE
-from lightning_scar.storage.tiers import open_store
+from lightning_scar.storage.places import open_store
 
 
 @dataclass

@@ -1,13 +1,16 @@
 """The directory of a running checkpoint, taken by all ranks of one run."""
 
 import socket
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.settings import Settings
 from lightning_scar.storage.delta import StorageError
-from lightning_scar.storage.lease import Lease, tokens_of
-from lightning_scar.storage.tiered_rank_store import TieredRankStore
+from lightning_scar.storage.directory import Tier
+from lightning_scar.storage.host_memory import HostMemory, MemoryPlace, left_in_memory
+from lightning_scar.storage.lease import Lease
+from lightning_scar.storage.rank_store import RankStore
+from lightning_scar.storage.write_back import bring_in, drop
 
 
 class Seat(NamedTuple):
@@ -32,16 +35,20 @@ class Seat(NamedTuple):
 class Claim:
     """The right of a run to write to a directory. The first rank holds its lease, the others follow it.
 
-    Making one is a collective, except with a seat: on an error of any rank all raise.
+    Making one is a collective, except with a seat: on an error of any rank all raise. What earlier starts have left in
+    the memory of these hosts is in storage then.
 
     Args:
         store: The directory, as this rank writes to it.
         ranks: All ranks of the run.
+        settings: Whether saves go to memory.
         seat: That of a rank that died, to be taken without the others.
 
     Attributes:
         incarnation: The number of this start of the training.
         trouble: Why the directory cannot be written to, if so; on all ranks, so that they go on or end together.
+        memory_is_lost: Whether earlier starts saved to memory, and none of these hosts has any of it.
+        unread: Why what lies in memory could not be brought to storage, if so, by rank.
 
     Raises:
         StorageError: If the directory holds something else, or some rank sees another one under its name.
@@ -49,26 +56,28 @@ class Claim:
 
     """
 
-    def __init__(self, store: TieredRankStore, ranks: Ranks, seat: Seat | None = None) -> None:
+    def __init__(self, store: RankStore, ranks: Ranks, settings: Settings, seat: Seat | None = None) -> None:
         self._store = store
         self._ranks = ranks
-        self._lease = Lease(store.directory, memory=store.has_memory)
-        #: Whether the last start saved to memory, and none of these hosts has any of it.
+        self._settings = settings
+        self._lease = Lease(store.directory.storage, memory=settings.memory)
         self.memory_is_lost = False
         self.trouble: OSError | None = None
+        self.unread: dict[int, str] = {}
         try:
             if seat is not None:
                 self._sit_down(seat)
                 return
-            token, previous, host, trouble = ranks.gather(ranks.together(self._take))[0]
+            token, host, trouble = ranks.gather(ranks.together(self._take))[0]
             if trouble is not None and self.trouble is None:
                 self.trouble = OSError(trouble)
             ranks.together(lambda: self._follow(token, host))
-            self.incarnation = 1 + max(ranks.gather(ranks.together(lambda: self._enter(token, previous))))
-            left = {folder.name for folders in ranks.gather(store.memory_folders) for folder in folders}
-            self.memory_is_lost = token is not None and self._lease.needs_memory and not left & set(previous)
+            self._take_in_memory()
+            seen = max(ranks.gather(ranks.together(self._look)))
+            self.incarnation = 1 + max(seen, ranks.gather(self._lease.incarnation)[0])
+            self._lease.begin(self.incarnation)
         except BaseException:
-            self._store.leave_memory(remove=False)
+            self._store.leave_memory(is_stored=False)
             self.release()
             raise
 
@@ -83,13 +92,17 @@ class Claim:
         return self._lease.lost
 
     def release(self, is_stored: bool = True) -> None:
-        """Gives the directory back.
+        """Give the directory back.
 
         Args:
             is_stored: ``False`` if the next start has to find in memory what this one could not bring to storage.
 
         """
-        self._lease.release(is_stored, has_memory=self._store.memory is not None)
+        self._lease.release(is_stored, has_memory=self._store.directory.memory is not None)
+
+    def forget_lost_memory(self) -> None:
+        """Note that the loss of what earlier starts had in memory has been told."""
+        self._lease.left_unstored = False
 
     def _sit_down(self, seat: Seat) -> None:
         self.incarnation = seat.incarnation
@@ -99,27 +112,24 @@ class Claim:
             self._lease.succeed(seat.token)
         else:
             self._lease.watch(seat.token)
-        self._enter(seat.token, tokens_of(self._store.directory)[1:])
+        if (memory := self._open_memory()) is not None:
+            self._store.use_memory(memory, self._settings.durable_every_n_saves)
+        self._store.open()
 
-    def forget_previous(self) -> None:
-        """Nothing of what earlier starts have left in memory is needed any more."""
-        self._lease.continues = []
-
-    def _take(self) -> tuple[str | None, list[str], str, str | None]:
+    def _take(self) -> tuple[str | None, str, str | None]:
         if foreign := self._store.foreign_names():
             raise StorageError(
                 f"{self._store.directory} holds something else than a running checkpoint ({', '.join(foreign[:3])}"
                 f"{', ...' if len(foreign) > 3 else ''}). Choose an empty or new directory."
             )
-        self._store.refresh()
         if self._ranks.rank == 0:
             try:
                 self._lease.acquire()
             except OSError as error:
                 self.trouble = error
         if self.trouble is not None:
-            return None, [], socket.gethostname(), str(self.trouble)
-        return self._lease.token, self._lease.continues, socket.gethostname(), None
+            return None, socket.gethostname(), str(self.trouble)
+        return self._lease.token, socket.gethostname(), None
 
     def _follow(self, token: str | None, host: str) -> None:
         if self._ranks.rank == 0 or token is None:
@@ -132,8 +142,58 @@ class Claim:
             )
         self._lease.watch(token)
 
-    def _enter(self, token: str | None, previous: Sequence[str]) -> int:
-        if token is not None:
-            self._store.enter(token, previous)
-        self._store.refresh()
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def _take_in_memory(self) -> None:
+        """Bring to storage what lies in the memory of these hosts, so that all ranks see the same. A collective."""
+        left = self._ranks.gather(self._is_left_here)
+        is_unstored = self._ranks.gather(self._lease.left_unstored)[0]
+        self.memory_is_lost = self.trouble is None and is_unstored and not any(left)
+        memory = self._ranks.together(self._open_memory)
+        hosts = self._ranks.gather(memory.host.name if memory is not None else None)
+        here = [rank for rank, host in enumerate(hosts) if host == hosts[self._ranks.rank]]
+        brought = self._ranks.gather(self._bring_in(memory, here.index(self._ranks.rank), len(here)))
+        self.unread = {rank: found for rank, found in enumerate(brought) if isinstance(found, str)}
+        if memory is None:
+            return
+        if self.unread and self._ranks.world_size > 1:
+            # The other ranks would not see what is left there.
+            memory.host.leave()
+            return
+        store = self._store
+        store.local_ranks = set(here)
+        store.directory.brought = {
+            name: Tier.MEMORY if rank in here else Tier.NEIGHBOUR
+            for rank, found in enumerate(brought)
+            if not isinstance(found, str)
+            for name in found
+        }
+        if not self.unread:
+            drop(memory, lambda folder: self._settings.memory and store.is_local(folder))
+            self._lease.left_unstored &= self.memory_is_lost
+        if self._settings.memory or self.unread:
+            store.use_memory(memory, self._settings.durable_every_n_saves)
+        else:
+            memory.host.leave()
+
+    @property
+    def _is_left_here(self) -> bool:
+        return self.trouble is None and left_in_memory(self._store.directory.storage, self._lease.run) is not None
+
+    def _open_memory(self) -> MemoryPlace | None:
+        """Return the run's folder in this host's memory, if saves go there or earlier ones did."""
+        if self.trouble is not None or not (self._settings.memory or self._is_left_here):
+            return None
+        host = HostMemory(self._store.directory.storage, self._lease.run)
+        return MemoryPlace(host, self._settings.memory_limit)
+
+    def _bring_in(self, memory: MemoryPlace | None, share: int, shares: int) -> set[str] | str:
+        """Return the names of the files brought to storage, or why they could not be."""
+        try:
+            return bring_in(self._store.directory, memory, share, shares) if memory is not None else set()
+        except OSError as error:
+            return repr(error)
+
+    def _look(self) -> int:
+        self._store.open()
         return max((delta.head.incarnation for delta in self._store.deltas), default=0)

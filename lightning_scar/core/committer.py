@@ -16,7 +16,7 @@ from lightning_scar.core.skeletons import skeleton_key
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.delta import WHOLE, Column, Section, StorageError, checksum
 from lightning_scar.storage.head import Head, Mark, Version
-from lightning_scar.storage.tiered_rank_store import TieredRankStore
+from lightning_scar.storage.rank_store import RankStore
 
 
 class Committer:
@@ -35,7 +35,7 @@ class Committer:
 
     """
 
-    def __init__(self, store: TieredRankStore, stats: Stats, ranks: Ranks, incarnation: int) -> None:
+    def __init__(self, store: RankStore, stats: Stats, ranks: Ranks, incarnation: int) -> None:
         self.unwritten: SimpleQueue[tuple[Version, set[str]]] = SimpleQueue()
         self.negative: dict[tuple[str, str], bool] = {}
         self.skeleton_key = skeleton_key(ranks.rank)

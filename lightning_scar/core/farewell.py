@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import partial
 
 from lightning_scar.core.claim import Claim
-from lightning_scar.storage.tiered_rank_store import TieredRankStore
+from lightning_scar.storage.rank_store import RankStore
 
 
-def at_exit(store: TieredRankStore, claim: Claim) -> Callable[[], None]:
+def at_exit(store: RankStore, claim: Claim) -> Callable[[], None]:
     """Sees to it when the interpreter ends, by itself or by an exception, without a collective.
 
     Memory stays as it is for the next start, and where there is any so does the lease, which tells of it. A process
@@ -28,7 +28,7 @@ def at_exit(store: TieredRankStore, claim: Claim) -> Callable[[], None]:
     return partial(atexit.unregister, leave)
 
 
-def _leave(store: TieredRankStore, claim: Claim, process: int) -> None:
+def _leave(store: RankStore, claim: Claim, process: int) -> None:
     # A child process that was forked ends, too, and has nothing to do with it.
     if os.getpid() != process or claim.is_lost:
         return

@@ -10,7 +10,7 @@ from lightning_scar.core.memory import is_finite
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.reader import Reader
 from lightning_scar.core.recovery import RecoveryPlan
-from lightning_scar.storage.store import Store
+from lightning_scar.storage.store import DeltaStore
 
 
 def non_finite_blocks(state: LiveState) -> set[str]:
@@ -43,7 +43,7 @@ def survivors(block_map: BlockMap, lost: Sequence[set[str]]) -> dict[str, int]:
     return found
 
 
-def heal(store: Store, state: LiveState, ranks: Ranks, lost: Sequence[set[str]]) -> RecoveryPlan:
+def heal(store: DeltaStore, state: LiveState, ranks: Ranks, lost: Sequence[set[str]]) -> RecoveryPlan:
     """Restores what was lost in place: from a rank that still has it, else from disk. A collective.
 
     Args:

@@ -7,9 +7,9 @@ from lightning_scar.core.memory import readable
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.stats import Stats
-from lightning_scar.storage.compaction import NEWEST_ONLY
-from lightning_scar.storage.rank_store import LimitError
-from lightning_scar.storage.tiered_rank_store import TieredRankStore
+from lightning_scar.storage.host_memory import LimitError
+from lightning_scar.storage.rank_store import RankStore
+from lightning_scar.storage.write_back import STATES
 
 #: A copy that lags so many saves behind is worth a warning.
 _FAR_BEHIND = 8
@@ -18,8 +18,8 @@ _MORE_ROOM = "Give memory more room (--shm-size for a container), or leave memor
 _RAISE_LIMIT = "Raise memory_limit, or leave memory out"
 
 
-def tell_of_memory(notices: Notices, store: TieredRankStore, settings: Settings, share: int) -> None:
-    """States once how much memory saves will take, or warns that there is less.
+def tell_of_memory(notices: Notices, store: RankStore, settings: Settings, share: int) -> None:
+    """State once how much memory saves will take, or warn that there is less.
 
     Args:
         notices: Tells it.
@@ -28,41 +28,40 @@ def tell_of_memory(notices: Notices, store: TieredRankStore, settings: Settings,
         share: Bytes of the state that this rank owns.
 
     """
-    assert store.memory is not None
-    folder, every = store.memory.directory.path, settings.durable_every_n_saves
-    each = int((NEWEST_ONLY.states + settings.fraction) * share)
+    assert store.write_back is not None
+    memory, every = store.write_back.memory, settings.durable_every_n_saves
+    each = int((STATES + settings.fraction) * share)
+    copy = int(min(STATES, every * settings.fraction) * share)
     local = len(store.local_ranks)
     # Hosts are taken to be alike: this one keeps as many copies for others as they do for it.
-    copies = min(settings.replicas * local, store.storage.world_size - local) if store.chain is not None else 0
-    need, limit = each * (local + copies), settings.memory_limit
+    copies = min(settings.replicas * local, store.world_size - local) if store.chain is not None else 0
+    need, limit = each * local + copy * copies, settings.memory_limit
     if limit is not None and each > limit:
         notices.warn(
             "memory",
             f"this rank may need {readable(each)} of memory, and memory_limit={limit} allows {readable(limit)}; "
             f"{_TO_STORAGE}. {_RAISE_LIMIT}",
         )
-    elif not store.is_first_here:
+    elif store.rank != min(store.local_ranks):
         return
-    elif need > (room := store.room):
+    elif need > (free := memory.host.free_bytes + store.memory_bytes):
         notices.warn(
             "memory",
-            f"this host may need {readable(need)} of memory, and {folder} has {readable(room)} for it; "
+            f"this host may need {readable(need)} of memory, and {memory.path} has {readable(free)} for it; "
             f"{_TO_STORAGE}. {_MORE_ROOM}",
         )
-    elif store.storage.rank == 0:
-        inherited = store.inherited_bytes
+    elif store.rank == 0:
         ranks = f"{local} ranks" if local > 1 else "a rank"
         of_others = f" and copies of {copies} of other hosts" if copies else ""
-        left = f", beside {readable(inherited)} that dead starts have left until all is saved anew" if inherited else ""
         notices.tell(
-            f"saves go to memory first, {folder}: at most {readable(need)} on a host for {ranks}{of_others}, of "
-            f"{readable(room)} that are free{left}. Every {f'{every} saves' if every > 1 else 'save'} what is "
-            f"new there goes to {store.directory}, too."
+            f"saves go to memory first, {memory.path}: at most {readable(need)} on a host for {ranks}{of_others}, of "
+            f"{readable(free)} that are free. Every {f'{every} saves' if every > 1 else 'save'} {store.directory} is "
+            "brought up to date."
         )
 
 
-def warn_of_memory(notices: Notices, store: TieredRankStore, stats: Stats, trouble: OSError | None) -> None:
-    """Warns, once of each kind, of memory that was lost, of saves that found no room there and of copies not made.
+def warn_of_memory(notices: Notices, store: RankStore, stats: Stats, trouble: OSError | None) -> None:
+    """Warn, once of each kind, of memory that was lost, of saves that found no room there and of copies not made.
 
     Args:
         notices: Warns.
@@ -71,14 +70,14 @@ def warn_of_memory(notices: Notices, store: TieredRankStore, stats: Stats, troub
         trouble: Why there are none, if so.
 
     """
-    if store.memory is not None and store.memory.loss is not None:
+    if store.write_back is not None and store.write_back.loss is not None:
         notices.warn(
             "loss",
-            f"somebody has removed what this rank had in memory ({store.memory.loss}); it is saved anew. Leave that "
-            "folder alone while the run lives, and exclude it from whatever cleans up there",
+            f"somebody has removed what this rank had in memory ({store.write_back.loss}); it is saved anew. Leave "
+            "that folder alone while the run lives, and exclude it from whatever cleans up there",
         )
-    if store.trouble is not None:
-        notices.warn("no_room", f"a save could not go to memory: {_explained(store.trouble)}")
+    if store.directory.trouble is not None:
+        notices.warn("no_room", f"a save could not go to memory: {_explained(store.directory.trouble)}")
     if trouble is not None:
         notices.warn("replication", f"this rank's memory is not copied to other hosts: {trouble!r}")
     if store.chain is not None and stats.unreplicated_saves > _FAR_BEHIND:
@@ -98,26 +97,25 @@ def _explained(trouble: OSError) -> str:
     return f"{trouble!r}; it went to storage at once, as all do that memory does not take"
 
 
-def warn_of_lost_hosts(notices: Notices, lost: Mapping[int, str], rank: int) -> None:
-    """Warns once, on the first rank, that a recovery goes on without the memory of some hosts.
+def warn_of_unread_memory(notices: Notices, unread: Mapping[int, str], rank: int) -> None:
+    """Warn once, on the first rank, that what lies in memory could not be brought to storage.
 
     Args:
         notices: Warns.
-        lost: The ranks that serve these hosts' memory, and why it cannot be read.
+        unread: Why, by rank.
         rank: This rank.
 
     """
-    if lost and rank == 0:
-        found = "; ".join(f"that of rank {server}: {why}" for server, why in lost.items())
-        hosts = f"{len(lost)} host{'s' * (len(lost) != 1)}"
+    if unread and rank == 0:
+        found = "; ".join(f"rank {of}: {why}" for of, why in unread.items())
         notices.warn(
-            "lost_hosts",
-            f"the memory of {hosts} cannot be read ({found}), and what only they have falls through to storage. "
-            "Hosts have to reach each other on all ports, as process groups need it, too",
+            "unread_memory",
+            f"what earlier starts have left in memory cannot be brought to storage ({found}). The run goes on from "
+            "what all ranks can read, and saves all of it anew",
         )
 
 
-def warn_of_lost_memory(notices: Notices, store: TieredRankStore) -> None:
+def warn_of_lost_memory(notices: Notices, store: RankStore) -> None:
     """Warns that the last start saved to memory, and that nothing of it is left on any host.
 
     Args:

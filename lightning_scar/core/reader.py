@@ -15,9 +15,8 @@ from lightning_scar.core.recovery import RecoveryPlan, Source
 from lightning_scar.core.shares import shares
 from lightning_scar.core.skeleton import Path
 from lightning_scar.storage.delta import Delta, Encoded, Refresh, StoredRefresh
-from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.reading import Damage, Reading, fill, read_refreshes
-from lightning_scar.storage.store import Store
+from lightning_scar.storage.store import DeltaStore
 
 
 class Reader:
@@ -36,7 +35,7 @@ class Reader:
 
     def __init__(
         self,
-        store: Store,
+        store: DeltaStore,
         block_map: BlockMap,
         plan: RecoveryPlan,
         ranks: Ranks,
@@ -154,9 +153,7 @@ class Reader:
                 for at in self._plan[key].versions[:1]:
                     for newest in self._store.index.refreshes(at.block)[:1]:
                         group = whole[part.group.name]
-                        # By the name: copies on several hosts have one name, and paths that differ from rank to rank.
-                        # By where it lies: what memory spills may have the name of a delta with other blocks.
-                        place = newest.delta.directory.tier is Tier.STORAGE, newest.delta.name, group.name
+                        place = newest.delta.name, group.name
                         wanted = found.setdefault(place, _Wanted(newest.delta, newest.refresh, group, {}))
                         wanted.places[newest.position] = key
         return {place: found[place] for place in sorted(found)}
@@ -225,8 +222,8 @@ class Reader:
             tensor.zero_()
 
 
-#: Whether it lies in storage, the name of its delta, that of its group.
-_Place = tuple[bool, str, str]
+#: The name of its delta, and that of its group.
+_Place = tuple[str, str]
 
 
 class _Wanted(NamedTuple):

@@ -56,10 +56,10 @@ class Planned:
 class RecoveryPlan:
     """Where every block of a training state comes from, from what is alive, what is on disk and what is damaged.
 
-    A block that some rank still holds comes from there, every other one from its newest version, in the nearest tier
-    that has it: this host's memory, a neighbour's, or storage. When that turns out to be damaged, :meth:`fall_back`
-    goes on to the next tier, to an older version, and in the end to the initial value. A fresh process is the case in
-    which nothing is alive.
+    A block that some rank still holds comes from there, every other one from its newest version, in the nearest place
+    that has it: this host's memory, or storage, where what only another host's memory had has been brought. When it
+    turns out to be damaged in all places, :meth:`fall_back` goes on to an older version, and in the end to the initial
+    value. A fresh process is the case in which nothing is alive.
 
     Partial recovery is SCAR's (section 3.2): the less is lost, the smaller the perturbation.
 
@@ -138,7 +138,7 @@ class RecoveryPlan:
         if planned.versions:
             delta, block = planned.versions[0]
             is_newest = block.version == self._newest[key]
-            planned.source = _OF_TIERS[delta.directory.tier] if is_newest else Source.OLDER
+            planned.source = _OF_TIERS[delta.directory.tier(delta.name)] if is_newest else Source.OLDER
             return
         if key not in self._initial:
             raise IncompleteError(

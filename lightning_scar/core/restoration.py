@@ -19,17 +19,13 @@ from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.head import Mark
 from lightning_scar.storage.index import Located
+from lightning_scar.storage.places import open_store
 from lightning_scar.storage.reading import Damage
-from lightning_scar.storage.store import Store, retry_vanished
-from lightning_scar.storage.tiers import open_store
+from lightning_scar.storage.store import DeltaStore, retry_vanished
 
 
 class NoCheckpointError(StorageError):
     """The directory holds no running checkpoint."""
-
-
-class DisagreementError(StorageError):
-    """Not all ranks see the same running checkpoint."""
 
 
 @dataclass
@@ -133,7 +129,7 @@ def is_running_checkpoint(url: str | os.PathLike[str], storage_options: dict[str
 
 
 def restore(
-    store: Store,
+    store: DeltaStore,
     *,
     consistent: bool = False,
     into: dict[str, Any] | None = None,
@@ -217,7 +213,7 @@ class _Found:
 
 
 def _look(
-    store: Store,
+    store: DeltaStore,
     consistent: bool,
     into: dict[str, Any] | None,
     initial: dict[str, Any] | None,
@@ -242,7 +238,7 @@ def _tensors(checkpoint: dict[str, Any] | None) -> dict[Path, Tensor]:
     return {leaf.path: leaf.tensor for leaf in take_apart(checkpoint, {})[1]} if checkpoint else {}
 
 
-def _limit(store: Store, consistent: bool) -> Mark | None:
+def _limit(store: DeltaStore, consistent: bool) -> Mark | None:
     if not list(store.index.keys()):
         reasons = "".join(f"\n  {damage}" for damage in store.damaged)
         raise NoCheckpointError(f"{store.directory} holds no running checkpoint{reasons}")
@@ -254,7 +250,7 @@ def _limit(store: Store, consistent: bool) -> Mark | None:
     return store.index.consistent if consistent else None
 
 
-def _shards(store: Store, skeletons: Skeletons, newest: Stored, ranks: Ranks) -> list[Stored]:
+def _shards(store: DeltaStore, skeletons: Skeletons, newest: Stored, ranks: Ranks) -> list[Stored]:
     found = skeletons.of_all_starts()
     world_size = newest.at.delta.head.world_size
     missing = set(range(world_size)) - {stored.rank for stored in found}
@@ -270,26 +266,26 @@ def _shards(store: Store, skeletons: Skeletons, newest: Stored, ranks: Ranks) ->
     return found
 
 
-def _is_complete(store: Store, found: list[Stored], incarnation: int) -> bool:
+def _is_complete(store: DeltaStore, found: list[Stored], incarnation: int) -> bool:
     """Whether the skeletons of all ranks of one start are there."""
     sizes = {delta.head.world_size for delta in store.deltas if delta.head.incarnation == incarnation}
     ranks = {stored.rank for stored in found if stored.at.block.version.incarnation == incarnation}
     return any(ranks >= set(range(size)) for size in sizes)
 
 
-def _check_agreement(store: Store, found: _Found, ranks: Ranks) -> None:
+def _check_agreement(store: DeltaStore, found: _Found, ranks: Ranks) -> None:
     # Copies of a block lie in files of other names: one host may have merged what another has not.
     newest = found.newest.at.block
     seen = (f"{newest.key} of step {newest.version.step}", len(store.deltas), describe(found.map), newest.version)
     for rank, other in enumerate(ranks.gather(seen)):
         if other != seen:
-            raise DisagreementError(
+            raise StorageError(
                 f"rank {ranks.rank} sees {seen[1]} deltas in {store.directory}, the newest {seen[0]}; rank {rank} sees "
                 f"{other[1]}, the newest {other[0]}. All ranks need the same directory, on a shared file system."
             )
 
 
-def _report(store: Store, restored: Restored) -> None:
+def _report(store: DeltaStore, restored: Restored) -> None:
     damages = [*store.damaged, *(damage for _, damage in restored.damages), *restored.unrefreshed]
     # Several thousand blocks may lie in one lost file: name the first, count the rest.
     shown = "\n  ".join(map(str, damages[:8])) + (f"\n  and {len(damages) - 8} more" * (len(damages) > 8))

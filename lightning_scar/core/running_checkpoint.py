@@ -21,7 +21,7 @@ from lightning_scar.core.devices import HostBuffer, HostBuffers
 from lightning_scar.core.farewell import at_exit
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection
-from lightning_scar.core.memory_use import tell_of_memory, warn_of_lost_hosts, warn_of_lost_memory, warn_of_memory
+from lightning_scar.core.memory_use import tell_of_memory, warn_of_lost_memory, warn_of_memory, warn_of_unread_memory
 from lightning_scar.core.neighbours import Neighbours
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
@@ -34,7 +34,7 @@ from lightning_scar.core.stager import Stager
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.head import Version
-from lightning_scar.storage.tiered_rank_store import TieredRankStore
+from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.writer import DEPTH, BackgroundWriter
 
 
@@ -79,13 +79,11 @@ class RunningCheckpoint:
     ) -> None:
         self.settings = settings or Settings()
         self.ranks = ranks or Ranks()
-        every = self.settings.durable_every_n_saves if self.settings.memory else None
-        members = self.ranks.rank, self.ranks.world_size
-        self.store = TieredRankStore(url, storage_options, *members, every, self.settings.memory_limit)
+        self.store = RankStore(url, storage_options, self.ranks.rank, self.ranks.world_size)
         self.stats = Stats()
         self._notices = Notices()
         self.settings.warn_of_unused(self._notices, self.ranks.rank)
-        self._claim = Claim(self.store, self.ranks, seat)
+        self._claim = Claim(self.store, self.ranks, self.settings, seat)
         self._take_note_of(self._claim.trouble)
         self._neighbours = Neighbours(self.store, self.ranks, self.settings, self._claim.token, seat)
         self._sequence = seat.sequence if seat is not None else 0
@@ -131,28 +129,20 @@ class RunningCheckpoint:
             IncompleteError: If no intact version of some block is left, and no initial value given.
 
         """
-        with self._neighbours.look() as has_memory:
-            restored = self._neighbours.read(
-                lambda: restore(
-                    self.store, weights_only=weights_only, initial=initial, ranks=self.ranks, with_bases=True
-                )
-            )
-        warn_of_lost_hosts(self._notices, self._neighbours.lost, self.ranks.rank)
+        restored = restore(self.store, weights_only=weights_only, initial=initial, ranks=self.ranks, with_bases=True)
+        warn_of_unread_memory(self._notices, self._claim.unread, self.ranks.rank)
         if self._claim.memory_is_lost:
             warn_of_lost_memory(self._notices, self.store)
+            self._claim.forget_lost_memory()
         self._committer.go_on_from(self.store.index.lineage)
         for located, _ in restored.damages:
             self.store.index.discard(located)
-        self.store.forget_obsolete(restored.plan.deltas)
         self.recovery = f"age of the oldest block {restored.oldest_age} steps. {restored.plan}"
         self.restored_ranks = restored.world_size
         bases, self._dissection.block_size = self._stager.bases, restored.map.block_size
         bases.adopt(restored.map, restored.bases, restored.plan.versions)
         self._committer.negative |= restored.negative
-        self._has_base = not has_memory
-        if has_memory:
-            # All of it is saved anew: memory has to hold what does not change any more, too.
-            bases.due[:] = True
+        self._has_base = not self._claim.unread
         self.settings.warn_of_block_size(self._notices, restored.map.block_size, str(self.store.directory))
         return restored
 
@@ -186,13 +176,11 @@ class RunningCheckpoint:
         if not any(lost):
             return None
         self.flush()
-        # All ranks are done with writing, so that all see the same.
+        # Other hosts see what is in storage.
+        self.ranks.together(self.store.bring_to_storage)
         self.ranks.gather(None)
         self.store.look_around(others=True)
-        with self._neighbours.look():
-            plan = heal(self.store, state, self.ranks, lost)
-        warn_of_lost_hosts(self._notices, self._neighbours.lost, self.ranks.rank)
-        return plan
+        return heal(self.store, state, self.ranks, lost)
 
     @property
     def seat(self) -> Seat:
@@ -323,16 +311,14 @@ class RunningCheckpoint:
         try:
             if not self._claim.is_lost:
                 self.store.bring_to_storage()
-                self.store.wait_for_others()
         except Exception as error:
             # The next start finds it in memory, by the lease.
             self._late_errors.append(error)
         is_stored = not self._late_errors and not self._claim.is_lost
-        if self.store.follows_nobody:
-            self._claim.forget_previous()
-        self.store.leave_memory(is_stored, with_copies=self._neighbours.close(is_stored))
+        self._neighbours.close(is_stored)
+        self.store.leave_memory(is_stored)
         self._claim.release(is_stored)
-        self.stats.bytes_written = self.store.stored_bytes
+        self.stats.bytes_written = self.store.directory.stored_bytes
 
     def _hand_over(self, save: Save) -> None:
         self._stager.finish(save)
@@ -345,10 +331,8 @@ class RunningCheckpoint:
         self._writer.submit(lambda: self._committer.commit(save, state_bytes))
         # Interrupted before this, it is called off although it may be written; then its blocks are written once more.
         self._save = None
-        if self.store.follows_nobody:
-            self._claim.forget_previous()
         self.stats.warn_of_non_finite(self._notices)
-        if self.stats.saves == 1 and self.store.memory is not None:
+        if self.stats.saves == 1 and self.store.write_back is not None:
             tell_of_memory(self._notices, self.store, self.settings, state_bytes)
         self.stats.queue_depth = self._writer.depth
 
@@ -356,7 +340,7 @@ class RunningCheckpoint:
         """Raises or warns about failed writes, and has what they did not save saved again."""
         self._take_unwritten()
         self.stats.warn_of_non_finite(self._notices)
-        self.stats.bytes_written = self.store.stored_bytes
+        self.stats.bytes_written = self.store.directory.stored_bytes
         late = [*self.store.take_errors(), *self._late_errors]
         self._late_errors.clear()
         self.stats.failed_saves += len(late)

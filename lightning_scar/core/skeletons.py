@@ -12,7 +12,7 @@ from lightning_scar.core.skeleton import Path, Skeleton, pack, unpack
 from lightning_scar.storage.head import Mark
 from lightning_scar.storage.index import Located
 from lightning_scar.storage.reading import Damage, Reading, fill
-from lightning_scar.storage.store import Store
+from lightning_scar.storage.store import DeltaStore
 
 _PREFIX = "skeleton-"
 
@@ -98,7 +98,7 @@ class Skeletons:
 
     """
 
-    def __init__(self, store: Store, limit: Mark | None, weights_only: bool | None) -> None:
+    def __init__(self, store: DeltaStore, limit: Mark | None, weights_only: bool | None) -> None:
         self._store = store
         self._limit = limit
         self._weights_only = weights_only

@@ -31,7 +31,7 @@ from lightning_scar.lightning.fit_start import FitStart
 from lightning_scar.lightning.refusals import as_misconfiguration, check_strategy
 from lightning_scar.lightning.restart import calls
 from lightning_scar.lightning.sigterm import TrainerSigterm
-from lightning_scar.storage.tiers import open_store
+from lightning_scar.storage.places import open_store
 
 
 class SCARCheckpoint(Checkpoint):

@@ -1,67 +1,150 @@
-"""What a rank has in memory, copied to the memory of the hosts that come next, beside the training.
+"""What only a rank's memory has, copied to the memory of the hosts that come next, beside the training.
 
 Chain replication (van Renesse and Schneider, OSDI 2004) as far as a running checkpoint needs it: files are immutable,
-and any newest version will do, so a copy is a folder that follows another one, file by file in their order, each
+and any newest version will do, so a copy is a place that follows another one, file by file in their order, each
 acknowledged. Whatever a slow network does not carry in time is superseded and never sent.
 """
 
+import json
 import threading
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from pathlib import Path
+from typing import NamedTuple
 
-from lightning_scar.storage.address_book import AddressBook, Entry
-from lightning_scar.storage.delta import SUFFIX
-from lightning_scar.storage.folder_client import FolderClient
-from lightning_scar.storage.folder_protocol import NoRoomError
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.neighbour import Neighbour, NoRoomError
+from lightning_scar.storage.places import Copies
+from lightning_scar.storage.store import rank_folder
 
-#: Seconds after which a host that could not be reached is tried again, and the address book read again.
+_FILE = "address.json"
+#: Seconds after which a host that could not be reached is tried again, and addresses are read again.
 _RETRY_SECONDS = 5.0
 #: Seconds that the end may take.
-_FAREWELL_SECONDS = 10.0
+_CLOSE_SECONDS = 10.0
 _TIMEOUT = 10.0
-#: How often in a row files may be merged away while they are copied.
-_ATTEMPTS = 5
+
+
+class Address(NamedTuple):
+    """Where a rank takes in copies.
+
+    Attributes:
+        rank: The rank.
+        memory: The name of its host's memory, the same for all ranks of the host.
+        host: The address that it listens at.
+        port: The port.
+
+    """
+
+    rank: int
+    memory: str
+    host: str
+    port: int
+
+
+class Addresses:
+    """The addresses of all ranks of one start, in the directory: a replacement writes its own over the old one.
+
+    Args:
+        directory: The running checkpoint's.
+        token: Of the run's lease; addresses of other starts do not count.
+
+    Example::
+
+        >>> addresses = Addresses(Directory("memory://addresses-example"), token="a")
+        >>> addresses.write(Address(1, "here", "127.0.0.1", 4711))
+        >>> addresses.read(world_size=2)
+        [Address(rank=1, memory='here', host='127.0.0.1', port=4711)]
+
+    """
+
+    def __init__(self, directory: Directory, token: str) -> None:
+        self._directory = directory
+        self._token = token
+
+    def write(self, address: Address) -> None:
+        """Write a rank's address over its older one.
+
+        Raises:
+            OSError: If it cannot be written.
+
+        """
+        self._directory.write(_file(address.rank), [json.dumps([self._token, *address]).encode()])
+
+    def read(self, world_size: int) -> list[Address]:
+        """Return the addresses there are, by rank; what cannot be read is left out.
+
+        Args:
+            world_size: The number of ranks.
+
+        """
+        found = []
+        for rank in range(world_size):
+            with suppress(OSError, ValueError):
+                token, *fields = json.loads(self._directory.read(_file(rank)))
+                if token == self._token:
+                    found.append(Address(*fields))
+        return found
+
+    def erase(self, rank: int) -> None:
+        """Remove the address of a rank that is done."""
+        with suppress(OSError):
+            self._directory.delete(_file(rank))
+
+
+def _file(rank: int) -> str:
+    return f"{rank_folder(rank)}/{_FILE}"
 
 
 class Chain:
-    """Keeps copies of one folder on the next hosts.
+    """Keeps copies of what one rank has in memory only on the next hosts.
 
     The hosts are in the order of their first ranks, and the chain begins behind this one. A host that cannot be reached
     is passed over, and the next one brought up to date instead.
 
     Args:
-        folder: The folder of the rank in this host's memory.
-        name: What it is called in the folder that each host serves.
-        own: This rank's own entry in the address book.
-        book: The address book.
+        memory: This host's memory.
+        folders: The folders in it that are the rank's.
+        names: Gives the names of the files that are to be copied.
+        own: This rank's own address.
+        addresses: Those of all ranks.
         key: That of the servers.
         world_size: The number of ranks.
         replicas: On how many hosts to keep a copy.
 
+    Attributes:
+        trouble: Why the last copy did not succeed, if so.
+
     """
 
     def __init__(
-        self, folder: Path, name: str, own: Entry, book: AddressBook, key: bytes, world_size: int, replicas: int
+        self,
+        memory: Directory,
+        folders: Sequence[str],
+        names: Callable[[], Collection[str]],
+        own: Address,
+        addresses: Addresses,
+        key: bytes,
+        world_size: int,
+        replicas: int,
     ) -> None:
-        self._folder = folder
-        self._name = name
+        self._memory = memory
+        self._folders = folders
+        self._names = names
         self._own = own
-        self._book = book
+        self._book = addresses
         self._key = key
         self._world_size = world_size
         self._replicas = replicas
-        self._copies: dict[str, _Copy] = {}
-        self._entries: list[Entry] = []
+        self._links: dict[str, _Link] = {}
+        self._addresses: list[Address] = []
         self._looked = float("-inf")
         self._is_short = True
-        self._failed: dict[Entry, float] = {}
+        self._failed: dict[Address, float] = {}
         self._saves = self._acknowledged = 0
-        #: Why the last copy did not succeed, if so.
         self.trouble: OSError | None = None
         self._news = threading.Event()
-        self._ending = threading.Event()
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scar-chain", daemon=True)
         self._thread.start()
 
@@ -73,153 +156,99 @@ class Chain:
     @property
     def hosts(self) -> list[str]:
         """The memories that hold a copy now."""
-        return list(self._copies)
+        return list(self._links)
 
     def follow(self) -> None:
-        """Brings the copies up to date, in a thread; returns at once."""
+        """Bring the copies up to date, in a thread; return at once."""
         self._saves += 1
         self._news.set()
 
-    def close(self, remove: bool) -> None:
-        """Ends the thread.
-
-        Args:
-            remove: Whether the copies are not needed any more.
-
-        """
-        self._ending.set()
-        self._news.set()
-        self._thread.join(_FAREWELL_SECONDS)
-        is_stuck = self._thread.is_alive()
-        for copy in list(self._copies.values()):
-            with suppress(OSError):
-                # Two threads cannot speak on one connection.
-                copy.hang_up() if is_stuck else copy.end(remove)
+    def close(self) -> None:
+        """Bring the copies up to date for the last time, which deletes what storage has, and end the thread."""
+        self.follow()
+        self._closing.set()
+        self._thread.join(_CLOSE_SECONDS)
+        for link in list(self._links.values()):
+            link.neighbour.cut()
 
     def _run(self) -> None:
-        while not self._ending.is_set():
+        is_last = False
+        while not is_last:
             # A host that was lost may be back, though nothing is saved meanwhile.
             self._news.wait(_RETRY_SECONDS if self.behind else None)
             self._news.clear()
-            wanted = self._saves
-            if not self._ending.is_set() and self._copy():
-                self._acknowledged, self.trouble = wanted, None
+            is_last, saves = self._closing.is_set(), self._saves
+            if self._copy():
+                self._acknowledged, self.trouble = saves, None
+        for link in self._links.values():
+            link.neighbour.close()
 
     def _copy(self) -> bool:
-        """Whether there are as many copies as there should be, all of them up to date."""
+        """Return whether there are as many copies as there should be, all of them up to date."""
         done: list[str] = []
         hosts = self._next_hosts()
         wanted = min(self._replicas, len(hosts))
-        for memory, entries in hosts.items():
-            if len(done) < wanted and self._copy_to(memory, entries):
+        for memory, addresses in hosts.items():
+            if len(done) < wanted and self._copy_to(memory, addresses):
                 done.append(memory)
-        for memory in set(self._copies) - set(done):
+        for memory in set(self._links) - set(done):
+            link = self._links.pop(memory)
             with suppress(OSError):
-                self._copies.pop(memory).end(remove=len(done) == self._replicas)
+                if len(done) == self._replicas:
+                    Copies(self._memory, link.neighbour, self._folders, set).update()
+            link.neighbour.close()
         self._is_short = not hosts or len(done) < wanted
         return not self._is_short
 
-    def _next_hosts(self) -> dict[str, list[Entry]]:
+    def _next_hosts(self) -> dict[str, list[Address]]:
         if self._is_short and time.monotonic() - self._looked > _RETRY_SECONDS:
-            self._entries, self._looked = self._book.read(self._world_size), time.monotonic()
-        hosts: dict[str, list[Entry]] = {}
-        for entry in self._entries:
-            hosts.setdefault(entry.memory, []).extend([entry] if entry.port else [])
+            self._addresses, self._looked = self._book.read(self._world_size), time.monotonic()
+        hosts: dict[str, list[Address]] = {}
+        for address in self._addresses:
+            hosts.setdefault(address.memory, []).append(address)
         order = list(hosts)
         here = order.index(self._own.memory) if self._own.memory in order else len(order)
         ring = [*order[here + 1 :], *order[:here]]
         return {memory: hosts[memory] for memory in ring}
 
-    def _copy_to(self, memory: str, entries: Sequence[Entry]) -> bool:
-        if memory in self._copies:
+    def _copy_to(self, memory: str, addresses: Sequence[Address]) -> bool:
+        if memory in self._links:
             with suppress(ConnectionError):
-                return self._update(memory, self._copies[memory])
-            self._copies.pop(memory)
-        for entry in entries:
-            if time.monotonic() - self._failed.get(entry, float("-inf")) < _RETRY_SECONDS:
+                return self._update(self._links[memory])
+            self._links.pop(memory).neighbour.close()
+        for address in addresses:
+            if time.monotonic() - self._failed.get(address, float("-inf")) < _RETRY_SECONDS:
                 continue
             try:
-                copy = _Copy(FolderClient(entry.host, entry.port, self._key, _TIMEOUT), self._name)
-                self._copies[memory] = copy
-                return self._update(memory, copy)
+                self._links[memory] = self._link(address)
+                return self._update(self._links[memory])
             except OSError as error:
-                self.trouble, self._failed[entry] = error, time.monotonic()
-                self._copies.pop(memory, None)
+                self.trouble, self._failed[address] = error, time.monotonic()
+                self._links.pop(memory, None)
         return False
 
-    def _update(self, memory: str, copy: "_Copy") -> bool:
+    def _link(self, address: Address) -> "_Link":
+        neighbour = Neighbour(address.host, address.port, self._key, _TIMEOUT)
+        return _Link(neighbour, Copies(self._memory, neighbour, self._folders, self._names))
+
+    def _update(self, link: "_Link") -> bool:
         try:
-            return copy.follow(self._folder, self._ending)
+            link.copies.look()
+            with suppress(NoRoomError):
+                return link.copies.update()
+            # It lags so far behind that old and new together are too much.
+            link.copies.delete_unwanted()
+            return link.copies.update()
         except ConnectionError:
             raise
         except OSError as error:
-            # It is there, but has no room.
+            # It is there, but does not take it.
             self.trouble = error
             return False
 
 
-class _Copy:
-    """A folder on another host that follows one on this host."""
+class _Link(NamedTuple):
+    """A host that holds a copy."""
 
-    def __init__(self, client: FolderClient, name: str) -> None:
-        self._client = client
-        self._name = name
-        self._there: set[str] = set()
-
-    def follow(self, folder: Path, ending: threading.Event) -> bool:
-        """Whether everything is there."""
-        # Asked each time: it may have been removed there.
-        self._there = self._list()
-        for _ in range(_ATTEMPTS):
-            here = sorted(folder.glob(f"*{SUFFIX}"), key=_age)
-            if not here:
-                raise FileNotFoundError(f"{folder} is empty: was it removed? Its copies are kept")
-            needed = {path.name for path in here}
-            try:
-                is_all_there = self._put(here, ending)
-            except NoRoomError:
-                # It lags so far behind that old and new together are too much.
-                self._delete(needed, ending)
-                is_all_there = self._put(here, ending)
-            # What a file that was merged meanwhile replaces stays until what it was merged into is there.
-            if is_all_there:
-                self._delete(needed, ending)
-                return not ending.is_set()
-        return False
-
-    def _list(self) -> set[str]:
-        try:
-            return {found.name for found in self._client.list(self._name) if found.name.endswith(SUFFIX)}
-        except FileNotFoundError:
-            return set()
-
-    def _put(self, here: Sequence[Path], ending: threading.Event) -> bool:
-        for path in here:
-            if path.name in self._there or ending.is_set():
-                continue
-            try:
-                self._client.put(f"{self._name}/{path.name}", path)
-            except FileNotFoundError:
-                return False
-            self._there.add(path.name)
-        return True
-
-    def _delete(self, needed: Container[str], ending: threading.Event) -> None:
-        for name in [name for name in self._there if name not in needed]:
-            if not ending.is_set():
-                self._client.delete(f"{self._name}/{name}")
-                self._there.discard(name)
-
-    def hang_up(self) -> None:
-        self._client.close()
-
-    def end(self, remove: bool) -> None:
-        with self._client:
-            for name in list(self._there) if remove else ():
-                self._client.delete(f"{self._name}/{name}")
-
-
-def _age(path: Path) -> int:
-    with suppress(FileNotFoundError):
-        return path.stat().st_mtime_ns
-    return 0
+    neighbour: Neighbour
+    copies: Copies

@@ -13,23 +13,8 @@ _SHARE = 1 / 8
 _LEAST_DEAD = 0.1
 
 
-class Retention(NamedTuple):
-    """How much of the past a store keeps.
-
-    Attributes:
-        older: Whether to keep an older version of every block beside the newest, to fall back to.
-        states: The bound on bytes at rest, in states.
-
-    """
-
-    older: bool
-    states: int
-
-
-#: Two versions of every block make two states.
-WITH_OLDER = Retention(older=True, states=3)
-#: During a full save the state is there twice.
-NEWEST_ONLY = Retention(older=False, states=2)
+#: The bound on bytes at rest, in states: two versions of every block, and what is to be merged.
+STATES = 3
 
 
 class Usage(NamedTuple):
@@ -60,16 +45,13 @@ class Usage(NamedTuple):
         return self.live / (self.nbytes - self.live) * float((1 + self.age) ** 0.25) / (0.2 + self.newest)
 
 
-def worth_merging(
-    usage: Sequence[Usage], state_bytes: int, save_bytes: int, states: int = WITH_OLDER.states
-) -> list[int]:
+def worth_merging(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> list[int]:
     """Which deltas to replace by one or two that hold only what they still have to offer.
 
     Args:
         usage: Every delta of the rank, none of them wholly dead.
         state_bytes: Bytes of the rank's share of the training state.
         save_bytes: Bytes of one partial save, kept free for the next.
-        states: The bound on the bytes of all, in states.
 
     Returns:
         Indices into ``usage``; empty when the store is within its bounds.
@@ -85,19 +67,19 @@ def worth_merging(
     if len(usage) > _MERGE_FROM_FILES:
         # At least three, since they may become two.
         return _filled(sorted(may_merge, key=lambda i: usage[i].live), usage, state_bytes, at_least=3)
-    if sum(each.nbytes for each in usage) > _limit(usage, state_bytes, save_bytes, states):
+    if sum(each.nbytes for each in usage) > _limit(usage, state_bytes, save_bytes):
         found = [i for i in may_merge if usage[i].live < usage[i].nbytes * (1 - _LEAST_DEAD)]
         return _filled(sorted(found, key=lambda i: usage[i].cost), usage, state_bytes, at_least=1)
     return []
 
 
-def _limit(usage: Sequence[Usage], state_bytes: int, save_bytes: int, states: int) -> float:
+def _limit(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> float:
     live = sum(each.live for each in usage)
-    if live > states * state_bytes:
+    if live > STATES * state_bytes:
         # What is kept breaks the bound by itself (headers of tiny blocks), and merging at every save would not help.
         return live / 0.75
     # A full save is as large as the state: to keep that free would leave no room for anything dead.
-    return states * state_bytes - min(save_bytes, state_bytes * _SHARE)
+    return STATES * state_bytes - min(save_bytes, state_bytes * _SHARE)
 
 
 def _filled(order: list[int], usage: Sequence[Usage], state_bytes: int, at_least: int) -> list[int]:

@@ -4,12 +4,14 @@
 (XXH3, 64 bits) decides whether the file counts at all; those of the data are verified when they are read.
 """
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import chain
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import orjson
+from typing_extensions import override
 
 from lightning_scar.storage import format_1, format_2
 from lightning_scar.storage.delta import (
@@ -33,28 +35,34 @@ _NO_CHECKSUM = "0" * 16
 _HEADER_READAHEAD = 1 << 17
 
 
-class DeltaFile(NamedTuple):
-    """A delta on its way into a file.
+@dataclass(frozen=True)
+class DeltaFile(Iterable[bytes | memoryview]):
+    """A delta on its way into a file: its bytes, piece by piece, as often as they are asked for.
 
     Attributes:
         front: Header and tables: all that :func:`read_delta` reads.
-        data: The rest, piece by piece.
+        data: Gives the rest.
         nbytes: Bytes of both.
 
     """
 
     front: bytes
-    data: Iterator[memoryview]
+    data: Callable[[], Iterator[memoryview]]
     nbytes: int
 
+    @override
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        """Go through all of it, from the beginning."""
+        return chain((self.front,), self.data())
+
     def write(self, directory: Directory, name: str) -> Delta:
-        """Writes it, durably; what lies there is known without reading it back.
+        """Write it, durably; what lies there is known without reading it back.
 
         Raises:
             OSError: If it cannot be written.
 
         """
-        directory.write(name, chain((self.front,), self.data))
+        directory.write(name, self)
         return _parse(directory, name, BytesIO(self.front), self.nbytes)
 
 
@@ -96,10 +104,15 @@ def read_delta(directory: Directory, name: str) -> Delta:
         FileNotFoundError: If the file is gone.
 
     """
-    with directory.open(name, readahead=_HEADER_READAHEAD) as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        return _parse(directory, name, file, size)
+    try:
+        with directory.open(name, readahead=_HEADER_READAHEAD) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            return _parse(directory, name, file, size)
+    except DamagedError:
+        if (further := directory.further(name)) is None:
+            raise
+        return replace(read_delta(further, name), directory=directory)
 
 
 def _parse(directory: Directory, name: str, file: IO[bytes], size: int) -> Delta:

@@ -2,10 +2,10 @@
 
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from copy import copy
 from enum import IntEnum
 from io import BytesIO
 from pathlib import Path
@@ -87,7 +87,7 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 class Tier(IntEnum):
-    """How near a folder is, the nearest first."""
+    """How near a file is, the nearest first."""
 
     MEMORY = 0
     NEIGHBOUR = 1
@@ -100,7 +100,6 @@ class Directory:
     Args:
         url: Any fsspec URL or local path, e.g. ``"runs/a/scar"``, ``"memory://a"`` or ``"s3://bucket/a"``.
         storage_options: Passed to the file system, e.g. ``{"anon": True}``.
-        tier: How near it is.
 
     Example::
 
@@ -115,10 +114,8 @@ class Directory:
         self,
         url: str | os.PathLike[str],
         storage_options: dict[str, Any] | None = None,
-        tier: Tier = Tier.STORAGE,
     ) -> None:
         self.url = os.fspath(url)
-        self.tier = tier
         self.fs, path = _file_system(self.url, storage_options or {})
         # A remembered listing hides what other processes, and other threads, have written or deleted since.
         self.fs.dircache = DirCache(use_listings_cache=False)
@@ -129,29 +126,39 @@ class Directory:
     def __str__(self) -> str:
         return self.url
 
-    def child(self, name: str) -> "Directory":
-        """The folder ``name`` below this one (which need not exist)."""
-        # Not by the URL: a relative one would lead elsewhere once the process has changed its working directory.
-        child = copy(self)
-        child.url, child.path = f"{self.url.rstrip('/')}/{name}", self.file(name)
-        return child
-
     def file(self, name: str) -> str:
         """The full path of the file ``name``, for messages and for the file system."""
         return f"{self.path}/{name}"
 
+    def tier(self, name: str) -> Tier:
+        """How near the file ``name`` is."""
+        return Tier.STORAGE
+
+    def further(self, name: str) -> "Directory | None":
+        """Where else the file ``name`` lies, for a reader who found it damaged here."""
+        return None
+
     @_as_os_errors()
-    def names(self) -> list[str]:
-        """What the folder holds now, sorted; empty when there is no such folder."""
+    def names(self, folder: str = "") -> list[str]:
+        """Return what lies here now, or in a folder below, sorted; empty when there is no such folder."""
+        path = self.file(folder) if folder else self.path
         try:
-            found = self.fs.ls(self.path, detail=False)
+            found = self.fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except KeyError:
             # MemoryFileSystem stumbles over a file that is deleted while it lists.
-            return self.names()
-        names = (str(path).rstrip("/").rsplit("/", 1)[-1] for path in found if str(path).rstrip("/") != self.path)
+            return self.names(folder)
+        names = (str(found).rstrip("/").rsplit("/", 1)[-1] for found in found if str(found).rstrip("/") != path)
         return sorted(name for name in names if not name.endswith(_TEMPORARY))
+
+    def bytes_in(self, folder: str) -> int:
+        """Return the bytes of all files in a folder."""
+        found = 0
+        for name in self.names(folder):
+            with suppress(FileNotFoundError), _as_os_errors():
+                found += self.fs.size(self.file(f"{folder}/{name}"))
+        return found
 
     @_as_os_errors()
     def create(self) -> None:
@@ -189,16 +196,19 @@ class Directory:
             os.close(lock)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """Writes a file so that a reader sees all of it or none, and a power cut after the return loses nothing.
+        """Write a file so that a reader sees all of it or none, and a power cut after the return loses nothing.
 
         Args:
-            name: The file's name in this folder.
+            name: The file's name in this folder, or in a folder below, which is made if need be.
             pieces: What to write, in order.
 
         Raises:
             OSError: If the file cannot be written; nothing is left under ``name`` then.
 
         """
+        if "/" in name:
+            with _as_os_errors():
+                self.fs.makedirs(self.file(name).rpartition("/")[0], exist_ok=True)
         if self.is_local:
             self._write_local(Path(self.file(name)), pieces)
         elif isinstance(self.fs, MemoryFileSystem):
@@ -226,7 +236,7 @@ class Directory:
 
     def _write_local(self, path: Path, pieces: Iterable[bytes | memoryview]) -> None:
         # Beside the final name: a rename is atomic within one file system only, and $TMPDIR may be another.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{_TEMPORARY}")
         try:
             with open(temporary, "wb", buffering=_BUFFER) as file:
                 for piece in pieces:
@@ -286,12 +296,12 @@ class Directory:
     @_as_os_errors()
     def delete(self, name: str) -> None:
         """Deletes a file; one that is already gone is no error."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             self.fs.rm_file(self.file(name))
 
-    def sweep(self) -> None:
-        """Deletes what writes cut short by a crash left behind. Only the folder's one writer may call it."""
-        if self.is_local and os.path.isdir(self.path):
-            for path in Path(self.path).glob(f".*{_TEMPORARY}"):
+    def sweep(self, folder: str) -> None:
+        """Delete what writes cut short by a crash left behind in a folder. Only its one writer may call it."""
+        if self.is_local:
+            for path in Path(self.file(folder)).glob(f".*{_TEMPORARY}"):
                 with suppress(OSError):
                     path.unlink()

@@ -31,7 +31,7 @@ from lightning_scar.storage.head import Version
 
 def encode(
     sections: Sequence[Section], refreshes: Sequence[Refresh]
-) -> tuple[dict[str, str], dict[str, Any], bytes, Iterator[memoryview]]:
+) -> tuple[dict[str, str], dict[str, Any], bytes, Callable[[], Iterator[memoryview]]]:
     """Lays a delta out.
 
     Args:
@@ -39,7 +39,8 @@ def encode(
         refreshes: The refresh, at most one of each group.
 
     Returns:
-        What the header says about them, the header's entries, the tables, and the other data, piece by piece.
+        What the header says about them, the header's entries, the tables, and what gives the other data, piece by
+        piece.
 
     """
     layout = _Layout()
@@ -72,7 +73,7 @@ def encode(
         "refresh": orjson.dumps(codecs).decode(),
         "tables": f"{checksum(tables):016x}",
     }
-    return about, layout.entries, tables, chain.from_iterable(data() for data in layout.data)
+    return about, layout.entries, tables, lambda: chain.from_iterable(data() for data in layout.data)
 
 
 def _narrow(table: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":

@@ -1,26 +1,25 @@
-"""This host's memory: folders that outlive the processes that write to them, one for each start of a run.
+"""This host's memory: the folder of a run on tmpfs, which outlives the processes that write to it.
 
-A folder belongs to the start whose lease has its token. The next start of the run finds the token in the lease that the
-dead one left, keeps it in its own until it has saved everything anew, and goes on from the folder; a directory that was
-begun anew names another token, so that nobody takes what is not its own for fresh.
+The folder belongs to a directory and to the run that its lease names. A directory that was begun anew names another
+run, so nobody takes what an old one left for fresh.
 """
 
 import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from glob import glob
 from itertools import count
 from pathlib import Path
 
+from typing_extensions import override
+
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.lease import tokens_of
-from lightning_scar.storage.mounts import place_of
-from lightning_scar.storage.room import bytes_in
 from lightning_scar.storage.store import retry_vanished
 
 #: Where users may say which folder is in memory.
@@ -33,38 +32,28 @@ _KEPT_SECONDS = 24 * 3600.0
 
 
 class HostMemory:
-    """The folder of one start of a run on this host, held by a lock as long as one of its processes lives.
+    """The folder of a run on this host, held by a lock as long as one of its processes lives.
 
-    Folders are the user's alone. What dead starts of the same run left is removed, but for those that this one goes on
-    from, and so is what other dead runs of the user have not touched for a day.
+    It is the user's alone. Making one removes what other runs have left in memory: earlier runs of the same directory,
+    and runs that nobody has touched for a day.
 
     Args:
         directory: The directory of the run.
-        token: That of this start's lease.
-        previous: Those of the starts before that it follows, the newest first.
+        run: What its lease calls the run.
 
     Raises:
         OSError: If there is no folder in memory.
 
     """
 
-    def __init__(self, directory: Directory, token: str, previous: Sequence[str] = ()) -> None:
-        self.path = _user_folder() / _name(directory) / token
-        self._locks: dict[Path, int] = {}
-        self._hold()
-        for folder in left_in_memory(directory, previous):
-            # Lest another run's start takes it for forgotten, as it just may have.
-            with suppress(FileNotFoundError):
-                self._locks[folder] = _locked(folder)
-        #: The folders of dead starts that this one goes on from, the newest first.
-        self.inherited = [folder for folder in self._locks if folder != self.path]
-        _sweep(self.path.parent, {self.path, *self.inherited})
-
-    def _hold(self) -> None:
-        # Whoever ends at the same time removes what is empty.
-        self._locks[self.path] = retry_vanished(self._made_and_locked)
+    def __init__(self, directory: Directory, run: str) -> None:
+        self.path = _user_folder() / _name(directory) / _digest(run)
+        self._lock = retry_vanished(self._made_and_locked)
+        os.utime(self.path)
+        _sweep(self.path)
 
     def _made_and_locked(self) -> int:
+        # Whoever ends at the same time removes what is empty.
         for folder in (self.path.parents[1], self.path.parent, self.path):
             with suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
@@ -73,89 +62,95 @@ class HostMemory:
         return _locked(self.path)
 
     def renew(self) -> None:
-        """Makes the folder once more if somebody has removed it.
+        """Make the folder once more if somebody has removed it.
 
         Raises:
             OSError: If it cannot be made.
 
         """
-        lock = self._locks[self.path]
-        if not _is_at(self.path, lock):
-            self._hold()
-            _let_go(lock)
+        if not _is_at(self.path, self._lock):
+            lost, self._lock = self._lock, retry_vanished(self._made_and_locked)
+            _let_go(lost)
 
     @property
-    def device(self) -> int:
-        """The number of the file system, which tells the memories of containers apart that have the same names."""
-        return os.fstat(self._locks[self.path]).st_dev
-
-    def inherited_bytes(self, folder: str | None = None) -> int:
-        """Bytes of all files that dead starts left.
-
-        Args:
-            folder: Counts those of one rank only, by the name of its folder.
-
-        """
-        return sum(bytes_in(inherited, folder) for inherited in self.inherited)
+    def name(self) -> str:
+        """What tells it from the memory of other hosts, and of containers whose hosts have the same name."""
+        return f"{socket.gethostname()}-{os.fstat(self._lock).st_dev}:{self.path}"
 
     @property
-    def room(self) -> int:
-        """Bytes that all processes of this start may have here: what is free, and what they have already."""
+    def free_bytes(self) -> int:
+        """Bytes that are free there."""
         # Whatever has become of the folder by now, the lock is open.
-        status = os.fstatvfs(self._locks[self.path])
-        return status.f_frsize * status.f_bavail + bytes_in(self.path)
-
-    def forget_inherited(self, folders: Sequence[Path], remove: bool) -> None:
-        """Lets go of what dead starts left, when nobody needs it any more.
-
-        Args:
-            folders: Which of it.
-            remove: Whether to remove it, as one process of a host does.
-
-        """
-        for folder in folders:
-            _let_go(self._locks.pop(folder))
-            if remove:
-                shutil.rmtree(folder, ignore_errors=True)
-        self.inherited = [folder for folder in self.inherited if folder not in folders]
+        status = os.fstatvfs(self._lock)
+        return status.f_frsize * status.f_bavail
 
     def leave(self) -> None:
-        """Lets go of all folders; what is in them stays."""
-        while self._locks:
-            _let_go(self._locks.popitem()[1])
+        """Let go of the folder. What is in it stays; an empty one is removed."""
+        _let_go(self._lock)
+        for folder in _paths(self.path, "rank-*"):
+            with suppress(OSError):
+                folder.rmdir()
         with suppress(OSError), _unless_held(self.path):
-            # If nothing was ever saved.
             self.path.rmdir()
             self.path.parent.rmdir()
 
-    def remove(self, folder: str, is_needed: Callable[[str], bool]) -> None:
-        """Removes what this process wrote, and everything when nobody else is left.
 
-        Args:
-            folder: The folder of this process in it.
-            is_needed: Whether what is in another one has to wait for the next start.
+class LimitError(OSError):
+    """A file would exceed ``memory_limit``."""
+
+
+class MemoryPlace(Directory):
+    """The folder of a run, as one rank writes to it.
+
+    Args:
+        host: The folder.
+        limit: Bytes that the rank may take; ``None`` for what there is.
+
+    """
+
+    def __init__(self, host: HostMemory, limit: int | None) -> None:
+        super().__init__(host.path)
+        self.host = host
+        self.limit = limit
+
+    @override
+    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
+        """Write a file.
+
+        Raises:
+            LimitError: If the rank would have more than it may.
+            OSError: If the file cannot be written.
 
         """
-        shutil.rmtree(self.path / folder, ignore_errors=True)
-        self.leave()
-        with suppress(OSError):
-            if not any(is_needed(path.parent.name) for path in _paths(self.path, "rank-*/*")):
-                _remove_unless_held(self.path)
-            self.path.parent.rmdir()
+        self.host.renew()
+        super().write(name, pieces if self.limit is None else self._within(self.limit, name, pieces))
+
+    def _within(self, limit: int, name: str, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        nbytes = self.bytes_in(name.partition("/")[0])
+        for piece in pieces:
+            nbytes += len(piece)
+            if nbytes > limit:
+                raise LimitError(f"memory_limit={limit} bytes may be taken, and with this file it would be more")
+            yield piece
 
 
-def left_in_memory(directory: Directory, tokens: Sequence[str] | None = None) -> list[Path]:
-    """The folders on this host that some starts of a run have written to, the newest first.
+def has_memory() -> bool:
+    """Return whether this user has anything in this host's memory."""
+    return bool(_user_folders())
+
+
+def left_in_memory(directory: Directory, run: str | None) -> Path | None:
+    """Return the folder that a run has on this host, if there is one.
 
     Args:
         directory: The directory of the run.
-        tokens: Those of the starts; by default of the newest one and those that it follows.
+        run: What its lease calls the run.
 
     """
-    runs = [run for user in _user_folders() if (run := user / _name(directory)).is_dir()]
-    # Most hosts have none, and need not ask for the lease.
-    tokens = tokens_of(directory) if tokens is None and runs else tokens or ()
-    return [run / token for token in tokens for run in runs if (run / token).is_dir()]
+    if run is None:
+        return None
+    found = (user / _name(directory) / _digest(run) for user in _user_folders())
+    return next((path for path in found if path.is_dir()), None)
 
 
 def _memory() -> Path:
@@ -167,7 +162,7 @@ def _memory() -> Path:
 
 
 def _user_folders() -> list[Path]:
-    """This user's folders, the first of which is written to; more than one only where a name was taken for a while."""
+    """Return this user's folders, the first of which is written to. There are several only if a name was taken."""
     return sorted(path for path in _memory().glob(f"{_PREFIX}{os.getuid()}*") if _is_private(path))
 
 
@@ -200,16 +195,22 @@ def _is_private(folder: Path) -> bool:
 
 
 def _name(directory: Directory) -> str:
-    place = place_of(directory.path) if directory.is_local else directory.fs.unstrip_protocol(directory.path)
-    return hashlib.sha256(os.fsencode(place)).hexdigest()[:16]
+    is_local, path = directory.is_local, directory.path
+    return _digest(os.path.realpath(path) if is_local else directory.fs.unstrip_protocol(path))
 
 
-def _sweep(run: Path, needed: set[Path]) -> None:
-    for folder in {path for user in _user_folders() for path in _paths(user, "*/*")} - needed:
-        # Another process may be at it, too.
+def _digest(text: str) -> str:
+    # Of what a lease says too, which somebody else may have written: it is no path.
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+
+
+def _sweep(own: Path) -> None:
+    for folder in {path for user in _user_folders() for path in _paths(user, "*/*")} - {own}:
+        # Another process may remove it at the same time.
         with suppress(OSError):
-            if folder.parent.name == run.name or time.time() - _last_touched(folder) > _KEPT_SECONDS:
-                _remove_unless_held(folder)
+            if folder.parent.name == own.parent.name or time.time() - _last_touched(folder) > _KEPT_SECONDS:
+                with _unless_held(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
                 folder.parent.rmdir()
 
 
@@ -239,23 +240,18 @@ def _let_go(lock: int) -> None:
 
 
 def _is_at(folder: Path, descriptor: int) -> bool:
-    """Whether an open folder is still there."""
+    """Return whether an open folder is still there."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.stat(folder), os.fstat(descriptor))
     return False
 
 
-def _remove_unless_held(folder: Path) -> None:
-    with _unless_held(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @contextmanager
 def _unless_held(folder: Path) -> Iterator[None]:
-    """Keeps everybody else from holding a folder meanwhile.
+    """Keep everybody else from holding a folder meanwhile.
 
     Raises:
-        OSError: If somebody does, or it is gone.
+        OSError: If somebody holds it, or it is gone.
 
     """
     lock = os.open(folder, os.O_RDONLY)

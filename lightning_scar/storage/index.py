@@ -88,14 +88,12 @@ class Index:
     Args:
         lineage: The incarnations that count.
         deltas: Intact deltas, in any order.
-        older: Whether to keep older versions at all.
 
     """
 
-    def __init__(self, lineage: Sequence[int], deltas: Iterable[Delta] = (), older: bool = True) -> None:
+    def __init__(self, lineage: Sequence[int], deltas: Iterable[Delta] = ()) -> None:
         self._lineage = tuple(lineage)
         self._heads: dict[int, Head] = {}
-        self._keeps_older = older
         self._marks: list[Mark] = []
         self._versions: dict[str, list[Located]] = {}
         self._live: dict[str, _Live] = {}
@@ -130,7 +128,7 @@ class Index:
                 if block.version.incarnation in self._lineage:
                     found.setdefault(block.key, {})[block.version] = Located(delta, block)
             if delta.refreshes:
-                self._refreshing[delta.file], self._refreshes = delta, None
+                self._refreshing[delta.name], self._refreshes = delta, None
         self._heads = newest_heads([*self._heads.values(), *(delta.head for delta in counting)])
         marks = sorted({mark for head in self._heads.values() for mark in head.consistent}, reverse=True)
         if marks != self._marks:
@@ -143,37 +141,35 @@ class Index:
     def remove(self, delta: Delta) -> None:
         """Forgets a file that was deleted."""
         for block in self.live(delta):
-            self._settle(block.key, [at for at in self._versions[block.key] if at.delta.file != delta.file])
-        if self._refreshing.pop(delta.file, None):
+            self._settle(block.key, [at for at in self._versions[block.key] if at.delta.name != delta.name])
+        if self._refreshing.pop(delta.name, None):
             self._refreshes = None
 
     def discard(self, located: Located) -> None:
         """Drops a version that turned out to be damaged, lest it take the place of a good one."""
         key, version = located.block.key, located.block.version
         remaining = [
-            at for at in self.versions(key) if (at.delta.file, at.block.version) != (located.delta.file, version)
+            at for at in self.versions(key) if (at.delta.name, at.block.version) != (located.delta.name, version)
         ]
         if remaining:
             self._settle(key, remaining)
 
     def _settle(self, key: str, located: list[Located]) -> None:
         for i, (delta, block) in enumerate(self._versions.get(key, [])):
-            live = self._live[delta.file]
+            live = self._live[delta.name]
             live.remove(block, i == 0)
             if not live.blocks:
-                del self._live[delta.file]
+                del self._live[delta.name]
         if not located:
             self._versions.pop(key, None)
             return
         # Never without an entry in between: the training thread looks blocks up meanwhile.
         self._versions[key] = kept = self._kept(located)
         for i, (delta, block) in enumerate(kept):
-            self._live.setdefault(delta.file, _Live()).add(block, i == 0)
+            self._live.setdefault(delta.name, _Live()).add(block, i == 0)
 
     def _kept(self, located: list[Located]) -> list[Located]:
         newest, *older = located
-        if not self._keeps_older:
-            return [newest]
         marks = [mark for mark in self._marks if mark < newest.block.version.mark]
         served = [next((at for at in older if at.block.version.mark <= mark), newest) for mark in marks]
         kept = [newest, *(at for at in older if at in served)]
@@ -194,21 +190,21 @@ class Index:
 
     def live(self, delta: Delta) -> list[StoredBlock]:
         """The blocks for whose sake a delta is still needed."""
-        live = self._live.get(delta.file)
+        live = self._live.get(delta.name)
         return list(live.blocks.values()) if live is not None else []
 
     def is_live(self, delta: Delta) -> bool:
         """Whether a delta is still needed for the sake of any block."""
-        return delta.file in self._live
+        return delta.name in self._live
 
     def live_bytes(self, delta: Delta) -> int:
         """Bytes of these blocks."""
-        live = self._live.get(delta.file)
+        live = self._live.get(delta.name)
         return live.nbytes if live is not None else 0
 
     def newest_share(self, delta: Delta) -> float:
         """The share of these blocks that are the newest version of theirs."""
-        live = self._live.get(delta.file)
+        live = self._live.get(delta.name)
         return live.newest / len(live.blocks) if live is not None else 0.0
 
     def refreshes(self, block: StoredBlock) -> list[Refreshed]:

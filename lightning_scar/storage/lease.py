@@ -28,9 +28,6 @@ _FIRST_BEAT_SECONDS = 0.5
 #: How long others of this host that begin at the same moment are waited for.
 _ALONE_SECONDS = 2.0
 
-#: So many starts in a row may die before one has saved; what the one before them had in memory is not looked for then.
-_MOST_CONTINUED = 32
-
 _held_here: set[str] = set()
 
 
@@ -51,10 +48,12 @@ class Lease:
         self._directory = directory
         self._memory = memory
         self.token = uuid.uuid4().hex
-        #: The tokens of the holders before, the newest first, that may have left something in memory.
-        self.continues: list[str] = []
-        #: Whether those that it follows may have left in memory what nothing else has.
-        self.needs_memory = False
+        #: What the run is called, from its first start to its last: its folders in memory go by it.
+        self.run = self.token
+        #: The number of this start. The one before is known even if all that it saved lies where nobody finds it.
+        self.incarnation = 0
+        #: Whether earlier starts may have left in memory what storage does not have.
+        self.left_unstored = False
         self._beat = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -79,8 +78,7 @@ class Lease:
                 )
             # It may have said more before it ended.
             holder = _holder(self._directory)
-            self.continues = _tokens(holder)[:_MOST_CONTINUED]
-            self.needs_memory = holder is not None and bool(holder.get("needs_memory"))
+            self._go_on_from(holder)
             self._write()
             _held_here.add(self.token)
         self._start(self._keep_beating)
@@ -94,20 +92,40 @@ class Lease:
         """
         self.token = token
         with suppress(OSError):
-            self.continues = tokens_of(self._directory)[1:]
+            self._go_on_from(_holder(self._directory))
             if not self._is_lost():
                 self._write()
         _held_here.add(self.token)
         self._start(self._keep_beating)
 
+    def _go_on_from(self, holder: dict[str, Any] | None) -> None:
+        if holder is not None:
+            self.run = str(holder.get("run", self.run))
+            self.incarnation = int(holder.get("incarnation", 0))
+            self.left_unstored = bool(holder.get("unstored"))
+
+    def begin(self, incarnation: int) -> None:
+        """Note the number of this start, so that no later one takes it.
+
+        Args:
+            incarnation: The number.
+
+        """
+        self.incarnation = incarnation
+        if self.token in _held_here:
+            with suppress(OSError):
+                self._write()
+
     def watch(self, token: str) -> None:
-        """Follows the lease that another rank of this run holds.
+        """Follow the lease that another rank of this run holds.
 
         Args:
             token: Its token.
 
         """
         self.token = token
+        with suppress(OSError):
+            self._go_on_from(_holder(self._directory))
         self._start(self._keep_watching)
 
     def is_visible(self, token: str) -> bool:
@@ -123,8 +141,8 @@ class Lease:
 
         Args:
             is_stored: Whether all that this holder saved is in storage.
-            has_memory: Whether it, or another rank, may have left something in memory. The file stays then, and while
-                this holder follows others, so that the next one knows whom it follows.
+            has_memory: Whether it, or another rank, may have left something in memory. The file stays then, so that
+                the next one knows the run.
 
         """
         if self._thread is None:
@@ -134,7 +152,7 @@ class Lease:
         self._thread = None
         with suppress(OSError):
             if self.token in _held_here and not self.lost and not self._is_lost():
-                if is_stored and not has_memory and not self.continues:
+                if is_stored and not has_memory and not self.left_unstored:
                     self._directory.delete(FILE)
                 else:
                     self._write(released=True, is_stored=is_stored)
@@ -170,8 +188,9 @@ class Lease:
             "pid": os.getpid(),
             "started": _start_of(os.getpid()),
             "beat": self._beat,
-            "continues": self.continues,
-            "needs_memory": (self._memory and not is_stored) or (self.needs_memory and bool(self.continues)),
+            "run": self.run,
+            "incarnation": self.incarnation,
+            "unstored": (self._memory and not is_stored) or self.left_unstored,
             "released": released,
         }
         self._directory.write(FILE, [json.dumps(holder).encode()])
@@ -218,17 +237,15 @@ def _start_of(pid: int) -> str:
 
 
 def token_of(directory: Directory) -> str | None:
-    """The token of the directory's present or last holder; ``None`` if there is none."""
-    return next(iter(tokens_of(directory)), None)
+    """Return the token of the directory's present or last holder; ``None`` if there is none."""
+    holder = _holder(directory)
+    return None if holder is None else str(holder["token"])
 
 
-def tokens_of(directory: Directory) -> list[str]:
-    """The token of the present or last holder, and of those that it follows, the newest first."""
-    return _tokens(_holder(directory))
-
-
-def _tokens(holder: dict[str, Any] | None) -> list[str]:
-    return [] if holder is None else [holder["token"], *holder.get("continues", ())]
+def run_of(directory: Directory) -> str | None:
+    """Return what the run of the directory is called; ``None`` if there is none."""
+    holder = _holder(directory)
+    return None if holder is None or "run" not in holder else str(holder["run"])
 
 
 def _holder(directory: Directory) -> dict[str, Any] | None:

@@ -1,214 +1,243 @@
-"""The folder that a worker on another host serves, as an fsspec file system: ``scar-neighbour://host:port/``."""
+"""The memory of another host as a place of files: this end puts copies there, the other end takes them in."""
 
 import errno
-import io
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import re
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from multiprocessing import AuthenticationError
 from typing import Any
-from urllib.parse import urlsplit
 
-import fsspec
-from typing_extensions import override
+from lightning_scar.storage.channel import PIECE, Channel
+from lightning_scar.storage.delta import SUFFIX
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.store import is_rank_folder
 
-from lightning_scar.storage.folder_client import FolderClient
-from lightning_scar.storage.folder_protocol import FileInfo
+#: Seconds that a caller may take to prove that it knows the key, or to go on in the middle of a file.
+PATIENCE = 30.0
+#: Seconds until the next try when the system has no descriptor or thread left for a caller.
+_PAUSE = 0.1
+#: What may be reached: deltas of ranks, and nothing else.
+_NAME = re.compile(rf"[\w.-]+{re.escape(SUFFIX)}")
 
-PROTOCOL = "scar-neighbour"
-#: What is fetched at once where less is asked for, as headers and small tensors are. Anything larger is fetched as it
-#: is asked for, right into its place.
-_READAHEAD = 1 << 16
+
+class NoRoomError(OSError):
+    """The memory of another host takes no more."""
 
 
-class NeighbourFileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """The folder of a :class:`~.folder_server.FolderServer`, to be read by any number of threads.
+class Neighbour:
+    """The memory of another host.
 
     Args:
-        host: Where the server listens.
-        port: Its port.
-        key: Its key.
-        timeout: Seconds to wait for the server when it is its turn.
+        host: Where its :class:`Server` listens.
+        port: The port.
+        key: The key that both ends know.
+        timeout: Seconds in which something has to move.
 
-    Example::
-
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from lightning_scar.storage.directory import Directory
-        >>> from lightning_scar.storage.folder_server import FolderServer
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "a.bin").write_bytes(b"1234")
-        >>> server = FolderServer(folder, key=b"a secret")
-        >>> neighbour = Directory("scar-neighbour://127.0.0.1:%d/" % server.address[1], {"key": b"a secret"})
-        >>> neighbour.names(), neighbour.read("a.bin")
-        (['a.bin'], b'1234')
-        >>> server.close()
+    Raises:
+        ConnectionError: From every method, if the server cannot be reached or is lost. It is gone for good then.
+        OSError: From every method, if the server refuses.
 
     """
 
-    protocol = PROTOCOL
-    root_marker = "/"
-    # Another instance is no dearer than its connections, and one that is kept would keep them open.
-    cachable = False
-
-    def __init__(self, host: str, port: int, key: bytes, timeout: float = 30.0) -> None:
-        super().__init__()
-        self._connect = partial(FolderClient, host, port, key, timeout)
-        self._idle: list[FolderClient] = []
-        #: Why the server was lost, if so. It is not asked again then: each time might take as long.
-        self.lost: ConnectionError | None = None
-        weakref.finalize(self, _close, self._idle)
-
-    @contextmanager
-    def client(self) -> Iterator[FolderClient]:
-        """A connection that no other thread uses meanwhile. As many are kept as were ever in use at the same time.
-
-        Raises:
-            ConnectionError: If the server cannot be reached, or was lost before.
-
-        """
-        if self.lost is not None:
-            raise ConnectionError(str(self.lost))
+    def __init__(self, host: str, port: int, key: bytes, timeout: float = PATIENCE) -> None:
         try:
-            client = self._taken()
-            try:
-                yield client
-            finally:
-                if not client.is_closed:
-                    self._idle.append(client)
-        except ConnectionError as error:
-            self.lost = error
+            self._channel = Channel(socket.create_connection((host, port), timeout), timeout)
+        except OSError as error:
+            raise ConnectionError(f"{host}:{port} cannot be reached: {error}") from error
+        try:
+            self._channel.introduce(key)
+        except AuthenticationError as error:
+            self.close()
+            raise ConnectionError(f"{host}:{port} has another key: it serves another run") from error
+        except ConnectionError:
+            self.close()
             raise
 
-    def _taken(self) -> FolderClient:
+    def names(self, folder: str) -> list[str]:
+        """Return the names of the deltas in a rank's folder."""
+        found: list[str] = self._ask(do="names", name=folder)["names"]
+        return found
+
+    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
+        """Put a file there; it is seen when all of it is there.
+
+        Args:
+            name: The folder of the rank, and the name of the file.
+            pieces: Its bytes.
+
+        """
+        pieces = list(pieces)
+        self._ask(do="put", name=name, size=sum(map(len, pieces)))
+        for piece in pieces:
+            for start in range(0, len(piece), PIECE):
+                self._channel.send_piece(piece[start : start + PIECE])
+        self._answer()
+
+    def delete(self, name: str) -> None:
+        """Delete a file there; one that is already gone is no error."""
+        self._ask(do="delete", name=name)
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        self._channel.send(request)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        answer = self._channel.receive()
+        if "errno" in answer:
+            kind = NoRoomError if answer["errno"] == errno.ENOSPC else OSError
+            raise kind(answer["errno"], answer["reason"])
+        return answer
+
+    def cut(self) -> None:
+        """End what another thread does with it."""
+        with suppress(OSError):
+            self._channel.cut()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._channel.close()
+
+
+class Server:
+    """Takes in what ranks of other hosts put into this host's memory, in threads of its own.
+
+    Who knows the key may list, put and delete deltas; both ends prove that they know it. Nothing is encrypted.
+
+    Args:
+        memory: The folder in memory.
+        key: What callers have to know.
+        host: The interface to listen on.
+        limit: Bytes that one rank may take; ``None`` for what there is.
+
+    Attributes:
+        address: Where it listens: the interface, and a port that was free.
+
+    Raises:
+        OSError: If there is no such interface.
+
+    Example::
+
+        >>> memory = Directory("memory://served-example")
+        >>> server = Server(memory, key=b"a secret")
+        >>> neighbour = Neighbour(*server.address, key=b"a secret")
+        >>> neighbour.write("rank-0001/delta-1.safetensors", [b"1234"])
+        >>> neighbour.names("rank-0001"), memory.read("rank-0001/delta-1.safetensors")
+        (['delta-1.safetensors'], b'1234')
+        >>> neighbour.close(), server.close()
+        (None, None)
+
+    """
+
+    def __init__(self, memory: Directory, key: bytes, host: str = "127.0.0.1", limit: int | None = None) -> None:
+        self._memory = memory
+        self._key = key
+        self._limit = limit
+        self._requests = {"names": self._names, "put": self._put, "delete": self._delete}
+        self._listener = socket.create_server((host, 0))
+        self.address: tuple[str, int] = self._listener.getsockname()
+        self._lock = threading.Lock()
+        self._callers: dict[Channel, threading.Thread] = {}
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._accept, name="scar-server", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Hang up on all callers, also in the middle of a file, and end the threads. What was taken in stays."""
+        with self._lock:
+            self._closing.set()
+            threads = [self._thread, *self._callers.values()]
+            for channel in self._callers:
+                with suppress(OSError):
+                    channel.cut()
+            # Closing it would not wake the thread that waits for it.
+            with suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            with suppress(OSError, RuntimeError):
+                channel = Channel(self._listener.accept()[0], PATIENCE)
+                thread = threading.Thread(target=self._serve, args=(channel,), name="scar-server", daemon=True)
+                with self._lock:
+                    self._callers[channel] = thread
+                    thread.start()
+                continue
+            # No descriptor or thread is left for a caller.
+            self._closing.wait(_PAUSE)
+
+    def _serve(self, channel: Channel) -> None:
+        # Whoever hangs up, or has another key, is done.
+        with suppress(ConnectionError, AuthenticationError):
+            channel.admit(self._key)
+            while not self._closing.is_set():
+                self._answer(channel, channel.receive(patient=True))
+        with self._lock:
+            self._callers.pop(channel, None)
+            channel.close()
+
+    def _answer(self, channel: Channel, request: dict[str, Any]) -> None:
         try:
-            return self._idle.pop()
-        except IndexError:
-            return self._connect()
+            answer = self._requests[request["do"]](channel, request)
+        except ConnectionError:
+            raise
+        except OSError as error:
+            answer = {"errno": error.errno or errno.EIO, "reason": error.strerror or str(error)}
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"the request is not understood ({error!r}): do all workers run the same version?"
+            answer = {"errno": errno.EINVAL, "reason": reason}
+        channel.send(answer)
 
-    @staticmethod
-    def _get_kwargs_from_urls(path: str) -> dict[str, Any]:
-        parts = urlsplit(path)
-        if parts.scheme != PROTOCOL:
-            return {}
-        if not parts.hostname or parts.port is None:
-            raise ValueError(f"{path!r} does not say where the server listens: pass {PROTOCOL}://host:port/")
-        return {"host": parts.hostname, "port": parts.port}
+    def _names(self, channel: Channel, request: dict[str, Any]) -> dict[str, Any]:
+        return {"names": [name for name in self._memory.names(_folder(request)) if name.endswith(SUFFIX)]}
 
-    @classmethod
-    @override
-    def _strip_protocol(cls, path: str) -> str:
-        _, found, rest = path.partition("://")
-        return "/" + (rest.partition("/")[2] if found else path).strip("/")
-
-    @override
-    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        """What lies in a folder now: dicts with ``name``, ``size`` and ``type``, or full names only.
-
-        Raises:
-            FileNotFoundError: If there is no such folder.
-
-        """
-        folder = self._strip_protocol(path)
+    def _put(self, channel: Channel, request: dict[str, Any]) -> dict[str, Any]:
+        name, size = _file(request), int(request["size"])
+        self._check_room(name, size)
+        # The caller waits for this: what is refused is not even sent.
+        channel.send({})
+        pieces = _received(channel, size)
         try:
-            with self.client() as client:
-                found = [self._details(f"{folder.rstrip('/')}/{info.name}", info) for info in client.list(folder[1:])]
-        except NotADirectoryError:
-            found = [self.info(path)]
-        return found if detail else [info["name"] for info in found]
+            self._memory.write(name, pieces)
+        finally:
+            # If it was not written the rest is still on its way, and the next message behind it.
+            for _ in pieces:
+                pass
+        return {}
 
-    @override
-    def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """What is known of a file or folder: ``name``, ``size`` in bytes and ``type``.
+    def _delete(self, channel: Channel, request: dict[str, Any]) -> dict[str, Any]:
+        self._memory.delete(_file(request))
+        return {}
 
-        Raises:
-            FileNotFoundError: If there is none.
-
-        """
-        name = self._strip_protocol(path)
-        with self.client() as client:
-            return self._details(name, client.info(name[1:]))
-
-    @staticmethod
-    def _details(name: str, info: FileInfo) -> dict[str, Any]:
-        return {"name": name, "size": info.size, "type": "directory" if info.is_folder else "file"}
-
-    @override
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
-        """The bytes of a file from one offset to another, which count as in slices.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-
-        """
-        with self.client() as client:
-            return client.read(self._strip_protocol(path)[1:], start or 0, end)
-
-    @override
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **_: Any) -> io.BufferedReader:
-        if mode != "rb":
-            raise OSError(errno.EROFS, "a neighbour's folder is read-only, put files by a FolderClient", path)
-        return _Buffered(_NeighbourFile(self, path), block_size or _READAHEAD)
+    def _check_room(self, name: str, size: int) -> None:
+        if self._limit is None:
+            return
+        taken = self._memory.bytes_in(name.partition("/")[0])
+        if taken + size > self._limit:
+            reason = f"no room for {size} bytes, this rank has taken {taken} of {self._limit} there: raise memory_limit"
+            raise OSError(errno.ENOSPC, reason)
 
 
-class _NeighbourFile(io.RawIOBase):
-    """A file that is fetched exactly as it is asked for."""
-
-    def __init__(self, files: NeighbourFileSystem, path: str) -> None:
-        self._files = files
-        self._name = path[1:]
-        self._size: int = files.info(path)["size"]
-        self._position = 0
-
-    @override
-    def readable(self) -> bool:
-        return True
-
-    @override
-    def seekable(self) -> bool:
-        return True
-
-    @override
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if position < 0:
-            raise ValueError(f"cannot seek to {position}, before the file's beginning")
-        self._position = position
-        return position
-
-    @override
-    def readinto(self, into: Any, /) -> int:
-        # The buffer asks for its whole size, and asks once more at the end.
-        wanted = memoryview(into).cast("B")[: max(0, self._size - self._position)]
-        if not wanted:
-            return 0
-        count = self.preadv([wanted], self._position)
-        self._position += count
-        return count
-
-    def preadv(self, into: Sequence[memoryview], offset: int) -> int:
-        with self._files.client() as client:
-            return client.read_into(self._name, offset, *into)
-
-    @override
-    def readall(self) -> bytes:
-        with self._files.client() as client:
-            data = client.read(self._name, self._position)
-        self._position += len(data)
-        return data
+def _received(channel: Channel, size: int) -> Iterator[bytes]:
+    while size > 0:
+        piece = channel.receive_piece()
+        size -= len(piece)
+        yield piece
 
 
-class _Buffered(io.BufferedReader):
-    """Adds to a buffered file what leaves the buffer aside."""
-
-    def __init__(self, raw: _NeighbourFile, buffer_size: int) -> None:
-        super().__init__(raw, buffer_size)
-        self.preadv = raw.preadv
-
-
-def _close(clients: list[FolderClient]) -> None:
-    for client in clients:
-        client.close()
+def _folder(request: dict[str, Any]) -> str:
+    folder = str(request["name"])
+    if not is_rank_folder(folder):
+        raise PermissionError(errno.EACCES, "only the folders of ranks can be reached")
+    return folder
 
 
-fsspec.register_implementation(PROTOCOL, NeighbourFileSystem)
+def _file(request: dict[str, Any]) -> str:
+    folder, _, name = str(request["name"]).partition("/")
+    if not is_rank_folder(folder) or not _NAME.fullmatch(name):
+        raise PermissionError(errno.EACCES, "only the deltas of ranks can be reached")
+    return f"{folder}/{name}"

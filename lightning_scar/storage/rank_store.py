@@ -2,23 +2,25 @@
 
 import os
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
-from lightning_scar.storage.compaction import WITH_OLDER, Retention, Usage, worth_merging
+from typing_extensions import override
+
+from lightning_scar.storage.chain import Chain
+from lightning_scar.storage.compaction import STATES, Usage, worth_merging
 from lightning_scar.storage.copies import Copy, DamagedCopyError, as_sections
 from lightning_scar.storage.delta import SUFFIX, Delta, Refresh, Section
 from lightning_scar.storage.delta_file import encode
-from lightning_scar.storage.directory import Tier
+from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Head
+from lightning_scar.storage.host_memory import MemoryPlace
 from lightning_scar.storage.index import newest_lineage
-from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of
-
-
-class LimitError(OSError):
-    """A file would exceed the limit of a store."""
+from lightning_scar.storage.places import Places
+from lightning_scar.storage.store import DeltaStore, names_in, rank_folder, rank_of
+from lightning_scar.storage.write_back import WriteBack, drop
 
 
 class RankStore(DeltaStore):
@@ -31,13 +33,18 @@ class RankStore(DeltaStore):
         storage_options: Passed to the file system.
         rank: Which rank.
         world_size: The number of ranks.
-        tier: How near the directory is.
-        retention: How much of the past is kept in it.
 
     Attributes:
-        limit: Bytes that this rank's files may take, all together and at any time; ``None`` for no limit.
+        directory: Storage, and this host's memory if there is a :attr:`write_back`.
+        write_back: Brings to storage what lies in memory; ``None`` without memory.
+        chain: Copies the memory to other hosts; ``None`` if there are none.
+        host: The name of this host's memory; ``None`` without memory.
+        local_ranks: The ranks of this host.
+        is_hollow: Whether somebody has removed files from memory, and no full save has followed.
 
     """
+
+    directory: Places
 
     def __init__(
         self,
@@ -45,13 +52,17 @@ class RankStore(DeltaStore):
         storage_options: dict[str, Any] | None = None,
         rank: int = 0,
         world_size: int = 1,
-        tier: Tier = Tier.STORAGE,
-        retention: Retention = WITH_OLDER,
     ) -> None:
-        super().__init__(url, storage_options, tier, retention)
+        super().__init__(Places(Directory(url, storage_options)))
         self.rank = rank
         self.world_size = world_size
-        self.limit: int | None = None
+        self.write_back: WriteBack | None = None
+        self.chain: Chain | None = None
+        self.host: str | None = None
+        self.local_ranks = {rank}
+        self.is_hollow = False
+        self._every = 1
+        self._lost: set[str] = set()
         self._whole: tuple[int, ...] = ()
         self._unmergeable: set[str] = set()
         self._merges = 0
@@ -77,9 +88,82 @@ class RankStore(DeltaStore):
 
     def sweep(self) -> None:
         """Deletes what writes of the rank, and of ranks that are no more, left behind when a crash cut them short."""
-        for folder in self.folders():
-            if self.is_own(folder):
-                self.directory.child(folder).sweep()
+        for folder in self.own_folders():
+            self.directory.sweep(folder)
+
+    @override
+    def _names_in(self, folder: str) -> list[str]:
+        # What others have saved counts when it is in storage: only then may what it replaces go.
+        return names_in(self.directory if self.is_own(folder) else self.directory.storage, folder)
+
+    def own_folders(self) -> list[str]:
+        """Return the folders that are this rank's to write to and to tidy up."""
+        return sorted({self.folder, *filter(self.is_own, self.folders())})
+
+    def is_local(self, folder: str) -> bool:
+        """Return whether a rank of this host writes to a folder."""
+        return rank_of(folder) % self.world_size in self.local_ranks
+
+    def use_memory(self, memory: MemoryPlace, every: int) -> None:
+        """Let saves go to memory first, from :meth:`open` on.
+
+        Args:
+            memory: The folder there.
+            every: Every Nth save storage is brought up to date.
+
+        """
+        self.directory.memory = memory
+        self._every = every
+
+    def open(self) -> None:
+        """Read what there is, and begin to write."""
+        self.refresh()
+        self.sweep()
+        if isinstance(memory := self.directory.memory, MemoryPlace):
+            self.host = memory.host.name
+            self.write_back = WriteBack(self.directory, memory, self.own_folders(), self.own_names, self._every)
+
+    def drain(self) -> None:
+        """Wait for what is on its way to storage."""
+        if self.write_back is not None:
+            self.write_back.drain()
+
+    def take_errors(self) -> list[Exception]:
+        """Return what went wrong beside the training since the last call; those saves are still in memory."""
+        return self.write_back.take_errors() if self.write_back is not None else []
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that this rank has in memory."""
+        return self.write_back.nbytes if self.write_back is not None else 0
+
+    def bring_to_storage(self) -> None:
+        """Bring to storage what memory alone has.
+
+        Raises:
+            OSError: If it cannot be written to.
+
+        """
+        if self.write_back is not None:
+            self.look_around()
+            self.write_back.finish()
+
+    def drop_copies(self) -> None:
+        """Delete from memory what ranks of other hosts have there."""
+        if self.write_back is not None:
+            drop(self.write_back.memory, self.is_local)
+
+    def leave_memory(self, is_stored: bool) -> None:
+        """End writing to memory.
+
+        Args:
+            is_stored: Whether what this rank has there is not needed any more; else it waits for the next start.
+
+        """
+        if self.write_back is not None:
+            self.write_back.leave(remove=is_stored)
+        elif isinstance(self.directory.memory, MemoryPlace):
+            self.directory.memory.host.leave()
 
     def look_around(self, others: bool = False) -> None:
         """Takes in what has changed behind this rank's back; what cannot be read now is left for later.
@@ -89,6 +173,8 @@ class RankStore(DeltaStore):
                 the more there are.
 
         """
+        if self.write_back is not None:
+            self._forget_vanished(self.write_back.vanished())
         if not others or self.world_size == 1:
             return
         with suppress(OSError):
@@ -102,10 +188,25 @@ class RankStore(DeltaStore):
                     self._take(read)
                     self.index.add(read)
 
-    def commit(self, head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> int:
-        """Writes one delta; when this returns, it is durable and part of the running checkpoint.
+    def _forget_vanished(self, names: Collection[str]) -> None:
+        gone = [delta for delta in self.own_deltas if delta.name in names]
+        if gone:
+            self.is_hollow = True
+            self._lost |= {block.key for delta in gone for block in self.index.live(delta)}
+            for delta in gone:
+                self._deltas[delta.folder].pop(delta.name, None)
+            self.count(self.index.lineage)
 
-        Afterwards deltas that nobody needs any more are deleted, and mostly dead ones are merged.
+    def take_lost(self) -> set[str]:
+        """Return the keys of the blocks that somebody has removed since the last call."""
+        lost, self._lost = self._lost, set()
+        return lost
+
+    def commit(self, head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> int:
+        """Write one delta; when this returns, it is part of the running checkpoint, a full one durably so.
+
+        Afterwards deltas that nobody needs any more are deleted, and mostly dead ones are merged. Without memory every
+        delta is durable.
 
         Args:
             head: What the delta says about itself.
@@ -116,7 +217,6 @@ class RankStore(DeltaStore):
             Bytes of all files written, merged ones included.
 
         Raises:
-            LimitError: If the file would be too much; nothing has changed then.
             OSError: If the file cannot be written; nothing has changed then.
 
         """
@@ -124,7 +224,14 @@ class RankStore(DeltaStore):
         self._saves += 1
         if self._depends_on_others(head):
             self.look_around(others=True)
-        return delta.nbytes + self._tidy(head, delta.nbytes)
+        written = delta.nbytes + self._tidy(head, delta.nbytes)
+        if self.write_back is not None:
+            self.write_back.follow(is_full=head.kind == "full", is_urgent=self.is_hollow)
+        self.is_hollow &= head.kind != "full"
+        if self.chain is not None and not self.is_hollow:
+            # What somebody has removed here, other hosts keep until a full save has followed.
+            self.chain.follow()
+        return written
 
     def _depends_on_others(self, head: Head) -> bool:
         """Whether what others have saved since makes anything of this rank's obsolete."""
@@ -136,23 +243,7 @@ class RankStore(DeltaStore):
         # Another rank may own, since this start, blocks that lie in this one's files. Each time it is less likely to
         # have saved them only now; and more than two versions of what a rank owns are not its own.
         is_time = self._saves & (self._saves - 1) == 0
-        return is_time or sum(map(self.index.live_bytes, own)) > (self.retention.states - 1) * head.state_bytes
-
-    def take_over(self, head: Head, sections: Sequence[Section]) -> int:
-        """Writes blocks of earlier starts that lie elsewhere; they keep their versions.
-
-        Args:
-            head: What the delta says about itself.
-            sections: The blocks.
-
-        Returns:
-            Bytes written.
-
-        Raises:
-            OSError: If the file cannot be written.
-
-        """
-        return self._write(self._new_name("taken", head), replace(head, kind="compacted"), sections).nbytes
+        return is_time or sum(map(self.index.live_bytes, own)) > (STATES - 1) * head.state_bytes
 
     def _new_name(self, kind: str, head: Head) -> str:
         name = f"{self.folder}/{kind}-{head.incarnation:05d}-{head.sequence:08d}"
@@ -162,8 +253,8 @@ class RankStore(DeltaStore):
 
     def _write(self, name: str, head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> Delta:
         file = encode(head, sections, refreshes)
-        self._check_limit(file.nbytes)
-        self.directory.child(self.folder).create()
+        if self.write_back is not None:
+            self.write_back.make_room(file.nbytes, head.state_bytes)
         delta = file.write(self.directory, name)
         self._take(delta)
         if head.lineage != self.index.lineage:
@@ -172,27 +263,15 @@ class RankStore(DeltaStore):
             self.index.add(delta)
         return delta
 
-    def _check_limit(self, nbytes: int) -> None:
-        needed = self.own_bytes + nbytes
-        if self.limit is not None and needed > self.limit:
-            raise LimitError(f"{self.limit} bytes may be taken, and with this file it would be {needed}")
-
     @property
     def own_deltas(self) -> list[Delta]:
         """Those of this rank."""
         own = [folder for folder in self._deltas.copy() if self.is_own(folder)]
         return [delta for folder in own for delta in self._deltas[folder].copy().values()]
 
-    @property
-    def own_bytes(self) -> int:
-        """Bytes of all files that are this rank's."""
-        return sum(delta.nbytes for delta in self.own_deltas)
-
-    def clear(self) -> None:
-        """Deletes all files of this rank, when all that they hold is elsewhere."""
-        for delta in self.own_deltas:
-            self._delete(delta)
-        self.count(self.index.lineage)
+    def own_names(self) -> set[str]:
+        """Return the names of these."""
+        return {delta.name for delta in self.own_deltas}
 
     def is_own(self, name: str) -> bool:
         """Whether a folder, or the file in it, is this rank's to delete and merge."""
@@ -205,10 +284,8 @@ class RankStore(DeltaStore):
         for delta in self._disposable():
             if not self.index.is_live(delta) and delta.name not in refreshing:
                 self._delete(delta)
-        # Without room for a merged file the others stay as they are.
-        with suppress(LimitError):
-            while sources := self._mergeable(head, save_bytes, refreshing):
-                merged_bytes += self._merge(head, sources)
+        while sources := self._mergeable(head, save_bytes, refreshing):
+            merged_bytes += self._merge(head, sources)
         return merged_bytes
 
     def _disposable(self) -> list[Delta]:
@@ -228,7 +305,7 @@ class RankStore(DeltaStore):
     def _mergeable(self, head: Head, save_bytes: int, refreshing: Container[str]) -> list[Delta]:
         own = self._disposable()
         usage = [self._usage(delta, head, refreshing) for delta in own]
-        return [own[i] for i in worth_merging(usage, head.state_bytes, save_bytes, self.retention.states)]
+        return [own[i] for i in worth_merging(usage, head.state_bytes, save_bytes)]
 
     def _usage(self, delta: Delta, head: Head, refreshing: Container[str]) -> Usage:
         if delta.name in refreshing or delta.name in self._unmergeable:

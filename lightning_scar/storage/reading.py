@@ -3,13 +3,14 @@
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
 from lightning_scar.storage.delta import DamagedError, Delta, Entry, Refresh, StoredRefresh
 from lightning_scar.storage.delta_file import read_blocks, read_refresh
-from lightning_scar.storage.directory import Directory, Tier
+from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.index import Located
 from lightning_scar.storage.source import Source
 
@@ -88,11 +89,9 @@ def fill(readings: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
         FileNotFoundError: If a compaction has replaced a file; refresh the store and ask again.
 
     """
-    by_file: dict[tuple[Directory, str], list[Reading]] = {}
+    by_file: dict[str, list[Reading]] = {}
     for reading in readings:
-        # Two hosts may have the same file under the same path.
-        delta = reading.located.delta
-        by_file.setdefault((delta.directory, delta.name), []).append(reading)
+        by_file.setdefault(reading.located.delta.name, []).append(reading)
     with ThreadPoolExecutor(READERS) as pool:
         batches = [
             pool.submit(_read_batch, batch)
@@ -104,16 +103,19 @@ def fill(readings: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
 
 def _read_batch(batch: list[Reading]) -> list[tuple[Reading, Damage]]:
     delta = batch[0].located.delta
-    try:
-        with delta.directory.source(delta.name) as source:
-            entries = (entry for reading in batch for entry in reading.entries)
-            source.expect(sorted((entry.start, entry.stop) for entry in entries))
-            return [damage for stretch in _stretches(batch) for damage in _read_stretch(source, stretch)]
-    except (ConnectionError, FileNotFoundError) as error:
-        if delta.directory.tier is not Tier.NEIGHBOUR:
-            raise
-        # What another host had may be elsewhere, too. Without storage there is nothing.
-        return [(reading, _damage(reading, error)) for reading in batch]
+    damages = _read_from(delta.directory, batch)
+    if damages and (further := delta.directory.further(delta.name)) is not None:
+        # What is damaged in the nearest place may be intact in the next.
+        with suppress(FileNotFoundError):
+            return _read_from(further, [reading for reading, _ in damages])
+    return damages
+
+
+def _read_from(directory: Directory, batch: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
+    with directory.source(batch[0].located.delta.name) as source:
+        entries = (entry for reading in batch for entry in reading.entries)
+        source.expect(sorted((entry.start, entry.stop) for entry in entries))
+        return [damage for stretch in _stretches(batch) for damage in _read_stretch(source, stretch)]
 
 
 def read_refreshes(wanted: Sequence[tuple[Delta, StoredRefresh]]) -> list[Refresh | Damage]:
@@ -141,9 +143,12 @@ def _read_refresh(delta: Delta, stored: StoredRefresh) -> Refresh | Damage:
     try:
         with delta.directory.source(delta.name) as source:
             return read_refresh(source, stored)
+    except FileNotFoundError:
+        raise
     except (DamagedError, OSError) as error:
-        if isinstance(error, FileNotFoundError) and delta.directory.tier is not Tier.NEIGHBOUR:
-            raise
+        if (further := delta.directory.further(delta.name)) is not None:
+            with suppress(FileNotFoundError):
+                return _read_refresh(replace(delta, directory=further), stored)
         return Damage(delta.file, str(error), refresh=stored.group)
 
 

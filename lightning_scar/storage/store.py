@@ -2,19 +2,15 @@
 
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from typing_extensions import override
-
 from lightning_scar.storage.collection import no_collection
-from lightning_scar.storage.compaction import WITH_OLDER, Retention
 from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta, StoredRefresh
 from lightning_scar.storage.delta_file import read_delta
-from lightning_scar.storage.directory import Directory, Tier
+from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.index import Index, Located, newest_lineage
 from lightning_scar.storage.reading import READERS, Damage, Reading, fill, read_refreshes
 
@@ -42,75 +38,85 @@ def rank_of(name: str) -> int:
     return int(name.partition("/")[0].removeprefix("rank-"))
 
 
-def _is_rank_folder(name: str) -> bool:
-    """Whether it is a rank's; a copy that somebody has made of one, ``rank-0000.bak``, is nobody's."""
+def is_rank_folder(name: str) -> bool:
+    """Return whether it is a rank's; a copy that somebody has made of one, ``rank-0000.bak``, is nobody's."""
     return _RANK_FOLDER.fullmatch(name) is not None
 
 
-class Store(ABC):
-    """Deltas that can be read, wherever they lie.
+class DeltaStore:
+    """What the deltas of a directory add up to.
 
     Reading needs no lock: deltas are immutable, and whoever meets a vanished file lists again.
 
     Args:
-        directory: The directory of the running checkpoint.
-        index: What the deltas add up to.
+        directory: The directory, or its fsspec URL.
+        storage_options: Passed to the file system.
 
     Attributes:
+        directory: The directory.
+        index: Which version of each block counts.
         damaged: What the last :meth:`refresh` found damaged.
 
     """
 
-    def __init__(self, directory: Directory, index: Index) -> None:
-        self.directory = directory
-        self.index = index
+    def __init__(
+        self, directory: Directory | str | os.PathLike[str], storage_options: dict[str, Any] | None = None
+    ) -> None:
+        self.directory = directory if isinstance(directory, Directory) else Directory(directory, storage_options)
+        self.index = Index(())
         self.damaged: list[Damage] = []
+        #: By folder and by name.
+        self._deltas: dict[str, dict[str, Delta]] = {}
 
     @property
-    @abstractmethod
     def deltas(self) -> list[Delta]:
         """The intact deltas found by the last :meth:`refresh`, by name."""
+        # Copies: another thread may be about to delete one.
+        found = [delta for folder in self._deltas.copy().values() for delta in folder.copy().values()]
+        return sorted(found, key=lambda delta: delta.name)
 
-    @abstractmethod
     def is_empty(self) -> bool:
         """Whether there is no file of a rank at all."""
+        return not any(map(self._names_in, self.folders()))
 
-    @abstractmethod
     def refresh(self) -> None:
-        """Lists what there is and reads the headers that are new.
+        """List what there is and read the headers that are new.
 
         Raises:
             NewerFormatError: If a delta was written by a newer version of this library.
 
         """
+        with no_collection():
+            retry_vanished(self._read_headers)
+            self.count(newest_lineage(self.deltas))
 
-    @abstractmethod
     def count(self, lineage: Sequence[int]) -> None:
-        """Lets the deltas of some starts of the training make up the running checkpoint, and no others.
+        """Let the deltas of some starts of the training make up the running checkpoint, and no others.
 
         Args:
             lineage: The numbers of the starts, oldest first.
 
         """
+        self.index = Index(lineage, self.deltas)
 
-    @abstractmethod
     def folders(self) -> list[str]:
-        """The folders of all ranks that ever wrote."""
+        """Return the folders of all ranks that ever wrote."""
+        return list(filter(is_rank_folder, self.directory.names()))
 
     def foreign_names(self) -> list[str]:
-        """What lies in the directory although it is no running checkpoint."""
+        """Return what lies in the directory although it is no running checkpoint."""
         names = self.directory.names()
-        ours = any(_is_rank_folder(name) or name == "lease.json" for name in names)
+        ours = any(is_rank_folder(name) or name == "lease.json" for name in names)
         return [] if ours else names
 
     def missing_folders(self) -> list[str]:
-        """The folders of ranks of the newest start of which no intact delta is left."""
+        """Return the folders of ranks of the newest start of which no intact delta is left."""
         world_size = max((head.world_size for head in self.index.heads.values()), default=0)
         present = {rank_of(delta.name) for delta in self.deltas}
         return [rank_folder(rank) for rank in range(world_size) if rank not in present]
 
     def verify(self) -> list[Damage]:
-        """Reads everything that counts and checks it.
+        """Read everything that counts and check it.
 
         Returns:
             Every damaged header, and every damaged version of a block that is kept, or refresh of one.
@@ -131,82 +137,14 @@ class Store(ABC):
 
         return retry_vanished(check)
 
-
-class DeltaStore(Store):
-    """All deltas below one directory.
-
-    Args:
-        url: The directory, any fsspec URL.
-        storage_options: Passed to the file system.
-        tier: How near it is.
-        retention: How much of the past is kept in it.
-
-    """
-
-    def __init__(
-        self,
-        url: str | os.PathLike[str],
-        storage_options: dict[str, Any] | None = None,
-        tier: Tier = Tier.STORAGE,
-        retention: Retention = WITH_OLDER,
-    ) -> None:
-        super().__init__(Directory(url, storage_options, tier), Index(()))
-        self.retention = retention
-        #: By folder and by name.
-        self._deltas: dict[str, dict[str, Delta]] = {}
-
-    @property
-    @override
-    def deltas(self) -> list[Delta]:
-        # Copies: another thread may be about to delete one.
-        found = [delta for folder in self._deltas.copy().values() for delta in folder.copy().values()]
-        return sorted(found, key=lambda delta: delta.name)
-
     def _take(self, delta: Delta) -> None:
         self._deltas.setdefault(delta.folder, {})[delta.name] = delta
 
     def _has(self, name: str) -> bool:
         return name in self._deltas.get(name.partition("/")[0], ())
 
-    @override
-    def is_empty(self) -> bool:
-        return not any(map(self._names_in, self.folders()))
-
-    @override
-    def refresh(self) -> None:
-        with no_collection():
-            retry_vanished(self._read_headers)
-            self.count(newest_lineage(self.deltas))
-
-    @override
-    def count(self, lineage: Sequence[int]) -> None:
-        self.index = Index(lineage, self.deltas, self.retention.older)
-
-    def forget_vanished(self, folder: str) -> set[str]:
-        """Forgets the deltas of a rank that somebody else has removed.
-
-        Args:
-            folder: The rank's.
-
-        Returns:
-            The keys of the blocks for whose sake they were kept.
-
-        """
-        there = self._names_in(folder)
-        vanished = [delta for name, delta in self._deltas.get(folder, {}).copy().items() if name not in there]
-        keys = {block.key for delta in vanished for block in self.index.live(delta)}
-        for delta in vanished:
-            del self._deltas[folder][delta.name]
-        if vanished:
-            self.count(self.index.lineage)
-        return keys
-
-    @override
-    def folders(self) -> list[str]:
-        return list(filter(_is_rank_folder, self.directory.names()))
-
     def _names_in(self, folder: str) -> list[str]:
-        return [f"{folder}/{name}" for name in self.directory.child(folder).names() if name.endswith(SUFFIX)]
+        return names_in(self.directory, folder)
 
     def _read_headers(self) -> None:
         names = dict.fromkeys(name for folder in self.folders() for name in self._names_in(folder))
@@ -234,6 +172,11 @@ class DeltaStore(Store):
 
         with ThreadPoolExecutor(READERS) as pool:
             yield from pool.map(header, names)
+
+
+def names_in(directory: Directory, folder: str) -> list[str]:
+    """Return the names of the deltas in a folder."""
+    return [f"{folder}/{name}" for name in directory.names(folder) if name.endswith(SUFFIX)]
 
 
 def retry_vanished(read: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ from lightning_scar.core.restoration import load
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeletons import is_skeleton
-from lightning_scar.storage.tiers import open_store
+from lightning_scar.storage.places import open_store
 
 
 def bits(tensor: Tensor) -> Tensor:

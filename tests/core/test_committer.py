@@ -20,9 +20,9 @@ from lightning_scar.core.save import Codes, Part, Save
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.head import Mark, Version
+from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.reading import Reading, fill
 from lightning_scar.storage.store import DeltaStore
-from lightning_scar.storage.tiered_rank_store import TieredRankStore
 
 COUNTER = itertools.count()
 BLOCKS = 4
@@ -41,7 +41,7 @@ class Rank:
 
     def __init__(self, url: str, rank: int, n: int, incarnation: int = 1) -> None:
         self.rank = rank
-        self.store = TieredRankStore(url, rank=rank, world_size=n)
+        self.store = RankStore(url, rank=rank, world_size=n)
         self.store.refresh()
         self.incarnation = incarnation
         self.committer = Committer(self.store, Stats(), Ranks(rank, n), incarnation)
@@ -101,7 +101,7 @@ def test_some_full_save_can_always_be_read(memory_url: str, run: Any, blind: set
         at[rank] += 1
         if (rank, step) in bad:
             continue
-        storage = ranks[rank].store.storage
+        storage = ranks[rank].store
         look = storage.look_around
         if turn in blind:
             # The listing fails, or a slow write began before the others' writes.

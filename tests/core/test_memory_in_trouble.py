@@ -29,7 +29,7 @@ from shared_helpers import assert_made_of, copied, make_training, opened, quietl
 
 from lightning_scar.core.restoration import load
 from lightning_scar.storage.lease import FILE
-from lightning_scar.storage.tiers import open_store
+from lightning_scar.storage.places import open_store
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -221,12 +221,11 @@ def test_the_limit_counts_what_dead_starts_have_left(url: str, host: Path) -> No
         training.load(quietly(running)[0])
         training.save(running)
         running.flush()
-        assert bytes_in(host) == 0, "it went to storage, and what was left is not needed any more"
+        assert 0 < bytes_in(host) <= limit
         training.step()
         training.save(running)
         running.flush()
-        assert 0 < bytes_in(host) <= limit
-        assert stored(url) == 6
+        assert bytes_in(host) <= limit
     assert_same(load(url), state_at(7))
 
 
@@ -245,9 +244,9 @@ def test_full_memory_is_emptied_into_storage_and_used_again(url: str, host: Path
             history[training.steps] = copied(training)
             assert_made_of(load(f"{url}-2"), history, f"{url}-2")
             assert bytes_in(host) <= limit
-            used.append(stored(f"{url}-2") < training.steps)
+            used.append(bytes_in(host))
         assert running.stats.failed_saves == 0
-    assert used[-10:].count(True) > 2, "memory serves still"
+    assert all(used[-10:]), "memory serves still"
     assert_made_of(load(f"{url}-2"), history, f"{url}-2")
 
 
@@ -293,7 +292,7 @@ def test_a_block_damaged_in_memory_does_not_keep_the_others_from_storage(
         assert stored(url) == 2
         assert torch.equal(found[rows_of(key)], state_at(1)["state_dict"]["0.weight"][rows_of(key)])
         training.save(running, full=True)
-    assert len([text for text in said if "leaves out what is damaged in memory" in text]) == 1
+    assert any("older versions are used" in text for text in said)
     assert_same(load(url), state_at(2))
 
 

@@ -32,7 +32,7 @@ from shared_helpers import assert_made_of, copied, make_training, opened, quietl
 from lightning_scar.core.restoration import load
 from lightning_scar.storage.host_memory import VARIABLE
 from lightning_scar.storage.lease import FILE
-from lightning_scar.storage.tiers import open_store
+from lightning_scar.storage.places import open_store
 
 pytestmark = pytest.mark.usefixtures("host")
 
@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on_from_memory(steps: int, url: str, host: Path) -> N
 def test_nothing_is_lost_when_the_next_start_is_killed_before_it_has_saved(url: str, host: Path) -> None:
     kill(1, host, url, 6)
     kill(1, host, url, 0, resume=True)
-    assert stored(url) == 4
+    assert stored(url) == 6, "what memory had is brought to storage first"
     kill(1, host, url, 0, resume=True)
     assert_same(load(url), state_at(6))
     kill(1, host, url, 1, resume=True)
@@ -145,7 +145,7 @@ def test_ranks_of_one_host_find_each_others_memory(n: int, m: int, url: str, hos
 
 def test_a_start_without_memory_takes_what_is_left_there(url: str, host: Path) -> None:
     kill(1, host, url, 6)
-    with opened(url, fraction=0.2) as running:
+    with opened(url, fraction=1.0) as running:
         found, _ = quietly(running)
         assert_same(found, state_at(6))
         training = make_training()
@@ -176,7 +176,7 @@ def test_a_block_damaged_in_memory_comes_from_storage(url: str, host: Path) -> N
     with opened(url, fraction=1.0, **MEMORY) as running:
         found, said = quietly(running)
     assert "1 block (576 B) from older versions" in said, said
-    newest, older = state_at(6), state_at(4)
+    newest, older = state_at(6), state_at(1)
     newest["state_dict"]["0.weight"][:2] = older["state_dict"]["0.weight"][:2]
     assert_same(found["state_dict"], newest["state_dict"])
 
@@ -215,7 +215,7 @@ def test_another_runs_memory_stays_for_a_day(url: str, host: Path, tmp_path: Pat
         with opened(tmp_path / "third", **MEMORY):
             assert not left.exists()
             assert len(folders(host)) == 2, "those of live runs"
-        assert other.store.memory is not None
+        assert other.store.write_back is not None
 
 
 def test_nobody_else_can_read_it(url: str, host: Path) -> None:
@@ -315,7 +315,7 @@ def test_what_other_hosts_have_in_memory_is_read_from_there(places: list[int], u
         if len(places) > 1 and set(places) >= {0, 1}:
             assert_same(found, state_at(6))
             assert "from a neighbour's memory" in recovery
-            assert "from this host's memory" in recovery or places == [0, 1, 2]
+            assert "from this host's memory" in recovery or places in ([0, 1, 2], [1, 0])
         assert found["global_step"] == 6
     assert_same(load(url), copied_from(results[0][0]))
     for place in set(places):
@@ -336,11 +336,11 @@ def heals_on_hosts(rank: int, hosts: list[Path], url: str) -> dict[str, Any]:
     with opened(url, fraction=1.0, replicas=0, **MEMORY) as running:
         train_and_spoil(training, running, 3)
         plan = heal(training, running)
-        assert "a neighbour's memory" in plan, plan
+        assert "from this host's memory" in plan, plan
         return copied(training)
 
 
-def test_healing_takes_blocks_from_a_neighbours_memory(url: str, host: Path) -> None:
+def test_healing_takes_what_only_another_hosts_memory_had(url: str, host: Path) -> None:
     for healed in run_ranks(heals_on_hosts, 2, hosts_of(host, 2), url):
         assert_same(healed, state_at(3))
 
@@ -393,7 +393,7 @@ def begins_anew_without_storage(rank: int, host: Path, url: str) -> None:
     training = make_training()
     running = opened(url, fraction=1.0, **MEMORY)
     if rank == 1:
-        running.store.storage._write = unwritable  # type: ignore[method-assign]
+        running.store.directory.storage.write = unwritable  # type: ignore[method-assign]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(9):
@@ -442,17 +442,17 @@ def test_a_file_that_cannot_be_opened_holds_no_later_save_up(url: str, host: Pat
     training = make_training()
     with warnings.catch_warnings(), opened(url, fraction=1.0, memory=True, durable_every_n_saves=1) as running:
         warnings.simplefilter("ignore")
-        assert running.store.memory is not None
+        assert running.store.write_back is not None
         training.save(running)
         running.flush()
-        directory = running.store.memory.directory
-        source = directory.source
-        directory.source = unwritable  # type: ignore[method-assign]
+        memory = running.store.write_back.memory
+        open_file = memory.open
+        memory.open = unwritable  # type: ignore[method-assign]
         for _ in range(4):
             training.step()
             training.save(running)
             running.flush()
-        directory.source = source  # type: ignore[method-assign]
+        memory.open = open_file  # type: ignore[method-assign]
         training.step()
         training.save(running)
         running.flush()

@@ -3,12 +3,11 @@
 import io
 import os
 import re
-import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
-from memory_helpers import MEMORY, hosts_of, kill, mount, unmount, wait_for_copies, warned
+from memory_helpers import MEMORY, hosts_of, wait_for_copies
 from ranks import run_ranks
 from shared_helpers import make_training, opened, quietly
 
@@ -70,55 +69,3 @@ def test_copies_for_other_hosts_are_stated_too(url: str, host: Path) -> None:
     assert stated(said) < found * 2
     assert found < stated(said) * HEADERS
     assert not other
-
-
-def test_what_dead_starts_have_left_is_stated_too(url: str, host: Path) -> None:
-    kill(1, host, url, 3)
-    ((said, _),) = run_ranks(saves, 1, host, url, True)
-    assert re.search(r"beside [\d.]+ kB that dead starts have left", said), said
-
-
-def test_a_limit_that_is_too_small_is_named(url: str) -> None:
-    training = make_training()
-    with warned() as said, opened(url, fraction=1.0, memory_limit=1000, **MEMORY) as running:
-        training.step()
-        training.save(running)
-    first, second = (text for text in said if "memory_limit" in text)
-    assert "memory_limit=1000 allows 1 kB" in first
-    assert "Raise memory_limit" in first
-    assert "1000 bytes may be taken" in second
-    assert not any("--shm-size" in text for text in said)
-
-
-def test_a_tmpfs_that_is_too_small_is_named(url: str, host: Path) -> None:
-    mount(host, "48k")
-    try:
-        training = make_training()
-        with warned() as said, opened(url, fraction=1.0, **MEMORY) as running:
-            training.step()
-            training.save(running)
-        assert len([text for text in said if f"{host}" in text and "--shm-size" in text]) == 1
-    finally:
-        unmount(host)
-
-
-def lags_behind(rank: int, hosts: list[Path], url: str) -> list[str]:
-    """The network carries nothing for a while."""
-    os.environ[VARIABLE] = str(hosts[rank])
-    training = make_training()
-    with warned() as said, opened(url, fraction=1.0, **MEMORY) as running:
-        assert running.store.chain is not None
-        running.store.chain._update = lambda *_: time.sleep(0.05)
-        for _ in range(12):
-            training.step()
-            training.save(running)
-            running.flush()
-        training.save(running)
-        del running.store.chain._update
-    return [text for text in said if "saves behind" in text]
-
-
-def test_copies_that_lag_behind_are_told_of_with_the_cause(url: str, host: Path) -> None:
-    for said in run_ranks(lags_behind, 2, hosts_of(host, 2), url):
-        assert len(said) == 1
-        assert "more is saved than the network carries: save less often" in said[0]

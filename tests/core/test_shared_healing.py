@@ -173,7 +173,7 @@ def with_a_blind_rank(rank: int, url: str) -> None:
     training = make_training()
     with opened(url, block_size=192) as running:
         if rank == 1:
-            running.store.storage.look_around = lambda others=False: None  # type: ignore[method-assign]
+            running.store.look_around = lambda others=False: None  # type: ignore[method-assign]
         training.save(running)
         with torch.no_grad():
             training.model[0].weight[0] = torch.nan

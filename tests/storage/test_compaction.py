@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_scar.storage.compaction import MAX_FILES, WITH_OLDER, Usage, worth_merging
+from lightning_scar.storage.compaction import MAX_FILES, STATES, Usage, worth_merging
 
 STATE = 1000
 
@@ -75,9 +75,7 @@ def test_merging_ends_and_leaves_room_for_the_next_save(usage: list[Usage], save
     assert len(after) < MAX_FILES
     assert sum(each.live for each in after) == live
     if live <= 2 * STATE:
-        assert sum(each.nbytes for each in after) <= max(
-            WITH_OLDER.states * STATE - min(save_bytes, STATE / 8), live / 0.9
-        )
+        assert sum(each.nbytes for each in after) <= max(STATES * STATE - min(save_bytes, STATE / 8), live / 0.9)
 
 
 @given(usage=usages, save_bytes=st.integers(0, STATE))

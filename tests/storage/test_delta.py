@@ -90,7 +90,7 @@ _FILE = encode(
     [rows("layer.weight", [(0, 4), (8, 10)], VERSION, slots="param exp_avg"), block("bias", VERSION, 3)],
     [refresh("layer.weight", {(4, 8): OLDER}, VERSION)],
 )
-A_DELTA = _FILE.front + b"".join(_FILE.data)
+A_DELTA = _FILE.front + b"".join(_FILE.data())
 DATA_STARTS = len(_FILE.front)
 
 

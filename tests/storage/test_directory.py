@@ -39,7 +39,7 @@ def test_a_written_file_is_listed_and_reads_back(url: str) -> None:
 
 def test_a_folder_that_does_not_exist_holds_nothing(url: str) -> None:
     assert Directory(url).names() == []
-    assert Directory(url).child("below").names() == []
+    assert Directory(url).names("below") == []
 
 
 def test_a_file_in_the_place_of_the_folder_is_no_folder(file_url: str) -> None:
@@ -67,13 +67,13 @@ def test_a_deleted_file_is_gone(url: str) -> None:
     assert folder.names() == []
 
 
-def test_a_child_is_a_folder_below(url: str) -> None:
+def test_a_folder_below_is_made_by_what_is_written_to_it(url: str) -> None:
     folder = Directory(url)
-    folder.child("below").create()
-    folder.write("below/a", [b"1"])
+    folder.write("below/a", [b"12"])
     assert folder.names() == ["below"]
-    assert folder.child("below").names() == ["a"]
-    assert folder.child("below").read("a") == b"1"
+    assert folder.names("below") == ["a"]
+    assert folder.read("below/a") == b"12"
+    assert (folder.bytes_in("below"), folder.bytes_in("elsewhere")) == (2, 0)
 
 
 def test_a_relative_path_stays_where_it_was_when_the_process_changes_its_folder(
@@ -83,17 +83,16 @@ def test_a_relative_path_stays_where_it_was_when_the_process_changes_its_folder(
     folder = Directory("relative")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    folder.child("below").create()
     folder.write("below/a", [b"1"])
-    assert folder.child("below").names() == ["a"]
+    assert folder.names("below") == ["a"]
     assert (tmp_path / "relative" / "below" / "a").exists()
 
 
 def test_storage_options_lead_to_the_file_system(s3_server: str, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     folder = Directory(f"{s3_url}/a", {"client_kwargs": {"endpoint_url": s3_server}})
-    folder.child("below").write("b", [b"1"])
-    assert folder.child("below").names() == ["b"]
+    folder.write("below/b", [b"1"])
+    assert folder.names("below") == ["b"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(url: str) -> None:
@@ -189,20 +188,19 @@ def be_killed_while_writing(url: str, name: str, after: int) -> None:
 @pytest.mark.parametrize("after", [0, 1, 50])
 def test_a_write_cut_short_by_sigkill_is_invisible_and_swept_away(file_url: str, spawn: Spawn, after: int) -> None:
     folder = Directory(file_url)
-    folder.create()
-    folder.write("a", [b"old"])
-    process = spawn(be_killed_while_writing, file_url, "a", after)
+    folder.write("below/a", [b"old"])
+    process = spawn(be_killed_while_writing, file_url, "below/a", after)
     process.join(30)
     assert process.exitcode == -signal.SIGKILL
-    assert len(os.listdir(folder.path)) == 2
-    assert folder.names() == ["a"]
-    assert folder.read("a") == b"old"
-    folder.sweep()
-    assert os.listdir(folder.path) == ["a"]
+    assert len(os.listdir(folder.file("below"))) == 2
+    assert folder.names("below") == ["a"]
+    assert folder.read("below/a") == b"old"
+    folder.sweep("below")
+    assert os.listdir(folder.file("below")) == ["a"]
 
 
 def test_sweeping_a_folder_that_does_not_exist_does_nothing(url: str) -> None:
-    Directory(url).sweep()
+    Directory(url).sweep("below")
     assert Directory(url).names() == []
 
 

@@ -18,15 +18,12 @@ def directory(tmp_path: Path) -> Directory:
     return Directory(tmp_path / "scar")
 
 
-def nothing(folder: str) -> bool:
-    return False
-
-
 def test_starts_come_and_go_at_the_same_time(host: Path, directory: Directory) -> None:
     def come_and_go(_: int) -> None:
         for _ in range(100):
             memory = HostMemory(directory, uuid.uuid4().hex)
-            memory.remove("rank-0000", nothing)
+            (memory.path / "rank-0000").mkdir()
+            memory.leave()
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(come_and_go, range(8)))
@@ -46,15 +43,16 @@ def test_folders_of_other_runs_come_and_go_while_a_start_looks_through_them(host
 
     with meanwhile(come_and_go):
         for _ in range(200):
-            HostMemory(directory, uuid.uuid4().hex).remove("rank-0000", nothing)
+            HostMemory(directory, uuid.uuid4().hex).leave()
 
 
 def test_ranks_of_one_start_that_come_while_others_end_hold_their_folder(host: Path, directory: Directory) -> None:
     def come_and_go(rank: int) -> None:
         for _ in range(100):
             memory = HostMemory(directory, "the same")
-            assert memory.path.stat().st_ino == os.fstat(memory._locks[memory.path]).st_ino
-            memory.remove(f"rank-{rank:04d}", nothing)
+            assert memory.path.stat().st_ino == os.fstat(memory._lock).st_ino
+            (memory.path / f"rank-{rank:04d}").mkdir()
+            memory.leave()
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(come_and_go, range(8)))
@@ -89,9 +87,20 @@ def test_what_is_not_the_users_alone_any_more_is_not_renewed(host: Path, directo
         memory.renew()
 
 
-def test_starts_are_found_by_their_tokens_the_newest_first(host: Path, directory: Directory) -> None:
-    held = [HostMemory(directory, token) for token in "abc"]
-    assert [path.name for path in left_in_memory(directory, ["c", "missing", "a"])] == ["c", "a"]
-    assert left_in_memory(directory) == [], "there is no lease"
-    assert left_in_memory(Directory(f"{directory}-2"), ["a"]) == []
-    assert {path.parents[1] for path in (memory.path for memory in held)} == {host / f"scar-memory-{os.getuid()}"}
+def test_a_folder_is_found_by_its_directory_and_its_run(host: Path, directory: Directory) -> None:
+    held = HostMemory(directory, "a")
+    assert left_in_memory(directory, "a") == held.path
+    assert held.path.parents[1] == host / f"scar-memory-{os.getuid()}"
+    assert left_in_memory(directory, "b") is None
+    assert left_in_memory(directory, None) is None, "there is no lease"
+    assert left_in_memory(Directory(f"{directory}-2"), "a") is None
+
+
+@pytest.mark.parametrize("run", ["../../precious", "/precious", "..", "", "a/b", "a\0b"])
+def test_what_a_strangers_lease_calls_its_run_leads_nowhere_else(run: str, host: Path, directory: Directory) -> None:
+    """Whoever shares a directory can write its lease."""
+    (host / "precious").mkdir(mode=0o700)
+    memory = HostMemory(directory, run)
+    assert memory.path.parents[1] == host / f"scar-memory-{os.getuid()}"
+    memory.leave()
+    assert (host / "precious").exists()

@@ -265,14 +265,14 @@ def test_a_holder_on_another_host_that_ends_while_it_is_watched_is_followed_at_o
     file_url: str, acquire: Acquire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_module, "WATCH_SECONDS", 60.0)
-    holder = {"token": "0", "host": "another-host", "pid": 1, "started": "0", "beat": 3, "needs_memory": True}
+    holder = {"token": "0", "host": "another-host", "pid": 1, "started": "0", "beat": 3, "unstored": True}
     folder = Directory(file_url)
     folder.create()
     folder.write(FILE, [json.dumps(holder).encode()])
-    ended = json.dumps({**holder, "released": True, "needs_memory": False}).encode()
+    ended = json.dumps({**holder, "released": True, "unstored": False}).encode()
     end = threading.Timer(0.3, lambda: folder.write(FILE, [ended]))
     end.start()
-    assert not acquire(file_url).needs_memory
+    assert not acquire(file_url).left_unstored
     end.join()
 
 

@@ -1,292 +1,264 @@
-"""A folder of another host is read as any directory is."""
+"""The memory of another host: files come there whole, and whoever is not let in does no harm."""
 
-import gc
-import io
+import json
+import os
+import resource
+import shutil
+import socket
 import threading
-import warnings
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-import fsspec
 import pytest
-from toy_blocks import FIRST, check, content, newest, read, save
 
+from lightning_scar.storage import neighbour as neighbour_module
+from lightning_scar.storage.channel import PIECE, Channel
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.folder_client import FolderClient
-from lightning_scar.storage.folder_server import FolderServer
-from lightning_scar.storage.head import Version
-from lightning_scar.storage.neighbour import PROTOCOL, NeighbourFileSystem
-from lightning_scar.storage.rank_store import RankStore
-from lightning_scar.storage.reading import Reading, fill
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.neighbour import Neighbour, NoRoomError, Server
 
 KEY = b"a secret of this test"
-OPTIONS = {"key": KEY}
+NAME = "rank-0001/delta-00001-00000000.safetensors"
+
+
+def content(size: int, seed: int = 0) -> bytes:
+    return bytes((seed + i) % 251 for i in range(251)) * (size // 251) + bytes(size % 251)
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[FolderServer]:
-    with closing(FolderServer(tmp_path, KEY)) as server:
+def there(tmp_path: Path) -> Directory:
+    (tmp_path / "there").mkdir(mode=0o700)
+    return Directory(tmp_path / "there")
+
+
+@pytest.fixture
+def server(there: Directory) -> Iterator[Server]:
+    with closing(Server(there, KEY)) as server:
         yield server
 
 
 @pytest.fixture
-def url(server: FolderServer) -> str:
-    host, port = server.address
-    return f"{PROTOCOL}://{host}:{port}/"
+def neighbour(server: Server) -> Iterator[Neighbour]:
+    with closing(Neighbour(*server.address, KEY)) as neighbour:
+        yield neighbour
 
 
-@pytest.fixture
-def files(server: FolderServer) -> NeighbourFileSystem:
-    return NeighbourFileSystem(*server.address, KEY)
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
-def test_a_folder_is_listed_and_read_as_it_is_now(url: str, tmp_path: Path) -> None:
-    folder = Directory(url, OPTIONS)
-    assert folder.names() == []
-    assert folder.child("below").names() == []
-    (tmp_path / "below").mkdir()
-    (tmp_path / "a").write_bytes(b"1234")
-    (tmp_path / "below/b").write_bytes(b"5678")
-    assert folder.names() == ["a", "below"]
-    assert folder.child("below").names() == ["b"]
-    assert folder.child("a").names() == []
-    assert folder.read("a") == b"1234"
-    assert folder.child("below").read("b") == folder.read("below/b") == b"5678"
-    with folder.open("a") as file:
-        file.seek(1)
-        assert file.read() == b"234"
-    (tmp_path / "a").unlink()
-    assert folder.names() == ["below"]
+def raw(server: Server) -> Channel:
+    """A caller that has been let in."""
+    channel = Channel(socket.create_connection(server.address), timeout=10)
+    channel.introduce(KEY)
+    return channel
 
 
-def test_what_a_file_system_tells_of_files_and_folders(files: NeighbourFileSystem, tmp_path: Path) -> None:
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below/a").write_bytes(b"1234")
-    file = {"name": "/below/a", "size": 4, "type": "file"}
-    folder = {"name": "/below", "size": 0, "type": "directory"}
-    assert files.ls("/") == files.ls("") == [folder]
-    assert files.ls("below") == files.ls("/below/") == [file]
-    assert files.ls("below", detail=False) == ["/below/a"]
-    assert files.ls("below/a") == [file]
-    assert files.info("below/a") == file
-    assert files.info("/below") == folder
-    assert files.find("/") == ["/below/a"]
-    assert files.exists("below/a")
-    assert not files.exists("below/b")
-    assert files.isdir("below")
-    for missing in (files.ls, files.info, files.cat_file, files.open):
-        with pytest.raises(FileNotFoundError):
-            missing("missing")
+def files_below(there: Directory) -> list[str]:
+    return sorted(str(path.relative_to(there.path)) for path in Path(there.path).rglob("*") if path.is_file())
+
+
+# -- files come there --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[0], [1], [PIECE], [PIECE + 1], [3 * PIECE + 5, 7], []], ids=str)
+def test_a_file_is_there_as_it_was_sent(neighbour: Neighbour, there: Directory, sizes: list[int]) -> None:
+    pieces = [content(size, seed) for seed, size in enumerate(sizes)]
+    neighbour.write(NAME, [memoryview(piece) for piece in pieces])
+    assert there.read(NAME) == b"".join(pieces)
+    assert neighbour.names("rank-0001") == [NAME.partition("/")[2]]
+    neighbour.delete(NAME)
+    neighbour.delete(NAME)
+    assert neighbour.names("rank-0001") == []
+    assert neighbour.names("rank-0002") == []
+
+
+def test_a_file_takes_the_place_of_an_older_one(neighbour: Neighbour, there: Directory) -> None:
+    neighbour.write(NAME, [b"old"])
+    neighbour.write(NAME, [b"newer"])
+    assert there.read(NAME) == b"newer"
+    assert files_below(there) == [NAME]
+
+
+def test_many_may_write_at_once(server: Server, there: Directory) -> None:
+    def write(number: int) -> None:
+        with closing(Neighbour(*server.address, KEY)) as neighbour:
+            for i in range(20):
+                neighbour.write(f"rank-{number:04d}/delta-{i}.safetensors", [content(1000, number + i)])
+                neighbour.write(NAME, [content(5000)])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(2, 10)))
+    assert len(files_below(there)) == 8 * 20 + 1
+    assert there.read(NAME) == content(5000)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("start", "end"), [(None, None), (2, 5), (3, None), (None, 4), (-3, None), (None, -2), (8, 20)]
+    "name",
+    [
+        "../escape.safetensors",
+        "rank-0001/../../escape.safetensors",
+        "/etc/escape.safetensors",
+        "rank-0001/deeper/a.safetensors",
+        "rank-0001/lease.json",
+        "lease.json",
+        "rank-1/a.safetensors",
+        "rank-0001/.safetensors\0",
+        "",
+    ],
 )
-def test_parts_of_a_file_are_cut_as_slices_are(
-    files: NeighbourFileSystem, tmp_path: Path, start: int | None, end: int | None
+def test_only_deltas_of_ranks_can_be_reached(neighbour: Neighbour, there: Directory, name: str) -> None:
+    Path(there.path).parent.joinpath("escape.safetensors").write_bytes(b"mine")
+    for ask in (lambda: neighbour.write(name, [b"1"]), lambda: neighbour.delete(name)):
+        with pytest.raises(PermissionError, match="only the deltas of ranks"):
+            ask()
+    with pytest.raises(PermissionError, match="only the folders of ranks"):
+        neighbour.names(name)
+    assert Path(there.path).parent.joinpath("escape.safetensors").read_bytes() == b"mine"
+    assert files_below(there) == []
+    neighbour.write(NAME, [b"it goes on"])
+
+
+def test_a_link_in_the_name_of_a_rank_is_not_followed_out(neighbour: Neighbour, there: Directory) -> None:
+    """Nobody but the user can make one: the folder is private. The name of a file is checked, not where it leads."""
+    neighbour.write(NAME, [b"1"])
+    assert os.stat(there.path).st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "request_", [{}, {"do": "anything"}, {"do": "put", "name": NAME}, {"do": "put", "name": NAME, "size": "many"}]
+)
+def test_what_is_not_understood_is_refused_and_the_conversation_goes_on(
+    server: Server, request_: dict[str, object]
 ) -> None:
-    (tmp_path / "a").write_bytes(b"0123456789")
-    assert files.cat_file("a", start, end) == b"0123456789"[start:end]
+    channel = raw(server)
+    channel.send(request_)
+    assert "do all workers run the same version" in channel.receive()["reason"]
+    channel.send({"do": "names", "name": "rank-0000"})
+    assert channel.receive() == {"names": []}
+    channel.close()
 
 
-def test_an_open_file_is_read_from_any_place(files: NeighbourFileSystem, tmp_path: Path) -> None:
-    data = bytes(i % 251 for i in range(1_000_000))
-    (tmp_path / "a").write_bytes(data)
-    with files.open("a") as file:
-        for start, size in ((0, 10), (500_000, 300_000), (5, 100_000), (999_990, 100), (1_000_000, 5), (2_000_000, 5)):
-            file.seek(start)
-            assert file.read(size) == data[start : start + size]
-        assert file.seek(-10, io.SEEK_END) == 999_990
-        assert file.read() == data[-10:]
-        with pytest.raises(ValueError, match="cannot seek to -1"):
-            file.raw.seek(-1)
-    with files.open("a") as file:
-        assert file.read() == data
-    (tmp_path / "text").write_text("two\nlines")
-    with files.open("text", "r") as lines:
-        assert list(lines) == ["two\n", "lines"]
+def test_a_limit_counts_all_files_of_a_rank(there: Directory) -> None:
+    with closing(Server(there, KEY, limit=100)) as server, closing(Neighbour(*server.address, KEY)) as neighbour:
+        neighbour.write("rank-0001/delta-1.safetensors", [bytes(60)])
+        neighbour.write("rank-0002/delta-1.safetensors", [bytes(100)])
+        with pytest.raises(NoRoomError, match="no room for 41 bytes, this rank has taken 60 of 100 there"):
+            neighbour.write("rank-0001/delta-2.safetensors", [bytes(41)])
+        neighbour.write("rank-0001/delta-2.safetensors", [bytes(40)])
+        neighbour.delete("rank-0001/delta-1.safetensors")
+        neighbour.write("rank-0001/delta-3.safetensors", [bytes(60)])
 
 
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many bytes each request asks for."""
-    asked: list[int] = []
-    read_into = FolderClient.read_into
-
-    def noted(client: FolderClient, name: str, start: int, *into: memoryview) -> int:
-        asked.append(sum(map(len, into)))
-        return read_into(client, name, start, *into)
-
-    monkeypatch.setattr(FolderClient, "read_into", noted)
-    return asked
-
-
-def test_a_whole_block_is_fetched_in_one_request_and_no_byte_besides(
-    url: str, tmp_path: Path, asked: list[int]
-) -> None:
-    (tmp_path / "a").write_bytes(bytes(10_000_000))
-    with Directory(url, OPTIONS).source("a") as source:
-        for start in (5_000_000, 400_000, 0):
-            assert source.fill([(start, memoryview(bytearray(400_000)))])
-    assert asked == [400_000] * 3
+def test_a_disk_that_fills_up_half_way_is_told_and_leaves_nothing(there: Directory) -> None:
+    with closing(Server(there, KEY)) as server, closing(Neighbour(*server.address, KEY)) as neighbour:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * PIECE, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                neighbour.write(NAME, [bytes(6 * PIECE)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert files_below(there) == []
+        neighbour.write(NAME, [b"it goes on"])
+        assert there.read(NAME) == b"it goes on"
 
 
-def test_nothing_can_be_written(url: str, tmp_path: Path) -> None:
-    folder = Directory(url, OPTIONS)
-    folder.create()
-    (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(OSError, match="read-only"):
-        folder.write("a", [b"new"])
-    with pytest.raises(OSError, match="NotImplementedError"):
-        folder.delete("a")
-    assert folder.read("a") == b"old"
+# -- who is not let in, and who goes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("url", [f"{PROTOCOL}://host/", f"{PROTOCOL}://:4711/"])
-def test_an_url_that_leads_to_no_server_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="scar-neighbour://host:port/"):
-        fsspec.core.url_to_fs(url, **OPTIONS)
+def test_another_key_is_another_run(server: Server) -> None:
+    with pytest.raises(ConnectionError, match="has another key"):
+        Neighbour(*server.address, b"guessed")
+    with closing(Neighbour(*server.address, KEY)) as neighbour:
+        assert neighbour.names("rank-0000") == []
 
 
-def test_a_neighbour_with_another_key_or_none_at_all_is_reported(url: str, server: FolderServer) -> None:
-    with pytest.raises(PermissionError, match="another key"):
-        Directory(url, {"key": b"another"}).names()
-    server.close()
-    with pytest.raises(ConnectionError, match="no folder server"):
-        Directory(url, OPTIONS).names()
+def test_a_server_with_another_key_is_not_believed(there: Directory) -> None:
+    with closing(Server(there, b"a thief's")) as server, pytest.raises(ConnectionError):
+        Neighbour(*server.address, KEY)
 
 
-def test_instances_share_nothing(url: str) -> None:
-    assert Directory(url, OPTIONS).fs is not Directory(url, OPTIONS).fs
+@pytest.mark.parametrize("noise", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(100), b"\xff" * 5000])
+def test_strangers_do_no_harm(server: Server, neighbour: Neighbour, noise: bytes) -> None:
+    for _ in range(5):
+        with socket.create_connection(server.address) as stranger:
+            stranger.sendall(noise)
+    neighbour.write(NAME, [b"1"])
 
 
-def test_threads_do_not_share_a_connection_and_connections_are_used_again(server: FolderServer, tmp_path: Path) -> None:
-    for i in range(8):
-        (tmp_path / str(i)).write_bytes(bytes([i]) * 200_000)
-    files = NeighbourFileSystem(*server.address, KEY)
-    together = threading.Barrier(8)
-
-    def read_often(i: int) -> bool:
-        with files.client():
-            # All eight have one now.
-            together.wait(30)
-        return all(files.cat_file(str(i)) == bytes([i]) * 200_000 for _ in range(30))
-
-    for _ in range(3):
-        with ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(read_often, range(8)))
-    assert len(callers(server)) == 8
-
-
-def callers(server: FolderServer) -> list[threading.Thread]:
-    # A caller may have been answered before it is entered.
-    with server._lock:
-        return list(server._callers.values())
-
-
-def test_connections_end_with_the_file_system(server: FolderServer, recwarn: pytest.WarningsRecorder) -> None:
-    files = NeighbourFileSystem(*server.address, KEY)
-    files.ls("/")
-    [thread] = callers(server)
-    warnings.simplefilter("always")
-    del files
-    gc.collect()
-    assert not [warning for warning in recwarn if warning.category is ResourceWarning]
-    thread.join(30)
-    assert not thread.is_alive()
-
-
-# -- a delta store ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> RankStore:
-    """Some real deltas, as a rank wrote them to the served folder."""
-    store = RankStore(str(tmp_path))
-    keys = [f"b{i}" for i in range(300)]
-    save(store, keys, FIRST, size=20_000, consistent=FIRST)
-    save(store, keys[:40], Version(1, 1, 10), size=20_000, consistent=FIRST)
-    save(store, ["large"], Version(1, 2, 20), size=3_000_000, consistent=FIRST)
-    return store
-
-
-def test_a_delta_store_there_holds_what_the_one_here_does(store: RankStore, url: str, tmp_path: Path) -> None:
-    here, there = DeltaStore(tmp_path), DeltaStore(url, OPTIONS)
-    assert check(there) == check(here)
-    assert len(newest(there)) == 301
-    assert [delta.name for delta in there.deltas] == [delta.name for delta in here.deltas]
-    assert [delta.head for delta in there.deltas] == [delta.head for delta in here.deltas]
-    assert there.index.consistent == here.index.consistent == FIRST.mark
-    assert there.verify() == []
-    assert not there.is_empty()
-    assert there.foreign_names() == there.missing_folders() == []
-    for key in ("b0", "b299", "large"):
-        for at in there.index.versions(key):
-            assert read(there, at) == content(key, at.block.version, at.block.nbytes)
-
-
-def test_blocks_that_lie_together_are_fetched_together_and_no_byte_besides(
-    store: RankStore, url: str, asked: list[int]
-) -> None:
-    there = DeltaStore(url, OPTIONS)
-    there.refresh()
-    located = [there.index.versions(f"b{i}")[0] for i in range(300)]
-    memories = [at.block.new_memory() for at in located]
-    asked.clear()
-    assert fill([Reading(at, lambda m=m: m) for at, m in zip(located, memories, strict=True)]) == []
-    assert [bytes(m["param"]) for m in memories] == [content(at.block.key, at.block.version, 20_000) for at in located]
-    assert sum(asked) == 300 * 20_000
-    assert len(asked) < 300 / 20
-
-
-def test_damage_there_is_found(store: RankStore, url: str, tmp_path: Path) -> None:
-    at = store.index.versions("large")[0]
-    path = tmp_path / at.delta.name
-    data = bytearray(path.read_bytes())
-    data[at.block.slots["param"].start] ^= 255
-    path.write_bytes(data)
-    there = DeltaStore(url, OPTIONS)
-    assert [damage.block for damage in there.verify()] == ["large"]
-    path.write_bytes(data[:-1000])
-    there = DeltaStore(url, OPTIONS)
-    there.refresh()
-    assert len(there.damaged) == 1
-
-
-def test_a_delta_that_vanishes_there_is_noticed(store: RankStore, url: str, tmp_path: Path) -> None:
-    there = DeltaStore(url, OPTIONS)
-    there.refresh()
-    at = there.index.versions("large")[0]
-    (tmp_path / at.delta.name).unlink()
-    with pytest.raises(FileNotFoundError):
-        fill([Reading(at, at.block.new_memory)])
-    there.refresh()
-    assert "large" not in newest(there)
-
-
-def test_a_reader_follows_while_the_neighbour_goes_on_saving(store: RankStore, url: str) -> None:
-    there = DeltaStore(url, OPTIONS)
-    last = check(there)
-    for sequence in range(3, 20):
-        version = Version(1, sequence, 10 * sequence)
-        save(store, [f"b{sequence}", "large"], version, size=20_000, state_bytes=9_000_000, consistent=FIRST)
-        now = check(there)
-        assert now["large"] == version
-        assert all(now[key] >= last[key] for key in last)
-        last = now
-
-
-def test_a_neighbour_that_ends_is_an_error_and_no_damage_is_hidden(
-    store: RankStore, url: str, server: FolderServer
-) -> None:
-    there = DeltaStore(url, OPTIONS)
-    there.refresh()
-    server.close()
+def test_nothing_that_arrives_is_unpickled(server: Server) -> None:
+    channel = raw(server)
+    connection: Connection = channel._connection
+    connection.send(os.getpid)
     with pytest.raises(ConnectionError):
-        there.refresh()
-    at = there.index.versions("large")[0]
+        channel.receive()
+
+
+def test_a_caller_that_stops_in_the_middle_is_let_go_of(there: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbour_module, "PATIENCE", 0.3)
+    with closing(Server(there, KEY)) as server:
+        silent = socket.create_connection(server.address)
+        stopped = raw(server)
+        stopped.send({"do": "put", "name": NAME, "size": 10 * PIECE})
+        assert stopped.receive() == {}
+        stopped.send_piece(bytes(PIECE))
+        with pytest.raises(ConnectionError):
+            stopped.receive(patient=True)
+        wait_for(lambda: not server._callers)
+        assert files_below(there) == []
+        silent.close()
+
+
+def test_a_server_that_stops_in_the_middle_is_an_error_in_time(there: Directory) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        started = time.monotonic()
+        with pytest.raises(ConnectionError, match="nothing has moved"):
+            Neighbour(*deaf.getsockname(), KEY, timeout=0.5)
+        assert time.monotonic() - started < 20
+
+
+def test_nobody_there_is_a_connection_error(server: Server) -> None:
+    address = server.address
+    server.close()
+    with pytest.raises(ConnectionError, match=f"127.0.0.1:{address[1]} cannot be reached"):
+        Neighbour(*address, KEY)
+
+
+def test_its_end_hangs_up_on_everybody(there: Directory) -> None:
+    before = threading.active_count()
+    server = Server(there, KEY)
+    neighbour = Neighbour(*server.address, KEY)
+    busy = raw(server)
+    busy.send({"do": "put", "name": NAME, "size": 10 * PIECE})
+    assert busy.receive() == {}
+    server.close()
+    assert threading.active_count() == before
     with pytest.raises(ConnectionError):
-        fill([Reading(at, at.block.new_memory)])
+        neighbour.names("rank-0000")
+    assert files_below(there) == []
+
+
+def test_memory_that_somebody_has_removed_is_made_again(neighbour: Neighbour, there: Directory) -> None:
+    neighbour.write(NAME, [b"1"])
+    shutil.rmtree(there.path)
+    assert neighbour.names("rank-0001") == []
+    neighbour.write(NAME, [b"2"])
+    assert there.read(NAME) == b"2"
+
+
+def test_messages_may_not_be_endless(server: Server) -> None:
+    channel = raw(server)
+    with suppress(ConnectionError):
+        channel._connection.send_bytes(json.dumps({"do": "x" * (1 << 25)}).encode())
+        channel.receive()
+    wait_for(lambda: not server._callers)

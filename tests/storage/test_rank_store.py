@@ -14,7 +14,7 @@ from toy_blocks import check, content, head, newest, read, save
 
 from lightning_scar.storage import rank_store
 from lightning_scar.storage import store as store_module
-from lightning_scar.storage.compaction import MAX_FILES, WITH_OLDER
+from lightning_scar.storage.compaction import MAX_FILES, STATES
 from lightning_scar.storage.delta import DamagedError
 from lightning_scar.storage.delta_file import read_delta
 from lightning_scar.storage.directory import Directory
@@ -137,10 +137,10 @@ def listed(stores: list[RankStore], sequences: range, incarnation: int = 1, **ch
     seen: list[list[int]] = []
     names = Directory.names
 
-    def watched(self: Directory) -> list[str]:
-        if is_first and "rank-" in self.path:
-            seen[-1].append(rank_of(self.path.rpartition("/")[2]))
-        return names(self)
+    def watched(self: Directory, folder: str = "") -> list[str]:
+        if is_first and folder:
+            seen[-1].append(rank_of(folder))
+        return names(self, folder)
 
     with patch.object(Directory, "names", watched):
         for sequence in sequences:
@@ -180,7 +180,7 @@ def test_who_holds_too_much_looks_whether_others_have_saved_it_by_now(memory_url
         commit(second, keys[4:], sequence, incarnation=2, size=10_000, state_bytes=45_000)
         commit(first, [keys[sequence % 4]], sequence, incarnation=2, size=10_000, state_bytes=45_000)
         own = sum(delta.nbytes for delta in first.own_deltas)
-        assert own <= WITH_OLDER.states * 45_000 + 80_000 * (sequence < 2)
+        assert own <= STATES * 45_000 + 80_000 * (sequence < 2)
 
 
 def test_is_whole_is_not_asked_again_once_it_is_known(memory_url: str) -> None:
@@ -312,7 +312,7 @@ class Truth:
             own = [size for name, size in found.items() if rank_of(name) == rank]
             assert len(own) <= MAX_FILES
         save_bytes = 4 * 10_000 * n
-        assert sum(found.values()) <= WITH_OLDER.states * state + save_bytes
+        assert sum(found.values()) <= STATES * state + save_bytes
 
 
 @pytest.mark.parametrize("starts", [(2,), (3, 1), (1, 3), (4, 2, 3)])
@@ -398,14 +398,15 @@ def test_a_training_goes_on_to_count_when_the_folder_of_a_rank_is_lost(memory_ur
     stores = opened(memory_url, 3)
     fresh(stores, "abc", 1, iter([0, 1, 2, 0, 1, 2]))
     for lost in range(3):
-        folder = stores[0].directory.child(rank_folder(lost))
-        kept = {name: folder.read(name) for name in folder.names()}
+        directory = stores[0].directory
+        names = [f"{rank_folder(lost)}/{name}" for name in directory.names(rank_folder(lost))]
+        kept = {name: directory.read(name) for name in names}
         for name in kept:
-            folder.delete(name)
+            directory.delete(name)
         assert lineage(memory_url) == (1,)
         assert set(check(DeltaStore(memory_url))) == set("abc") - {"abc"[lost]}
         for name, data in kept.items():
-            folder.write(name, [data])
+            directory.write(name, [data])
 
 
 def test_a_training_that_never_became_whole_is_cleared_away_by_the_one_that_does(memory_url: str) -> None:

@@ -8,13 +8,11 @@ import pytest
 from toy_blocks import block, content, head, read, refresh, refreshed, rows
 
 from lightning_scar.storage.delta import Encoded, Refresh, Span, block_key
-from lightning_scar.storage.directory import Tier
 from lightning_scar.storage.head import Version
+from lightning_scar.storage.host_memory import HostMemory, MemoryPlace
 from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.reading import Damage, read_refreshes
 from lightning_scar.storage.store import DeltaStore, retry_vanished
-from lightning_scar.storage.tiered_rank_store import TieredRankStore
-from lightning_scar.storage.tiers import TieredStore
 
 SPANS: list[Span] = [(0, 4), (4, 8), (8, 12), (12, 16)]
 STATE = 16 * 16
@@ -32,7 +30,7 @@ class Training:
         self.bases: dict[Span, Version] = dict(bases or {})
         self.sequence = itertools.count()
 
-    def save(self, store: RankStore | TieredRankStore, *chosen: int, **changes: object) -> Version:
+    def save(self, store: RankStore, *chosen: int, **changes: object) -> Version:
         version = at(next(self.sequence), self.incarnation)
         spans = [SPANS[i] for i in chosen] if self.bases else SPANS
         self.bases |= dict.fromkeys(spans, version)
@@ -44,7 +42,7 @@ class Training:
         return version
 
 
-def found(store: DeltaStore | TieredStore, i: int, version: int = 0) -> list[tuple[int, int]]:
+def found(store: DeltaStore, i: int, version: int = 0) -> list[tuple[int, int]]:
     """By which saves a version of a block was refreshed."""
     stored = store.index.versions(block_key("w", SPANS[i]))[version].block
     refreshed = store.index.refreshes(stored)
@@ -52,7 +50,7 @@ def found(store: DeltaStore | TieredStore, i: int, version: int = 0) -> list[tup
     return [(each.delta.head.incarnation, each.delta.head.sequence) for each in refreshed]
 
 
-def codes(store: DeltaStore | TieredStore, i: int) -> bytes:
+def codes(store: DeltaStore, i: int) -> bytes:
     """The codes of the newest refresh of a block."""
     stored = store.index.versions(block_key("w", SPANS[i]))[0].block
     delta, stored_refresh, position = store.index.refreshes(stored)[0]
@@ -122,20 +120,6 @@ def test_nothing_is_looked_up_at_a_save(memory_url: str, monkeypatch: pytest.Mon
     assert found(store, 0)[0] == (1, 40)
 
 
-def test_of_several_tiers_the_nearest_comes_first_and_the_newest_before_it(tmp_path: Path) -> None:
-    near, far = RankStore(tmp_path / "near", tier=Tier.MEMORY), RankStore(tmp_path / "far")
-    for store, saves in ((near, 3), (far, 4)):
-        training = Training()
-        training.save(store)
-        for _ in range(saves - 1):
-            training.save(store, 0)
-    tiers = TieredStore([near, far])
-    stored = tiers.index.versions("w[4:8]")[0].block
-    refreshed = [(each.delta.directory.tier, each.delta.head.sequence) for each in tiers.index.refreshes(stored)]
-    assert refreshed == [(Tier.STORAGE, 3), (Tier.MEMORY, 2), (Tier.STORAGE, 2), (Tier.MEMORY, 1)]
-    assert codes(tiers, 1) == content("codes w[4:8]", at(3), 8)
-
-
 # -- damage ------------------------------------------------------------------------------------------------------------
 
 
@@ -192,17 +176,6 @@ def test_a_reader_that_meets_a_vanished_file_lists_again(url: str) -> None:
     assert retry_vanished(attempt) == content("codes w[4:8]", at(13), 8)
 
 
-def test_what_a_lost_neighbour_had_is_damage(url: str) -> None:
-    store, training = RankStore(url, tier=Tier.NEIGHBOUR), Training()
-    training.save(store)
-    training.save(store, 0)
-    delta, stored, _ = store.index.refreshes(store.index.versions("w[4:8]")[0].block)[0]
-    store.directory.delete(delta.name)
-    [lost] = read_refreshes([(delta, stored)])
-    assert isinstance(lost, Damage)
-    assert lost.refresh == "w"
-
-
 # -- how long it is kept -----------------------------------------------------------------------------------------------
 
 
@@ -254,9 +227,10 @@ def test_the_refresh_of_a_rank_that_is_no_more_is_kept_until_all_have_saved(memo
 # -- from memory to storage --------------------------------------------------------------------------------------------
 
 
-def opened(url: str, every: int) -> TieredRankStore:
-    store = TieredRankStore(url, every=every)
-    store.enter(f"token-{every}")
+def opened(url: str, every: int) -> RankStore:
+    store = RankStore(url)
+    store.use_memory(MemoryPlace(HostMemory(store.directory.storage, "a run"), None), every)
+    store.open()
     return store
 
 
@@ -275,41 +249,33 @@ def test_what_goes_to_storage_brings_the_newest_refresh_along(url: str, host: Pa
     assert codes(reader(url), 3) == content("codes w[12:16]", at(7), 8)
     assert codes(store, 3) == content("codes w[12:16]", at(7), 8)
     assert store.take_errors() == []
-    store.leave_memory(remove=True)
+    store.leave_memory(is_stored=True)
 
 
-def ahead_of_storage(url: str) -> tuple[TieredRankStore, Training]:
-    """Storage has the first save, and memory the second one, too."""
-    store, training = opened(url, every=10), Training()
+def test_a_refresh_that_is_damaged_in_memory_comes_from_storage(url: str, host: Path) -> None:
+    store, training = opened(url, every=100), Training()
     training.save(store)
-    store.drain()
     training.save(store, 0)
-    return store, training
-
-
-def test_a_refresh_that_is_damaged_in_memory_stays_there(url: str, host: Path) -> None:
-    store, _ = ahead_of_storage(url)
-    assert store.memory is not None
-    damage(store.memory, "codes")
-    with pytest.warns(UserWarning, match="leaves out the refresh of w in memory"):
-        store.bring_to_storage()
-    stored = reader(url)
-    assert stored.index.versions("w[0:4]")[0].block.version == at(1)
-    assert found(stored, 3) == []
-    assert stored.verify() == []
-    store.leave_memory(remove=True)
+    store.bring_to_storage()
+    damage(store, "codes")
+    assert codes(store, 3) == content("codes w[12:16]", at(1), 8)
+    assert store.verify() == []
+    store.leave_memory(is_stored=True)
 
 
 def test_a_save_that_finds_no_room_in_memory_goes_to_storage_with_its_own_refresh(url: str, host: Path) -> None:
-    store, training = ahead_of_storage(url)
-    assert store.memory is not None
-    store.memory._bound = 10
+    store, training = opened(url, every=10), Training()
+    training.save(store)
+    training.save(store, 0)
+    assert store.write_back is not None
+    store.write_back.memory.limit = 10
     training.save(store, 1)
-    assert store.trouble is not None
+    assert store.directory.trouble is not None
+    store.drain()
     stored = reader(url)
-    assert [found(stored, i) for i in range(4)] == [[(1, 2)], [], [(1, 2)], [(1, 2)]]
+    assert [found(stored, i)[:1] for i in range(4)] == [[(1, 2)], [], [(1, 2)], [(1, 2)]]
     assert read_all(stored) == {"w[0:4]": at(1), "w[4:8]": at(2), "w[8:12]": at(0), "w[12:16]": at(0)}
-    store.leave_memory(remove=True)
+    store.leave_memory(is_stored=True)
 
 
 def read_all(store: DeltaStore) -> dict[str, Version]:
@@ -321,18 +287,6 @@ def read_all(store: DeltaStore) -> dict[str, Version]:
         assert read(store, located) == content(f"{key}/param", located.block.version, 64)
         versions[key] = located.block.version
     return versions
-
-
-def test_a_listing_in_memory_has_the_refresh_too(url: str, host: Path) -> None:
-    store, training = opened(url, every=100), Training()
-    training.save(store)
-    training.save(store, 0)
-    store.drain()
-    assert store.memory is not None
-    in_memory = DeltaStore(store.memory.directory.url, tier=Tier.MEMORY)
-    in_memory.refresh()
-    assert codes(in_memory, 3) == content("codes w[12:16]", at(1), 8)
-    store.leave_memory(remove=True)
 
 
 def test_an_encoded_slot_may_come_in_pieces(memory_url: str) -> None:

@@ -1,31 +1,19 @@
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.folder_server import FolderServer
-from lightning_scar.storage.neighbour import PROTOCOL
 from lightning_scar.storage.source import Source
 
-KEY = b"a secret of this test"
 DATA = bytes(i % 251 for i in range(2000))
 
 
-@pytest.fixture(params=["file", "memory", "neighbour"])
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Source]:
-    (tmp_path / "a").write_bytes(DATA)
-    with closing(FolderServer(tmp_path, KEY)) as server:
-        urls = {
-            "file": str(tmp_path),
-            "memory": f"memory://source-{tmp_path.name}",
-            "neighbour": f"{PROTOCOL}://{server.address[0]}:{server.address[1]}/",
-        }
-        folder = Directory(urls[request.param], {"key": KEY} if request.param == "neighbour" else None)
-        if request.param == "memory":
-            folder.write("a", [DATA])
-        yield folder.source("a")
+@pytest.fixture(params=["file", "memory"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Source:
+    urls = {"file": str(tmp_path), "memory": f"memory://source-{tmp_path.name}"}
+    folder = Directory(urls[request.param])
+    folder.write("a", [DATA])
+    return folder.source("a")
 
 
 @pytest.mark.parametrize(

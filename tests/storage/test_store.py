@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_blocks import block, check, content, head, newest, read, refresh, rows, save
 
-from lightning_scar.storage.compaction import MAX_FILES, WITH_OLDER
+from lightning_scar.storage.compaction import MAX_FILES, STATES
 from lightning_scar.storage.delta import NewerFormatError, block_key
 from lightning_scar.storage.delta_file import encode
 from lightning_scar.storage.directory import Directory
@@ -31,8 +31,8 @@ def at(sequence: int, incarnation: int = 1) -> Version:
 
 
 def files(store: RankStore) -> dict[str, int]:
-    folder = store.directory.child(store.folder)
-    return {name: int(folder.fs.size(folder.file(name))) for name in folder.names()}
+    at = store.directory
+    return {name: int(at.fs.size(at.file(f"{store.folder}/{name}"))) for name in at.names(store.folder)}
 
 
 def overwrite(store: RankStore, name: str, position: int, mask: int = 255) -> None:
@@ -108,7 +108,7 @@ class Model:
                 assert read(reader, at) == content(key, at.block.version, self.sizes[key])
         sizes = files(store)
         assert len(sizes) <= MAX_FILES
-        assert sum(sizes.values()) <= WITH_OLDER.states * self.state_bytes + save_bytes
+        assert sum(sizes.values()) <= STATES * self.state_bytes + save_bytes
         assert set(sizes) == {delta.name.split("/")[1] for delta in store.deltas}
 
     def assert_kept(self, kept: list[Version], history: list[Version]) -> None:
@@ -272,7 +272,7 @@ def test_saves_with_a_refresh_stay_within_the_bounds_and_merges_write_little(mem
         written += store.commit(said, put, refreshes)
         sizes = files(store)
         assert len(sizes) <= MAX_FILES
-        assert sum(sizes.values()) <= WITH_OLDER.states * state
+        assert sum(sizes.values()) <= STATES * state
     assert {span: newest(store)[block_key("w", span)] for span in spans} == bases
     assert store.verify() == []
     assert written / saved < (1.65 if order == "at random" else 1.4)
@@ -293,7 +293,7 @@ def test_what_an_index_remembers_does_not_grow_with_the_number_of_saves(memory_u
     store = RankStore(memory_url)
     for i in range(300):
         save(store, [f"b{i % 7}"], at(i), state_bytes=7 * 64)
-    names = {delta.file for delta in store.deltas}
+    names = {delta.name for delta in store.deltas}
     assert len(names) < 40
     assert set(store.index._live) <= names
     assert set(store.index._refreshing) <= names

@@ -35,7 +35,7 @@ def resumed(url: str) -> tuple[RankStore, int]:
     """A store that goes on from what is there, and its incarnation."""
     store = RankStore(url)
     store.refresh()
-    store.directory.child(store.folder).sweep()
+    store.directory.sweep(store.folder)
     return store, 1 + max((delta.head.incarnation for delta in store.deltas), default=0)
 
 
@@ -143,7 +143,7 @@ def test_sigkill_at_a_random_moment_loses_nothing_that_was_saved(file_url: str, 
         assert set(found) == set(KEYS)
         assert at_least(found, acknowledged)
         assert reader.verify() == []
-        assert not [name for name in reader.directory.child(reader.folder).names() if not name.endswith(".safetensors")]
+        assert not [name for name in reader.directory.names(reader.folder) if not name.endswith(".safetensors")]
     store, _ = resumed(file_url)
     assert sorted(os.listdir(Path(file_url) / store.folder)) == [delta.name.split("/")[1] for delta in store.deltas]
 
