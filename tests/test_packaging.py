@@ -101,6 +101,7 @@ def test_the_installed_command_runs(clean_python: Path, tmp_path: Path) -> None:
     assert "inspect" in run(clean_python, "-m", "lightning_scar", "--help", cwd=tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_first_example_of_readme_runs(clean_python: Path, tmp_path: Path) -> None:
     example = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]

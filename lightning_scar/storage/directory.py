@@ -1,6 +1,5 @@
 """A folder on any fsspec file system: durable atomic writes, fresh listings, reads into ready memory."""
 
-import fcntl
 import os
 import threading
 import time
@@ -16,6 +15,7 @@ from fsspec.dircache import DirCache
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from lightning_scar.storage.locks import IS_POSIX, lock_alone, unlock
 from lightning_scar.storage.source import Source
 
 _TEMPORARY = ".tmp"
@@ -28,7 +28,7 @@ _SLICE = 1 << 23
 def _is_locked(descriptor: int) -> bool:
     """Whether a file could be locked, or never can be."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_alone(descriptor)
     except BlockingIOError:
         return False
     except OSError:
@@ -180,7 +180,7 @@ class Directory:
             patience: Seconds to wait for another one. It may not be in such a block at all: users lock folders, too.
 
         """
-        if not self.is_local:
+        if not (self.is_local and IS_POSIX):
             yield
             return
         lock = os.open(self.path, os.O_RDONLY)
@@ -190,9 +190,7 @@ class Directory:
                 time.sleep(0.01)
             yield
         finally:
-            # A child process that was forked meanwhile has it, too, and would keep it.
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_UN)
+            unlock(lock)
             os.close(lock)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
@@ -248,6 +246,8 @@ class Directory:
             with suppress(OSError):
                 temporary.unlink()
             raise
+        if not IS_POSIX:
+            return
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)

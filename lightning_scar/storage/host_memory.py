@@ -4,7 +4,6 @@ The folder belongs to a directory and to the run that its lease names. A directo
 run, so nobody takes what an old one left for fresh.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.locks import IS_POSIX, lock_alone, lock_shared, unlock
 from lightning_scar.storage.store import retry_vanished
 
 #: Where users may say which folder is in memory.
@@ -163,10 +163,14 @@ def _memory() -> Path:
 
 def _user_folders() -> list[Path]:
     """Return this user's folders, the first of which is written to. There are several only if a name was taken."""
+    if not IS_POSIX:
+        return []
     return sorted(path for path in _memory().glob(f"{_PREFIX}{os.getuid()}*") if _is_private(path))
 
 
 def _user_folder() -> Path:
+    if not IS_POSIX:
+        raise OSError("memory=True needs Linux or macOS; leave memory out")
     if found := _user_folders():
         return found[0]
     parent = _memory()
@@ -225,7 +229,7 @@ def _last_touched(folder: Path) -> float:
 
 def _locked(folder: Path) -> int:
     lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_SH)
+    lock_shared(lock)
     if not _is_at(folder, lock):
         # Whoever removed it held the lock until then.
         os.close(lock)
@@ -234,8 +238,7 @@ def _locked(folder: Path) -> int:
 
 
 def _let_go(lock: int) -> None:
-    # A child process that was forked has it, too, and would keep it.
-    fcntl.flock(lock, fcntl.LOCK_UN)
+    unlock(lock)
     os.close(lock)
 
 
@@ -256,7 +259,7 @@ def _unless_held(folder: Path) -> Iterator[None]:
     """
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_alone(lock)
         if not _is_at(folder, lock):
             raise FileNotFoundError(folder)
         yield
