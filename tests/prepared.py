@@ -49,9 +49,11 @@ MODULES = [
     "torchdata.stateful_dataloader",
     "torchmetrics",
 ]
+#: What modules of tests import, in which the functions are that ranks call. A program must not find pytest imported.
+FOR_TESTS = ["pytest", "hypothesis", "hypothesis.strategies"]
 _SUBREAPER, _DEATH_SIGNAL = 36, 1
 _STREAMS = 3
-_LEASH = "leash.py"
+_LEASH = "die_with_parent.py"
 _EXECUTE_CHILD = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 
@@ -61,7 +63,7 @@ def multiprocessing_context() -> Any:
 
     context = multiprocessing.get_context("forkserver")
     # There is one server in a process: the first list counts.
-    context.set_forkserver_preload(MODULES)
+    context.set_forkserver_preload([*MODULES, *FOR_TESTS])
     return context
 
 
@@ -414,7 +416,7 @@ def _end_with(main: Callable[[], None]) -> NoReturn:
         own = error.__traceback__
         while own is not None and own.tb_next is not None and own.tb_frame.f_code.co_filename == __file__:
             own = own.tb_next
-        sys.excepthook(type(error), error, own)
+        sys.excepthook(type(error), error.with_traceback(own), own)
         code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     with suppress(BaseException):
         threading._shutdown()  # type: ignore[attr-defined]
