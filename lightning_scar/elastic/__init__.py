@@ -1,1 +1,1 @@
-"""Processes and process groups: a supervisor that replaces dead workers, and workers that outlive each other."""
+"""Processes and process groups: a supervisor that replaces dead workers, and workers that survive each other."""

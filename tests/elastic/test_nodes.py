@@ -110,7 +110,7 @@ def test_a_node_that_is_there_is_not_there_twice(tmp_path: Path, monkeypatch: py
         wait_for(tmp_path / "pid1")
         done = run(*options(1, port), path, tmp_path)
     assert done.returncode == 1
-    assert ours(done.stderr) == ["another node has --node-rank 1 already, and is there; give each its own"]
+    assert ours(done.stderr) == ["another node with --node-rank 1 is running; give each its own"]
 
 
 def test_a_node_that_was_only_silent_ends_when_it_hears_that_it_counts_as_lost(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What the supervisor and its workers tell each other, and how it travels."""
+"""The messages between the supervisor and its workers, and the logs that carry them."""

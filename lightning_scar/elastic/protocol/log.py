@@ -34,7 +34,7 @@ def _decode(text: str | bytes) -> Event | Arrived | Notice:
 
 
 class Events:
-    """The log of events: many writers, any of which may be killed in the middle; one reader, the coordinator.
+    """The log of events: many writers, any of which may be killed while it writes; one reader, which removes them.
 
     Example::
 
@@ -52,25 +52,26 @@ class Events:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._read = 0
 
     @classmethod
     def create(cls, store: Store) -> "Events":
-        """Begins the log; once, before anybody else uses it."""
+        """Create the log; once, before anybody else uses it."""
         store.set(cls._KEY, "")
         return cls(store)
 
     def append(self, event: Event | Arrived) -> None:
-        """Appends an event, in one operation of the store."""
+        """Append an event, in one operation of the store."""
         self._store.append(self._KEY, _encode(event) + "\n")  # type: ignore[attr-defined]
-        # The store answers what it is asked, not what it is told: now it is there, or this raises.
+        # The store does not confirm an append. When it answers a question after it, the event is there.
         self._store.check([self._KEY])
 
     def news(self) -> Iterator[Event | Arrived]:
-        """The events since the last call."""
+        """Yield the events since the last call."""
         text = self._store.get(self._KEY)
-        lines, self._read = text[self._read :], len(text)
-        for line in lines.splitlines():
+        # What was read is removed, unless somebody has just appended to it.
+        while text and (left := self._store.compare_set(self._KEY, text.decode(), "")):
+            text = left
+        for line in text.splitlines():
             yield _decode(line)  # type: ignore[misc]
 
 
@@ -95,22 +96,22 @@ class Notices:
 
     @property
     def length(self) -> int:
-        """How many this writer has appended."""
+        """How many notices this writer has appended."""
         return self._length
 
     def append(self, notice: Notice) -> None:
-        """Appends a notice."""
+        """Append a notice."""
         self._store.set(f"notice/{self._length}", _encode(notice))
         self._length += 1
 
     def skip(self, count: int) -> list[Notice]:
-        """The first so many notices, which do not come again."""
+        """Return the first ``count`` notices, and begin to read after them."""
         skipped = [_decode(self._store.get(f"notice/{i}")) for i in range(count)]
         self._read = count
         return skipped  # type: ignore[return-value]
 
     def news(self) -> Iterator[Notice]:
-        """The notices since the last call."""
+        """Yield the notices since the last call."""
         while self._store.check([f"notice/{self._read}"]):
             notice = _decode(self._store.get(f"notice/{self._read}"))
             self._read += 1

@@ -1,17 +1,17 @@
-"""What the supervisor's coordinator, its agents and the workers tell each other.
+"""The messages between the supervisor's coordinator, its agents and the workers.
 
-All of it goes over one ``TCPStore``, which lives in the supervisor, since any worker may die. Workers and agents append
-*events* to one log; the coordinator reads them, decides, and answers with *notices*, a second log that everybody reads
+They go through one ``TCPStore``, which lives in the supervisor, since any worker may die. Workers and agents append
+*events* to one log. The coordinator reads them, decides, and answers with *notices*, a second log that everybody reads
 from its beginning. So all see the same history in the same order.
 
 A *slot* is the place of a worker in the job, from 0 to ``world_size - 1``: its ``RANK``. It outlives the processes that
-fill it. Every start of a process has a *spawn* number that never comes again, nor does that of a *generation*.
+fill it. Every start of a process has a *spawn* number that is never used again. So has every *generation*.
 """
 
 from dataclasses import dataclass
 from typing import TypeAlias
 
-#: A worker exits with it when the supervisor is to start all workers again.
+#: The exit code of a worker after which the supervisor starts all workers again.
 RESTART_EXIT_CODE = 75
 
 
@@ -20,12 +20,12 @@ class Generation:
     """One membership of the process group.
 
     Args:
-        number: Its number; greater than that of any earlier one.
+        number: Its number; greater than that of any earlier generation.
         spawns: The spawn number of each member by its slot.
-        source: The slot of the member whose state counts: it has completed the most steps.
+        source: The slot of the member with the most completed steps: the others take its state.
         step: How many steps the source has completed.
         joiners: The slots of those members that have no state yet.
-        deaths: Who of the one before died and how, for people, e.g. ``"rank 2 was killed by SIGKILL"``.
+        deaths: Which members of the one before died and how, for the user, e.g. ``"rank 2 was killed by SIGKILL"``.
 
     """
 
@@ -47,7 +47,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Registered:
-    """A worker speaks this protocol: it will say when its group fails."""
+    """A worker speaks this protocol: it reports when its group fails."""
 
     slot: int
     spawn: int
@@ -55,12 +55,12 @@ class Registered:
 
 @dataclass(frozen=True)
 class Began:
-    """A worker is in a training from now on, with a state worth keeping.
+    """A worker has begun a training: it has a state worth keeping.
 
     Args:
         slot: Its slot.
         spawn: Its spawn number.
-        can_take_in: Whether replacements can be taken in: whether no worker holds what no other one has.
+        can_take_in: Whether replacements can be taken in. Not if each worker alone holds a part of the state.
 
     """
 
@@ -78,7 +78,7 @@ class Waiting:
         spawn: Its spawn number.
         generation: The generation that it has left.
         step: How many steps it has completed.
-        boundary: Whether it stands behind a completed step, where a joiner can be taken in; else in the next step.
+        boundary: Whether it is between two steps, where a joiner can be taken in, rather than within a step.
         waited: Seconds for which it had been blocked when it gave up.
 
     """
@@ -93,7 +93,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Stranded:
-    """A worker's group failed where it cannot be put together again; it waits to hear who keeps the state."""
+    """A worker's group failed where it cannot form again. The worker waits to learn who saves the state."""
 
     slot: int
     spawn: int
@@ -103,7 +103,7 @@ class Stranded:
 
 @dataclass(frozen=True)
 class Ready:
-    """A replacement has done its set-up and waits to be taken in."""
+    """A replacement has finished its set-up and waits to be taken in."""
 
     slot: int
     spawn: int
@@ -119,7 +119,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class GaveUp:
-    """A survivor says that the job cannot go on, and why."""
+    """A survivor reports that the job cannot go on, and why."""
 
     slot: int
     spawn: int
@@ -158,11 +158,11 @@ class Exited:
 
 @dataclass(frozen=True)
 class StopAsked:
-    """A process of the job was told by a signal to end it.
+    """A process of the job got a signal that asks for the end of the job.
 
     Args:
         signal: Its number.
-        node: The node whose agent was told; -1 if it was a worker.
+        node: The node whose agent got it; -1 if a worker did.
         slot: That worker's slot.
         spawn: Its spawn number.
 
@@ -190,7 +190,7 @@ class Arrived:
     agent: int
 
 
-# -- changes of nodes, which node 0 sees by itself ---------------------------------------------------------------------
+# -- changes of nodes, which node 0 detects by itself ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Lost:
     Args:
         node: Its number.
         slots: Its slots.
-        how: What became of it, for people, e.g. ``"was lost"``.
+        how: What happened to it, for the user, e.g. ``"was lost"``.
         for_good: Whether nobody waits for another one any more.
 
     """
@@ -212,7 +212,7 @@ class Lost:
 
     @property
     def reason(self) -> str:
-        """What happened, for people."""
+        """What happened, for the user."""
         return f"node {self.node} {self.how}"
 
 
@@ -247,11 +247,11 @@ class Formed:
 
 @dataclass(frozen=True)
 class Broken:
-    """A generation is no more; whoever is blocked in one of its collectives must give up.
+    """A generation has failed. A worker that is blocked in one of its collectives gives up.
 
     Args:
         generation: Its number.
-        reason: What was seen first, for people, e.g. ``"rank 1 lost the connection"``.
+        reason: The first sign of it, for the user, e.g. ``"rank 1 lost the connection"``.
 
     """
 
@@ -261,10 +261,10 @@ class Broken:
 
 @dataclass(frozen=True)
 class Joining:
-    """Replacements are ready, and wait to be taken into the generation that follows this one.
+    """Replacements are ready, and wait to be taken into the next generation.
 
     Args:
-        generation: Its number.
+        generation: The number of the present one.
         slots: The slots of the replacements.
 
     """
@@ -275,12 +275,12 @@ class Joining:
 
 @dataclass(frozen=True)
 class Restart:
-    """All workers will be started again: whoever left this generation exits with :data:`RESTART_EXIT_CODE`.
+    """All workers will be started again: those that left this generation exit with :data:`RESTART_EXIT_CODE`.
 
     Args:
         generation: The last generation.
-        keeper: The slot of the worker that leaves its state for the next start; -1 for nobody.
-        deaths: Who died and how, for people.
+        keeper: The slot of the worker that saves its state for the next start; -1 for none.
+        deaths: Which workers died and how, for the user.
 
     """
 
@@ -291,10 +291,10 @@ class Restart:
 
 @dataclass(frozen=True)
 class Stop:
-    """The job is to end: workers save once, all behind the same step, and exit.
+    """The job ends: workers save once, all after the same step, and exit.
 
     Args:
-        reason: Why, for people.
+        reason: Why, for the user.
 
     """
 
@@ -306,13 +306,13 @@ class Stop:
 
 @dataclass(frozen=True)
 class Spawn:
-    """An agent is to start a worker.
+    """Tells an agent to start a worker.
 
     Args:
         slot: Its slot.
         spawn: Its spawn number.
-        generation: The generation that it starts in; -1 for a replacement, which joins a later one.
-        attempt: How often all workers have been started again.
+        generation: The generation that it starts in; -1 for a replacement, which joins later.
+        attempt: How many times all workers have been started again.
 
     """
 
@@ -324,7 +324,7 @@ class Spawn:
 
 @dataclass(frozen=True)
 class Kill:
-    """An agent is to end a worker with a signal."""
+    """Tells an agent to send a worker a signal."""
 
     slot: int
     spawn: int
@@ -333,7 +333,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Finish:
-    """The job is over: agents end what is left and exit with this code."""
+    """The job is over: agents end the workers that are left and exit with this code."""
 
     code: int
 

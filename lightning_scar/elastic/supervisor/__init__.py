@@ -1,1 +1,1 @@
-"""Starts workers, watches them and replaces those that die: ``lightning-scar run``."""
+"""The supervisor, ``lightning-scar run``: it starts workers, watches them and replaces those that die."""

@@ -1,4 +1,4 @@
-"""What runs on every node: it starts and ends workers as the coordinator says, and tells it how they end."""
+"""The agent of a node: it starts and ends workers for the coordinator, and reports how they exit."""
 
 import os
 import signal
@@ -21,13 +21,13 @@ from lightning_scar.elastic.protocol.messages import (
 from lightning_scar.elastic.supervisor.admission import BEAT_SECONDS, Admission, beat, left_key, loss_key
 from lightning_scar.elastic.supervisor.process import WorkerProcess
 
-#: Seconds that workers have to end when the supervisor itself fails.
+#: Seconds that workers have to exit when the supervisor itself fails.
 _LAST_GRACE = 5.0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this node stands in the job.
+    """The nodes of the job, and which of them this one is.
 
     Args:
         node: Its number.
@@ -46,12 +46,12 @@ class Layout:
         return self.nodes * self.per_node
 
     def slots(self, node: int) -> range:
-        """The slots of a node."""
+        """Return the slots of a node."""
         return range(node * self.per_node, (node + 1) * self.per_node)
 
 
 def port_key(attempt: int) -> str:
-    """Under which the store tells the port of the store for the scripts' own groups."""
+    """Return the key of the port of the store for the scripts' own groups."""
     return f"master_port/{attempt}"
 
 
@@ -61,10 +61,10 @@ class Agent:
     Args:
         store: The supervisor's.
         address: Its host and port.
-        layout: Where this node stands.
+        layout: The nodes, and which of them this one is.
         admission: Its right to run this node's workers.
         command: What a worker runs.
-        environment: What every worker's environment has besides the usual.
+        environment: What is added to every worker's environment.
 
     """
 
@@ -90,22 +90,22 @@ class Agent:
         self._workers: dict[int, tuple[Spawn, WorkerProcess]] = {}
         self._beat_at = 0.0
         for notice in self._notices.skip(admission.skipped):
-            # The job may have ended meanwhile.
+            # The job may have ended before this agent came.
             if isinstance(notice, Stop | Finish):
-                self._obey(notice)
+                self._handle(notice)
 
     def step(self) -> None:
-        """Does what is to be done by now.
+        """Do what notices ask for, and report which workers have exited.
 
         Raises:
-            torch.distributed.DistError: If the store is out of reach.
+            torch.distributed.DistError: If the store cannot be reached.
 
         """
         self._beat()
-        # When the job is over the store may be gone any moment.
+        # When the job is over the store may vanish at any moment.
         news = self._notices.news()
         while self.code is None and (notice := next(news, None)) is not None:
-            self._obey(notice)
+            self._handle(notice)
         if self.code is not None:
             return
         for slot, (spawn, worker) in list(self._workers.items()):
@@ -115,7 +115,7 @@ class Agent:
                 self._events.append(Exited(slot, spawn.spawn, code, worker.tail()))
 
     def close(self) -> None:
-        """Ends all workers that are left."""
+        """End all workers that are left."""
         deadline = time.monotonic() + _LAST_GRACE
         workers = [worker for _, worker in self._workers.values()]
         for worker in workers:
@@ -133,11 +133,11 @@ class Agent:
             self._check_loss()
 
     def _check_loss(self) -> None:
-        """Ends the job here, if another agent may have this one's place."""
+        """End the job on this node if another agent may have taken this one's place."""
         if self._store.check([loss_key(self._layout.node, self._admission.agent)]):
             self.code, self.reason = 1, "node 0 has given this node up for lost"
 
-    def _obey(self, notice: Notice) -> None:
+    def _handle(self, notice: Notice) -> None:
         if isinstance(notice, Spawn) and notice.slot in self._layout.slots(self._layout.node):
             self._check_loss()
             if self.code is None:

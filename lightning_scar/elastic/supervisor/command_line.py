@@ -6,13 +6,13 @@ from argparse import REMAINDER, ArgumentParser, Namespace, RawDescriptionHelpFor
 from collections.abc import Sequence
 
 from lightning_scar.elastic.supervisor.agent import Layout
-from lightning_scar.elastic.supervisor.main import Job, LaunchError, say, supervise
+from lightning_scar.elastic.supervisor.main import Job, LaunchError, supervise, tell_user
 from lightning_scar.elastic.supervisor.policy import Policy
 
 _EXAMPLES = """examples:
   lightning-scar run --nproc-per-node 4 train.py --lr 0.1
   lightning-scar run --nproc-per-node 4 -m pkg.train --lr 0.1
-  lightning-scar run --nproc-per-node 4 -- -O -m pkg.train --lr 0.1     all that follows goes to Python
+  lightning-scar run --nproc-per-node 4 -- -O -m pkg.train --lr 0.1     everything after -- goes to Python
   lightning-scar run --nproc-per-node 8 --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500 train.py
 """
 #: What torchrun uses where no port is named.
@@ -20,12 +20,7 @@ _DEFAULT_PORT = 29500
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        Its exit code.
-
-    """
+    """Run the command. Return its exit code."""
     parser = _parser()
     options = _parsed(parser, arguments)
     if not options.command:
@@ -33,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return supervise(_job(options))
     except LaunchError as error:
-        say(str(error))
+        tell_user(str(error))
         return 1
 
 
@@ -46,7 +41,7 @@ def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
             return options
     options = parser.parse_args(arguments)
     if options.command:
-        # Unbuffered, as torchrun does: what a worker prints is seen even if it is killed.
+        # Unbuffered, as in torchrun: output of a worker that is killed is not lost.
         options.command = [sys.executable, "-u", *(["-m"] if options.module else []), *options.command]
     return options
 
@@ -73,12 +68,12 @@ def _endpoint(options: Namespace) -> tuple[str, int]:
         if not host:
             host, text = options.rdzv_endpoint, ""
         if text and not text.isdecimal():
-            raise LaunchError(f"--rdzv-endpoint is {options.rdzv_endpoint!r}; it reads host:port")
+            raise LaunchError(f"--rdzv-endpoint is {options.rdzv_endpoint!r}; its form is host:port")
         port = int(text) if text else port
     if options.nnodes == 1:
         return host or "127.0.0.1", port or 0
     if not host:
-        raise LaunchError("several nodes have to know where node 0 is: add --rdzv-endpoint host:port on each")
+        raise LaunchError("several nodes need the address of node 0: add --rdzv-endpoint host:port on each")
     return host, port or _DEFAULT_PORT
 
 
@@ -101,7 +96,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="lightning-scar run",
         usage="lightning-scar run [options] (script.py | -m module | -- python arguments) ...",
-        description="Runs a script in several workers, as torchrun does, and replaces those that die.",
+        description="Run a script in several workers, as torchrun does, and replace those that die.",
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -124,7 +119,7 @@ def _parser() -> ArgumentParser:
         type=int,
         default=default.max_restarts,
         metavar="M",
-        help="failures that are made good within the window (%(default)s)",
+        help="failures within the window that lead to a restart (%(default)s)",
     )
     add("--restart-window", type=float, default=default.restart_window, metavar="SECONDS", help="(%(default)s)")
     add(
@@ -132,23 +127,23 @@ def _parser() -> ArgumentParser:
         type=float,
         default=None,
         metavar="SECONDS",
-        help="a worker for which the others have waited longer is killed (the process group's timeout)",
+        help="kill a worker for which the others have waited longer (the process group's timeout)",
     )
     add(
         "--stop-timeout",
         type=float,
         default=default.stop_timeout,
         metavar="SECONDS",
-        help="how long workers may take to save and exit when the job is stopped (%(default)s)",
+        help="time for workers to save and exit when the job is stopped (%(default)s)",
     )
     add(
         "--node-timeout",
         type=float,
         default=default.node_timeout,
         metavar="SECONDS",
-        help="how long a node that is lost may stay away; 0 ends the job at once (%(default)s)",
+        help="how long to wait for a lost node; 0 ends the job at once (%(default)s)",
     )
-    add("--standalone", action="store_true", help="accepted for torchrun's sake; one node is the default")
+    add("--standalone", action="store_true", help="accepted as torchrun does; one node is the default")
     parser.add_argument("-m", "--module", action="store_true", help="the script is a module, as for python -m")
     parser.add_argument("command", nargs=REMAINDER, metavar="script ...", help="the script and its arguments")
     return parser

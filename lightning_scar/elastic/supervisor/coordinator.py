@@ -88,7 +88,7 @@ class Coordinator:
         """Start the job."""
         self._now = now
         self._start_all()
-        return self._take_notices()
+        return self._drain_notices()
 
     def handle(self, event: Event | Change, now: float) -> list[Notice]:
         """Decide what follows from an event."""
@@ -107,19 +107,19 @@ class Coordinator:
                 if worker is not None and worker.spawn == event.spawn:
                     self._on_worker_event(worker, event)
         self._settle()
-        return self._take_notices()
+        return self._drain_notices()
 
     def tick(self, now: float) -> list[Notice]:
         """Decide what is due by now."""
         self._now = now
         self._settle()
-        return self._take_notices()
+        return self._drain_notices()
 
-    def _take_notices(self) -> list[Notice]:
+    def _drain_notices(self) -> list[Notice]:
         notices, self._notices = self._notices, []
         return notices
 
-    # -- a start of all workers -------------------------------------------------------------------------------------
+    # -- the start of all workers -----------------------------------------------------------------------------------
 
     def _start_all(self) -> None:
         self._phase = Phase.RUNNING
@@ -222,7 +222,7 @@ class Coordinator:
             self._present.is_broken, self._present.leaving_since = True, self._now
             self._notices.append(Broken(self._present.generation.number, reason))
 
-    # -- what follows from it ---------------------------------------------------------------------------------------
+    # -- decisions -------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
         if self._phase is Phase.RUNNING:
@@ -330,7 +330,7 @@ class Coordinator:
             if self._now >= self._deadline:
                 self._kill_all()
             elif self._phase is Phase.STOPPING and not self._is_disbanded and (members := self._members()):
-                # Survivors of an outage come together first, to stop behind the same step.
+                # Survivors of an outage come together first, to stop after the same step.
                 self._regroup(members)
         elif self._phase is Phase.STOPPING:
             self._phase = Phase.OVER

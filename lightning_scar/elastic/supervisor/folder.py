@@ -1,4 +1,4 @@
-"""A folder in memory in which workers leave their state when all of them are started again."""
+"""A folder in memory where workers save their state when all of them are started again."""
 
 import fcntl
 import os
@@ -13,12 +13,12 @@ _PREFIX = "lightning-scar-"
 
 
 class MemoryFolder:
-    """A fresh folder, gone when closed. Those of owners that were killed are removed by the next one.
+    """A new folder, removed when closed. The next owner removes those of owners that were killed.
 
-    The owner holds a lock on it, which the system lets go of however the owner ends.
+    The owner holds a lock on it, which the system releases however the owner ends.
 
     Args:
-        parent: Where it is made; memory-backed if there is such a place.
+        parent: Where it is created; by default in memory, if possible.
 
     """
 
@@ -29,7 +29,7 @@ class MemoryFolder:
         self.path, self._lock = next(found for _ in count() if (found := _made_and_locked(parent)))
 
     def close(self) -> None:
-        """Removes it, and what owners that were killed just before this one began have left."""
+        """Remove it, and what is left of owners that were killed just before this one started."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
         _sweep(self.path.parent)
@@ -42,14 +42,14 @@ def _made_and_locked(parent: Path) -> tuple[Path, int] | None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists():
             return path, lock
-        # Before it had its lock another owner took it for a dead one's.
+        # Before it was locked another owner removed it as a dead one's.
         os.close(lock)
     return None
 
 
 def _sweep(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
-        # Another user's, or just removed by another supervisor.
+        # It is another user's, or was just removed by another supervisor.
         with suppress(OSError):
             _remove_unless_held(folder)
 

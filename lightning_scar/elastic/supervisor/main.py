@@ -1,4 +1,4 @@
-"""Runs a script in several workers and keeps it running: ``lightning-scar run``."""
+"""Run a script in several workers and keep it running: ``lightning-scar run``."""
 
 import json
 import signal
@@ -18,7 +18,7 @@ from lightning_scar.elastic.protocol.messages import StopAsked
 from lightning_scar.elastic.supervisor.admission import SILENCE_SECONDS, Admission, NotAdmittedError, arrive
 from lightning_scar.elastic.supervisor.agent import Agent, Layout
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
-from lightning_scar.elastic.supervisor.host import Host
+from lightning_scar.elastic.supervisor.node_zero import NodeZero
 from lightning_scar.elastic.supervisor.nodes import JOIN_SECONDS
 from lightning_scar.elastic.supervisor.policy import Policy
 from lightning_scar.elastic.supervisor.wording import signal_name
@@ -26,26 +26,26 @@ from lightning_scar.elastic.worker.sockets import with_silence_limit
 from lightning_scar.elastic.worker.state_folder import VARIABLE
 
 _POLL_SECONDS = 0.02
-#: Seconds for which an agent waits for a key in the store.
+#: Seconds that an agent waits for a key in the store.
 _ANSWER_SECONDS = 30
 
 
 class LaunchError(Exception):
-    """The job cannot be started."""
+    """The job cannot start."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run, and where.
+    """What to run, and where.
 
     Args:
         command: What a worker runs: a program and its arguments.
         layout: How many workers there are, on which nodes.
         policy: What happens when they fail.
         host: The address of node 0.
-        port: The port of its store; 0 for any that is free.
-        run_id: A name of the job; any if not given.
-        hang_timeout: What the user chose, for the workers to know; ``None`` for the process group's timeout.
+        port: The port of its store; 0 for any free one.
+        run_id: A name of the job; random if empty.
+        hang_timeout: What the user chose, passed to the workers; ``None`` for the process group's timeout.
 
     """
 
@@ -59,13 +59,13 @@ class Job:
 
 
 def supervise(job: Job) -> int:
-    """Runs a job on this node, to its end.
+    """Run a job on this node, to its end.
 
     Returns:
-        The exit code: 0 if all workers ended well, 128 and its number after a signal, else 1.
+        The exit code: 0 if all workers exited with 0, 128 + the signal's number after a signal, else 1.
 
     Raises:
-        LaunchError: If it cannot be started.
+        LaunchError: If it cannot start.
 
     """
     signals: list[int] = []
@@ -75,40 +75,40 @@ def supervise(job: Job) -> int:
         address = (job.host, store.port)
         folder = stack.enter_context(closing(MemoryFolder()))
         environment = _environment(job, store, folder)
-        host = Host(store, job.layout, job.policy, say) if job.layout.node == 0 else None
-        admission = Admission() if host is not None else _arrive(job, store, signals)
+        zero = NodeZero(store, job.layout, job.policy, tell_user) if job.layout.node == 0 else None
+        admission = Admission() if zero is not None else _arrive(job, store, signals)
         try:
             agent = stack.enter_context(closing(Agent(store, address, job.layout, admission, job.command, environment)))
-            return _run(agent, host, Events(store), signals, job.layout.node)
+            return _run(agent, zero, Events(store), signals, job.layout.node)
         except DistError as error:
-            say(f"the supervisor on node 0 is gone or out of reach; the workers of this node are ended ({error})")
+            tell_user(f"the supervisor on node 0 is gone or out of reach; ending the workers of this node ({error})")
             return 1
 
 
-def say(text: str) -> None:
-    """Tells the user something."""
+def tell_user(line: str) -> None:
+    """Print a line for the user."""
     with suppress(OSError, ValueError):
-        print(f"lightning-scar: {text}", file=sys.stderr, flush=True)
+        print(f"lightning-scar: {line}", file=sys.stderr, flush=True)
 
 
-def _run(agent: Agent, host: Host | None, events: Events, signals: list[int], node: int) -> int:
+def _run(agent: Agent, zero: NodeZero | None, events: Events, signals: list[int], node: int) -> int:
     while agent.code is None:
         while signals:
             events.append(StopAsked(signals.pop(0), node))
-        if host is not None:
-            host.step()
+        if zero is not None:
+            zero.step()
         agent.step()
         time.sleep(_POLL_SECONDS)
-    if host is not None:
-        host.wait_for_agents()
+    if zero is not None:
+        zero.wait_for_agents()
     elif agent.code:
-        say(f"the job ended: {agent.reason or 'see node 0'}")
+        tell_user(f"the job ended: {agent.reason or 'see node 0'}")
     return agent.code
 
 
 @contextmanager
 def _collected(signals: list[int]) -> Iterator[None]:
-    """Collects the signals that ask for an end."""
+    """Collect the signals that ask for an end."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         numbers.append(signal.SIGHUP)
@@ -139,13 +139,13 @@ def _serve(job: Job) -> TCPStore:
         store = TCPStore(job.host, job.port, is_master=True, wait_for_workers=False)
     except DistError as error:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):
-            remedy = "leave --rdzv-endpoint and --master-port out" if job.layout.nodes == 1 else "choose another one"
+            remedy = "omit --rdzv-endpoint and --master-port" if job.layout.nodes == 1 else "choose another one"
             raise LaunchError(
                 f"port {job.port} of {job.host} is taken, perhaps by another job; {remedy}, or end that job"
             ) from None
         raise LaunchError(f"cannot listen on port {job.port} of {job.host}: {error}") from None
     about = {"run_id": job.run_id or uuid.uuid4().hex, "nodes": job.layout.nodes, "per_node": job.layout.per_node}
-    # Before the job is told of: others may have something to say as soon as they know it.
+    # Before the job is published: agents append events as soon as they know it.
     Events.create(store)
     store.set("job", json.dumps(about))
     return store
@@ -176,7 +176,7 @@ def _arrive(job: Job, store: TCPStore, signals: list[int]) -> Admission:
     except NotAdmittedError:
         if signals:
             raise LaunchError(f"ended by {signal_name(signals[0])} before node 0 admitted this node") from None
-        raise LaunchError(f"another node has --node-rank {node} already, and is there; give each its own") from None
+        raise LaunchError(f"another node with --node-rank {node} is running; give each its own") from None
     except DistError as error:
         raise LaunchError(f"the supervisor on node 0 has ended ({error})") from None
 
@@ -192,7 +192,7 @@ def _wait_for_node_0(job: Job, signals: list[int]) -> None:
 
 
 def _refusal(job: Job) -> str:
-    """Why the port does not answer; empty if it does."""
+    """Return why the port does not answer, or "" if it does."""
     try:
         socket.create_connection((job.host, job.port), timeout=5).close()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which of the other nodes take part in the job. On node 0 only."""
+"""Which of the other nodes are in the job. Used on node 0 only."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from lightning_scar.elastic.supervisor.admission import (
 )
 from lightning_scar.elastic.supervisor.agent import Layout
 
-#: Seconds that the nodes have to show up at the start.
+#: Seconds that nodes have to arrive at the start.
 JOIN_SECONDS = 600.0
-#: Seconds of silence that are enough when another agent has been started in the place of a silent one.
+#: Seconds of silence that are enough if another agent waits to take the place.
 _REPLACED_SECONDS = 3
 
 
 @dataclass
 class _Agent:
-    """One that was admitted, or waits to be.
+    """An agent that was admitted, or waits to be.
 
     Args:
         number: Which of the agents that the node ever had.
@@ -49,7 +49,7 @@ class _Agent:
 
 @dataclass
 class _Node:
-    """One of them.
+    """One of the other nodes.
 
     Args:
         number: Which one.
@@ -57,7 +57,7 @@ class _Node:
         since: Since when it has had no agent.
         agent: The agent that was admitted.
         waiting: The newest one that waits to be.
-        was_there: Whether there ever was one.
+        was_there: Whether it ever had one.
         is_given_up: Whether nobody waits for it any more.
 
     """
@@ -78,16 +78,16 @@ class _Node:
 
 
 class Nodes:
-    """The other nodes' agents, as they come, vanish and are replaced.
+    """The agents of the other nodes, as they arrive, are lost and are replaced.
 
     An agent that arrives is admitted if its node has none: at once at the start of the job, later when the one before
-    it is lost. One that counts as lost but lives, behind a broken network, finds that in the store, and ends.
+    it is lost. An agent that counts as lost but lives, behind a broken network, learns that from the store, and ends.
 
     Args:
         store: The supervisor's.
         layout: The nodes.
-        notices: What the coordinator has said: an agent that is not its node's first begins to listen behind it.
-        node_timeout: Seconds for which a lost node is waited for.
+        notices: What the coordinator has decided. Only the first agent of a node reads the notices of before.
+        node_timeout: Seconds to wait for a lost node.
         now: The time.
 
     """
@@ -104,9 +104,9 @@ class Nodes:
         self._nodes[event.node - 1].waiting = _Agent(event.agent)
 
     def changes(self, now: float) -> Iterator[Change]:
-        """Yield which nodes were lost or are back since the last call, and admit the agents behind it.
+        """Yield which nodes were lost or are back since the last call, and admit agents.
 
-        Whoever is admitted skips the notices of before. So the caller publishes what it decides about a change before
+        An agent skips the notices of before its admission. So the caller publishes what follows from a change before
         it asks for the next one.
         """
         if now - self._checked_at >= BEAT_SECONDS:
@@ -146,7 +146,7 @@ class Nodes:
             return
         is_first, node.was_there = not node.was_there, True
         node.agent, node.is_given_up = agent, False
-        # What was said to the one before it is not meant for this one.
+        # Notices for the agent before it are not meant for this one.
         self._store.set(admission_key(node.number, agent.number), str(0 if is_first else self._notices.length))
         if not is_first:
             yield Back(node.number, node.slots)

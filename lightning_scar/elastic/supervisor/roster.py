@@ -35,7 +35,7 @@ class Worker:
     hung: bool = False
     #: Whether SIGKILL is on its way.
     killed: bool = False
-    #: How it left the present generation.
+    #: How it left the present generation, if it has.
     left: Waiting | Stranded | None = None
 
     @property
@@ -65,7 +65,7 @@ class Present:
     """The present generation, until the next one forms."""
 
     generation: Generation
-    #: Whether it is no more.
+    #: Whether it has failed.
     is_broken: bool = False
     #: Which of its members died, and how.
     deaths: list[str] = field(default_factory=list)

@@ -2,14 +2,14 @@
 
 
 class CutOffError(RuntimeError):
-    """The supervisor is gone. A worker that went on alone would train apart from the others."""
+    """The supervisor is gone. A worker that went on would train apart from the others."""
 
     def __init__(self) -> None:
         super().__init__("lightning-scar: the supervisor is gone or out of reach; this worker stops")
 
 
 class GroupLostError(RuntimeError):
-    """The group broke, and no collective said so."""
+    """The group broke, but no collective raised."""
 
     def __init__(self) -> None:
         super().__init__("lightning-scar: the process group was lost")
@@ -19,8 +19,8 @@ class RestartError(RuntimeError):
     """All workers will be started again.
 
     Attributes:
-        keeper: The slot of the worker that leaves its state for the next start; -1 for nobody.
-        deaths: Who died and how, for people.
+        keeper: The slot of the worker that saves its state for the next start; -1 for none.
+        deaths: Which workers died and how, for the user.
 
     """
 

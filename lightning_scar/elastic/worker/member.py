@@ -1,4 +1,4 @@
-"""A worker's part in the generations of its process group."""
+"""A worker as a member of the generations of its process group."""
 
 import atexit
 import functools
@@ -31,11 +31,11 @@ from lightning_scar.elastic.worker.notices import History, acknowledgements_key
 from lightning_scar.elastic.worker.sockets import Connections
 
 #: A supervisor that does not answer for so long is gone.
-_CONNECT = timedelta(seconds=60)
+_CONNECT_TIMEOUT = timedelta(seconds=60)
 
 
 class Member:
-    """This worker, as its supervisor and the others know it. It makes the default process group of each generation.
+    """This worker, as its supervisor and the others know it. It forms the default process group of each generation.
 
     Args:
         host: Where the supervisor's store is.
@@ -57,7 +57,7 @@ class Member:
         self._spawn = spawn
         self._first = generation
         self._connect: Callable[[], TCPStore] = lambda: TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=_CONNECT
+            host, port, is_master=False, wait_for_workers=False, timeout=_CONNECT_TIMEOUT
         )
         self._store = self._connect()
         self._events = Events(self._store)
@@ -65,34 +65,34 @@ class Member:
         self._has_announced = False
         self._excepthook = sys.excepthook
         self._history = History(self._connect, slot, spawn, self._wake)
-        # As Lightning does: threads of a group that come back while the interpreter ends may take the process down.
+        # As Lightning does: a group's threads that return while the interpreter exits may crash the process.
         atexit.register(_destroy_group)
-        self._tell(Registered(slot, spawn))
+        self._report(Registered(slot, spawn))
 
     @classmethod
     def of_environment(cls) -> "Member | None":
-        """The one of this process; ``None`` if no supervisor started it."""
+        """Return the member of this process, or ``None`` if no supervisor started it."""
         return _of_environment() if "LIGHTNING_SCAR_STORE" in os.environ else None
 
-    # -- what a worker tells -------------------------------------------------------------------------------------
+    # -- events --------------------------------------------------------------------------------------------------
 
     def begin(self, can_take_in: bool = True) -> None:
-        """From now on this worker has a state worth keeping, and can go on after a failure.
+        """Report that this worker has a state worth keeping, and can go on after a failure.
 
         Args:
             can_take_in: Whether replacements can be taken in; else all workers are started again.
 
         """
-        self._tell(Began(self.slot, self._spawn, can_take_in))
+        self._report(Began(self.slot, self._spawn, can_take_in))
 
     def end(self) -> None:
-        """The training is over."""
-        self._tell(Ended(self.slot, self._spawn))
+        """Report that the training is over."""
+        self._report(Ended(self.slot, self._spawn))
 
     # -- generations ---------------------------------------------------------------------------------------------
 
     def enter_first(self, **options: Any) -> Generation:
-        """Forms the process group of the generation that all workers start in.
+        """Form the process group of the generation that all workers start in.
 
         Args:
             options: As for ``torch.distributed.init_process_group``.
@@ -102,11 +102,11 @@ class Member:
         return self._form(self._history.generations[0], options)
 
     def enter_next(self, step: int, boundary: bool, waited: float = 0.0, **options: Any) -> Generation:
-        """Waits for the generation after the present one, and forms its process group.
+        """Wait for the generation after the present one, and form its process group.
 
         Args:
             step: How many optimizer steps this worker has completed.
-            boundary: Whether it stands behind a completed step rather than in the next one.
+            boundary: Whether it is between two steps rather than within one.
             waited: Seconds for which it had been blocked when it gave up.
             options: As for ``torch.distributed.init_process_group``.
 
@@ -117,11 +117,11 @@ class Member:
         """
         number = self._number
         self.leave()
-        self._tell(Waiting(self.slot, self._spawn, number, step, boundary, waited))
+        self._report(Waiting(self.slot, self._spawn, number, step, boundary, waited))
         return self._form(self._wait_for_next(number), options)
 
     def enter_as_joiner(self, **options: Any) -> Generation:
-        """Waits until this worker, which has no state yet, is taken in, and forms the process group.
+        """Wait until this worker, which has no state yet, is taken in, and form the process group.
 
         Args:
             options: As for ``torch.distributed.init_process_group``.
@@ -133,30 +133,30 @@ class Member:
         """
         number = self._number
         self.leave()
-        self._tell(Ready(self.slot, self._spawn))
+        self._report(Ready(self.slot, self._spawn))
         return self._form(self._wait_for_next(number), options)
 
     def strand(self, step: int) -> None:
-        """Waits to hear who keeps the state, after a failure that cannot be mended in this process.
+        """Wait to learn who saves the state, after a failure that cannot be repaired in this process.
 
         Args:
             step: How many optimizer steps this worker has completed; -1 if it has no state.
 
         Raises:
-            RestartError: When that is known.
+            RestartError: When it is known.
             CutOffError: If the supervisor is gone.
 
         """
         number = self._number
         self.leave()
-        self._tell(Stranded(self.slot, self._spawn, number, step))
+        self._report(Stranded(self.slot, self._spawn, number, step))
         self._history.wait_until(lambda: False)
 
     def check_health(self) -> None:
-        """Raises if the group broke where the device says nothing: kernels of NCCL that are aborted leave garbage.
+        """Raise if the group broke without an error from the device: NCCL kernels that are aborted leave garbage.
 
         Raises:
-            GroupLostError: If the present generation is no more.
+            GroupLostError: If the present generation has failed.
 
         """
         if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
@@ -165,12 +165,12 @@ class Member:
                 raise GroupLostError
 
     def leave(self) -> None:
-        """Closes the group, which wakes whoever is blocked in it."""
+        """Close the group, which wakes all that are blocked in it."""
         self._connections.cut()
         if not dist.is_initialized():
             return
         if dist.get_backend() == dist.Backend.NCCL:
-            # A kernel may wait on the device for a peer that is gone.
+            # A kernel may wait on the device for a dead peer.
             dist.distributed_c10d._abort_process_group()
         else:
             dist.destroy_process_group()
@@ -186,9 +186,9 @@ class Member:
     def _form(self, generation: Generation, options: dict[str, Any]) -> Generation:
         self.generation = generation
         self._has_announced = False
-        # torch puts the rank in front of tracebacks, once for every group.
+        # torch wraps the hook for every group, to put the rank in front of tracebacks.
         sys.excepthook = self._excepthook
-        # A connection of its own: whoever is blocked in it, waiting for one that died meanwhile, can be woken.
+        # A connection of its own can be cut, to wake this thread when it waits there for a worker that has died.
         connection = self._connections.opened_by(self._connect)
         with self._connections.recorded():
             if self.is_broken:
@@ -225,25 +225,25 @@ class Member:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the present generation is known to be no more."""
+        """Whether the present generation is known to have failed."""
         return self._history.is_broken(self._number)
 
     def caused_by_peer_loss(self, error: BaseException) -> bool:
-        """Whether an error comes from the loss of another worker, not from the program."""
+        """Return whether an error comes from the loss of another worker, not from the program."""
         if isinstance(error, CutOffError | RestartError) or not isinstance(error, Exception):
             return False
         if isinstance(error, GroupLostError | dist.DistError):
             return True
-        # gloo raises plain RuntimeErrors; what they have in common is the path of the source file that they name.
+        # gloo raises plain RuntimeErrors. All of them name a source file of gloo.
         is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
         return is_of_gloo or self.is_broken
 
     def joiners_are_ready(self) -> bool:
-        """Whether replacements wait to be taken in after the present generation."""
+        """Return whether replacements wait to be taken in after the present generation."""
         return self._history.is_joined(self._number)
 
     def wait_for_joiners(self) -> None:
-        """Waits until replacements are ready, or the generation breaks, or the job is to end.
+        """Wait until replacements are ready, the generation breaks or the job ends.
 
         Raises:
             RestartError: If all workers will be started again instead.
@@ -254,27 +254,27 @@ class Member:
 
     @property
     def has_news(self) -> bool:
-        """Whether there is a reason to stop waiting for better times: joiners, another failure, the end of the job."""
+        """Whether there is a reason to stop waiting: joiners, another failure or the end of the job."""
         return self.joiners_are_ready() or self.is_broken or self.is_stopping or self._history.is_restarting
 
     @property
     def attempt(self) -> int:
-        """How often all workers have been started again."""
+        """How many times all workers have been started again."""
         return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the job is to end."""
+        """Whether the job ends."""
         return self._history.is_stopping
 
     def announce(self, word: str, step: int) -> None:
         """Announce something to the present generation; by its leader, before a step's collectives.
 
         Do nothing until all members have acknowledged the reason for it, replacements that wait or the end of the job:
-        only then do they look for an announcement behind each step.
+        only then do they look for an announcement after each step.
 
         Args:
-            word: What is to follow the step. The first announcement of a generation counts.
+            word: What follows the step. The first announcement of a generation counts.
             step: The number of the step.
 
         """
@@ -307,7 +307,7 @@ class Member:
             number, word = self._store.get(self._announcement_key).decode().split()
         except dist.DistError as error:
             raise CutOffError from error
-        # A leader may be a step ahead already when this worker looks.
+        # The leader may be a step ahead when this worker reads.
         return word if int(number) <= step else ""
 
     def _all_have_acknowledged(self) -> bool:
@@ -315,22 +315,22 @@ class Member:
         return self._store.add(acknowledgements_key(self._number), 0) == len(self.generation.spawns)
 
     def give_up(self, reason: str) -> None:
-        """Tells the supervisor that the job cannot go on."""
-        self._tell(GaveUp(self.slot, self._spawn, reason))
+        """Report that the job cannot go on."""
+        self._report(GaveUp(self.slot, self._spawn, reason))
 
     def ask_to_stop(self, signum: int) -> None:
-        """Asks the supervisor to end the job: all workers save behind the same step."""
-        self._tell(StopAsked(signum, slot=self.slot, spawn=self._spawn))
+        """Ask the supervisor to end the job: all workers save after the same step."""
+        self._report(StopAsked(signum, slot=self.slot, spawn=self._spawn))
 
     @property
     def _announcement_key(self) -> str:
         return f"announcement/{self._number}"
 
     def _wake(self, generation: int | None) -> None:
-        """Lets the training thread go, should it be blocked in a collective of a generation that is no more."""
+        """Wake the training thread if it may be blocked in a collective of a generation that has failed."""
         if generation is not None and generation != self._number:
             return
-        # There may be no group, or none any more: this is another thread than the one that makes and destroys it.
+        # There may be no group: another thread creates and destroys it.
         with suppress(ValueError):
             if dist.get_backend() == dist.Backend.NCCL:
                 group = dist.distributed_c10d._get_default_group()
@@ -338,7 +338,7 @@ class Member:
                 return
         self._connections.cut()
 
-    def _tell(self, event: Event) -> None:
+    def _report(self, event: Event) -> None:
         try:
             self._events.append(event)
         except dist.DistError as error:
@@ -358,6 +358,6 @@ def _of_environment() -> Member:
 
 
 def hang_timeout() -> timedelta | None:
-    """How long the others wait for a worker that hangs, if the user said so."""
+    """Return how long the others wait for a worker that hangs, if the user chose it."""
     seconds = os.environ.get("LIGHTNING_SCAR_HANG_TIMEOUT")
     return timedelta(seconds=float(seconds)) if seconds else None

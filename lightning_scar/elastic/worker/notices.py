@@ -1,4 +1,4 @@
-"""What a worker knows of its job: the notices so far, read by a thread of their own."""
+"""What a worker knows of its job: the notices so far, read by a thread."""
 
 import atexit
 import threading
@@ -18,8 +18,8 @@ from lightning_scar.elastic.protocol.messages import (
 )
 from lightning_scar.elastic.worker.errors import CutOffError, RestartError
 
-#: Seconds between two looks at the store. A blocking wait there could only be ended by breaking its connection.
-_POLL = 0.02
+#: Seconds between two reads. A blocking wait could only be ended by breaking its connection.
+_POLL_SECONDS = 0.02
 
 
 def acknowledgements_key(generation: int) -> str:
@@ -28,10 +28,10 @@ def acknowledgements_key(generation: int) -> str:
 
 
 class History:
-    """The notices of a job, as far as this worker has heard.
+    """The notices of a job, as far as this worker has read them.
 
     Args:
-        connect: Makes a connection to the supervisor's store, for the reading thread alone.
+        connect: Opens a connection to the supervisor's store, for the reading thread alone.
         slot: This worker's slot.
         spawn: Its spawn number.
         on_break: Called in that thread with the number of a generation that broke; with ``None`` if the supervisor is
@@ -44,7 +44,7 @@ class History:
     ) -> None:
         #: Whether the supervisor is gone.
         self.is_cut_off = False
-        #: Whether the job is to end.
+        #: Whether the job ends.
         self.is_stopping = False
         #: The generations that this worker is a member of, in order.
         self.generations: list[Generation] = []
@@ -61,17 +61,17 @@ class History:
         has_read = threading.Event()
         self._thread = threading.Thread(target=self._read, args=[has_read], name="scar-notices", daemon=True)
         self._thread.start()
-        # A thread that comes back from the store while the interpreter ends takes the process down.
+        # A thread that returns from the store while the interpreter exits would crash the process.
         atexit.register(self._end)
-        # What was true before this process began must not be taken for news.
+        # What was published before this process began is not news.
         has_read.wait()
 
     def is_broken(self, generation: int) -> bool:
-        """Whether a generation is no more."""
+        """Return whether a generation has failed."""
         return self.is_cut_off or generation in self._broken
 
     def is_joined(self, generation: int) -> bool:
-        """Whether replacements wait to be taken into the generation after one."""
+        """Return whether replacements wait to be taken into the generation after this one."""
         return self._joining is not None and self._joining.generation == generation
 
     @property
@@ -80,10 +80,10 @@ class History:
         return self._restart is not None
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Waits for something to be known.
+        """Wait for a condition that notices make true.
 
         Args:
-            condition: Looked at after every notice.
+            condition: Checked after every notice.
 
         Raises:
             RestartError: If all workers will be started again.
@@ -106,7 +106,7 @@ class History:
                 self._apply(notice)
             self._acknowledge(store)
             has_read.set()
-            while not self._has_ended.wait(_POLL):
+            while not self._has_ended.wait(_POLL_SECONDS):
                 for notice in notices.news():
                     self._handle(notice)
                     self._acknowledge(store)
@@ -136,7 +136,7 @@ class History:
             case Formed():
                 if notice.generation.spawns.get(self._slot) == self._spawn:
                     self.generations.append(notice.generation)
-                # Of those whom a new start has replaced.
+                # It was meant for the workers before the new start.
                 self._restart = None
             case Broken():
                 self._broken.add(notice.generation)

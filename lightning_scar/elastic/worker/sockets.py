@@ -1,7 +1,7 @@
-"""The sockets of a process group, so that a worker that is blocked in one of its collectives can be woken.
+"""The sockets of a process group, which can be shut down to wake a worker that is blocked in a collective.
 
-``abort`` does nothing for gloo: a rank whose own neighbours are alive waits for the group's timeout, however long ago
-another one died. A socket that is shut down fails at once at both ends, whoever holds references to the group.
+``abort`` does nothing for gloo: a rank whose own neighbours are alive waits for the group's timeout after another one
+died. A socket that is shut down fails at once at both ends, whatever holds references to the group.
 """
 
 import os
@@ -16,14 +16,14 @@ from typing import TypeVar
 
 _DESCRIPTORS = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
-#: A descriptor and the socket behind it: descriptors are used again, these numbers are not.
+#: A descriptor and its inode: descriptors are used again, inodes of sockets are not.
 _Socket = tuple[int, int]
 
 T = TypeVar("T")
 
 
 class Connections:
-    """The sockets that are opened while a process group is formed.
+    """The sockets that are opened while a process group forms.
 
     Example::
 
@@ -44,9 +44,9 @@ class Connections:
         self._lock = threading.Lock()
 
     def opened_by(self, connect: Callable[[], T]) -> T:
-        """Takes note of the sockets that a function opens, and forgets those before: another group begins.
+        """Record the sockets that a function opens, and forget those before: another group begins.
 
-        They are not cut before it returns, for it might only try again.
+        They are not cut before it returns, since it would try again.
         """
         before = set(_sockets())
         result = connect()
@@ -56,18 +56,18 @@ class Connections:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Takes note of the sockets that this process opens meanwhile."""
+        """Record the sockets that this process opens in the ``with`` block."""
         with self._lock:
             self._before, self._is_recording = set(_sockets()), True
         try:
             yield
         finally:
             with self._lock:
-                self._note()
+                self._record()
                 self._is_recording = False
 
     def cut(self) -> None:
-        """Shuts them down, from whatever thread. While they are being recorded, also those that are yet to come."""
+        """Shut them down, from any thread. During a recording also those that are opened later in it."""
         if self._cut_once():
             threading.Thread(target=self._cut_until_recorded, name="lightning-scar cut", daemon=True).start()
 
@@ -76,23 +76,23 @@ class Connections:
             time.sleep(0.02)
 
     def _cut_once(self) -> bool:
-        """Returns whether more may come."""
+        """Return whether more may come."""
         with self._lock:
             if self._is_recording:
-                self._note()
+                self._record()
             for descriptor, number in self._opened:
                 _shut_down(descriptor, number)
             self._opened = set()
             return self._is_recording
 
-    def _note(self) -> None:
+    def _record(self) -> None:
         self._opened |= set(_sockets()) - self._before
 
 
 def with_silence_limit(connect: Callable[[], T], seconds: int) -> T:
     """Return what a function connects; the kernel breaks its connections when the peer's kernel is silent for so long.
 
-    Else whoever asks a host that has vanished waits for ever.
+    Without that a question to a host that has vanished would wait for ever.
 
     Args:
         connect: Opens the connections.
@@ -127,6 +127,6 @@ def _shut_down(descriptor: int, number: int) -> None:
             os.close(duplicate)
             return
         with socket.socket(fileno=duplicate) as connection:
-            # A listening socket has no peer; gloo ends the process when one of those is shut down.
+            # A listening socket has no peer. To shut one down would make gloo end the process.
             if connection.getpeername() is not None:
                 connection.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""Where a worker leaves its state when all workers are started again."""
+"""Where a worker saves its state when all workers are started again."""
 
 import os
 from pathlib import Path

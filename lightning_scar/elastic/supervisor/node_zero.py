@@ -1,4 +1,4 @@
-"""What runs on node 0 only: it feeds the coordinator and publishes what that decides."""
+"""Node 0: it passes events to the coordinator and publishes what that decides."""
 
 import time
 from collections.abc import Callable
@@ -12,33 +12,33 @@ from lightning_scar.elastic.supervisor.coordinator import Coordinator
 from lightning_scar.elastic.supervisor.nodes import Nodes
 from lightning_scar.elastic.supervisor.policy import Policy
 
-#: Seconds that agents have to read the last notice, before the store goes.
-_FAREWELL_SECONDS = 10.0
+#: Seconds that agents have to read the last notice before the store closes.
+_LAST_NOTICE_SECONDS = 10.0
 
 
-class Host:
-    """Owner of the coordinator.
+class NodeZero:
+    """The owner of the coordinator.
 
     Args:
-        store: The supervisor's, in which the log of events has begun.
+        store: The supervisor's. It has the log of events.
         layout: The nodes.
         policy: What the user chose.
-        say: Tells the user a line.
+        tell_user: Called with each line that the user should read.
 
     """
 
-    def __init__(self, store: TCPStore, layout: Layout, policy: Policy, say: Callable[[str], None]) -> None:
+    def __init__(self, store: TCPStore, layout: Layout, policy: Policy, tell_user: Callable[[str], None]) -> None:
         self._store = store
         self._events = Events(store)
         self._notices = Notices(store)
-        self._coordinator = Coordinator(layout.world_size, policy, say)
+        self._coordinator = Coordinator(layout.world_size, policy, tell_user)
         self._nodes = Nodes(store, layout, self._notices, policy.node_timeout, time.monotonic())
         self._attempt = -1
         self._group_store = store
         self._publish(self._coordinator.start(time.monotonic()))
 
     def step(self) -> None:
-        """Takes in what happened."""
+        """Handle what has happened."""
         now = time.monotonic()
         for event in self._events.news():
             if isinstance(event, Arrived):
@@ -50,12 +50,12 @@ class Host:
         self._publish(self._coordinator.tick(now))
 
     def wait_for_agents(self) -> None:
-        """Waits until the other nodes have read that the job is over."""
-        deadline = time.monotonic() + _FAREWELL_SECONDS
+        """Wait until the other nodes have read that the job is over."""
+        deadline = time.monotonic() + _LAST_NOTICE_SECONDS
         self.step()
         while time.monotonic() < deadline and not self._nodes.all_left():
             time.sleep(0.05)
-            # Who has just come is to hear it, too.
+            # An agent that has just arrived must read it, too.
             self.step()
 
     def _publish(self, notices: list[Notice]) -> None:
@@ -65,8 +65,8 @@ class Host:
             self._notices.append(notice)
 
     def _open_group_store(self, attempt: int) -> None:
-        # Scripts form their group over a store of this process, and a second time never over the same: they would
-        # meet the addresses of workers that are gone (pytorch #135712).
+        # Scripts form their group over a store of this process, after a restart over a new one: in the old one they
+        # would meet the addresses of dead workers (pytorch #135712).
         self._attempt = attempt
         if attempt > 0:
             self._group_store = TCPStore(self._store.host, 0, is_master=True, wait_for_workers=False)
