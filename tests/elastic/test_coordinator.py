@@ -688,3 +688,13 @@ def test_a_program_that_fails_before_it_trains_is_not_started_again() -> None:
     notices = job.died(1, code=1)
     assert Stop("rank 1 exited with code 1") in notices
     assert not [notice for notice in notices if isinstance(notice, Spawn)]
+
+
+def test_a_program_that_fails_since_another_worker_was_lost_is_started_again() -> None:
+    job = Job(2)
+    job.tell(Registered(0, 0), Registered(1, 1))
+    # The death of its peer is noticed later, e.g. that of a whole node.
+    assert job.strands(0, step=-1) == [Broken(0, "rank 0 lost the connection")]
+    assert job.died(0, code=1) == [Kill(1, 1, signal.SIGKILL)]
+    job.tell(Lost(1, (1,)))
+    assert [notice.slot for notice in job.tell(Back(1, (1,))) if isinstance(notice, Spawn)] == [0, 1]

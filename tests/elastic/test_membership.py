@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from lightning_scar.elastic.protocol.messages import (
     Ready,
     Restart,
     Stop,
+    Stranded,
     Waiting,
 )
 from lightning_scar.elastic.supervisor.coordinator import Coordinator
@@ -256,6 +258,25 @@ def test_a_group_that_is_broken_before_it_is_formed_keeps_nobody(crew: Crew) -> 
     form_with_a_dead_one(crew)
     crew.post(Broken(1, "rank 2 was killed"))
     assert [crew.says(slot) for slot in (0, 1)] == ["failed"] * 2
+
+
+def fail(member: Member, say: Callable[[Any], None]) -> None:
+    """Has no way through an outage, as in a start-up."""
+    enter_first(member)
+    say(total())
+    try:
+        step_on()
+    except RuntimeError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+
+
+def test_who_fails_with_a_lost_peer_says_so(crew: Crew) -> None:
+    crew.form(0, 0, 1)
+    for slot in range(2):
+        crew.start(slot, fail)
+    assert [crew.says(slot) for slot in range(2)] == [2] * 2
+    crew.kill(1)
+    crew.wait_for(Stranded)
 
 
 # -- what is told -----------------------------------------------------------------------------------------------------

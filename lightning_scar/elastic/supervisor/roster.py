@@ -57,7 +57,7 @@ class Worker:
 
         """
         is_outside = self.ended or (is_first_start and not self.began)
-        return code > 0 and self.registered and self.is_member and is_outside
+        return code > 0 and self.registered and self.is_member and self.left is None and is_outside
 
 
 @dataclass

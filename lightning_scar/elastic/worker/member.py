@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ class Member:
         self.generation = generation
         self._has_announced = False
         # torch wraps the hook for every group, to put the rank in front of tracebacks.
-        sys.excepthook = self._excepthook
+        sys.excepthook = self._on_uncaught
         # A connection of its own can be cut, to wake this thread when it waits there for a worker that has died.
         connection = self._connections.opened_by(self._connect)
         with self._connections.recorded():
@@ -313,6 +314,13 @@ class Member:
     def _all_have_acknowledged(self) -> bool:
         assert self.generation is not None
         return self._store.add(acknowledgements_key(self._number), 0) == len(self.generation.spawns)
+
+    def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Report before the process exits that it was not the program's fault, if another worker was lost."""
+        with suppress(CutOffError):
+            if self.caused_by_peer_loss(error):
+                self._report(Stranded(self.slot, self._spawn, self._number, step=-1))
+        self._excepthook(kind, error, trace)
 
     def give_up(self, reason: str) -> None:
         """Report that the job cannot go on."""
