@@ -29,7 +29,7 @@ from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeleton import Path as Place
 from lightning_scar.storage.chain import Chain
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.host_memory import HostMemory, MemoryPlace
+from lightning_scar.storage.host_memory import HostMemory
 from lightning_scar.storage.lease import run_of
 from lightning_scar.storage.places import Places, open_store
 from lightning_scar.storage.store import DeltaStore, rank_folder
@@ -81,7 +81,7 @@ class Restores:
 
     """
 
-    def __init__(self, state: State, url: Path, memory: MemoryPlace) -> None:
+    def __init__(self, state: State, url: Path, memory: HostMemory) -> None:
         self._state = state
         self._url = url
         self._memory = memory
@@ -198,7 +198,7 @@ def run(state: State, size: Size, folder: Path, memory: Path, rounds: int) -> tu
     with other_process(_save_and_die, size, url) as expected:
         pass
     directory = Directory(url)
-    left = MemoryPlace(HostMemory(directory, str(run_of(directory))), None)
+    left = HostMemory(directory, str(run_of(directory)))
     samples: Samples = {}
     restores = Restores(state, url, left)
     restores.verify(expected)

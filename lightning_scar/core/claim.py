@@ -7,7 +7,7 @@ from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.settings import Settings
 from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.directory import Tier
-from lightning_scar.storage.host_memory import HostMemory, MemoryPlace, left_in_memory
+from lightning_scar.storage.host_memory import HostMemory, left_in_memory
 from lightning_scar.storage.lease import Lease
 from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.write_back import bring_in, drop
@@ -21,6 +21,7 @@ class Seat(NamedTuple):
         lineage: Those of the starts that it continues.
         sequence: How many saves the run has begun.
         token: Of the run's lease; ``None`` if the directory cannot be written to.
+        run: What the lease calls the run.
         key: Of the servers of its memory; ``None`` if there are none.
 
     """
@@ -29,6 +30,7 @@ class Seat(NamedTuple):
     lineage: tuple[int, ...]
     sequence: int
     token: str | None
+    run: str
     key: bytes | None = None
 
 
@@ -68,10 +70,10 @@ class Claim:
             if seat is not None:
                 self._sit_down(seat)
                 return
-            token, host, trouble = ranks.gather(ranks.together(self._take))[0]
+            token, run, host, trouble = ranks.gather(ranks.together(self._take))[0]
             if trouble is not None and self.trouble is None:
                 self.trouble = OSError(trouble)
-            ranks.together(lambda: self._follow(token, host))
+            ranks.together(lambda: self._follow(token, run, host))
             self._take_in_memory()
             seen = max(ranks.gather(ranks.together(self._look)))
             self.incarnation = 1 + max(seen, ranks.gather(self._lease.incarnation)[0])
@@ -85,6 +87,11 @@ class Claim:
     def token(self) -> str | None:
         """That of the run's lease; ``None`` if the directory cannot be written to."""
         return None if self.trouble is not None else self._lease.token
+
+    @property
+    def run(self) -> str:
+        """What the lease calls the run."""
+        return self._lease.run
 
     @property
     def is_lost(self) -> bool:
@@ -111,12 +118,12 @@ class Claim:
         elif self._ranks.rank == 0:
             self._lease.succeed(seat.token)
         else:
-            self._lease.watch(seat.token)
+            self._lease.watch(seat.token, seat.run)
         if (memory := self._open_memory()) is not None:
             self._store.use_memory(memory, self._settings.durable_every_n_saves)
         self._store.open()
 
-    def _take(self) -> tuple[str | None, str, str | None]:
+    def _take(self) -> tuple[str | None, str, str, str | None]:
         if foreign := self._store.foreign_names():
             raise StorageError(
                 f"{self._store.directory} holds something else than a running checkpoint ({', '.join(foreign[:3])}"
@@ -128,10 +135,10 @@ class Claim:
             except OSError as error:
                 self.trouble = error
         if self.trouble is not None:
-            return None, socket.gethostname(), str(self.trouble)
-        return self._lease.token, socket.gethostname(), None
+            return None, self._lease.run, socket.gethostname(), str(self.trouble)
+        return self._lease.token, self._lease.run, socket.gethostname(), None
 
-    def _follow(self, token: str | None, host: str) -> None:
+    def _follow(self, token: str | None, run: str, host: str) -> None:
         if self._ranks.rank == 0 or token is None:
             return
         if not self._lease.is_visible(token):
@@ -140,7 +147,7 @@ class Claim:
                 f"{socket.gethostname()} does not see what rank 0 on {host} wrote there. Put dirpath on a file system "
                 "that all ranks share, and give all the same."
             )
-        self._lease.watch(token)
+        self._lease.watch(token, run)
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -150,7 +157,7 @@ class Claim:
         is_unstored = self._ranks.gather(self._lease.left_unstored)[0]
         self.memory_is_lost = self.trouble is None and is_unstored and not any(left)
         memory = self._ranks.together(self._open_memory)
-        hosts = self._ranks.gather(memory.host.name if memory is not None else None)
+        hosts = self._ranks.gather(memory.name if memory is not None else None)
         here = [rank for rank, host in enumerate(hosts) if host == hosts[self._ranks.rank]]
         brought = self._ranks.gather(self._bring_in(memory, here.index(self._ranks.rank), len(here)))
         self.unread = {rank: found for rank, found in enumerate(brought) if isinstance(found, str)}
@@ -158,7 +165,7 @@ class Claim:
             return
         if self.unread and self._ranks.world_size > 1:
             # The other ranks would not see what is left there.
-            memory.host.leave()
+            memory.leave()
             return
         store = self._store
         store.local_ranks = set(here)
@@ -174,20 +181,19 @@ class Claim:
         if self._settings.memory or self.unread:
             store.use_memory(memory, self._settings.durable_every_n_saves)
         else:
-            memory.host.leave()
+            memory.leave()
 
     @property
     def _is_left_here(self) -> bool:
         return self.trouble is None and left_in_memory(self._store.directory.storage, self._lease.run) is not None
 
-    def _open_memory(self) -> MemoryPlace | None:
+    def _open_memory(self) -> HostMemory | None:
         """Return the run's folder in this host's memory, if saves go there or earlier ones did."""
         if self.trouble is not None or not (self._settings.memory or self._is_left_here):
             return None
-        host = HostMemory(self._store.directory.storage, self._lease.run)
-        return MemoryPlace(host, self._settings.memory_limit)
+        return HostMemory(self._store.directory.storage, self._lease.run, self._settings.memory_limit)
 
-    def _bring_in(self, memory: MemoryPlace | None, share: int, shares: int) -> set[str] | str:
+    def _bring_in(self, memory: HostMemory | None, share: int, shares: int) -> set[str] | str:
         """Return the names of the files brought to storage, or why they could not be."""
         try:
             return bring_in(self._store.directory, memory, share, shares) if memory is not None else set()

@@ -44,7 +44,7 @@ def tell_of_memory(notices: Notices, store: RankStore, settings: Settings, share
         )
     elif store.rank != min(store.local_ranks):
         return
-    elif need > (free := memory.host.free_bytes + store.memory_bytes):
+    elif need > (free := memory.free_bytes + store.memory_bytes):
         notices.warn(
             "memory",
             f"this host may need {readable(need)} of memory, and {memory.path} has {readable(free)} for it; "

@@ -186,7 +186,8 @@ class RunningCheckpoint:
     def seat(self) -> Seat:
         """What a process needs to take the place of a rank that died."""
         lineage = self.store.index.lineage[:-1]
-        return Seat(self._claim.incarnation, lineage, self._sequence, self._claim.token, self._neighbours.key)
+        claim = self._claim
+        return Seat(claim.incarnation, lineage, self._sequence, claim.token, claim.run, self._neighbours.key)
 
     # -- a save --------------------------------------------------------------------------------------------------
 

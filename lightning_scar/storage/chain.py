@@ -165,8 +165,8 @@ class Chain:
 
     def close(self) -> None:
         """Bring the copies up to date for the last time, which deletes what storage has, and end the thread."""
-        self.follow()
         self._closing.set()
+        self.follow()
         self._thread.join(_CLOSE_SECONDS)
         for link in list(self._links.values()):
             link.neighbour.cut()

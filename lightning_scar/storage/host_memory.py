@@ -31,8 +31,12 @@ _PREFIX = "scar-memory-"
 _KEPT_SECONDS = 24 * 3600.0
 
 
-class HostMemory:
-    """The folder of a run on this host, held by a lock as long as one of its processes lives.
+class LimitError(OSError):
+    """A file would exceed ``memory_limit``."""
+
+
+class HostMemory(Directory):
+    """The folder of a run on this host, as one rank writes to it, held by a lock as long as one of its processes lives.
 
     It is the user's alone. Making one removes what other runs have left in memory: earlier runs of the same directory,
     and runs that nobody has touched for a day.
@@ -40,26 +44,32 @@ class HostMemory:
     Args:
         directory: The directory of the run.
         run: What its lease calls the run.
+        limit: Bytes that the rank may take; ``None`` for what there is.
+
+    Attributes:
+        folder: The folder.
 
     Raises:
         OSError: If there is no folder in memory.
 
     """
 
-    def __init__(self, directory: Directory, run: str) -> None:
-        self.path = _user_folder() / _name(directory) / _digest(run)
+    def __init__(self, directory: Directory, run: str, limit: int | None = None) -> None:
+        self.folder = _user_folder() / _name(directory) / _digest(run)
+        super().__init__(self.folder)
+        self.limit = limit
         self._lock = retry_vanished(self._made_and_locked)
-        os.utime(self.path)
-        _sweep(self.path)
+        os.utime(self.folder)
+        _sweep(self.folder)
 
     def _made_and_locked(self) -> int:
         # Whoever ends at the same time removes what is empty.
-        for folder in (self.path.parents[1], self.path.parent, self.path):
+        for folder in (self.folder.parents[1], self.folder.parent, self.folder):
             with suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
-        if not _is_private(self.path.parents[1]):
-            raise PermissionError(f"{self.path.parents[1]} is not this user's alone any more")
-        return _locked(self.path)
+        if not _is_private(self.folder.parents[1]):
+            raise PermissionError(f"{self.folder.parents[1]} is not this user's alone any more")
+        return _locked(self.folder)
 
     def renew(self) -> None:
         """Make the folder once more if somebody has removed it.
@@ -68,14 +78,34 @@ class HostMemory:
             OSError: If it cannot be made.
 
         """
-        if not _is_at(self.path, self._lock):
+        if not _is_at(self.folder, self._lock):
             lost, self._lock = self._lock, retry_vanished(self._made_and_locked)
             _let_go(lost)
+
+    @override
+    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
+        """Write a file.
+
+        Raises:
+            LimitError: If the rank would have more than it may.
+            OSError: If the file cannot be written.
+
+        """
+        self.renew()
+        super().write(name, pieces if self.limit is None else self._within(self.limit, name, pieces))
+
+    def _within(self, limit: int, name: str, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        nbytes = self.bytes_in(name.partition("/")[0])
+        for piece in pieces:
+            nbytes += len(piece)
+            if nbytes > limit:
+                raise LimitError(f"memory_limit={limit} bytes may be taken, and with this file it would be more")
+            yield piece
 
     @property
     def name(self) -> str:
         """What tells it from the memory of other hosts, and of containers whose hosts have the same name."""
-        return f"{socket.gethostname()}-{os.fstat(self._lock).st_dev}:{self.path}"
+        return f"{socket.gethostname()}-{os.fstat(self._lock).st_dev}:{self.folder}"
 
     @property
     def free_bytes(self) -> int:
@@ -87,51 +117,12 @@ class HostMemory:
     def leave(self) -> None:
         """Let go of the folder. What is in it stays; an empty one is removed."""
         _let_go(self._lock)
-        for folder in _paths(self.path, "rank-*"):
+        for folder in _paths(self.folder, "rank-*"):
             with suppress(OSError):
                 folder.rmdir()
-        with suppress(OSError), _unless_held(self.path):
-            self.path.rmdir()
-            self.path.parent.rmdir()
-
-
-class LimitError(OSError):
-    """A file would exceed ``memory_limit``."""
-
-
-class MemoryPlace(Directory):
-    """The folder of a run, as one rank writes to it.
-
-    Args:
-        host: The folder.
-        limit: Bytes that the rank may take; ``None`` for what there is.
-
-    """
-
-    def __init__(self, host: HostMemory, limit: int | None) -> None:
-        super().__init__(host.path)
-        self.host = host
-        self.limit = limit
-
-    @override
-    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """Write a file.
-
-        Raises:
-            LimitError: If the rank would have more than it may.
-            OSError: If the file cannot be written.
-
-        """
-        self.host.renew()
-        super().write(name, pieces if self.limit is None else self._within(self.limit, name, pieces))
-
-    def _within(self, limit: int, name: str, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-        nbytes = self.bytes_in(name.partition("/")[0])
-        for piece in pieces:
-            nbytes += len(piece)
-            if nbytes > limit:
-                raise LimitError(f"memory_limit={limit} bytes may be taken, and with this file it would be more")
-            yield piece
+        with suppress(OSError), _unless_held(self.folder):
+            self.folder.rmdir()
+            self.folder.parent.rmdir()
 
 
 def has_memory() -> bool:

@@ -116,16 +116,15 @@ class Lease:
             with suppress(OSError):
                 self._write()
 
-    def watch(self, token: str) -> None:
+    def watch(self, token: str, run: str) -> None:
         """Follow the lease that another rank of this run holds.
 
         Args:
             token: Its token.
+            run: What it calls the run.
 
         """
-        self.token = token
-        with suppress(OSError):
-            self._go_on_from(_holder(self._directory))
+        self.token, self.run = token, run
         self._start(self._keep_watching)
 
     def is_visible(self, token: str) -> bool:

@@ -16,7 +16,7 @@ from lightning_scar.storage.delta import SUFFIX, Delta, Refresh, Section
 from lightning_scar.storage.delta_file import encode
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.head import Head
-from lightning_scar.storage.host_memory import MemoryPlace
+from lightning_scar.storage.host_memory import HostMemory
 from lightning_scar.storage.index import newest_lineage
 from lightning_scar.storage.places import Places
 from lightning_scar.storage.store import DeltaStore, names_in, rank_folder, rank_of
@@ -104,7 +104,7 @@ class RankStore(DeltaStore):
         """Return whether a rank of this host writes to a folder."""
         return rank_of(folder) % self.world_size in self.local_ranks
 
-    def use_memory(self, memory: MemoryPlace, every: int) -> None:
+    def use_memory(self, memory: HostMemory, every: int) -> None:
         """Let saves go to memory first, from :meth:`open` on.
 
         Args:
@@ -119,8 +119,8 @@ class RankStore(DeltaStore):
         """Read what there is, and begin to write."""
         self.refresh()
         self.sweep()
-        if isinstance(memory := self.directory.memory, MemoryPlace):
-            self.host = memory.host.name
+        if isinstance(memory := self.directory.memory, HostMemory):
+            self.host = memory.name
             self.write_back = WriteBack(self.directory, memory, self.own_folders(), self.own_names, self._every)
 
     def drain(self) -> None:
@@ -162,8 +162,8 @@ class RankStore(DeltaStore):
         """
         if self.write_back is not None:
             self.write_back.leave(remove=is_stored)
-        elif isinstance(self.directory.memory, MemoryPlace):
-            self.directory.memory.host.leave()
+        elif isinstance(self.directory.memory, HostMemory):
+            self.directory.memory.leave()
 
     def look_around(self, others: bool = False) -> None:
         """Takes in what has changed behind this rank's back; what cannot be read now is left for later.

@@ -6,7 +6,7 @@ from contextlib import suppress
 from zlib import crc32
 
 from lightning_scar.storage.delta import SUFFIX
-from lightning_scar.storage.host_memory import MemoryPlace
+from lightning_scar.storage.host_memory import HostMemory
 from lightning_scar.storage.places import Copies, Places, written_order
 from lightning_scar.storage.store import is_rank_folder
 from lightning_scar.storage.writer import BackgroundWriter
@@ -36,7 +36,7 @@ class WriteBack:
     def __init__(
         self,
         places: Places,
-        memory: MemoryPlace,
+        memory: HostMemory,
         folders: Iterable[str],
         names: Callable[[], Collection[str]],
         every: int,
@@ -105,7 +105,7 @@ class WriteBack:
         if remove:
             for folder in self._folders:
                 shutil.rmtree(self.memory.file(folder), ignore_errors=True)
-        self.memory.host.leave()
+        self.memory.leave()
 
     def take_errors(self) -> list[Exception]:
         """Return what went wrong beside the training since the last call; those saves are still in memory."""
@@ -144,7 +144,7 @@ class WriteBack:
         if self.memory.limit is not None:
             bound = min(bound, self.memory.limit)
         with suppress(OSError):
-            excess = max(self.nbytes + nbytes - bound, nbytes - self.memory.host.free_bytes)
+            excess = max(self.nbytes + nbytes - bound, nbytes - self.memory.free_bytes)
             for name in sorted(self._in_memory(), key=written_order):
                 if excess <= 0:
                     return
@@ -156,7 +156,7 @@ class WriteBack:
         return [f"{folder}/{name}" for folder in self._folders for name in self.memory.names(folder)]
 
 
-def bring_in(places: Places, memory: MemoryPlace, share: int, shares: int) -> set[str]:
+def bring_in(places: Places, memory: HostMemory, share: int, shares: int) -> set[str]:
     """Copy to storage what earlier starts have left in this host's memory only.
 
     Args:
@@ -183,7 +183,7 @@ def bring_in(places: Places, memory: MemoryPlace, share: int, shares: int) -> se
     return found
 
 
-def drop(memory: MemoryPlace, is_kept: Callable[[str], bool]) -> None:
+def drop(memory: HostMemory, is_kept: Callable[[str], bool]) -> None:
     """Delete from memory what ranks of other hosts have there. Storage has it.
 
     Args:

@@ -22,7 +22,7 @@ def test_starts_come_and_go_at_the_same_time(host: Path, directory: Directory) -
     def come_and_go(_: int) -> None:
         for _ in range(100):
             memory = HostMemory(directory, uuid.uuid4().hex)
-            (memory.path / "rank-0000").mkdir()
+            (memory.folder / "rank-0000").mkdir()
             memory.leave()
 
     with ThreadPoolExecutor(8) as pool:
@@ -35,7 +35,7 @@ def test_folders_of_other_runs_come_and_go_while_a_start_looks_through_them(host
 
     def come_and_go() -> None:
         for name in "abcdefgh":
-            run = held.path.parents[1] / name
+            run = held.folder.parents[1] / name
             run.mkdir()
             # The start may have removed it already.
             with suppress(FileNotFoundError):
@@ -50,8 +50,8 @@ def test_ranks_of_one_start_that_come_while_others_end_hold_their_folder(host: P
     def come_and_go(rank: int) -> None:
         for _ in range(100):
             memory = HostMemory(directory, "the same")
-            assert memory.path.stat().st_ino == os.fstat(memory._lock).st_ino
-            (memory.path / f"rank-{rank:04d}").mkdir()
+            assert memory.folder.stat().st_ino == os.fstat(memory._lock).st_ino
+            (memory.folder / f"rank-{rank:04d}").mkdir()
             memory.leave()
 
     with ThreadPoolExecutor(8) as pool:
@@ -67,30 +67,30 @@ def test_a_start_that_wrote_nothing_leaves_nothing(host: Path, directory: Direct
 def test_a_folder_that_was_removed_is_made_and_held_again(host: Path, directory: Directory) -> None:
     memory = HostMemory(directory, "a")
     memory.renew()
-    memory.path.rmdir()
-    memory.path.parent.rmdir()
+    memory.folder.rmdir()
+    memory.folder.parent.rmdir()
     memory.renew()
-    assert memory.path.stat().st_mode & 0o777 == 0o700
+    assert memory.folder.stat().st_mode & 0o777 == 0o700
     HostMemory(directory, "b")
-    assert memory.path.exists(), "it is held"
+    assert memory.folder.exists(), "it is held"
     memory.leave()
-    (memory.path / "rank-0000").mkdir(parents=True)
+    (memory.folder / "rank-0000").mkdir(parents=True)
     HostMemory(directory, "c")
-    assert not memory.path.exists(), "it is not"
+    assert not memory.folder.exists(), "it is not"
 
 
 def test_what_is_not_the_users_alone_any_more_is_not_renewed(host: Path, directory: Directory) -> None:
     memory = HostMemory(directory, "a")
-    memory.path.rmdir()
-    memory.path.parents[1].chmod(0o755)
+    memory.folder.rmdir()
+    memory.folder.parents[1].chmod(0o755)
     with pytest.raises(PermissionError, match="not this user's alone any more"):
         memory.renew()
 
 
 def test_a_folder_is_found_by_its_directory_and_its_run(host: Path, directory: Directory) -> None:
     held = HostMemory(directory, "a")
-    assert left_in_memory(directory, "a") == held.path
-    assert held.path.parents[1] == host / f"scar-memory-{os.getuid()}"
+    assert left_in_memory(directory, "a") == held.folder
+    assert held.folder.parents[1] == host / f"scar-memory-{os.getuid()}"
     assert left_in_memory(directory, "b") is None
     assert left_in_memory(directory, None) is None, "there is no lease"
     assert left_in_memory(Directory(f"{directory}-2"), "a") is None
@@ -101,6 +101,6 @@ def test_what_a_strangers_lease_calls_its_run_leads_nowhere_else(run: str, host:
     """Whoever shares a directory can write its lease."""
     (host / "precious").mkdir(mode=0o700)
     memory = HostMemory(directory, run)
-    assert memory.path.parents[1] == host / f"scar-memory-{os.getuid()}"
+    assert memory.folder.parents[1] == host / f"scar-memory-{os.getuid()}"
     memory.leave()
     assert (host / "precious").exists()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_scar.storage.directory import Directory, Tier
-from lightning_scar.storage.host_memory import HostMemory, MemoryPlace
+from lightning_scar.storage.host_memory import HostMemory
 from lightning_scar.storage.places import Copies, Places
 from lightning_scar.storage.write_back import WriteBack, bring_in
 
@@ -142,7 +142,7 @@ def test_a_file_that_is_merged_away_meanwhile_is_not_missed(tmp_path: Path) -> N
 
 def test_room_is_made_of_what_storage_has_the_oldest_first(host: Path, tmp_path: Path) -> None:
     storage = Directory(tmp_path / "scar")
-    memory = MemoryPlace(HostMemory(storage, "a run"), None)
+    memory = HostMemory(storage, "a run")
     places, names = Places(storage, memory), [delta(i) for i in range(5)]
     for name in names:
         places.write(name, [bytes(100)])
@@ -162,7 +162,7 @@ def test_room_is_made_of_what_storage_has_the_oldest_first(host: Path, tmp_path:
 
 def test_ranks_of_a_host_share_what_they_bring_to_storage(host: Path, tmp_path: Path) -> None:
     storage = Directory(tmp_path / "scar")
-    memory = MemoryPlace(HostMemory(storage, "a run"), None)
+    memory = HostMemory(storage, "a run")
     names = {delta(i, rank) for i in range(20) for rank in range(3)}
     for name in names:
         memory.write(name, [name.encode()])
@@ -172,4 +172,4 @@ def test_ranks_of_a_host_share_what_they_bring_to_storage(host: Path, tmp_path: 
     assert set().union(*found) == names - {delta(0)}
     assert all(map(len, found))
     assert storage.read(delta(3, 2)) == delta(3, 2).encode()
-    memory.host.leave()
+    memory.leave()

@@ -9,7 +9,7 @@ from toy_blocks import block, content, head, read, refresh, refreshed, rows
 
 from lightning_scar.storage.delta import Encoded, Refresh, Span, block_key
 from lightning_scar.storage.head import Version
-from lightning_scar.storage.host_memory import HostMemory, MemoryPlace
+from lightning_scar.storage.host_memory import HostMemory
 from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.reading import Damage, read_refreshes
 from lightning_scar.storage.store import DeltaStore, retry_vanished
@@ -229,7 +229,7 @@ def test_the_refresh_of_a_rank_that_is_no_more_is_kept_until_all_have_saved(memo
 
 def opened(url: str, every: int) -> RankStore:
     store = RankStore(url)
-    store.use_memory(MemoryPlace(HostMemory(store.directory.storage, "a run"), None), every)
+    store.use_memory(HostMemory(store.directory.storage, "a run"), every)
     store.open()
     return store
 
