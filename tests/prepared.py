@@ -53,7 +53,7 @@ MODULES = [
 FOR_TESTS = ["pytest", "hypothesis", "hypothesis.strategies"]
 _SUBREAPER, _DEATH_SIGNAL = 36, 1
 _STREAMS = 3
-_LEASH = "die_with_parent.py"
+_DIE_WITH_PARENT = "die_with_parent.py"
 _EXECUTE_CHILD = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 
@@ -182,8 +182,8 @@ class _Program:
         """``None`` if it is none of Python's, or one with options that a fork cannot give it."""
         words = [os.fspath(word) for word in command]
         words = [word.decode() if isinstance(word, bytes) else word for word in words]
-        # The leash is as good as the one that every fork has.
-        if words[0] == sys.executable and words[1:3] == ["-I", "-S"] and Path(words[3]).name == _LEASH:
+        # Every fork dies with its parent, too.
+        if words[0] == sys.executable and words[1:3] == ["-I", "-S"] and Path(words[3]).name == _DIE_WITH_PARENT:
             words = words[5:]
         if words[0] != sys.executable or len(words) < 2:
             return None

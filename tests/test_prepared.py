@@ -59,8 +59,8 @@ def test_it_is_a_child_that_has_imported_everything() -> None:
 
 
 def test_workers_of_a_supervisor_come_from_its_parent() -> None:
-    leash = [sys.executable, "-I", "-S", str(process._DIE_WITH_PARENT), "1"]
-    program = _Program.of([*leash, sys.executable, "-u", "train.py", "a"])
+    dying = [sys.executable, "-I", "-S", str(process._DIE_WITH_PARENT), "1"]
+    program = _Program.of([*dying, sys.executable, "-u", "train.py", "a"])
     assert program is not None
     assert (program.what, program.arguments, program.is_unbuffered) == ("train.py", ["a"], True)
-    assert _Program.of([*leash, "sleep", "1"]) is None
+    assert _Program.of([*dying, "sleep", "1"]) is None

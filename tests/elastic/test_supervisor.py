@@ -94,7 +94,7 @@ def test_the_folder_in_memory_goes_with_the_job(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl")
 def test_a_killed_supervisor_leaves_no_worker_and_its_folder_to_the_next(tmp_path: Path) -> None:
     path = script(tmp_path, SLEEPER)
-    # As users start it: the leash of its workers is real.
+    # As users start it: the workers die with it by their own program.
     with running("--nproc-per-node", "2", path, tmp_path, "sleep", kind=subprocess.Popen) as supervisor:
         pids = wait_for(tmp_path / "pid0", tmp_path / "pid1")
         supervisor.kill()

@@ -1,6 +1,5 @@
 """Places to store things in, and processes to kill."""
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepared import multiprocessing_context
 from toy_blocks import Spawn, in_environment
 
 
@@ -36,8 +36,7 @@ def shared_url(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def spawn() -> Iterator[Spawn]:
     """Starts ``function(*arguments)`` in a process of its own, which does not outlive the test."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_scar.storage.store"])
+    context = multiprocessing_context()
     processes: list[BaseProcess] = []
 
     def start(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
