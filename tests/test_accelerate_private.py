@@ -57,13 +57,13 @@ def test_active_loader() -> None:
 def test_shuffle_seed() -> None:
     *_, loader = prepared()
     assert private.shuffle_seed(loader) is None
-    assert private.shuffles_anew(loader)
+    assert private.has_lost_order(loader)
     accelerator = loop_runs.seedable()
     first = accelerator.prepare(DataLoader(samples(), batch_size=4, shuffle=True))
     torch.manual_seed(77)
     second = accelerator.prepare(DataLoader(samples(), batch_size=4, shuffle=True))
-    assert not private.shuffles_anew(first)
-    assert not private.shuffles_anew(accelerator.prepare(DataLoader(samples())))
+    assert not private.has_lost_order(first)
+    assert not private.has_lost_order(accelerator.prepare(DataLoader(samples())))
     seed = private.shuffle_seed(first)
     assert seed is not None
     private.set_shuffle_seed(second, seed)

@@ -199,7 +199,7 @@ def test_plain_files_stay_local_while_the_run_lives_elsewhere(memory_url: str, t
 def test_one_rank_alone_does_not_save_to_what_all_ranks_save_to(memory_url: str) -> None:
     with RunningCheckpoint(memory_url) as running:
         io = SCARCheckpointIO()
-        io.hold(running)
+        io.attach(running)
         running.ranks = Ranks(rank=0, world_size=2)
-        with pytest.raises(ValueError, match=r"saved to by all 2 ranks.*save elsewhere"):
+        with pytest.raises(ValueError, match=r"all 2 ranks save to .*use another path"):
             io.save_checkpoint({"state_dict": {}}, memory_url)

@@ -136,7 +136,7 @@ def test_heal_can_be_called_by_hand(tmp_path: Path) -> None:
     assert not any(calls.answers[1:])
     assert is_finite(model.live[8])
     assert is_finite(model.final)
-    with pytest.raises(AssertionError, match="fit under way"):
+    with pytest.raises(AssertionError, match=r"call heal\(\) during fit"):
         scar.heal(model.trainer)
 
 

@@ -66,8 +66,8 @@ class Joiner(SingleDeviceStrategy):
             return super().optimizer_step(optimizer, closure, *args, **kwargs)
         closure()
         trainer = self.lightning_module.trainer
-        replacement.take_state(trainer, *self.handed_over)
-        private.place_in_data(trainer)
+        replacement.load_state(trainer, *self.handed_over)
+        private.seek_data(trainer)
         self.lightning_module.zero_grad()
         self.handed_over = None
         return None
@@ -92,7 +92,7 @@ def test_a_joiner_goes_on_as_the_one_that_its_state_comes_from(data: str, place:
     trainer.fit(model, DATA[data](), DATA["map"]())
     torch.nn.init.zeros_(other.net[0].weight)
     joiner = make_trainer(strategy=Joiner(source.handed_over), **options)
-    replacement.begin_as_joiner(joiner)
+    replacement.prepare_joiner(joiner)
     joiner.fit(other, DATA[data](), DATA["map"]())
     # Of what it took its state from, it sees and makes all that comes later.
     assert other.seen[accumulated:] == model.seen[step * accumulated :]
@@ -114,7 +114,7 @@ def test_a_joiner_neither_validates_nor_resumes_nor_writes(tmp_path: Path) -> No
     path = tmp_path / "first.ckpt"
     first.save_checkpoint(path)
     trainer = make_trainer(Watch(), max_epochs=2, default_root_dir=tmp_path)
-    replacement.begin_as_joiner(trainer)
+    replacement.prepare_joiner(trainer)
     assert rank_zero_only.rank == utils_rank_zero_only.rank == 1
     model = TinyModel()
     trainer.fit(model, loader(), loader(), ckpt_path=path)
@@ -122,7 +122,7 @@ def test_a_joiner_neither_validates_nor_resumes_nor_writes(tmp_path: Path) -> No
     assert len(model.seen) == 2 * BATCHES
 
 
-def test_take_weights() -> None:
+def test_load_weights() -> None:
     """What a step changes, but not the place in the loops."""
     source, other = Source(5), TinyModel()
     make_trainer(strategy=source, max_epochs=1, enable_checkpointing=False).fit(TinyModel(), loader())
@@ -132,7 +132,7 @@ def test_take_weights() -> None:
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             if trainer.global_step == 2:
                 before = copy.deepcopy(private.dump_checkpoint(trainer)["loops"])
-                replacement.take_weights(trainer, checkpoint)
+                replacement.load_weights(trainer, checkpoint)
                 now = private.dump_checkpoint(trainer)
                 assert_same(now["state_dict"], checkpoint["state_dict"])
                 assert_same(now["optimizer_states"], checkpoint["optimizer_states"])
@@ -256,12 +256,12 @@ def test_a_csv_file_goes_on_in_another_process(tmp_path: Path, monkeypatch: pyte
 
     class Note(Callback):
         def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-            loggers.note(trainer)
+            loggers.share_versions(trainer)
 
     for _ in range(2):
         logger = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1)
         trainer = make_trainer(Note(), max_epochs=1, logger=logger, log_every_n_steps=1, enable_checkpointing=False)
-        loggers.inherit(trainer)
-        loggers.go_on(trainer)
+        loggers.reuse_versions(trainer)
+        loggers.append_to_files(trainer)
         trainer.fit(TinyModel(), loader())
     assert [step for step, _ in logged(tmp_path / "logs")] == [*range(BATCHES), *range(BATCHES)]

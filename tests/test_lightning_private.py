@@ -22,7 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_scar.lightning import private
 
 #: They make a process a replacement: ``test_lightning_joining.py`` compares it with the one that it replaces.
-TESTED_BY_A_JOINER = {"metrics", "take_metrics", "reset_results", "restore", "restore_step", "place_in_data"}
+TESTED_BY_A_JOINER = {"metrics", "set_metrics", "reset_results", "restore", "restore_step", "seek_data"}
 
 
 def in_training(hook: Any, **options: Any) -> TinyModel:
@@ -121,7 +121,7 @@ def test_loader_states() -> None:
     assert plain == [[]] * len(plain)
 
 
-def test_place_data() -> None:
+def test_restore_data_position() -> None:
     """See ``test_callback_resume`` for what it is good for."""
     data = StatefulDataLoader(samples(), batch_size=BATCH_SIZE)
     states: list[Any] = []
@@ -132,7 +132,7 @@ def test_place_data() -> None:
     class Places(Callback):
         def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
             trainer.fit_loop._restarting = True
-            private.place_data(trainer, states[4])
+            private.restore_data_position(trainer, states[4])
             trainer.fit_loop._restarting = False
 
     model = TinyModel()
@@ -155,7 +155,7 @@ def test_share_out_epoch() -> None:
                 trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])
 
             def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-                private.place_data(trainer, [None], skip=True)
+                private.restore_data_position(trainer, [None], skip=True)
 
         model = TinyModel()
         make_trainer(Places(), max_epochs=1, enable_checkpointing=False).fit(model, data)
@@ -186,7 +186,7 @@ def test_mark_sigterm() -> None:
         in_training(private.mark_sigterm)
 
 
-def test_take_loader_states(tmp_path: Path) -> None:
+def test_use_own_loader_states(tmp_path: Path) -> None:
     saved: dict[str, Any] = {}
 
     def dump(trainer: pl.Trainer) -> None:
@@ -197,10 +197,10 @@ def test_take_loader_states(tmp_path: Path) -> None:
     checkpoint, other, own = saved["after 2"], saved["after 5"], copy.deepcopy(saved["after 2"])
     states = copy.deepcopy(private.loader_states(checkpoint))
     private.loader_states(own)[0]["dataset_state"] = "of its own"
-    private.take_loader_states(checkpoint, None)
-    private.take_loader_states(checkpoint, other)
+    private.use_own_loader_states(checkpoint, None)
+    private.use_own_loader_states(checkpoint, other)
     assert private.loader_states(checkpoint) == states, "all ranks must go on with the same batch"
-    private.take_loader_states(checkpoint, own)
+    private.use_own_loader_states(checkpoint, own)
     assert private.loader_states(checkpoint) == private.loader_states(own) != states
 
 

@@ -160,7 +160,7 @@ def test_each_front_door_refuses_to_resume_the_others_run(tmp_path: Path) -> Non
     train(0, tmp_path / "loop", after=3)
     loop = train(0, tmp_path / "trainer")
     assert loop.error is not None
-    assert "was written by a Trainer, so it has no place in a loop" in loop.error[1]
+    assert "was written by a Trainer, so a loop cannot resume from it" in loop.error[1]
     with pytest.raises(ModelMismatchError, match="was written by a loop"):
         fit(saver(tmp_path / "loop"))
     # Nothing was lost by it.
@@ -250,7 +250,7 @@ def test_a_last_save_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
             scar.state.steps = 1
             raise KeyError
 
-    with pytest.warns(UserWarning, match="the last save failed too: RuntimeError"):  # noqa: SIM117
+    with pytest.warns(UserWarning, match="the last save failed, too: RuntimeError"):  # noqa: SIM117
         with pytest.raises(KeyError):
             fail()
     with SCARLoop(tmp_path, state, every_n_steps=1) as scar:

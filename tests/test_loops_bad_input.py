@@ -66,7 +66,7 @@ def test_names_that_a_module_cannot_have(tmp_path: Path, name: str) -> None:
 def test_fsdp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # Accelerate sets it, and leaves it.
     accelerator = loop_runs.accelerator(fsdp_plugin=FullyShardedDataParallelPlugin())
-    with pytest.raises(ValueError, match="does not support FSDP: it shards the state over the processes"):
+    with pytest.raises(ValueError, match="does not support FSDP, which shards the state over the processes"):
         SCARAccelerator(accelerator, tmp_path, every_n_steps=1)
 
 
@@ -91,14 +91,14 @@ def test_steps_before_and_behind(tmp_path: Path) -> None:
         scar.resume()
     scar.close()
     scar.close()
-    with pytest.raises(RuntimeError, match=r"nothing behind close\(\)"):
+    with pytest.raises(RuntimeError, match=r"nothing after close\(\)"):
         scar.step()
 
 
 def test_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no optimizer to save; put it into `state`"):
         SCARLoop(tmp_path, {"model": Net()}, every_n_steps=1).resume()
-    with pytest.raises(ValueError, match=r"there is no model to save; call resume\(\) behind accelerator.prepare"):
+    with pytest.raises(ValueError, match=r"there is no model to save; call resume\(\) after accelerator.prepare"):
         SCARAccelerator(loop_runs.accelerator(), tmp_path, every_n_steps=1).resume()
 
 
@@ -107,7 +107,7 @@ def test_a_continuation_of_what_was_prepared_before(tmp_path: Path) -> None:
     framework = WithAccelerate(accelerator)
     framework.check_beginning()
     accelerator.prepare(DataLoader(samples(), batch_size=4))
-    with pytest.raises(ValueError, match=r"make SCARAccelerator before accelerator.prepare\(...\)"):
+    with pytest.raises(ValueError, match=r"create SCARAccelerator before accelerator.prepare\(...\)"):
         framework.check_beginning()
 
 
@@ -199,7 +199,7 @@ def test_a_loader_that_cannot_shuffle_again_is_told_of(tmp_path: Path) -> None:
         scar.step()
     scar.close()
     *_, scar = make(tmp_path)
-    with pytest.warns(UserWarning, match="cannot shuffle .*use_seedable_sampler=True"):
+    with pytest.warns(UserWarning, match="cannot reproduce the order .*use_seedable_sampler=True"):
         assert scar.resume() == 3
     scar.close()
 
@@ -217,7 +217,7 @@ def test_a_continuation_out_of_range(options: dict[str, Any], message: str) -> N
 
 
 def test_without_a_supervisor_a_continuation_makes_plain_steps(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="no replacement will come .*lightning-scar run --nproc-per-node N"):
+    with pytest.warns(UserWarning, match="a worker that dies is not replaced.*lightning-scar run --nproc-per-node N"):
         continuation = SCARContinuation()
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

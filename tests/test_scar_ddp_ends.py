@@ -119,7 +119,7 @@ def test_with_fewer_workers_than_min_world_size_they_save_and_stop(tmp_path: Pat
 def test_manual_optimization_is_refused(tmp_path: Path) -> None:
     training = train(tmp_path, model={"manual": True}, run=["--max-restarts", "0"])
     assert training.code == 1
-    assert "cannot go on after a failure with manual optimization" in training.console
+    assert "cannot continue after a failure with manual optimization" in training.console
     assert not training.steps
 
 

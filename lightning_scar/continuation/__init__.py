@@ -1,1 +1,1 @@
-"""How a worker outlives the others: the same for every front door. Knows neither Lightning nor Accelerate."""
+"""How a worker survives the death of others, for every front door. Imports neither Lightning nor Accelerate."""

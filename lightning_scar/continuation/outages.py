@@ -1,4 +1,4 @@
-"""What happened when a worker died: for people, for programs, for loggers."""
+"""The record of each outage: for users, for programs, for loggers."""
 
 import sys
 import time
@@ -18,8 +18,8 @@ class OutagePolicy:
 
     Args:
         on_failure: ``"shrink"``, ``"buffer"`` or ``"wait"``.
-        min_world_size: With fewer workers than that, survivors save and stop.
-        max_staleness: How many gradients a survivor collects at most beyond that of the interrupted step.
+        min_world_size: If fewer workers are left, they save and stop.
+        max_staleness: The most gradients that a survivor collects beyond that of the interrupted step.
         flush: How collected gradients are applied.
 
     Raises:
@@ -49,15 +49,15 @@ class OutagePolicy:
 
 @dataclass
 class Outage:
-    """One failure, as this worker lived through it.
+    """One failure, as seen by this worker.
 
     Attributes:
-        step: The optimizer steps that were completed then.
+        step: The number of optimizer steps that were completed.
         reason: Who was lost and how, e.g. ``"rank 2 was killed by SIGKILL"``.
-        survivors_seconds: From the failure until this worker had completed the interrupted step.
-        seconds: From the failure until all workers were there again; ``None`` as long as they are not.
-        stale_gradients: How many gradients, beyond that of the interrupted step, this worker collected and applied.
-        steps_lost: Completed steps that had to be made again.
+        survivors_seconds: Seconds until this worker had completed the interrupted step.
+        seconds: Seconds until the group was complete again; ``None`` before.
+        stale_gradients: The gradients, beyond that of the interrupted step, that this worker collected and applied.
+        steps_lost: Completed steps that had to be repeated.
 
     """
 
@@ -71,12 +71,12 @@ class Outage:
 
 
 class Outages:
-    """The outages of a training, and the two lines that people read about each.
+    """The outages of a training, and the two console lines about each.
 
     Args:
-        log: Gets the same as metrics.
-        member: Who says the lines: the leader.
-        policy: What survivors do meanwhile.
+        log: Receives the metrics of each outage.
+        member: This worker; the leader prints the lines.
+        policy: What survivors do during an outage.
 
     """
 
@@ -87,18 +87,18 @@ class Outages:
         self._member = member
 
     @property
-    def present(self) -> Outage | None:
-        """The one that is not over."""
+    def current(self) -> Outage | None:
+        """The outage that is not over, if there is one."""
         return self.list[-1] if self.list and self.list[-1].seconds is None else None
 
-    def begin(self, step: int) -> None:
-        """A group failed; within an outage it is part of that."""
-        if self.present is None:
+    def record_failure(self, step: int) -> None:
+        """Record that the group failed. During an outage, this is part of it."""
+        if self.current is None:
             self.list.append(Outage(step))
 
     def regrouped(self) -> None:
-        """The survivors have found each other."""
-        outage, generation = self.present, self._member.generation
+        """Record that the survivors have formed a group."""
+        outage, generation = self.current, self._member.generation
         if outage is None or generation is None or (outage.reason and not generation.deaths):
             return
         outage.reason = generation.deaths or "the connection was lost"
@@ -107,19 +107,19 @@ class Outages:
         self._say(f"{outage.reason} in step {outage.step + 1}; {here} of {all_of_them} workers {how}")
 
     def restarting(self, deaths: str) -> None:
-        """All workers will be started again."""
-        if self.present is not None:
-            self.present.reason = deaths or self.present.reason or "the connection was lost"
+        """Record that all workers will be restarted."""
+        if self.current is not None:
+            self.current.reason = deaths or self.current.reason or "the connection was lost"
 
     def stepped(self) -> None:
-        """A step is done."""
-        outage = self.present
+        """Record that a step is completed."""
+        outage = self.current
         if outage is not None and outage.survivors_seconds is None:
             outage.survivors_seconds = time.monotonic() - outage.began
 
     def rejoined(self, step: int) -> None:
-        """All workers are there again."""
-        outage = self.present
+        """Record that the group is complete again."""
+        outage = self.current
         if outage is None:
             return
         outage.seconds = time.monotonic() - outage.began
@@ -136,5 +136,5 @@ class Outages:
 
     def _say(self, text: str) -> None:
         if self._member.is_leader:
-            # In a line of its own, also where a progress bar stands.
+            # On a line of its own, even after a progress bar.
             print(f"\nlightning-scar: {text}", file=sys.stderr, flush=True)

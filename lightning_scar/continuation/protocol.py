@@ -1,4 +1,4 @@
-"""What a front door does for the engine."""
+"""What the engine of continuation requires of a front door."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -7,22 +7,22 @@ from torch.nn import Module
 
 
 class Training(Protocol):
-    """A training that is to outlive its workers, as the engine sees it."""
+    """A training that survives the death of workers, as the engine sees it."""
 
     # -- its process group ---------------------------------------------------------------------------------------
 
     def group_options(self) -> dict[str, Any]:
-        """How the process group of any generation is made, for ``torch.distributed.init_process_group``."""
+        """Return the arguments of ``torch.distributed.init_process_group``, the same for every generation."""
 
     @property
     def timeout(self) -> float:
-        """For how many seconds a worker is blocked in a collective before it gives up."""
+        """The seconds after which a blocked collective fails."""
 
     def wrap(self) -> None:
-        """Makes the model compute with the present generation, whose members hold the same weights."""
+        """Wrap the model for the current generation, whose members hold the same weights."""
 
     def unwrap(self) -> None:
-        """Makes the model compute alone."""
+        """Remove the wrapper, so that the model works without a group."""
 
     # -- its state -----------------------------------------------------------------------------------------------
 
@@ -31,59 +31,59 @@ class Training(Protocol):
         """The model, without wrappers."""
 
     def state(self) -> Any:
-        """What a member needs that is behind this one: nested values and tensors."""
+        """Return what a member that is behind this one needs: nested values and tensors."""
 
-    def take_state(self, state: Any) -> None:
-        """Puts this process, a replacement, where the one was that the :meth:`state` comes from."""
+    def load_state(self, state: Any) -> None:
+        """Bring this process, a replacement, to another member's :meth:`state`."""
 
-    def take_weights(self, state: Any) -> None:
-        """Takes of another's :meth:`state` what an optimizer step changes, and nothing else."""
+    def load_weights(self, state: Any) -> None:
+        """Load only what an optimizer step changes from another member's :meth:`state`."""
 
     # -- its steps -----------------------------------------------------------------------------------------------
 
     @property
     def accumulates(self) -> bool:
-        """Whether gradients of earlier micro-batches may wait to be added to."""
+        """Whether a step may start with gradients of earlier micro-batches."""
 
     @property
     def is_first(self) -> bool:
-        """Whether a replacement, which runs the program from its beginning, would come to this training first."""
+        """Whether this is the first training of the program, and so the one that a replacement reaches."""
 
     @property
-    def can_take_in(self) -> bool:
-        """Whether it could be taken in, or else all workers must be started again."""
+    def can_admit(self) -> bool:
+        """Whether a replacement can join now; otherwise all workers are restarted."""
 
     def leaves_training_next(self) -> bool:
-        """Whether, behind a step, something else than the next one follows, for which all must be there."""
+        """Return whether something other than a step follows this one, which requires the complete group."""
 
     def stop(self) -> None:
-        """The job is to end behind the step that is done."""
+        """Stop the job after the completed step."""
 
     # -- extra batches -------------------------------------------------------------------------------------------
 
     def extra_batches(self) -> Iterator[Any] | None:
-        """Batches of the training data, in an order of this process's own, without end; ``None`` if there are none."""
+        """Return endless batches of the training data in this process's own order; ``None`` if not supported."""
 
     def compute_gradient(self, batch: Any) -> None:
-        """Computes the gradient of a batch in place of the gradients that there are."""
+        """Compute the gradient of a batch; discard the gradients before it."""
 
     def samples(self, batch: Any) -> int:
-        """The number of samples in a batch."""
+        """Return the number of samples in a batch."""
 
     @property
     def micro_batches(self) -> int:
-        """How many batches make a step."""
+        """The number of batches in a step."""
 
-    # -- what is told, and left behind ---------------------------------------------------------------------------
+    # -- logging and restarts ------------------------------------------------------------------------------------
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Gives metrics to whoever logs."""
+        """Log metrics."""
 
     def prepare_restart(self) -> None:
-        """All workers will be started again: what this one alone holds must not be lost."""
+        """Save what only this worker holds: all workers will be restarted."""
 
-    def keep(self, more: dict[str, Any]) -> None:
-        """Writes the exact state, with ``more``, for that start."""
+    def save_restart_state(self, more: dict[str, Any]) -> None:
+        """Write the exact state, with ``more``, for the restart."""
 
     def release(self) -> None:
-        """Finishes what is under way in the background: this process ends."""
+        """Finish all background work, because this process ends."""

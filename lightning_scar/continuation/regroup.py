@@ -1,4 +1,4 @@
-"""How a worker goes from one generation to the next: one group, one state."""
+"""How a worker moves from one generation to the next: a new group, and the same state on all members."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,12 @@ from lightning_scar.elastic.worker.member import Member
 
 
 class Generations:
-    """The process groups that a worker is in, one after the other, and the state that it shares with their members.
+    """The process groups that a worker belongs to, one after the other, and the step that its state is at.
 
     Args:
-        training: Whose state it is.
-        member: This worker, as the supervisor knows it.
-        outages: The history that members share.
+        training: The training.
+        member: This worker's membership in the job.
+        outages: The history of outages, which a replacement receives.
 
     """
 
@@ -25,30 +25,30 @@ class Generations:
         self._outages = outages
         self._training = training
         self._member = member
-        #: How many optimizer steps this worker has completed; -1 if it has no state of the training yet.
+        #: The number of completed optimizer steps; -1 if this worker has no state of the training yet.
         self.steps = 0
-        #: How many of the steps that stale gradients made it has completed since.
+        #: Completed steps from stale gradients since then.
         self.substeps = 0
-        #: Whether some member of the present generation entered it ``ready``.
+        #: Whether a member of the current generation entered it with ``ready=True``.
         self.some_are_ready = False
 
     def enter_first(self) -> None:
-        """Enters the generation that all workers start in."""
+        """Join the first generation, in which all workers start."""
         self._member.enter_first(**self._training.group_options())
 
     def enter_next(
         self, boundary: bool, closure: Callable[[], Any] | None = None, waited: float = 0.0, ready: bool = False
     ) -> bool:
-        """Leaves the present generation, and enters the next one that holds together.
+        """Leave the current generation, and join the next one that succeeds.
 
         Args:
-            boundary: Whether this worker stands behind a step, rather than in one.
-            closure: The step's, for a worker that turns out to be behind.
-            waited: Seconds for which this worker had been blocked when it gave up.
-            ready: What the others learn of this worker, see :attr:`some_are_ready`.
+            boundary: Whether this worker is between two steps, not in one.
+            closure: The step's closure, for a worker that turns out to be behind.
+            waited: Seconds for which this worker was blocked before the failure.
+            ready: Shared with the others as :attr:`some_are_ready`.
 
         Returns:
-            Whether this worker was behind the others. It has their state then, and stands behind its step.
+            Whether this worker was behind the others. If so, it now has their state, and its step is completed.
 
         """
         was_behind = False
@@ -56,7 +56,7 @@ class Generations:
             self.leave()
             try:
                 self._enter(boundary or was_behind, waited)
-                if self._level(closure, ready):
+                if self._synchronize(closure, ready):
                     was_behind = True
                 if dist.is_initialized():
                     self._training.wrap()
@@ -66,7 +66,7 @@ class Generations:
                     raise
 
     def leave(self) -> None:
-        """Closes the group and makes the model compute alone."""
+        """Leave the group and unwrap the model."""
         self._training.unwrap()
         self._member.leave()
 
@@ -77,12 +77,12 @@ class Generations:
         else:
             self._member.enter_next(self.steps, boundary, waited, **options)
 
-    def _level(self, closure: Callable[[], Any] | None, ready: bool) -> bool:
-        """Gives the state of the member with the most completed steps to those that are behind."""
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (self.steps, self.substeps, ready))
-        self.some_are_ready = any(ready for *_, ready in told)
-        progress = [(steps, substeps) for steps, substeps, _ in told]
+    def _synchronize(self, closure: Callable[[], Any] | None, ready: bool) -> bool:
+        """Send the state of the member with the most completed steps to those behind it."""
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (self.steps, self.substeps, ready))
+        self.some_are_ready = any(ready for *_, ready in gathered)
+        progress = [(steps, substeps) for steps, substeps, _ in gathered]
         source = progress.index(max(progress))
         behind = [rank for rank, completed in enumerate(progress) if completed < progress[source]]
         if dist.get_rank() == source and behind:
@@ -92,16 +92,19 @@ class Generations:
         state, outages = receive(source)
         if self.steps < 0:
             self._outages.list = outages
-            self._training.take_state(state)
+            self._training.load_state(state)
         else:
             self._run_alone(closure)
-            self._training.take_weights(state)
+            self._training.load_weights(state)
         self._training.module.zero_grad()
         self.steps, self.substeps = progress[source]
         return True
 
     def _run_alone(self, closure: Callable[[], Any] | None) -> None:
-        """Every batch is asked for its loss. What it logs may need a group, so the others must come again."""
+        """Run the closure, because Lightning requires a loss of every batch, and then regroup.
+
+        What the closure logs may run a collective, so it runs without a group.
+        """
         self.leave()
         if closure is not None:
             closure()

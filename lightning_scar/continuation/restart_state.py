@@ -1,7 +1,7 @@
-"""The state that a worker leaves in memory-backed storage when all workers are to be started again.
+"""The state that a worker writes to memory-backed storage before all workers are restarted.
 
-A failure in a validation, a barrier or a checkpoint cannot be mended in the process. Nothing but start-up time is lost
-all the same: one survivor writes its exact state, and every worker of the next start loads it.
+A failure in a validation, a barrier or a checkpoint requires new processes. Still, only start-up time is lost: one
+survivor writes its exact state, and every worker loads it after the restart.
 """
 
 import os
@@ -15,12 +15,12 @@ from lightning_scar.core.exchange import receive, send
 from lightning_scar.elastic.worker.state_folder import VARIABLE, state_folder
 
 
-class Kept(NamedTuple):
-    """A state that was kept.
+class RestartState(NamedTuple):
+    """A state that was written for a restart.
 
     Attributes:
         path: Its file.
-        step: How many optimizer steps it has completed.
+        step: The number of completed optimizer steps.
 
     """
 
@@ -28,32 +28,32 @@ class Kept(NamedTuple):
     step: int
 
 
-def newest_kept(training: int) -> Kept | None:
-    """The newest state that was kept of a training, if there is one.
+def newest_restart_state(training: int) -> RestartState | None:
+    """Return the newest restart state of a training, if there is one.
 
     Args:
-        training: Its number among those of the program, from 1.
+        training: The training's number in the program, from 1.
 
     """
     if VARIABLE not in os.environ:
-        # Nobody supervises this process.
+        # There is no supervisor.
         return None
     paths = state_folder().glob(f"call-{training:04d}-*.ckpt")
-    kept = [Kept(path, int(path.stem.split("-")[-1])) for path in paths]
-    return max(kept, key=lambda kept: kept.step, default=None)
+    states = [RestartState(path, int(path.stem.split("-")[-1])) for path in paths]
+    return max(states, key=lambda state: state.step, default=None)
 
 
-def keep(checkpoint: dict[str, Any], training: int, step: int) -> None:
-    """Writes a state, whole or not at all, in the place of older ones.
+def save_restart_state(checkpoint: dict[str, Any], training: int, step: int) -> None:
+    """Write a state atomically, and remove older ones.
 
     Args:
         checkpoint: The state.
-        training: The number of its training.
-        step: How many optimizer steps it has completed.
+        training: The training's number.
+        step: The number of completed optimizer steps.
 
     """
     path = state_folder() / f"call-{training:04d}-{step:09d}.ckpt"
-    # Several workers of a node may write the same.
+    # Several workers of a node may write the same file.
     partial = path.with_suffix(f".{os.getpid()}.partial")
     torch.save(checkpoint, partial)
     partial.replace(path)
@@ -62,38 +62,38 @@ def keep(checkpoint: dict[str, Any], training: int, step: int) -> None:
             older.unlink(missing_ok=True)
 
 
-def share_kept(training: int) -> None:
-    """Brings the newest kept state, and :func:`noted_start`, to the nodes that do not see them. A collective.
+def share_restart_state(training: int) -> None:
+    """Send the newest restart state, and :func:`noted_incarnation`, to nodes without them. A collective.
 
-    A node that took the place of a lost one has neither.
+    A node that replaces a lost one has neither.
 
     Args:
-        training: The number of its training.
+        training: The training's number.
 
     """
-    own = newest_kept(training)
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (-1 if own is None else own.step, noted_start(training)))
-    steps = [step for step, _ in told]
-    starts = [start for _, start in told if start is not None]
-    if starts and noted_start(training) is None:
-        note_start(training, starts[0])
+    own = newest_restart_state(training)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (-1 if own is None else own.step, noted_incarnation(training)))
+    steps = [step for step, _ in gathered]
+    starts = [start for _, start in gathered if start is not None]
+    if starts and noted_incarnation(training) is None:
+        note_incarnation(training, starts[0])
     source = steps.index(max(steps))
     missing = [rank for rank, step in enumerate(steps) if step < steps[source]]
     if dist.get_rank() == source and missing and own is not None:
         send(torch.load(own.path, weights_only=False), missing)
     elif dist.get_rank() in missing:
-        keep(receive(source), training, steps[source])
+        save_restart_state(receive(source), training, steps[source])
     dist.barrier()
 
 
-def keep_random(slot: int, state: list[Any]) -> None:
-    """Writes the state of a worker's own random generators, which is in no other one."""
+def save_random_state(slot: int, state: list[Any]) -> None:
+    """Write the state of this worker's random generators, which no other worker has."""
     torch.save(state, state_folder() / f"random-{slot}.pt")
 
 
-def take_random(slot: int) -> list[Any] | None:
-    """What a worker's random generators go on from, once; ``None`` if it died before it could say."""
+def pop_random_state(slot: int) -> list[Any] | None:
+    """Return the saved state of a worker's random generators, and remove it; ``None`` if there is none."""
     path = state_folder() / f"random-{slot}.pt"
     if not path.exists():
         return None
@@ -102,12 +102,12 @@ def take_random(slot: int) -> list[Any] | None:
     return state
 
 
-def note_start(training: int, incarnation: int) -> None:
-    """Tells later starts of this job which saves on disk are its own.
+def note_incarnation(training: int, incarnation: int) -> None:
+    """Record which saves on disk belong to this job, for later restarts.
 
     Args:
-        training: The number of the training.
-        incarnation: The number of its first start.
+        training: The training's number.
+        incarnation: The incarnation of its first start.
 
     """
     path = state_folder() / f"start-{training:04d}"
@@ -116,7 +116,7 @@ def note_start(training: int, incarnation: int) -> None:
     partial.replace(path)
 
 
-def noted_start(training: int) -> int | None:
-    """What :func:`note_start` was told; ``None`` if nothing."""
+def noted_incarnation(training: int) -> int | None:
+    """Return the incarnation that :func:`note_incarnation` recorded; ``None`` if none."""
     path = state_folder() / f"start-{training:04d}"
     return int(path.read_text()) if path.exists() else None

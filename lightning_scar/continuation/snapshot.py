@@ -1,4 +1,4 @@
-"""What a step that fails half-way must find again when it is made once more."""
+"""A snapshot of what a failed step has changed, so that the step can be repeated."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ from torch.nn import Module
 
 
 def random_state() -> list[Any]:
-    """The state of torch's random generators in this process."""
-    # Where CUDA has not begun it has drawn nothing; to ask whether it is available takes longer than all the rest.
+    """Return the state of torch's random generators in this process."""
+    # Uninitialized CUDA has drawn nothing, and `torch.cuda.is_available` is slower than all the rest.
     uses_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return [torch.default_generator.get_state(), torch.cuda.get_rng_state() if uses_cuda else None]
 
 
 def set_random_state(state: list[Any]) -> None:
-    """Puts back what :func:`random_state` returned."""
+    """Restore what :func:`random_state` returned."""
     cpu, device = state
     torch.set_rng_state(cpu)
     if device is not None:
         torch.cuda.set_rng_state(device)
 
 
-class StepStart:
-    """The parts of the training state that a forward and backward change: buffers, random generators, gradients.
+class StepSnapshot:
+    """Copies of what a forward and backward pass changes: buffers, random generators, gradients.
 
     Args:
         module: The model.
@@ -32,7 +32,7 @@ class StepStart:
 
     def __init__(self, module: Module | None = None) -> None:
         self._module = module
-        # Once: to walk through all modules of a deep model in every step would take longer than to copy.
+        # Once, because a walk over all modules of a deep model takes longer than the copies.
         modules = module.modules() if module is not None else ()
         self._owners = [owner for owner in modules if any(True for _ in owner.buffers(recurse=False))]
         self._buffers: list[Tensor] = []
@@ -40,11 +40,11 @@ class StepStart:
         self._gradients: list[Tensor | None] = []
         self._random: list[Any] = []
 
-    def keep(self, gradients: bool) -> None:
-        """Copies them.
+    def save(self, gradients: bool) -> None:
+        """Copy the present values.
 
         Args:
-            gradients: Whether gradients of earlier micro-batches wait to be added to.
+            gradients: Whether to copy gradients of earlier micro-batches, too.
 
         """
         assert self._module is not None
@@ -53,14 +53,14 @@ class StepStart:
         if [copy.shape for copy in self._copies] != [buffer.shape for buffer in self._buffers]:
             self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
         if self._buffers:
-            # One call for all: a model with batch normalisation has hundreds.
+            # One call for all: a model with batch normalization has hundreds of buffers.
             torch._foreach_copy_(self._copies, [buffer.detach() for buffer in self._buffers])
         self._random = random_state()
         self._gradients = [_clone(p.grad) for p in self._module.parameters()] if gradients else []
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts them back."""
+        """Restore the copied values."""
         assert self._module is not None
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._copies)

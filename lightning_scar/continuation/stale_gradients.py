@@ -1,4 +1,4 @@
-"""The gradients that a survivor collects while weights wait."""
+"""The gradients that a survivor collects while the weights stay unchanged."""
 
 import itertools
 import warnings
@@ -17,15 +17,15 @@ from lightning_scar.core.gradient_buffer import StaleGradientBuffer
 Closure = Callable[[], Any]
 
 
-class Collection:
-    """Gradients of the interrupted step's batch and of extra batches, from an iterator of their own.
+class StaleGradients:
+    """Gradients of the interrupted step's batch and of extra batches, which come from a separate iterator.
 
-    The loops' own iterator must not move: ranks would end their epoch at different batches.
+    The loop's own iterator must not advance, or the ranks would end their epoch at different batches.
 
     Args:
-        training: Whose model and data.
-        policy: How many to collect, and how to apply them.
-        batch: The interrupted step's.
+        training: The training.
+        policy: How many gradients to collect, and how to apply them.
+        batch: The batch of the interrupted step.
 
     """
 
@@ -35,7 +35,7 @@ class Collection:
         self._training = training
         self._batch = batch
         self._loss: Any = None
-        #: How many optimizer steps :meth:`flush` has made.
+        #: The number of optimizer steps that :meth:`flush` has made.
         self.applied = 0
         self._batches = batches
         parameters = [p for p in training.module.parameters() if p.requires_grad]
@@ -43,20 +43,20 @@ class Collection:
 
     @property
     def is_full(self) -> bool:
-        """Whether no more may be collected."""
+        """Whether the limit of the policy is reached."""
         return self._buffer.is_full
 
     @property
-    def stale(self) -> int:
-        """How many there are beyond that of the interrupted step."""
+    def extra(self) -> int:
+        """The number of gradients beyond that of the interrupted step."""
         return max(self._buffer.contributions - 1, 0)
 
-    def run(self, closure: Closure, until: Callable[[], bool]) -> None:
-        """Collects until there is no room for more, or something else is to be done.
+    def collect(self, closure: Closure, until: Callable[[], bool]) -> None:
+        """Collect gradients until the limit is reached, or a condition holds.
 
         Args:
             closure: Computes the interrupted step's gradient.
-            until: Says so.
+            until: The condition.
 
         """
         training = self._training
@@ -69,10 +69,10 @@ class Collection:
             self._buffer.add(training.samples(batch))
 
     def flush(self, attempt: Callable[[Closure], Any]) -> Any:
-        """Applies what all members have collected.
+        """Apply the gradients that all members have collected.
 
         Args:
-            attempt: Makes an optimizer step, given what returns the loss.
+            attempt: Makes an optimizer step, given a function that returns the loss.
 
         Returns:
             What the last step returned.
@@ -85,13 +85,13 @@ class Collection:
         return output
 
 
-def shuffled_anew(loader: "DataLoader[Any]", seed: int, batch_size: int | None = None) -> Iterator[Any]:
-    """Batches of a loader's data set in an order of one's own, without end.
+def reshuffled(loader: "DataLoader[Any]", seed: int, batch_size: int | None = None) -> Iterator[Any]:
+    """Return endless batches of a loader's data set, shuffled by a separate seed.
 
     Args:
-        loader: Whose.
-        seed: Of the order.
-        batch_size: Its batch size, where it is not the loader's attribute of this name.
+        loader: The loader.
+        seed: The seed of the order.
+        batch_size: The batch size, if ``loader.batch_size`` does not tell.
 
     """
     own = DataLoader(
@@ -104,21 +104,21 @@ def shuffled_anew(loader: "DataLoader[Any]", seed: int, batch_size: int | None =
     return itertools.chain.from_iterable(itertools.repeat(own))
 
 
-def feasible(policy: OutagePolicy, training: Training, says_so: bool) -> OutagePolicy:
-    """The policy, or another one where it is out of the question.
+def feasible(policy: OutagePolicy, training: Training, warns: bool) -> OutagePolicy:
+    """Return the policy, or ``"shrink"`` where ``"buffer"`` is impossible.
 
     Args:
-        policy: What was asked for.
-        training: Its data have been set up.
-        says_so: Whether this process warns of it.
+        policy: The requested policy.
+        training: The training, after its data were set up.
+        warns: Whether this process warns about a change.
 
     """
     if policy.on_failure != "buffer" or training.extra_batches() is not None:
         return policy
-    if says_so:
+    if warns:
         warnings.warn(
-            "lightning-scar: on_failure='buffer' draws extra batches, and so it needs a map-style data set in one "
-            "DataLoader with a batch size; the group shrinks instead after a failure.",
+            "lightning-scar: on_failure='buffer' loads extra batches, so it requires a map-style dataset in a single "
+            "DataLoader with a batch size. Here the group shrinks after a failure instead.",
             stacklevel=2,
         )
     return replace(policy, on_failure="shrink")

@@ -1,8 +1,7 @@
-"""A worker's way through an outage: leave the broken group, form the next, make the interrupted step again.
+"""The engine of continuation: leave the broken group, form the next, repeat the interrupted step.
 
-Every optimizer step goes through :meth:`Continuation.step`, and every moment between two through
-:meth:`Continuation.settle`. A worker stands either *in* a step, whose parameters are untouched, or *behind* one; these
-are the two places where generations change.
+Every optimizer step goes through :meth:`Continuation.step`, and then :meth:`Continuation.after_step`. When the
+generation changes, a worker is either *in* a step, and has not changed the parameters yet, or *between* two steps.
 """
 
 import os
@@ -18,17 +17,17 @@ import torch.distributed as dist
 from lightning_scar.continuation.outages import OutagePolicy, Outages
 from lightning_scar.continuation.protocol import Training
 from lightning_scar.continuation.regroup import Generations
-from lightning_scar.continuation.restart_state import keep_random, take_random
-from lightning_scar.continuation.snapshot import StepStart, random_state, set_random_state
-from lightning_scar.continuation.stale_gradients import Collection, feasible
+from lightning_scar.continuation.restart_state import pop_random_state, save_random_state
+from lightning_scar.continuation.snapshot import StepSnapshot, random_state, set_random_state
+from lightning_scar.continuation.stale_gradients import StaleGradients, feasible
 from lightning_scar.elastic.protocol.messages import RESTART_EXIT_CODE
 from lightning_scar.elastic.worker.errors import RestartError
 from lightning_scar.elastic.worker.member import Member
 
-#: What a leader announces before a step's collectives, so that all know it behind that step.
+#: What the leader announces before the collectives of a step, so that all members know it after that step.
 _JOIN, _STOP = "join", "stop"
 
-#: Seconds.
+#: Seconds; longer than any timeout of the supervisor.
 _LONG_ENOUGH = 1e9
 
 Closure = Callable[[], Any]
@@ -36,95 +35,95 @@ Attempt = Callable[[Closure], Any]
 
 
 class Continuation:
-    """What this worker does when another one dies.
+    """Lets this worker continue when another one dies.
 
     Args:
-        training: Makes steps, and gives and takes the state.
-        member: This worker's part in the generations.
-        policy: What survivors do until the replacement is there.
+        training: The training.
+        member: This worker's membership in the job.
+        policy: What survivors do until the replacement has joined.
 
     """
 
     def __init__(self, training: Training, member: Member, policy: OutagePolicy) -> None:
         self.outages = Outages(training.log, member, policy)
-        #: The batch of the step under way.
+        #: The batch of the current step.
         self.batch: Any = None
         self._training = training
         self._member = member
         self._generations = Generations(training, member, self.outages)
         if member.is_joiner:
             self._generations.steps = -1
-        self._start = StepStart()
-        self._collection: Collection | None = None
-        #: Whether this worker made the last step itself, and does not know yet what follows it.
-        self._asks = False
-        #: The random generators behind the last step.
-        self._random = random_state()
+        self._snapshot = StepSnapshot()
+        self._stale_gradients: StaleGradients | None = None
+        #: Whether this worker made the last step itself, and must still read what was announced for after it.
+        self._checks_announcement = False
+        #: The state of the random generators after the last step.
+        self._random_state = random_state()
 
-    # -- the beginning and the end of a training -----------------------------------------------------------------
+    # -- start and end of a training -----------------------------------------------------------------------------
 
-    def enter(self) -> None:
-        """Enters the first generation; a replacement does without a group until it is taken in."""
+    def enter_first_group(self) -> None:
+        """Join the first generation. A replacement has no group until it joins."""
         if not self.is_joiner and not dist.is_initialized():
             self._generations.enter_first()
 
     @property
     def is_joiner(self) -> bool:
-        """Whether this worker is a replacement that has not been taken in yet."""
+        """Whether this worker is a replacement that has not joined yet."""
         return self._generations.steps < 0
 
     @property
     def steps(self) -> int:
-        """How many optimizer steps this worker has completed."""
+        """The number of optimizer steps that this worker has completed."""
         return self._generations.steps
 
-    def begin(self, steps: int, kept: dict[str, Any] | None = None) -> None:
-        """The training is about to make its first step here.
+    def start(self, steps: int, restart_state: dict[str, Any] | None = None) -> None:
+        """Prepare for the first step of this process.
 
         Args:
-            steps: How many optimizer steps are completed; of no account in a replacement.
-            kept: What came with a kept state that it goes on from.
+            steps: The number of completed optimizer steps; ignored in a replacement.
+            restart_state: What was written with the restart state that the training resumed from, if it did.
 
         """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda signum, frame: self._member.ask_to_stop(signum))
-        self._start = StepStart(self._training.module)
-        self.outages.policy = feasible(self.outages.policy, self._training, says_so=self._member.is_leader)
+        self._snapshot = StepSnapshot(self._training.module)
+        self.outages.policy = feasible(self.outages.policy, self._training, warns=self._member.is_leader)
         if self.is_joiner:
             return
         self._generations.steps = steps
-        if kept is not None:
-            self.outages.list = kept["outages"]
+        if restart_state is not None:
+            self.outages.list = restart_state["outages"]
             self.outages.rejoined(steps)
-            set_random_state(take_random(self._member.slot) or kept["random"])
+            set_random_state(pop_random_state(self._member.slot) or restart_state["random"])
         if self._training.is_first:
-            self._member.begin(self._training.can_take_in)
+            self._member.begin(self._training.can_admit)
 
-    def end(self) -> None:
-        """The training is over."""
+    def finish(self) -> None:
+        """Tell the supervisor that the training is over."""
         if self._training.is_first:
             self._member.end()
 
     # -- a step --------------------------------------------------------------------------------------------------
 
     def join(self) -> None:
-        """Takes this worker, a replacement, in: it has the state of the others then, and stands behind their step."""
+        """Let this worker, a replacement, join: it receives the others' state, between two of their steps."""
         self._generations.enter_next(boundary=True)
         self._member.begin()
 
     def step(self, attempt: Attempt, closure: Closure) -> Any:
-        """Makes an optimizer step, whoever dies meanwhile.
+        """Make an optimizer step, and repeat it if another worker dies meanwhile.
 
         Args:
-            attempt: Makes the step, given what computes its gradients and returns the loss.
-            closure: Computes the gradients of the present batch.
+            attempt: Makes the step, given a function that computes the gradients and returns the loss.
+            closure: Computes the gradients of the current batch.
 
         Returns:
-            What ``attempt`` returned; ``None`` where the step came from the others.
+            What ``attempt`` returned; ``None`` if this worker received the completed step from another one.
 
         """
         started = time.monotonic()
-        self._start.keep(gradients=self._training.accumulates)
+        self._snapshot.save(gradients=self._training.accumulates)
         while True:
             try:
                 self._announce()
@@ -135,19 +134,19 @@ class Continuation:
             else:
                 self._complete()
                 self.outages.stepped()
-                self._asks = True
+                self._checks_announcement = True
                 return output
-            if self._survive(closure, self._waited(started)):
+            if self._recover(closure, self._waited(started)):
                 return None
 
     def _waited(self, started: float) -> float:
         seconds = time.monotonic() - started
-        # Whoever gave up because of the timeout has waited long enough, whatever the supervisor's own limit is.
+        # A worker whose collective timed out has waited long enough, whatever limit the supervisor has.
         return seconds if seconds < self._training.timeout else _LONG_ENOUGH
 
     def _attempt(self, attempt: Attempt, closure: Closure) -> Any:
-        if self._collection is not None:
-            return self._collection.flush(attempt)
+        if self._stale_gradients is not None:
+            return self._stale_gradients.flush(attempt)
 
         def checked() -> Any:
             loss = closure()
@@ -157,13 +156,13 @@ class Continuation:
         return attempt(checked)
 
     def _complete(self) -> None:
-        self._random = random_state()
+        self._random_state = random_state()
         self._generations.steps += 1
-        self._generations.substeps = self._collection.applied if self._collection is not None else 0
-        self._collection = None
+        self._generations.substeps = self._stale_gradients.applied if self._stale_gradients is not None else 0
+        self._stale_gradients = None
 
     def _announce(self) -> None:
-        """Tells the others, before the collectives of a step, what follows it."""
+        """Announce what follows the step, before its collectives."""
         if not self._member.is_leader:
             return
         step = self._generations.steps + 1
@@ -174,16 +173,16 @@ class Continuation:
 
     # -- between two steps ---------------------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Does what was announced to follow the last step, or waits for a full group.
+    def after_step(self) -> None:
+        """Do what was announced for after the last step. Wait for a complete group if the training requires it.
 
         Raises:
-            RestartError: If all workers will be started again instead.
+            RestartError: If all workers will be restarted instead.
             CutOffError: If the supervisor is gone.
 
         """
-        asks, self._asks = self._asks, False
-        word = self._member.announced(self._generations.steps) if asks else ""
+        checks, self._checks_announcement = self._checks_announcement, False
+        word = self._member.announced(self._generations.steps) if checks else ""
         if word == _STOP:
             self._training.stop()
             return
@@ -195,10 +194,10 @@ class Continuation:
             self.outages.rejoined(self._generations.steps)
 
     def complete_group(self) -> None:
-        """Goes from generation to generation until nobody is missing, or the job is to end.
+        """Wait until no worker is missing, or the job is stopped.
 
         Raises:
-            RestartError: If all workers will be started again instead.
+            RestartError: If all workers will be restarted instead.
             CutOffError: If the supervisor is gone.
 
         """
@@ -211,53 +210,54 @@ class Continuation:
     # -- an outage -----------------------------------------------------------------------------------------------
 
     def _can_survive(self, error: Exception) -> bool:
-        is_possible = self._training.is_first and self._training.can_take_in
+        is_possible = self._training.is_first and self._training.can_admit
         return is_possible and self._member.caused_by_peer_loss(error)
 
-    def _survive(self, closure: Closure, waited: float) -> bool:
-        """Enters the next generation.
+    def _recover(self, closure: Closure, waited: float) -> bool:
+        """Join the next generation.
 
         Returns:
-            Whether the step is done: this worker was behind the others and has their state now, or part of what it had
-            collected was applied before the group broke again.
+            Whether the step is completed: this worker was behind the others and received their state, or some stale
+            gradients were applied before the group failed again.
 
         """
         self._generations.leave()
-        self._start.restore()
-        self.outages.begin(self._generations.steps)
-        is_done = self._collection is not None and self._collection.applied > 0
+        self._snapshot.restore()
+        self.outages.record_failure(self._generations.steps)
+        is_done = self._stale_gradients is not None and self._stale_gradients.applied > 0
         if is_done:
             self._complete()
-        self._collection = None
+        self._stale_gradients = None
         is_done |= self._generations.enter_next(boundary=is_done, closure=closure, waited=waited)
         self.outages.regrouped()
         self._check_size()
         if not is_done and not self._member.is_full and self.outages.policy.on_failure != "shrink":
-            self._hold(closure)
+            self._wait_for_joiners(closure)
         return is_done
 
-    def _hold(self, closure: Closure) -> None:
-        """Lets weights wait until replacements are ready, and collects gradients meanwhile if that is wanted."""
+    def _wait_for_joiners(self, closure: Closure) -> None:
+        """Keep the weights until the replacements are ready, and collect gradients meanwhile with ``"buffer"``."""
         member, policy = self._member, self.outages.policy
-        collection = Collection(self._training, policy, self.batch) if policy.on_failure == "buffer" else None
+        stale_gradients = StaleGradients(self._training, policy, self.batch) if policy.on_failure == "buffer" else None
         while not self._generations.some_are_ready:
-            # Without a group, so that what the training step logs needs nobody else.
+            # Without a group, so that logging in the training step runs no collective.
             self._generations.leave()
-            if collection is not None:
-                collection.run(closure, until=lambda: member.has_news)
-            is_full = collection is not None and collection.is_full
+            if stale_gradients is not None:
+                stale_gradients.collect(closure, until=lambda: member.has_news)
+            is_full = stale_gradients is not None and stale_gradients.is_full
             if not is_full:
                 member.wait_for_joiners()
-            # All go on together, whoever had a reason first; after another death they hold on.
+            # All members continue together, as soon as one is ready; after another death they wait again.
             joins = member.joiners_are_ready()
             self._generations.enter_next(boundary=False, ready=is_full or joins or member.is_stopping)
             self.outages.regrouped()
             if joins and not member.is_full:
-                # The news was of the generation before; without it nobody would be told to join behind this step.
+                # The joiners reported to the previous generation; wait for their report to this one, or no one would
+                # announce after this step that they join.
                 member.wait_for_joiners()
-        self._collection = collection
-        if collection is not None and self.outages.present is not None:
-            self.outages.present.stale_gradients += collection.stale
+        self._stale_gradients = stale_gradients
+        if stale_gradients is not None and self.outages.current is not None:
+            self.outages.current.stale_gradients += stale_gradients.extra
 
     def _check_size(self) -> None:
         assert self._member.generation is not None
@@ -266,32 +266,29 @@ class Continuation:
             reason = f"{here} workers are left, fewer than min_world_size={self.outages.policy.min_world_size}"
             self._member.give_up(reason)
             raise RuntimeError(
-                f"lightning-scar: {reason}. The training stops; it resumes from its last save when it is started again."
+                f"lightning-scar: {reason}. The training stops. Start it again to resume from its last save."
             )
 
-    # -- what cannot be mended -----------------------------------------------------------------------------------
+    # -- a restart of all workers ---------------------------------------------------------------------------------
 
-    def is_due_to_failure(self, error: BaseException) -> bool:
-        """Whether another worker's death is behind an error that ends the training."""
+    def caused_by_peer_loss(self, error: BaseException) -> bool:
+        """Return whether an error that ends the training was caused by the loss of another worker."""
         return isinstance(error, RestartError) or self._member.caused_by_peer_loss(error)
 
     def restart(self) -> None:
-        """Leaves this process, for all workers to be started again with the state of this moment.
-
-        It never returns; the exit code tells the supervisor.
-        """
+        """Exit this process with the code that makes the supervisor restart all workers with the present state."""
         self._training.unwrap()
         self._training.prepare_restart()
-        self.outages.begin(self._generations.steps)
+        self.outages.record_failure(self._generations.steps)
         try:
             self._member.strand(self._generations.steps)
         except RestartError as restart:
             self.outages.restarting(restart.deaths)
             if restart.keeper == self._member.slot:
-                self._training.keep({"outages": self.outages.list, "random": self._random})
-            keep_random(self._member.slot, self._random)
+                self._training.save_restart_state({"outages": self.outages.list, "random": self._random_state})
+            save_random_state(self._member.slot, self._random_state)
         self._training.release()
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not by an exception: the script might take it for its own, and what runs at exit might wait for others.
+        # Not by an exception, which the script might catch. Exit handlers might wait for other workers.
         os._exit(RESTART_EXIT_CODE)

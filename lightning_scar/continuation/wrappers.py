@@ -1,4 +1,4 @@
-"""DDP wrappers that users hold references to: made anew in place for each process group."""
+"""DDP wrappers that users hold references to: rebuilt in place for each process group."""
 
 import gc
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_scar.core.training_state import unwrapped
 
-#: What a wrapper was made with, and keeps under the same names; and what it is by default.
+#: The arguments of DDP that it keeps as attributes of the same name, with their defaults.
 _OPTIONS = {
     "device_ids": None,
     "output_device": None,
@@ -20,12 +20,12 @@ _OPTIONS = {
     "gradient_as_bucket_view": False,
     "static_graph": False,
 }
-#: What others put on it: Accelerate's mark, and users' hooks.
+#: Attributes that others set on a wrapper: Accelerate's mark, and users' hooks.
 _MARKS = ("_is_accelerate_prepared", "_forward_hooks", "_forward_pre_hooks")
 
 
 class Wrappers:
-    """All DDP wrappers of a training's models, whoever holds them.
+    """All DDP wrappers of a training's models, wherever they are referenced.
 
     Args:
         modules: The models, wrapped or not.
@@ -50,25 +50,25 @@ class Wrappers:
 
     def __init__(self, modules: Iterable[Module]) -> None:
         models = {id(unwrapped(module)) for module in modules}
-        # Accelerate has the bare models only, and nobody else knows who wraps them.
+        # Accelerate keeps only the bare models, so the wrappers must be searched for.
         found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
         ddp = [wrapper for wrapper in found if id(unwrapped(wrapper)) in models]
         self._wrappers = [_Wrapper(wrapper) for wrapper in ddp]
 
     def wrap(self) -> None:
-        """Makes them compute with the present default group, whose members hold the same weights."""
+        """Rebuild the wrappers for the current default group, whose members hold the same weights."""
         for wrapper in self._wrappers:
             wrapper.unwrap()
             wrapper.wrap()
 
     def unwrap(self) -> None:
-        """Makes them compute alone; no group is needed then."""
+        """Make the wrappers call their model directly, without a group."""
         for wrapper in self._wrappers:
             wrapper.unwrap()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """While gradients are added up for a later batch, also where the group changed since the user said so."""
+        """Accumulate gradients without synchronization, even if the group changed in the user's own ``no_sync``."""
         with ExitStack() as stack:
             for wrapper in self._wrappers:
                 stack.enter_context(wrapper.ddp.no_sync())
@@ -90,23 +90,23 @@ class _Wrapper:
         if not self._is_wrapped:
             return
         self._is_wrapped = False
-        # Its reducer must go, or its hooks would go on to reduce gradients.
-        with self._made_anew():
+        # Remove the reducer, or its hooks would continue to reduce gradients.
+        with self._rebuilt():
             Module.__init__(self.ddp)
             self.ddp.module = self._module
             self.ddp.forward = self._module.__call__  # type: ignore[method-assign]
-            # What `no_sync` switches off and on.
+            # `no_sync` sets this attribute.
             self.ddp.require_backward_grad_sync = True
 
     def wrap(self) -> None:
         self._is_wrapped = True
-        with self._made_anew():
+        with self._rebuilt():
             DistributedDataParallel.__init__(self.ddp, self._module, init_sync=False, **self._options)
             for hook, state in self._comm_hooks:
                 self.ddp.register_comm_hook(state, hook)
 
     @contextmanager
-    def _made_anew(self) -> Iterator[None]:
+    def _rebuilt(self) -> Iterator[None]:
         is_training = self.ddp.training
         vars(self.ddp).clear()
         yield

@@ -17,67 +17,67 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_scar.core.claim import Seat
-from lightning_scar.core.healer import Healer
+from lightning_scar.core.options import Options
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
-from lightning_scar.core.schedule import Schedule
 from lightning_scar.core.selection import Candidates
-from lightning_scar.core.settings import PolicyName, Settings
+from lightning_scar.core.settings import PolicyName
 from lightning_scar.core.stats import Stats
 from lightning_scar.lightning import private, replacement
 from lightning_scar.lightning.checkpoint_io import SCARCheckpointIO, installed_io
 from lightning_scar.lightning.fences import Fences, before_optimizer_steps
 from lightning_scar.lightning.fit_start import FitStart
 from lightning_scar.lightning.refusals import as_misconfiguration, check_strategy
-from lightning_scar.lightning.restart import calls
+from lightning_scar.lightning.restart import trainer_calls
 from lightning_scar.lightning.sigterm import TrainerSigterm
 from lightning_scar.storage.places import open_store
 
 
 class SCARCheckpoint(Checkpoint):
-    """Saves the blocks that moved furthest, often, and resumes from them by itself.
+    """Saves the blocks that moved furthest, often, and resumes from them automatically.
 
-    The first save is full; the later ones write the fraction of the state that moved furthest since it was saved (SCAR,
-    ICML 2019, section 4.2). When ``fit`` begins and ``dirpath`` holds the running checkpoint of a run that was cut
-    short, training goes on from there. At the end of ``fit`` one full save marks the run as finished.
+    The first save is full. Later ones write the fraction of the state that moved furthest since it was saved (SCAR,
+    ICML 2019, section 4.2). If ``dirpath`` holds the running checkpoint of an interrupted run when ``fit`` starts,
+    training resumes from it. At the end of ``fit``, one full save marks the run as finished.
 
     Args:
         dirpath: The running checkpoint's directory, a path or any fsspec URL.
-        every_n_train_steps: Save every N optimizer steps; or
-        train_time_interval: save when that much time has passed, at the next optimizer step; or
-        max_overhead: save as often as fits into this share of the training time, in (0, 1), at least every 10 minutes.
-            What a save and a step take is measured. Without any of the three it is 0.01.
-        fraction: The share of the state's bytes that one save may write, in (0, 1].
+        every_n_train_steps: Save every N optimizer steps. Set at most one of the three intervals.
+        train_time_interval: Save when this time has passed, at the next optimizer step.
+        max_overhead: Save as often as this share of the training time allows, in (0, 1), and at least every 10 minutes.
+            Without any interval it is 0.01.
+        fraction: The share of the state's bytes that one save may write, in (0, 1], refresh included.
         refresh: ``"auto"`` spends a part of that on a low-precision copy of all that a save does not write exactly;
             ``None`` is SCAR's own form.
         policy: ``"distance"``, ``"round_robin"``, ``"random"``, or a function from
-            :class:`~lightning_scar.core.selection.Candidates` to one priority a block.
+            :class:`~lightning_scar.core.selection.Candidates` to one priority per block.
         block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
-        max_age: Steps after which a block is due whatever its priority; ``None`` for never.
-        full_every_n_saves: Make every Nth save a full one, so that ``load(dirpath, consistent=True)`` finds a
-            recent state of one single step; ``None`` for the first and the last only.
-        staging: ``"lazy"`` scores and copies beside the next forward and backward, ``"eager"`` at once.
-        resume: Whether to go on from what ``dirpath`` holds. ``False`` begins anew, over it.
+        max_age: Steps after which a block is written, whatever its priority; ``None`` for no limit.
+        full_every_n_saves: Make every Nth save full, for ``load(dirpath, consistent=True)``; ``None`` for the first and
+            the last only.
+        staging: ``"lazy"`` scores and copies during the next forward and backward, ``"eager"`` at once.
+        resume: Whether to resume from what ``dirpath`` holds; ``False`` starts again and overwrites it.
         strict: Whether a running checkpoint of another model is an error; ``False`` loads what fits.
         save_on_exception: Whether to save when training ends with an exception or Ctrl-C.
-        on_write_error: ``"warn"`` goes on training when a save cannot be written, ``"raise"`` stops it.
-        heal_non_finite: Whether to look for NaN and Inf before every save, and to restore the blocks that hold any, on
-            all ranks at the same step; see :meth:`heal`.
-        max_heals: How often that may happen in one ``fit``; after that it is an error.
-        memory: Whether saves go to this host's memory first, which outlives the processes (``/dev/shm``, or what the
+        on_write_error: ``"warn"`` continues the training when a save cannot be written, ``"raise"`` stops it.
+        heal_non_finite: Whether to check for NaN and Inf before every save, and to restore the blocks that contain any,
+            on all ranks; see :meth:`heal`.
+        max_heals: How often that may happen in one run; after that it is an error.
+        memory: Whether to save to this host's memory first, which outlives the processes (``/dev/shm``, or what the
             environment variable ``LIGHTNING_SCAR_MEMORY`` names).
-        durable_every_n_saves: With it, every Nth save goes to ``dirpath``, too; full ones always do.
-        replicas: With it, on how many other hosts each rank keeps a copy, for the loss of its host.
-        memory_limit: Bytes of memory that each rank may take, and each of its copies; ``None`` for what there is.
-        storage_options: Passed to the file system of ``dirpath``.
+        durable_every_n_saves: With ``memory``, every Nth save also goes to ``dirpath``; full ones always do.
+        replicas: With ``memory``, the number of other hosts on which each rank keeps a copy, in case its host is lost.
+        memory_limit: With ``memory``, the bytes that each rank may use, and each of its copies; ``None`` for all that
+            is free.
+        storage_options: Arguments of the file system of ``dirpath``.
 
     Raises:
         MisconfigurationException: If a value is out of range, if there is more than one interval, or for a sharded
             strategy.
-        StorageError: When ``fit`` begins, if ``dirpath`` holds something else, a newer format, or is not the same
+        StorageError: When ``fit`` starts, if ``dirpath`` holds something else, a newer format, or is not the same
             directory on all ranks.
-        DirectoryInUseError: When ``fit`` begins, if another live run uses ``dirpath``.
-        ModelMismatchError: When ``fit`` begins, if another model wrote the running checkpoint.
+        DirectoryInUseError: When ``fit`` starts, if another live run uses ``dirpath``.
+        ModelMismatchError: When ``fit`` starts, if another model wrote the running checkpoint.
 
     Example::
 
@@ -115,23 +115,34 @@ class SCARCheckpoint(Checkpoint):
         memory_limit: int | None = None,
         storage_options: dict[str, Any] | None = None,
     ) -> None:
+        options = self._options = Options(
+            every_n_steps=every_n_train_steps,
+            train_time_interval=train_time_interval,
+            max_overhead=max_overhead,
+            fraction=fraction,
+            refresh=refresh,
+            policy=policy,
+            block_size=block_size,
+            max_age=max_age,
+            full_every_n_saves=full_every_n_saves,
+            staging=staging,
+            resume=resume,
+            strict=strict,
+            save_on_exception=save_on_exception,
+            on_write_error=on_write_error,
+            heal_non_finite=heal_non_finite,
+            max_heals=max_heals,
+            memory=memory,
+            durable_every_n_saves=durable_every_n_saves,
+            replicas=replicas,
+            memory_limit=memory_limit,
+            storage_options=storage_options,
+        )
         with as_misconfiguration():
-            in_memory = memory, durable_every_n_saves, replicas, memory_limit, refresh
-            self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error, *in_memory)
-            self._schedule = Schedule(
-                every_n_train_steps,
-                train_time_interval,
-                max_overhead,
-                full_every_n_saves,
-                steps_name="every_n_train_steps",
-                tell=rank_zero_info,
-            )
-            self._healer = Healer(heal_non_finite, max_heals)
+            self._settings = options.settings()
+            self._schedule = options.schedule("every_n_train_steps", tell=rank_zero_info)
+            self._healer = options.healer()
         self.dirpath = os.fspath(dirpath)
-        self._resume = resume
-        self._strict = strict
-        self._save_on_exception = save_on_exception
-        self._storage_options = storage_options
         self.stats = Stats()
         self._running: RunningCheckpoint | None = None
         self._start: FitStart | None = None
@@ -146,54 +157,54 @@ class SCARCheckpoint(Checkpoint):
 
     @property
     def best_model_path(self) -> str:
-        """What ``ckpt_path="best"`` loads when this is the Trainer's only checkpoint callback."""
-        return "" if open_store(self.dirpath, self._storage_options).is_empty() else self.dirpath
+        """The path that ``ckpt_path="best"`` loads if this is the Trainer's only checkpoint callback."""
+        return "" if open_store(self.dirpath, self._options.storage_options).is_empty() else self.dirpath
 
     @best_model_path.setter
     def best_model_path(self, path: str) -> None:
-        """Launchers hand it over from the processes they started; here the directory itself tells."""
+        """Do nothing. Launchers set the path from their processes, but here the directory itself tells."""
 
-    # -- beginning and end of a fit ------------------------------------------------------------------------------
+    # -- start and end of a fit ----------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes the directory and decides what to resume from."""
+        """Open the directory and decide what to resume from."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         check_strategy(trainer)
-        self._io = installed_io(trainer, self._storage_options)
+        self._io = installed_io(trainer, self._options.storage_options)
         if stage != "fit" or replacement.is_joiner(trainer):
             return
         running = self._open(trainer)
-        # What this process has finished itself is not begun again.
-        resumes = self._resume and not self._finished_here
-        start = self._start = FitStart(trainer, running, resumes, self._strict, self._storage_options)
-        kept = calls.kept()
-        if kept is None or kept.step < start.newest_step:
+        # A run that this process has finished itself is not resumed.
+        resumes = self._options.resume and not self._finished_here
+        start = self._start = FitStart(trainer, running, resumes, self._options.strict, self._options.storage_options)
+        restart_state = trainer_calls.restart_state()
+        if restart_state is None or restart_state.step < start.newest_step:
             start.intercept()
 
     def hand_over(self) -> Any:
-        """What the same callback needs in a process that takes the place of a rank that died."""
+        """Return what this callback needs in a replacement."""
         return (self._running.seat, self._schedule.hand_over()) if self._running is not None else None
 
     def take_over(self, trainer: pl.Trainer, seat: Any) -> None:
-        """Goes on saving in the place of a rank that died; ``seat`` is from :meth:`hand_over` of another rank."""
+        """Continue the saves of a dead rank; ``seat`` is another rank's :meth:`hand_over`."""
         if seat is not None:
             self._open(trainer, *seat)
 
     def fence(self) -> None:
-        """Waits until the save under way is copied; to be called before anything but an optimizer changes weights."""
+        """Wait until the current save is copied. Call it before anything but an optimizer changes weights."""
         if self._running is not None:
             self._running.fence()
 
     def save_all(self, trainer: pl.Trainer) -> None:
-        """Saves all blocks of this rank, for the next start of this job to go on from."""
+        """Save all blocks of this rank, before a restart of all workers."""
         if self._running is not None:
-            self._begin(trainer, full=True)
+            self._save(trainer, full=True)
             self._running.suspend()
 
     def optimizer_states(self, trainer: pl.Trainer) -> list[Any]:
-        """The states of all optimizers, from the running checkpoint. A collective."""
+        """Return the states of all optimizers from the running checkpoint. A collective."""
         assert self._running is not None
         initial = {"state_dict": trainer.lightning_module.state_dict()}
         states: list[Any] = self._running.restore(initial=initial).checkpoint["optimizer_states"]
@@ -203,61 +214,65 @@ class SCARCheckpoint(Checkpoint):
     def _open(self, trainer: pl.Trainer, seat: Seat | None = None, known: Any = None) -> RunningCheckpoint:
         assert self._io is not None
         ranks = Ranks.of_default_group() if seat is None else Ranks(trainer.global_rank, trainer.world_size)
-        running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, ranks, seat)
+        running = RunningCheckpoint(self.dirpath, self._settings, self._options.storage_options, ranks, seat)
         self._running, self.stats = running, running.stats
         self._schedule.begin(self._step(trainer), running, known)
-        self._io.hold(running)
+        self._io.attach(running)
         self._logged_saves = 0
         others = [c for c in trainer.callbacks if c is not self and not isinstance(c, Fences)]  # type: ignore[attr-defined]
-        # A new list: Lightning is walking over the present one.
+        # A new list, because Lightning iterates over the present one.
         trainer.callbacks = [Fences(running, self._schedule.pause), *others, self]  # type: ignore[attr-defined]
         self._step_watch = before_optimizer_steps(trainer, self._before_outside_step)
         return running
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning's signal handlers are in place, and loops and loaders restored."""
+        """Restore the data position, and set the signal handler. Lightning has set its own and restored its loops."""
         self._global_step = trainer.global_step
         if self._running is None:
             return
         if self._start is not None:
-            self._start.place_data()
+            self._start.restore_data_position()
         self._schedule.begin(self._step(trainer), self._running)
         if threading.current_thread() is threading.main_thread():
             self._sigterm = TrainerSigterm(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves everything, and marks the run as finished unless it was merely told to stop."""
+        """Save everything, and mark the run as finished unless it was only stopped."""
         if self._running is None:
             return
-        told_to_stop = self._sigterm is not None and self._sigterm.received
-        self._finished_here = not told_to_stop and not private.time_is_up(trainer)
-        # A run whose time is up was saved in the middle of its epoch. By now Lightning has closed the epoch.
+        was_stopped = self._sigterm is not None and self._sigterm.received
+        self._finished_here = not was_stopped and not private.time_is_up(trainer)
+        # A run whose time is up was saved in the middle of its epoch, which Lightning has since closed.
         if self._finished_here or self._step(trainer) != self._schedule.last_full_step:
-            self._begin(trainer, full=True, finished=self._finished_here)
+            self._save(trainer, full=True, finished=self._finished_here)
             self._running.fence()
         self._log(trainer)
-        if self._sigterm is not None and told_to_stop:
+        if self._sigterm is not None and was_stopped:
             self._sigterm.proceed()
             raise SIGTERMException
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Saves what there is."""
+        """Save the present state."""
         if self._running is None:
             return self._close(trainer)
         try:
-            if self._save_on_exception and trainer.training and self._step(trainer) != self._schedule.last_full_step:
-                self._begin(trainer, full=True)
+            if (
+                self._options.save_on_exception
+                and trainer.training
+                and self._step(trainer) != self._schedule.last_full_step
+            ):
+                self._save(trainer, full=True)
             self._close(trainer)
         except Exception as error:
-            # The exception under way is the one that the user must see.
-            warnings.warn(f"lightning-scar: the last save failed too: {error!r}", stacklevel=2)
+            # Only a warning, so that the user sees the first exception.
+            warnings.warn(f"lightning-scar: the last save failed, too: {error!r}", stacklevel=2)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Waits for the last write, and raises or warns about failed ones."""
+        """Wait for the last write, and raise or warn about failed ones."""
         self._close(trainer)
 
     def _close(self, trainer: pl.Trainer) -> None:
@@ -274,7 +289,7 @@ class SCARCheckpoint(Checkpoint):
             self._sigterm.restore()
             self._sigterm = None
         if self._io is not None:
-            self._io.let_go(running)
+            self._io.detach(running)
         running.close()
 
     # -- saves ---------------------------------------------------------------------------------------------------
@@ -283,7 +298,7 @@ class SCARCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Begins a save when one is due; :class:`~lightning_scar.lightning.fences.Fences` sees to the rest."""
+        """Start a save if one is due; :class:`~lightning_scar.lightning.fences.Fences` completes it."""
         if self._running is None:
             return
         self._log(trainer)
@@ -294,17 +309,17 @@ class SCARCheckpoint(Checkpoint):
         if not self._schedule.is_new(step):
             return
         if self._sigterm is not None and self._sigterm.received:
-            self._begin(trainer, full=True)
+            self._save(trainer, full=True)
             self._running.fence()
             self._sigterm.proceed()
         elif trainer.should_stop and private.time_is_up(trainer):
-            self._begin(trainer, full=True)
+            self._save(trainer, full=True)
         elif (due := self._schedule.due(step)) is not None:
             if due.common and self._healer.is_due(self._running):
                 self.heal(trainer)
-            self._begin(trainer, full=due.full)
+            self._save(trainer, full=due.full)
 
-    def _begin(self, trainer: pl.Trainer, full: bool, finished: bool = False) -> None:
+    def _save(self, trainer: pl.Trainer, full: bool, finished: bool = False) -> None:
         assert self._running is not None
         step = self._step(trainer)
         self._schedule.note(step, full)
@@ -313,22 +328,22 @@ class SCARCheckpoint(Checkpoint):
         self._running.save(checkpoint, step, **_live_parts(trainer), full=full, info=info)
 
     def heal(self, trainer: pl.Trainer) -> bool:
-        """Restores the blocks of the live run that turned NaN or Inf, with their optimizer rows, and warns of it.
+        """Restore the blocks of the live run that became NaN or Inf, with their optimizer state, and warn about it.
 
-        With several ranks a collective, to be called by all between the same two optimizer steps.
+        With several ranks, this is a collective, which all must call between the same two optimizer steps.
 
         Args:
-            trainer: The trainer, whose ``fit`` is under way.
+            trainer: The trainer, in ``fit``.
 
         Returns:
-            Whether anything had to be restored, on any rank.
+            Whether anything was restored, on any rank.
 
         Raises:
             IncompleteError: If there is no finite version of a block.
-            RuntimeError: If it happened more than ``max_heals`` times.
+            RuntimeError: If this happened more than ``max_heals`` times.
 
         """
-        assert self._running is not None, "heal() needs a fit under way"
+        assert self._running is not None, "call heal() during fit"
         checkpoint, step = private.dump_checkpoint(trainer), self._step(trainer)
         return self._healer.heal(self._running, checkpoint, step, **_live_parts(trainer))
 
@@ -350,17 +365,17 @@ class SCARCheckpoint(Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Steps of optimizers that Lightning does not count."""
+        """Return the number of optimizer steps that Lightning does not count."""
         return {"outside_steps": self._outside_steps}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """Load a :meth:`state_dict`."""
         self._outside_steps = state_dict["outside_steps"]
 
 
 def _live_parts(trainer: pl.Trainer) -> dict[str, Any]:
-    """What pairs optimizer state with parameters, and tells what optimizers change from what may change at any time."""
+    """Return what pairs optimizer state with parameters."""
     return {
         "optimizers": {("optimizer_states", i): optimizer for i, optimizer in enumerate(trainer.optimizers)},
         "parameters": trainer.lightning_module.parameters(),

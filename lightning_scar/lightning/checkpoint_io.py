@@ -17,15 +17,15 @@ from lightning_scar.storage.directory import Directory
 
 
 class SCARCheckpointIO(CheckpointIO):
-    """Loads running checkpoints as Lightning checkpoint dicts and saves to them block by block.
+    """Loads running checkpoints as Lightning checkpoint dicts, and saves to them block by block.
 
-    The path decides: a directory that holds a running checkpoint, or a new path without an extension, is one; anything
-    else, such as ``"last.ckpt"``, goes to the wrapped IO as it is.
+    The path decides: a directory that holds a running checkpoint, or a new path without an extension, is one. Any
+    other path, such as ``"last.ckpt"``, is passed to the wrapped IO.
 
     Args:
-        checkpoint_io: What handles plain checkpoint files; by default ``TorchCheckpointIO``.
-        settings: How running checkpoints are saved that no :class:`~lightning_scar.SCARCheckpoint` has opened.
-        storage_options: Passed to the file system of running checkpoints.
+        checkpoint_io: The IO of plain checkpoint files; by default ``TorchCheckpointIO``.
+        settings: Settings of the running checkpoints that no :class:`~lightning_scar.SCARCheckpoint` has opened.
+        storage_options: Arguments of the file system of running checkpoints.
 
     Example::
 
@@ -45,42 +45,42 @@ class SCARCheckpointIO(CheckpointIO):
         storage_options: dict[str, Any] | None = None,
     ) -> None:
         self.checkpoint_io = checkpoint_io or TorchCheckpointIO()
-        # An AsyncCheckpointIO() that was made without a base expects the strategy to give it one.
+        # An AsyncCheckpointIO() without a base expects the strategy to set it.
         if getattr(self.checkpoint_io, "checkpoint_io", self) is None:
             self.checkpoint_io.checkpoint_io = TorchCheckpointIO()  # type: ignore[attr-defined]
         self._settings = settings
         self._storage_options = storage_options
-        self._held: dict[str, RunningCheckpoint] = {}
+        self._attached: dict[str, RunningCheckpoint] = {}
         self._opened: dict[str, RunningCheckpoint] = {}
-        # Fabric never tears a strategy down.
+        # Fabric never calls teardown of a strategy.
         weakref.finalize(self, _close_all, self._opened)
 
-    def hold(self, running: RunningCheckpoint) -> None:
-        """Joins what is saved to the directory of a running checkpoint that the caller has opened, and will close."""
-        self._held[running.store.directory.path] = running
+    def attach(self, running: RunningCheckpoint) -> None:
+        """Use an open running checkpoint for saves to its directory. The caller will close it."""
+        self._attached[running.store.directory.path] = running
 
-    def let_go(self, running: RunningCheckpoint) -> None:
-        """Ends :meth:`hold`."""
-        self._held.pop(running.store.directory.path, None)
+    def detach(self, running: RunningCheckpoint) -> None:
+        """Undo :meth:`attach`."""
+        self._attached.pop(running.store.directory.path, None)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Saves a checkpoint dict.
+        """Save a checkpoint dict.
 
         Args:
-            checkpoint: The dict, with references to live tensors. Of a running checkpoint ``"global_step"``, or else
-                ``"step"``, is the step.
+            checkpoint: The dict, with references to live tensors. For a running checkpoint, its step is
+                ``"global_step"`` or else ``"step"``.
             path: A directory for a running checkpoint, or a file.
-            storage_options: For a file, the wrapped IO's.
+            storage_options: For a file, an argument of the wrapped IO.
 
         Raises:
-            ValueError: If several ranks save to that directory, and this is a save of one alone.
+            ValueError: If all ranks save to that directory, so that a single rank cannot.
 
         """
-        running = self._held.get(self._key(path))
+        running = self._attached.get(self._key(path))
         if running is not None and running.ranks.world_size > 1:
             raise ValueError(
-                f"{path} is saved to by all {running.ranks.world_size} ranks, this save by one alone; save elsewhere"
+                f"all {running.ranks.world_size} ranks save to {path}, so a single rank cannot; use another path"
             )
         if running is None and not self._is_running(path):
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
@@ -91,31 +91,31 @@ class SCARCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Loads a checkpoint dict; arguments and errors as in :func:`lightning_scar.load` and the wrapped IO."""
+        """Load a checkpoint dict; arguments and errors are those of :func:`lightning_scar.load` and the wrapped IO."""
         key = self._key(path)
-        if running := self._held.get(key, self._opened.get(key)):
+        if running := self._attached.get(key, self._opened.get(key)):
             running.flush()
         if is_running_checkpoint(path, self._storage_options):
             checkpoint = load(
                 path, map_location=map_location, weights_only=weights_only, storage_options=self._storage_options
             )
             if "loop" in checkpoint:
-                # A Trainer can take the weights, if it is told that there is nothing to migrate.
+                # With its own version in the dict, a Trainer loads the weights without a migration.
                 checkpoint.setdefault("pytorch-lightning_version", lightning.__version__)
             return checkpoint
         options = {"map_location": map_location} if map_location is not None else {}
-        # Lightning 2.5 does not know the argument.
+        # Lightning 2.5 does not have this argument.
         options |= {"weights_only": weights_only} if weights_only is not None else {}
         return self.checkpoint_io.load_checkpoint(path, **options)
 
     @override
     def remove_checkpoint(self, path: _PATH) -> None:
-        """Removes a checkpoint file or a running checkpoint."""
+        """Remove a checkpoint file or a running checkpoint."""
         self.checkpoint_io.remove_checkpoint(path)
 
     @override
     def teardown(self) -> None:
-        """Finishes the saves of running checkpoints that this object opened, and raises or warns about failed ones."""
+        """Finish the saves to running checkpoints that this object opened; raise or warn about failed ones."""
         _close_all(self._opened)
         self.checkpoint_io.teardown()
 
@@ -139,12 +139,12 @@ def _close_all(opened: dict[str, RunningCheckpoint]) -> None:
 
 
 def _step(checkpoint: dict[str, Any]) -> int:
-    """That of the Trainer, or else what a user of Fabric calls so."""
+    """Return the step of a Trainer's checkpoint, or of a Fabric user's."""
     return int(checkpoint.get("global_step", checkpoint.get("step", 0)))
 
 
 def installed_io(trainer: pl.Trainer, storage_options: dict[str, Any] | None = None) -> SCARCheckpointIO:
-    """The trainer's :class:`SCARCheckpointIO`, wrapped around the present IO if there is none yet."""
+    """Return the trainer's :class:`SCARCheckpointIO`; if there is none, wrap the present IO."""
     present = trainer.strategy.checkpoint_io
     if not isinstance(present, SCARCheckpointIO):
         present = SCARCheckpointIO(present, storage_options=storage_options)

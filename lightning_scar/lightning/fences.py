@@ -1,4 +1,4 @@
-"""Where a lazily staged save begins and must end: the companion of ``SCARCheckpoint`` in a Trainer."""
+"""The hooks at which a lazily staged save starts and must end, beside ``SCARCheckpoint`` in a Trainer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +16,12 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 class Fences(Callback):
     """Starts staging at the first hook after a batch, and waits for it before anything changes the state.
 
-    ``SCARCheckpoint`` is the last callback, so that it saves what the others left behind. This one is the first, so
-    that a save under way is copied before another callback touches the weights.
+    ``SCARCheckpoint`` is the last callback, so that it saves what the others have changed. This one is the first, so
+    that the current save is copied before another callback changes the weights.
 
     Args:
-        running: What is saved to.
-        pause: Called when something else than a step begins.
+        running: The running checkpoint.
+        pause: Called when something other than a step starts.
 
     """
 
@@ -31,54 +31,54 @@ class Fences(Callback):
 
     @override
     def on_train_batch_start(self, *args: Any) -> None:
-        """The LightningModule's ``on_train_batch_end`` is over: what it changed belongs to the save."""
+        """Start staging, after the LightningModule's ``on_train_batch_end``, whose changes belong to the save."""
         self._running.stage()
 
     @override
     def on_before_optimizer_step(self, *args: Any) -> None:
-        """The parameters are about to move."""
+        """Wait, because the optimizer changes the parameters."""
         self._running.fence()
 
     @override
     def on_validation_start(self, *args: Any) -> None:
-        """Weight averaging swaps the weights behind this hook."""
+        """Wait, because weight averaging swaps the weights after this hook."""
         self._running.fence()
         self._pause()
 
     @override
     def on_train_epoch_end(self, *args: Any) -> None:
-        """Callbacks average, prune and swap weights at an epoch's end."""
+        """Wait, because callbacks average, prune and swap weights at the end of an epoch."""
         self._running.fence()
         self._pause()
 
     @override
     def on_train_end(self, *args: Any) -> None:
-        """As at an epoch's end."""
+        """Wait, as at the end of an epoch."""
         self._running.fence()
 
     @override
     def on_exception(self, *args: Any) -> None:
-        """Whoever handles the exception may change the weights."""
+        """Wait, because a handler of the exception may change the weights."""
         self._running.fence()
 
 
 def before_optimizer_steps(trainer: pl.Trainer, stepped: Callable[[Optimizer], None]) -> RemovableHandle:
-    """Watches steps that Lightning's ``on_before_optimizer_step`` does not announce in time.
+    """Register a hook for steps that Lightning's ``on_before_optimizer_step`` does not announce in time.
 
-    That hook fires inside the closure of automatic optimization, after the backward pass; this one fires before the
-    closure, so it is right where there is no closure, and in manual optimization, whose closures Lightning may not see.
+    That hook runs inside the closure of automatic optimization, after the backward pass. This one runs before the
+    closure, so it is for steps without a closure, and for manual optimization, whose closures Lightning may not see.
 
     Args:
-        trainer: Whose training it is.
+        trainer: The trainer.
         stepped: Called right before such a step.
 
     Returns:
-        Ends the watch with ``remove()``.
+        A handle to remove the hook.
 
     """
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # The optimizer itself is the first of the arguments.
+        # The first of the arguments is the optimizer itself.
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None or not trainer.lightning_module.automatic_optimization:
             stepped(optimizer)

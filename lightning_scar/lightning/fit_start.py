@@ -1,4 +1,4 @@
-"""What a ``fit`` with a ``SCARCheckpoint`` begins with."""
+"""What a ``fit`` with a ``SCARCheckpoint`` resumes from."""
 
 import os
 from typing import Any
@@ -16,14 +16,14 @@ from lightning_scar.storage.directory import Directory
 
 
 class FitStart:
-    """Decides what a ``fit`` goes on from, restores it, and puts the data where they were.
+    """Decides what a ``fit`` resumes from, and restores it and the data position.
 
     Args:
-        trainer: Whose fit.
+        trainer: The trainer.
         running: The callback's running checkpoint, just opened.
-        resumes: Whether to go on from it without being asked.
+        resumes: Whether to resume from it without ``ckpt_path``.
         strict: Whether a running checkpoint of another model is an error.
-        storage_options: Of its file system.
+        storage_options: Arguments of its file system.
 
     """
 
@@ -48,14 +48,14 @@ class FitStart:
     def newest_step(self) -> int:
         """The step of the newest save; -1 if there is none. A collective.
 
-        As the first rank sees it, since hosts differ in what they have in memory.
+        The first rank decides, because the hosts have different files in memory.
         """
         heads = newest_heads(self._running).values()
         step: int = self._running.ranks.gather(max((head.step for head in heads), default=-1))[0]
         return step
 
     def intercept(self) -> None:
-        """Takes the decision when the Trainer is about to read what it was asked for."""
+        """Decide when the Trainer is about to read ``ckpt_path``."""
         private.intercept_resume(self._trainer, self._choose)
 
     def _choose(self, asked_for: str | os.PathLike[str] | None, weights_only: bool | None) -> Any:
@@ -67,11 +67,11 @@ class FitStart:
         return Directory(path, self._storage_options).path == self._running.store.directory.path
 
     def _is_unfinished(self) -> bool:
-        """Whether there is a run that was cut short. A collective.
+        """Return whether there is an interrupted run. A collective.
 
         Raises:
-            MisconfigurationException: If it is finished: going on from it must be asked for.
-            NoCheckpointError: If there is nothing left but damaged files.
+            MisconfigurationException: If the run is finished, so that resuming requires ``ckpt_path``.
+            NoCheckpointError: If only damaged files are left.
 
         """
         ranks = self._running.ranks
@@ -81,9 +81,9 @@ class FitStart:
             heads = newest_heads(self._running).values()
             if heads and all(head.info.get("finished") for head in heads):
                 raise MisconfigurationException(
-                    f"{self._dirpath} holds a finished run ({max(head.step for head in heads)} steps). To train on "
-                    f"from it, pass `ckpt_path={self._dirpath!r}` to fit; to begin anew, choose another dirpath, or "
-                    "set `resume=False`, which replaces it."
+                    f"{self._dirpath} holds a finished run ({max(head.step for head in heads)} steps). To continue it, "
+                    f"pass `ckpt_path={self._dirpath!r}` to fit. To start a new run, choose another dirpath, or set "
+                    "`resume=False`, which overwrites it."
                 )
             return bool(heads)
 
@@ -92,12 +92,12 @@ class FitStart:
 
     def _restore(self, weights_only: bool | None) -> dict[str, Any]:
         trainer, running = self._trainer, self._running
-        # Blocks of which nothing is left on disk begin anew.
+        # Blocks without any version on disk get their initial values.
         initial = {"state_dict": trainer.lightning_module.state_dict()}
         restored = running.restore(weights_only, initial)
         checkpoint = restored.checkpoint
-        fit_to_model(self._dirpath, checkpoint, trainer.lightning_module, self._strict)
-        private.take_loader_states(checkpoint, restored.own)
+        check_fits_model(self._dirpath, checkpoint, trainer.lightning_module, self._strict)
+        private.use_own_loader_states(checkpoint, restored.own)
         self._loader_states = private.loader_states(checkpoint)
         self._are_other_ranks = restored.world_size != trainer.world_size
         if self._are_other_ranks:
@@ -108,35 +108,35 @@ class FitStart:
         )
         return checkpoint
 
-    def place_data(self) -> None:
-        """Puts the data where they were; loops and loaders are restored by now."""
+    def restore_data_position(self) -> None:
+        """Restore the data position, after Lightning has restored loops and loaders."""
         if self._loader_states:
-            private.place_data(self._trainer, self._loader_states, skip=self._are_other_ranks)
+            private.restore_data_position(self._trainer, self._loader_states, skip=self._are_other_ranks)
             self._loader_states = []
 
 
-def fit_to_model(path: str, checkpoint: dict[str, Any], module: pl.LightningModule, strict: bool) -> None:
-    """Makes sure that a running checkpoint fits a model.
+def check_fits_model(path: str, checkpoint: dict[str, Any], module: pl.LightningModule, strict: bool) -> None:
+    """Check that a running checkpoint fits a model.
 
     Args:
-        path: Where it lies.
-        checkpoint: The checkpoint dict; what does not fit is dropped from it unless ``strict``.
+        path: The path of the checkpoint.
+        checkpoint: The checkpoint dict; what does not fit is removed from it unless ``strict``.
         module: The model.
         strict: Whether a difference is an error.
 
     Raises:
-        ModelMismatchError: If it does not fit; every difference is listed. Or if a loop wrote it.
+        ModelMismatchError: If it does not fit, with a list of all differences, or if a loop wrote it.
 
     """
     if "loop" in checkpoint:
         raise ModelMismatchError(
-            f"{path} was written by a loop, so a Trainer cannot go on from it. Use another dirpath; to start from its "
+            f"{path} was written by a loop, so a Trainer cannot resume from it. Use another dirpath. To start from its "
             f"weights, `model.load_state_dict(lightning_scar.load({path!r})['state_dict'])`."
         )
     if is_overridden("on_load_checkpoint", module):
-        return  # The user's hook may be there to make it fit.
+        return  # The user's hook may make it fit.
     live = module.state_dict()
-    # Who need not have everything must have what there is in its shape.
+    # Without strict loading, keys may be missing, but shapes must match.
     kinds = ("",) if module.strict_loading else ("reshaped",)
     if not check_fit(path, checkpoint, live, strict, kinds):
         module.strict_loading = False

@@ -1,4 +1,4 @@
-"""How a script comes under the supervisor, and what becomes of an error that no step can mend."""
+"""The launcher that runs a script under the supervisor, and reports errors that end a Trainer's call."""
 
 import multiprocessing
 import os
@@ -19,20 +19,20 @@ class SupervisedLauncher(_Launcher):
     """Turns the first process of a plain ``python train.py`` into the supervisor, which starts the workers.
 
     Args:
-        options: Options of ``lightning-scar run``; ``None`` where processes are created by something else.
-        on_begin: Told of every call of the Trainer.
-        on_error: Told of every error that ends a call of the Trainer, before anything else reacts to it.
+        options: Options of ``lightning-scar run``; ``None`` if something else creates the processes.
+        on_call: Called at the start of every call of the Trainer.
+        on_error: Called with every error that ends a call of the Trainer, before anything else handles it.
 
     """
 
     def __init__(
         self,
         options: list[str] | None,
-        on_begin: Callable[["pl.Trainer"], None],
+        on_call: Callable[["pl.Trainer"], None],
         on_error: Callable[[BaseException], None],
     ) -> None:
         self._options = options
-        self._on_begin = on_begin
+        self._on_begin = on_call
         self._on_error = on_error
 
     @property
@@ -53,17 +53,17 @@ class SupervisedLauncher(_Launcher):
 
     @override
     def kill(self, signum: int) -> None:
-        """Nothing: the supervisor passes signals on."""
+        """Do nothing: the supervisor forwards signals."""
 
 
 def become_supervisor(options: list[str]) -> None:
-    """Replaces this process by ``lightning-scar run``, which runs the same program in its workers.
+    """Replace this process with ``lightning-scar run``, which runs the same program in its workers.
 
     Args:
         options: Options of the command.
 
     Raises:
-        MisconfigurationException: If the program could not be run again as it was, or not on this operating system.
+        MisconfigurationException: If the program cannot be run again in the same way, or not on this operating system.
 
     """
     if (refusal := supervisor_refusal()) is not None:
@@ -71,13 +71,13 @@ def become_supervisor(options: list[str]) -> None:
     remedy = f"Start it with `lightning-scar run {' '.join(options)} your_script.py`, or use strategy='ddp'."
     if not _is_a_script():
         raise MisconfigurationException(
-            "strategy='scar_ddp' starts this program again under a supervisor, and so it must be a script; this is a "
+            "strategy='scar_ddp' starts this program again under a supervisor, so it must be a script; this is a "
             f"notebook, an interactive session or `python -c`. {remedy}"
         )
     if multiprocessing.parent_process() is not None or threading.current_thread() is not threading.main_thread():
         raise MisconfigurationException(
-            "strategy='scar_ddp' starts this program again under a supervisor, and so `fit` must be called by its main "
-            f"process and thread; this call comes from a child process or another thread, e.g. of a sweep. {remedy}"
+            "strategy='scar_ddp' starts this program again under a supervisor, so its main process and thread must "
+            f"call `fit`; this call comes from a child process or another thread, e.g. of a sweep. {remedy}"
         )
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The logs of a training go on in the process that takes the place of the one that wrote them."""
+"""Lets a replacement continue the logs of the process that it replaces."""
 
 import csv
 import json
@@ -15,42 +15,42 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_scar.elastic.worker.state_folder import state_folder
 
 
-def note(trainer: pl.Trainer) -> None:
-    """Tells every later process of this job where the present one logs to. A collective.
+def share_versions(trainer: pl.Trainer) -> None:
+    """Share the versions of the loggers with all ranks and with later processes of this job. A collective.
 
     Args:
-        trainer: Whose loggers have begun.
+        trainer: The trainer, after its loggers have started.
 
     """
     versions = trainer.strategy.broadcast([_version(logger) for logger in trainer.loggers])
-    _take(trainer, versions)
+    _set_versions(trainer, versions)
     if trainer.local_rank == 0:
         partial = _path().with_suffix(".partial")
         partial.write_text(json.dumps(versions))
         partial.replace(_path())
 
 
-def inherit(trainer: pl.Trainer) -> None:
-    """Takes over the places that an earlier process of this job logged to, if there was one.
+def reuse_versions(trainer: pl.Trainer) -> None:
+    """Use the logger versions of an earlier process of this job, if there was one.
 
     Args:
-        trainer: Before its loggers begin.
+        trainer: The trainer, before its loggers start.
 
     """
     if not _path().exists():
         return
-    _take(trainer, json.loads(_path().read_text()))
+    _set_versions(trainer, json.loads(_path().read_text()))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
-            # The file that it would refuse to write over is its own.
+            # The file exists, because an earlier process of this job wrote it.
             callback.overwrite = True
 
 
-def go_on(trainer: pl.Trainer) -> None:
-    """Makes loggers that would begin a file anew add to what is there, if this process is the one that logs.
+def append_to_files(trainer: pl.Trainer) -> None:
+    """Make loggers append to their files instead of replacing them, if this process is the one that logs.
 
     Args:
-        trainer: In a group that has been formed.
+        trainer: The trainer, after its group was formed.
 
     """
     for logger in trainer.loggers:
@@ -64,11 +64,11 @@ def go_on(trainer: pl.Trainer) -> None:
 
 
 def _version(logger: Any) -> Any:
-    # Of others, e.g. those of web services, the version is an identity that only they can take up again.
+    # For other loggers, e.g. of web services, the version is an ID that only they can reuse.
     return logger.version if hasattr(logger, "_version") else None
 
 
-def _take(trainer: pl.Trainer, versions: list[Any]) -> None:
+def _set_versions(trainer: pl.Trainer, versions: list[Any]) -> None:
     for logger, version in zip(trainer.loggers, versions, strict=True):
         if version is not None:
             logger._version = version  # type: ignore[attr-defined]

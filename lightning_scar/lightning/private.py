@@ -1,6 +1,6 @@
-"""The private parts of Lightning that this package leans on.
+"""The private API of Lightning that this package uses.
 
-Each stands behind one function here, and each function has a test that fails loudly when Lightning changes.
+Each use is in one function here, and each function has a test that fails when Lightning changes.
 """
 
 import inspect
@@ -25,10 +25,10 @@ from lightning_scar.core.zero import is_sharded, shard_state
 
 
 def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
-    """Lightning's own checkpoint dict, with references to live tensors, and of a sharded optimizer this rank's shard.
+    """Return Lightning's checkpoint dict, with references to live tensors, and with this rank's optimizer shard.
 
-    The public ``Trainer.save_checkpoint`` would write it, and end in a barrier. The strategy would gather the shards of
-    a ``ZeroRedundancyOptimizer`` on one rank, a collective, and give the others nothing.
+    The public ``Trainer.save_checkpoint`` would write the dict, and end in a barrier. The strategy would gather the
+    shards of a ``ZeroRedundancyOptimizer`` on one rank, with a collective, and the others would have none.
     """
     strategy = trainer.strategy
     optimizer_state = strategy.optimizer_state
@@ -45,14 +45,14 @@ def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def intercept_resume(trainer: pl.Trainer, choose: Callable[[Any, bool | None], Any]) -> None:
-    """Lets a callback's ``setup`` decide what the call under way resumes from.
+    """Let a callback's ``setup`` decide what the current call resumes from.
 
-    ``setup`` runs before the checkpoint is read, but does not learn which one was asked for.
+    ``setup`` runs before the checkpoint is read, but does not receive ``ckpt_path``.
 
     Args:
-        trainer: The trainer whose ``fit``, ``validate``, ``test`` or ``predict`` is under way.
-        choose: Gets the path that the user asked for, or ``None``, and ``weights_only``. Returns a checkpoint dict, or
-            a path for Lightning to read, or ``None`` to begin anew.
+        trainer: The trainer, in ``fit``, ``validate``, ``test`` or ``predict``.
+        choose: Receives the ``ckpt_path``, or ``None``, and ``weights_only``. It returns a checkpoint dict, or a path
+            for Lightning to read, or ``None`` not to resume.
 
     """
     connector = trainer._checkpoint_connector
@@ -75,25 +75,25 @@ def _resume_start(connector: Any, path: Any, weights_only: bool | None) -> None:
 
 
 def end_interception(trainer: pl.Trainer) -> None:
-    """Undoes :func:`intercept_resume`, if a call failed before it came to loading."""
+    """Undo :func:`intercept_resume`, if a call failed before the checkpoint was read."""
     vars(trainer._checkpoint_connector).pop("resume_start", None)
 
 
 def loader_states(checkpoint: dict[str, Any]) -> list[Any]:
-    """What loaders with a ``state_dict`` said about their position in the data."""
+    """Return the states of loaders that have a ``state_dict``."""
     states: list[Any] = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
     return states
 
 
-def take_loader_states(checkpoint: dict[str, Any], own: Any) -> None:
-    """Puts the position in the data that a rank saved itself in the place of another rank's.
+def use_own_loader_states(checkpoint: dict[str, Any], own: Any) -> None:
+    """Replace the loader states of another rank by those that this rank has saved, if they are of the same batch.
 
-    Where a rank was stopped in the middle of a batch, its data are a batch ahead of those that only finished a step.
-    All must go on with the same batch, or the one whose epoch ends first leaves the others waiting.
+    A rank that was stopped in the middle of a batch has loaded one batch more than a rank that finished its step. All
+    ranks must continue with the same batch, or the first one whose epoch ends leaves the others waiting.
 
     Args:
         checkpoint: The checkpoint dict, changed in place.
-        own: The dict as this rank saved it; ``None`` if it did not at that step.
+        own: The dict as this rank saved it; ``None`` if it saved none at that step.
 
     """
     if own is None or "loops" not in own:
@@ -106,14 +106,14 @@ def take_loader_states(checkpoint: dict[str, Any], own: Any) -> None:
 
 
 def share_out_epoch(checkpoint: dict[str, Any], before: int, now: int) -> None:
-    """Makes a checkpoint's position in its epoch that of another number of ranks, which have other shares of the data.
+    """Convert a checkpoint's position in its epoch to another number of ranks, which divide the data differently.
 
-    The states of loaders are of no use then, and dropped.
+    The states of loaders are removed, because they no longer apply.
 
     Args:
         checkpoint: The checkpoint dict, changed in place.
-        before: The number of ranks that had come so far.
-        now: The number of ranks that go on.
+        before: The number of ranks that wrote it.
+        now: The number of ranks that resume.
 
     """
     loop = checkpoint["loops"]["fit_loop"]
@@ -121,24 +121,25 @@ def share_out_epoch(checkpoint: dict[str, Any], before: int, now: int) -> None:
     progress = loop["epoch_loop.batch_progress"]
     current = progress["current"]
     done = current["processed"]
-    # In the middle of the last batch, where an exception is saved, the epoch is not over yet.
+    # An exception in the last batch is saved before the epoch is over.
     progress["is_last_batch"] &= done == current["ready"]
-    # What is behind the end of the epoch for any number of ranks; else samples are rather seen twice than never.
+    # At the end, a batch after the end for any number of ranks; else samples may repeat but are never skipped.
     shared_out = (done + 1) * before if progress["is_last_batch"] else done * before // now
     completed = shared_out + current["completed"] - done
     progress["current"] = dict.fromkeys(current, shared_out) | {"completed": completed}
 
 
-def place_data(trainer: pl.Trainer, states: list[Any], skip: bool = False) -> None:
-    """Puts the training data where they were in the middle, or at the end, of an epoch.
+def restore_data_position(trainer: pl.Trainer, states: list[Any], skip: bool = False) -> None:
+    """Restore the data position in the middle, or at the end, of an epoch.
 
-    Lightning restores loaders before it tells their samplers the epoch, so the rest of a shuffled epoch would come in
-    the order of epoch 0; and it takes an iterator at its end as it is, so an epoch would pass without a single batch.
+    Lightning restores loaders before it sets the epoch of their samplers, so the rest of a shuffled epoch would have
+    the order of epoch 0. And it keeps an exhausted iterator, so the next epoch would have no batches.
 
     Args:
-        trainer: Its loops are restored.
+        trainer: The trainer, after its loops are restored.
         states: From :func:`loader_states`.
-        skip: Whether the states are of another number of ranks: what is behind is drawn once more and left aside.
+        skip: Whether to load the batches before the position again and discard them, because the states are of another
+            number of ranks.
 
     """
     loop = trainer.fit_loop
@@ -146,7 +147,7 @@ def place_data(trainer: pl.Trainer, states: list[Any], skip: bool = False) -> No
         return
     for loader in loop._combined_loader.flattened:
         _set_sampler_epoch(loader, loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-    # At an epoch's end, Lightning's own iterator has used the states up: the next one begins the next epoch.
+    # At the end of an epoch, Lightning's iterator has used the states; the next iterator starts the next epoch.
     progress = loop.epoch_loop.batch_progress
     if not (progress.is_last_batch or skip):
         loop._combined_loader._load_state_dicts(states)
@@ -156,44 +157,44 @@ def place_data(trainer: pl.Trainer, states: list[Any], skip: bool = False) -> No
 
 
 def logger_step(trainer: pl.Trainer) -> int:
-    """The step that Lightning gives its loggers; loggers want steps that never fall."""
+    """Return the step that Lightning passes to loggers; they require steps that never decrease."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def mark_sigterm(trainer: pl.Trainer) -> None:
-    """Makes the training loop end with ``SIGTERMException`` after the present batch."""
+    """Make the training loop end with ``SIGTERMException`` after the current batch."""
     trainer._signal_connector.received_sigterm = True
 
 
 def time_is_up(trainer: pl.Trainer) -> bool:
-    """Whether a Timer among the callbacks ends the training."""
+    """Return whether a Timer callback ends the training."""
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
     return any((timer.time_remaining() or 1) <= 0 for timer in timers)
 
 
-# -- a training that is under way ------------------------------------------------------------------------------------
+# -- in the middle of a training -------------------------------------------------------------------------------------
 
 
 def metrics(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    """Return the metrics that callbacks, loggers and the progress bar see."""
+    """Return the metrics of callbacks, loggers and the progress bar."""
     connector = trainer._logger_connector
     return [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics]
 
 
-def take_metrics(trainer: pl.Trainer, values: list[dict[str, Any]]) -> None:
-    """Take another rank's :func:`metrics`."""
+def set_metrics(trainer: pl.Trainer, values: list[dict[str, Any]]) -> None:
+    """Set the metrics to another rank's :func:`metrics`."""
     connector = trainer._logger_connector
     connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics = values
 
 
 def reset_results(trainer: pl.Trainer) -> None:
-    """Drop what has been logged in the present batch."""
+    """Discard what was logged in the current batch."""
     if trainer._results is not None:
         trainer._results.reset()
 
 
 def restore(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Take everything that a checkpoint dict holds, in the middle of a loop."""
+    """Restore everything from a checkpoint dict, in the middle of a loop."""
     with _loaded(trainer, checkpoint) as connector:
         connector.restore_datamodule()
         connector.restore_model()
@@ -203,7 +204,7 @@ def restore(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_step(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Take what an optimizer step changes, and nothing else."""
+    """Restore only what an optimizer step changes."""
     with _loaded(trainer, checkpoint) as connector:
         trainer.strategy.load_model_state_dict(checkpoint, strict=trainer.lightning_module.strict_loading)
         connector.restore_precision_plugin_state()
@@ -212,7 +213,7 @@ def restore_step(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
 
 @contextmanager
 def _loaded(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> Iterator[Any]:
-    """Give Lightning's connector a checkpoint dict to restore from."""
+    """Let Lightning's connector restore from a checkpoint dict."""
     connector = trainer._checkpoint_connector
     connector._loaded_checkpoint = checkpoint
     try:
@@ -222,30 +223,30 @@ def _loaded(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> Iterator[Any]:
 
 
 def _forget_the_restart(trainer: pl.Trainer) -> None:
-    """Loaded loops believe that they begin again; these are where they should be."""
+    """Clear the restart flags of restored loops, which are in the middle of a batch already."""
     loop = trainer.fit_loop
     loop.restarting = False
     for each in (loop, loop.epoch_loop, loop.epoch_loop.automatic_optimization, loop.epoch_loop.val_loop):
         each._loaded_from_state_dict = each._resuming_from_checkpoint = False
 
 
-def place_in_data(trainer: pl.Trainer) -> None:
-    """Draws, or skips, the training data up to the batch that the loops count as the present one."""
+def seek_data(trainer: pl.Trainer) -> None:
+    """Load or skip the training data up to the loops' current batch."""
     loop = trainer.fit_loop
     combined, fetcher = loop._combined_loader, loop._data_fetcher
     assert combined is not None
     assert fetcher is not None
-    behind = loop.epoch_loop.batch_progress.current.ready
+    done = loop.epoch_loop.batch_progress.current.ready
     for loader in combined.flattened:
         _set_sampler_epoch(loader, loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
     if fetcher.length is not None and len(combined.flattened) == 1 and _can_skip(combined.flattened[0]):
-        with _skipping(combined.flattened[0], behind):
+        with _skipping(combined.flattened[0], done):
             iter(fetcher)
-        fetcher.fetched = behind
-        fetcher.done = behind >= fetcher.length
+        fetcher.fetched = done
+        fetcher.done = done >= fetcher.length
     else:
         iter(fetcher)
-        for _ in range(behind):
+        for _ in range(done):
             next(fetcher)
 
 
@@ -256,9 +257,9 @@ def _can_skip(loader: Any) -> bool:
 
 @contextmanager
 def _skipping(loader: "DataLoader[Any]", batches: int) -> Iterator[None]:
-    """Makes the loader's next iterator begin later, without loading what is before."""
+    """Make the loader's next iterator start later, without loading what is before."""
     sampler = loader.batch_sampler
-    # A DataLoader forbids to set it; what has been iterated over keeps the one that it began with.
+    # DataLoader forbids setting the attribute. Its iterators keep the sampler that they started with.
     vars(loader)["batch_sampler"] = _Rest(sampler, batches)
     try:
         yield
@@ -278,7 +279,7 @@ class _Rest:
 
 
 def leaves_training_next(trainer: pl.Trainer) -> bool:
-    """Whether, in an optimizer step that is done but not counted yet, something else than the next one follows."""
+    """Return whether something other than the next step follows the completed one, which is not counted yet."""
     loop = trainer.fit_loop.epoch_loop
     is_last = loop.max_steps != -1 and loop.global_step + 1 >= loop.max_steps
     fetcher = trainer.fit_loop._data_fetcher
@@ -287,11 +288,11 @@ def leaves_training_next(trainer: pl.Trainer) -> bool:
 
 
 def undo_unfinished_step(checkpoint: dict[str, Any], accumulated: int) -> None:
-    """Makes a checkpoint dict of the middle of a step one of the moment before it: nothing of it has counted.
+    """Reset the counters of a checkpoint dict from the middle of a step to the start of that step.
 
     Args:
         checkpoint: The checkpoint dict, changed in place.
-        accumulated: How many batches make a step; their gradients are in no checkpoint.
+        accumulated: The number of batches in a step; no checkpoint holds their gradients.
 
     """
     loop = checkpoint["loops"]["fit_loop"]
@@ -306,7 +307,7 @@ def undo_unfinished_step(checkpoint: dict[str, Any], accumulated: int) -> None:
 
 
 def _set_back(progress: dict[str, Any], pending: int) -> None:
-    """Makes all counters what has been done, less what must be done again."""
+    """Set all counters to what is done, minus what must be repeated."""
     for value in progress.values():
         if isinstance(value, dict):
             _set_back(value, pending)
@@ -316,7 +317,7 @@ def _set_back(progress: dict[str, Any], pending: int) -> None:
 
 
 def compute_gradient(trainer: pl.Trainer, batch: Any) -> None:
-    """Computes the gradient of a batch as a training step does, in place of the gradients that there are."""
+    """Compute the gradient of a batch as a training step does; discard the gradients before it."""
     module = trainer.lightning_module
     module.zero_grad()
     batch = trainer.precision_plugin.convert_input(batch)
@@ -332,16 +333,16 @@ def compute_gradient(trainer: pl.Trainer, batch: Any) -> None:
 
 
 def silence_sigterm_broadcast(trainer: pl.Trainer) -> None:
-    """Ranks agree on the step to stop at over the supervisor's store.
+    """Disable Lightning's broadcast of SIGTERM before every batch.
 
-    Lightning broadcasts before every batch, and takes an error there for no news: after a failure its ranks would be
-    in different collectives. Lightning 2.5 does not broadcast.
+    Lightning ignores errors of this broadcast, so after a failure the ranks would be in different collectives. Instead,
+    the ranks agree on the step to stop at through the supervisor's store. Lightning 2.5 has no such broadcast.
     """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def batch_size(trainer: pl.Trainer, batch: Any) -> int:
-    """The number of samples in a batch, as Lightning's logging sees it; 1 if that cannot be told."""
+    """Return the number of samples in a batch as Lightning's logging counts them; 1 if unknown."""
     try:
         return extract_batch_size(batch)
     except (RecursionError, MisconfigurationException):

@@ -1,4 +1,4 @@
-"""What ``SCARCheckpoint`` cannot work with, said at once and with a remedy."""
+"""Early errors for what ``SCARCheckpoint`` does not support."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ _SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 @contextmanager
 def as_misconfiguration() -> Iterator[None]:
-    """Makes what is out of range an error of Lightning's.
+    """Raise a ``ValueError`` as Lightning's own exception.
 
     Raises:
-        MisconfigurationException: Naming the value and what is allowed.
+        MisconfigurationException: With the message of the error.
 
     """
     try:
@@ -25,7 +25,7 @@ def as_misconfiguration() -> Iterator[None]:
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
-    """Refuses strategies in which no process holds the whole state.
+    """Raise an error for strategies in which no process holds the complete state.
 
     Raises:
         MisconfigurationException: For FSDP, DeepSpeed and model parallelism.
@@ -33,6 +33,6 @@ def check_strategy(trainer: pl.Trainer) -> None:
     """
     if isinstance(trainer.strategy, _SHARDED):
         raise MisconfigurationException(
-            f"SCARCheckpoint does not support {type(trainer.strategy).__name__}: it shards the state over the ranks. "
-            "Use `strategy='ddp'` or a single device, or ModelCheckpoint with this strategy."
+            f"SCARCheckpoint does not support {type(trainer.strategy).__name__}, which shards the state over the "
+            "ranks. Use `strategy='ddp'` or a single device, or ModelCheckpoint with this strategy."
         )

@@ -1,7 +1,7 @@
-"""Makes ``Trainer(strategy="scar_ddp")`` known, without importing Lightning for those who do not use it.
+"""Registers ``Trainer(strategy="scar_ddp")`` without importing Lightning, which not every user needs.
 
-Lightning offers no entry point for strategies. So what has been imported already is told at once, and what is imported
-later is told at the end of its import.
+Lightning has no entry point for strategies. So the strategy is registered at once if Lightning is imported already, and
+otherwise at the end of its import.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Any
 
 NAME = "scar_ddp"
 
-#: Where Lightning's registry is.
+#: The module of Lightning's registry.
 _MODULE = "lightning.pytorch.strategies"
 
 
@@ -28,7 +28,7 @@ def register() -> None:
 
 def _add_to(module: Any) -> None:
     if NAME not in module.StrategyRegistry:
-        module.StrategyRegistry.register(NAME, _strategy, description="DDP whose workers outlive each other")
+        module.StrategyRegistry.register(NAME, _strategy, description="DDP whose workers survive the death of others")
 
 
 def _strategy(**options: Any) -> Any:
@@ -38,7 +38,7 @@ def _strategy(**options: Any) -> Any:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds Lightning's strategies where the other finders do, and registers ours when they have been executed."""
+    """Finds the module with the other finders, and registers the strategy after it was executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

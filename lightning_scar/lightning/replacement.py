@@ -1,4 +1,4 @@
-"""How a replacement takes its place in a training that is under way, and what it gets from a survivor."""
+"""How a replacement joins a running training, and what it receives from a survivor."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from lightning_scar.lightning import loggers, private
 
 
 def is_joiner(trainer: pl.Trainer) -> bool:
-    """Whether this process is a replacement that has no state of the training yet."""
+    """Return whether this process is a replacement that has not joined yet."""
     return bool(getattr(trainer.strategy, "is_joiner", False))
 
 
-def begin_as_joiner(trainer: pl.Trainer) -> None:
-    """Lets a replacement run through its set-up without resuming, validating or logging anything.
+def prepare_joiner(trainer: pl.Trainer) -> None:
+    """Let a replacement run its set-up without resuming, validating or logging.
 
-    Until it is taken in it must not touch what the survivors write to.
+    Until it joins, it must not write to the survivors' files.
     """
     private.intercept_resume(trainer, lambda asked_for, weights_only: None)
     trainer.num_sanity_val_steps = 0
@@ -33,12 +33,12 @@ def scar_checkpoints(trainer: pl.Trainer) -> list[Any]:
 
 
 def has_sharded_optimizer(trainer: pl.Trainer) -> bool:
-    """Whether each rank holds a part of an optimizer's state that no other one has."""
+    """Return whether each rank holds a shard of an optimizer's state."""
     return any(is_sharded(optimizer) for optimizer in trainer.optimizers)
 
 
 def live_state(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a checkpoint does not hold, but a training that is under way needs."""
+    """Return what a replacement needs beside the checkpoint dict."""
     return {
         "seats": [callback.hand_over() for callback in scar_checkpoints(trainer)],
         "metrics": private.metrics(trainer),
@@ -46,20 +46,20 @@ def live_state(trainer: pl.Trainer) -> dict[str, Any]:
     }
 
 
-def take_state(trainer: pl.Trainer, checkpoint: dict[str, Any], live: dict[str, Any]) -> None:
-    """Puts this process where the one was that the state comes from, in the middle of its loops.
+def load_state(trainer: pl.Trainer, checkpoint: dict[str, Any], live: dict[str, Any]) -> None:
+    """Load another process's state, in the middle of its loops.
 
     Args:
-        trainer: In its first optimizer step.
-        checkpoint: The other's checkpoint dict.
-        live: Its :func:`live_state`.
+        trainer: The trainer, in its first optimizer step.
+        checkpoint: The other process's checkpoint dict.
+        live: The other process's :func:`live_state`.
 
     """
     private.restore(trainer, checkpoint)
-    private.take_metrics(trainer, live["metrics"])
+    private.set_metrics(trainer, live["metrics"])
     trainer.should_stop = live["should_stop"]
     rank_zero_only.rank = utils_rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
-    loggers.go_on(trainer)
+    loggers.append_to_files(trainer)
     _show_progress(trainer)
     for callback, seat in zip(scar_checkpoints(trainer), live["seats"], strict=True):
         callback.take_over(trainer, seat)
@@ -67,7 +67,7 @@ def take_state(trainer: pl.Trainer, checkpoint: dict[str, Any], live: dict[str, 
 
 
 def _show_progress(trainer: pl.Trainer) -> None:
-    """A replacement begins with a hidden progress bar; the one of the first rank shows it where the dead one's was."""
+    """Show the progress bar if this replacement is rank 0; it was hidden during set-up."""
     bar = trainer.progress_bar_callback
     if bar is not None and trainer.global_rank == 0:
         bar.enable()
@@ -75,8 +75,8 @@ def _show_progress(trainer: pl.Trainer) -> None:
         bar.on_train_epoch_start(trainer, trainer.lightning_module)
 
 
-def take_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Takes what an optimizer step changes, and nothing else."""
+def load_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Load only what an optimizer step changes."""
     for callback in scar_checkpoints(trainer):
         callback.fence()
     private.restore_step(trainer, checkpoint)

@@ -1,4 +1,4 @@
-"""The calls of a Trainer in this process, and the state that is kept of each when all workers are started again."""
+"""The calls of a Trainer in this process, and the state of each for a restart of all workers."""
 
 from typing import Any
 
@@ -6,29 +6,29 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_scar.continuation.restart_state import Kept, keep, newest_kept
+from lightning_scar.continuation.restart_state import RestartState, newest_restart_state, save_restart_state
 from lightning_scar.continuation.snapshot import random_state
 from lightning_scar.lightning import private, replacement
 
-#: Where a checkpoint dict holds what else the next start needs.
+#: The key of what else a restart needs, in a checkpoint dict.
 _KEY = "lightning_scar"
 
 
-class Calls:
-    """The calls of a Trainer's ``fit``, ``test`` and so on in this process, numbered: a script makes the same again."""
+class TrainerCalls:
+    """The numbered calls of ``fit``, ``test`` etc. in this process; a restarted script makes the same calls."""
 
     def __init__(self) -> None:
         self.number = 0
-        #: What else came with the kept state that the present call resumed from; ``None`` if it did not.
+        #: What was written with the restart state that the current call resumed from; ``None`` if it did not.
         self.resumed: dict[str, Any] | None = None
         self._last_fit: tuple[int, pl.Trainer] | None = None
 
-    def begin(self, trainer: pl.Trainer, writes: bool) -> None:
-        """A call begins.
+    def start_call(self, trainer: pl.Trainer, writes: bool) -> None:
+        """Count a call. When another ``fit`` starts, write the state of the one before it.
 
         Args:
-            trainer: Whose.
-            writes: Whether this worker keeps the state of an earlier ``fit`` when another one begins.
+            trainer: The trainer.
+            writes: Whether this worker writes that state.
 
         """
         self.number += 1
@@ -38,42 +38,42 @@ class Calls:
         if self._last_fit is not None and writes:
             number, last = self._last_fit
             more = {"outages": [], "random": random_state()}
-            keep(_state(last, finished=True, more=more), number, last.global_step)
+            save_restart_state(_state(last, finished=True, more=more), number, last.global_step)
         self._last_fit = self.number, trainer
 
     @property
     def is_first_fit(self) -> bool:
-        """Whether a replacement that runs the script from its beginning would come to the present call first."""
+        """Whether this is the first call of the script, and so the one that a replacement reaches."""
         return self.number == 1
 
-    def keep(self, more: dict[str, Any]) -> None:
-        """Writes the state of the ``fit`` under way, or else of the last one, whole or not at all.
+    def save_restart_state(self, more: dict[str, Any]) -> None:
+        """Write the state of the current ``fit``, or else of the last one, atomically.
 
         Args:
-            more: What is to come with it, as :attr:`resumed`.
+            more: What to write with it, for :attr:`resumed`.
 
         """
         if self._last_fit is not None:
             number, trainer = self._last_fit
             finished = number != self.number or not (trainer.training or trainer.validating)
-            keep(_state(trainer, finished, more), number, trainer.global_step)
+            save_restart_state(_state(trainer, finished, more), number, trainer.global_step)
 
-    def kept(self) -> Kept | None:
-        """The newest state that was kept for the present call, if there is one."""
-        return newest_kept(self.number)
+    def restart_state(self) -> RestartState | None:
+        """Return the newest restart state of the current call, if there is one."""
+        return newest_restart_state(self.number)
 
-    def resume(self, trainer: pl.Trainer, kept: Kept) -> None:
-        """Makes the ``fit`` under way go on from a kept state.
+    def resume(self, trainer: pl.Trainer, restart_state: RestartState) -> None:
+        """Make the current ``fit`` resume from a restart state.
 
         Args:
-            trainer: Before it reads the checkpoint that was asked for.
-            kept: The state.
+            trainer: The trainer, before it reads ``ckpt_path``.
+            restart_state: The state.
 
         """
 
         def choose(asked_for: Any, weights_only: bool | None) -> dict[str, Any]:
-            # This program wrote it itself.
-            checkpoint: dict[str, Any] = torch.load(kept.path, map_location="cpu", weights_only=False)
+            # Safe, because this program wrote the file itself.
+            checkpoint: dict[str, Any] = torch.load(restart_state.path, map_location="cpu", weights_only=False)
             self.resumed = resumed = checkpoint.pop(_KEY)
             trainer.should_stop = resumed["finished"] or resumed["live"]["should_stop"]
             if "optimizer_states" not in checkpoint:
@@ -83,15 +83,15 @@ class Calls:
         private.intercept_resume(trainer, choose)
 
 
-#: Those of this process.
-calls = Calls()
+#: The calls of this process.
+trainer_calls = TrainerCalls()
 
 
 def _state(trainer: pl.Trainer, finished: bool, more: dict[str, Any]) -> dict[str, Any]:
     checkpoint = private.dump_checkpoint(trainer)
     private.undo_unfinished_step(checkpoint, trainer.accumulate_grad_batches)
     if replacement.has_sharded_optimizer(trainer):
-        # Each rank has its own part; it is in the running checkpoint.
+        # Each rank has its own shard, which is in the running checkpoint.
         checkpoint.pop("optimizer_states")
     checkpoint[_KEY] = {"finished": finished, "live": replacement.live_state(trainer), **more}
     return checkpoint

@@ -1,4 +1,4 @@
-"""SIGTERM to a process in which a Trainer trains."""
+"""SIGTERM in a process with a Trainer."""
 
 import signal
 from types import FrameType
@@ -11,7 +11,7 @@ from lightning_scar.lightning import private
 
 
 class TrainerSigterm(DeferredSigterm):
-    """Lightning's own handler runs a collective, in which ranks that were interrupted at different places hang.
+    """Replaces Lightning's own handler, whose collective hangs if ranks were interrupted at different points.
 
     Args:
         trainer: The trainer to stop.
@@ -32,10 +32,10 @@ class TrainerSigterm(DeferredSigterm):
 
     @override
     def proceed(self) -> None:
-        """Does what was put off: the training loop ends after this batch.
+        """End the training loop after this batch.
 
-        Of several ranks the first ends its loop, and the others theirs when they miss it: whoever else was signalled
-        only saves, for it may be a step ahead or behind.
+        With several ranks, only rank 0 ends its loop, and the others follow when they miss it. The other ranks only
+        save on the signal, because they may be a step ahead or behind.
         """
         if not self._trainer.is_global_zero:
             self.received = False

@@ -1,4 +1,4 @@
-"""``SCARDDPStrategy``: DDP whose workers outlive each other."""
+"""``SCARDDPStrategy``: DDP whose workers survive the death of others."""
 
 import os
 from collections.abc import Callable
@@ -23,30 +23,29 @@ from lightning_scar.continuation.outages import FlushMode, OnFailure, Outage, Ou
 from lightning_scar.elastic.worker.member import Member, hang_timeout
 from lightning_scar.lightning import replacement
 from lightning_scar.lightning.launcher import SupervisedLauncher
-from lightning_scar.lightning.restart import calls
-from lightning_scar.lightning.training import Fit
+from lightning_scar.lightning.restart import trainer_calls
+from lightning_scar.lightning.training import TrainerTraining
 
 
 class SCARDDPStrategy(DDPStrategy):
-    """DDP that goes on when a worker dies ('Training Through Failure', 2024).
+    """DDP that continues when a worker dies ('Training Through Failure', 2024).
 
-    The survivors stay in their processes, compute the interrupted step again, and take the replacement in that the
-    supervisor starts. No completed step is undone. Without failures the parameters are those of ``"ddp"``, bit for bit.
+    The survivors stay in their processes, repeat the interrupted step, and let the replacement join that the supervisor
+    starts. No completed step is lost. Without failures, the parameters equal those of ``"ddp"`` bit for bit.
 
     Args:
-        on_failure: What survivors do until the replacement is there. ``"shrink"``: they go on synchronously, as a
+        on_failure: What survivors do until the replacement has joined. ``"shrink"``: they continue synchronously, as a
             smaller group. ``"buffer"``: they collect gradients on extra batches, up to ``max_staleness``, and apply
-            them as the interrupted step. ``"wait"``: nothing.
-        min_world_size: With fewer workers than that, they save and stop.
-        max_staleness: How many gradients a survivor collects at most beyond that of the interrupted step.
+            them as the interrupted step. ``"wait"``: they wait.
+        min_world_size: If fewer workers are left, they save and stop.
+        max_staleness: The most gradients that a survivor collects beyond that of the interrupted step.
         flush: How collected gradients are applied: ``"mean"`` as one step, ``"replay"`` one by one.
-        max_restarts: How many deaths within an hour are too many.
-        hang_timeout: For how many seconds the others wait for a worker that hangs; by default the process group's
-            ``timeout``.
-        kwargs: As for :class:`~lightning.pytorch.strategies.DDPStrategy`.
+        max_restarts: The number of failures within an hour after which the job is not continued.
+        hang_timeout: Seconds that the others wait for a worker that hangs; by default the process group's ``timeout``.
+        kwargs: Arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`.
 
     Raises:
-        MisconfigurationException: If a value is out of range, and when ``fit`` begins if the model optimizes manually.
+        MisconfigurationException: If a value is out of range, and when ``fit`` starts with manual optimization.
 
     Example::
 
@@ -76,17 +75,17 @@ class SCARDDPStrategy(DDPStrategy):
         self._policy = OutagePolicy(on_failure, min_world_size, max_staleness, flush)
         self._max_restarts = max_restarts
         self._member: Member | None = None
-        self._fit: Fit | None = None
+        self._training: TrainerTraining | None = None
 
     @property
     def outages(self) -> list[Outage]:
-        """The failures that this worker has lived through, in order."""
-        return self._fit.continuation.outages.list if self._fit is not None else []
+        """The failures that this worker has survived, in order."""
+        return self._training.continuation.outages.list if self._training is not None else []
 
     @property
     def is_joiner(self) -> bool:
-        """Whether this worker is a replacement that has not been taken in yet."""
-        return self._fit is not None and self._fit.continuation.is_joiner
+        """Whether this worker is a replacement that has not joined yet."""
+        return self._training is not None and self._training.continuation.is_joiner
 
     # -- processes and groups ------------------------------------------------------------------------------------
 
@@ -99,10 +98,10 @@ class SCARDDPStrategy(DDPStrategy):
             options = self._run_options()
         elif self._member is None:
             rank_zero_warn(
-                "strategy='scar_ddp' was not started by lightning-scar's supervisor: it works as 'ddp', and no "
-                "replacement will come for a worker that dies. Use `lightning-scar run` in the place of torchrun."
+                "strategy='scar_ddp' runs without lightning-scar's supervisor, so it works as 'ddp', and a worker that "
+                "dies is not replaced. Use `lightning-scar run` instead of torchrun."
             )
-        self._launcher = SupervisedLauncher(options, self._begin, self._failed)
+        self._launcher = SupervisedLauncher(options, self._on_call, self._on_error)
 
     def _run_options(self) -> list[str]:
         options = ["--nproc-per-node", str(self.num_processes), "--max-restarts", str(self._max_restarts)]
@@ -122,42 +121,42 @@ class SCARDDPStrategy(DDPStrategy):
         reset_seed()
         self.set_world_ranks()
         self._process_group_backend = self._get_process_group_backend()
-        if self._fit is None:
+        if self._training is None:
             trainer = self.lightning_module.trainer if self.lightning_module is not None else None
             assert trainer is not None
-            self._fit = Fit(self, trainer, self._member, self._policy)
-        self._fit.set_up()
+            self._training = TrainerTraining(self, trainer, self._member, self._policy)
+        self._training.set_up()
 
     def group_options(self) -> dict[str, Any]:
-        """How the process group of any generation is made."""
+        """Return the arguments of ``init_process_group``, the same for every generation."""
         options: dict[str, Any] = {"backend": self._process_group_backend, "timeout": self.timeout}
         if self.root_device.type == "cuda":
-            # The membership aborts a broken group itself; NCCL's watchdog would end the process.
+            # A broken group is aborted explicitly; NCCL's watchdog would end the process.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options["device_id"] = self.root_device
         return options
 
     @property
     def timeout(self) -> timedelta:
-        """How long a worker is blocked in a collective before it gives up."""
+        """The time after which a blocked collective fails."""
         return hang_timeout() or self._timeout or default_pg_timeout
 
     @property
     @override
     def is_global_zero(self) -> bool:
-        """Whether this worker writes checkpoints: the lowest of those that are alive."""
+        """Whether this worker writes checkpoints: the lowest rank that is alive."""
         return self._member.is_leader if self._member is not None else super().is_global_zero
 
     # -- the wrapper around the model ----------------------------------------------------------------------------
 
     @override
     def configure_ddp(self) -> None:
-        # A replacement has no group yet; it is wrapped when it is taken in.
+        # A replacement has no group yet; its model is wrapped when it joins.
         if self._member is None or dist.is_initialized():
             super().configure_ddp()
 
     def wrap(self) -> None:
-        """Wraps the model for the present generation, whose members hold the same weights."""
+        """Wrap the model for the current generation, whose members hold the same weights."""
         self.unwrap()
         init_sync, self._ddp_kwargs = self._ddp_kwargs, {**self._ddp_kwargs, "init_sync": False}
         try:
@@ -166,13 +165,13 @@ class SCARDDPStrategy(DDPStrategy):
             self._ddp_kwargs = init_sync
 
     def unwrap(self) -> None:
-        """Makes the model compute alone."""
+        """Remove the wrapper, so that the model works without a group."""
         wrapper, module = self.model, self.lightning_module
         if isinstance(wrapper, DistributedDataParallel):
-            # It is part of a reference cycle; until that is collected its hooks would go on to reduce gradients.
+            # The wrapper is in a reference cycle; until it is collected, its hooks would reduce gradients.
             vars(wrapper).clear()
         self.model = module
-        # A forward that failed leaves the redirection of Lightning's wrapper behind.
+        # A failed forward leaves the redirection of Lightning's wrapper in place.
         vars(module).pop("forward", None)
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -182,14 +181,14 @@ class SCARDDPStrategy(DDPStrategy):
         super().on_train_start()
         assert self.lightning_module is not None
         check_optimizers(self.lightning_module.trainer)
-        if self._fit is not None:
-            self._fit.begin()
+        if self._training is not None:
+            self._training.start()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self._fit is not None:
-            self._fit.continuation.batch = batch
+        if self._training is not None:
+            self._training.continuation.batch = batch
 
     @override
     def optimizer_step(
@@ -199,39 +198,39 @@ class SCARDDPStrategy(DDPStrategy):
         model: "pl.LightningModule | Module | None" = None,
         **kwargs: Any,
     ) -> Any:
-        if self._fit is None:
+        if self._training is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         step = super().optimizer_step
-        return self._fit.step(lambda closure: step(optimizer, closure, model, **kwargs), closure)
+        return self._training.step(lambda closure: step(optimizer, closure, model, **kwargs), closure)
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        if self._fit is not None:
-            self._fit.continuation.end()
+        if self._training is not None:
+            self._training.continuation.finish()
 
-    def _begin(self, trainer: "pl.Trainer") -> None:
+    def _on_call(self, trainer: "pl.Trainer") -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             check_module(trainer.lightning_module)
         if self._member is not None:
-            calls.begin(trainer, writes=self._member.is_leader)
+            trainer_calls.start_call(trainer, writes=self._member.is_leader)
         elif self.num_processes * self.num_nodes == 1:
             rank_zero_warn(
-                "strategy='scar_ddp' with devices=1: nobody survives when the only worker dies; it is started again. "
-                "Add a SCARCheckpoint, from which it resumes."
+                "strategy='scar_ddp' with devices=1: if the only worker dies, it is restarted and its state is lost. "
+                "Add a SCARCheckpoint to resume from."
             )
 
-    def _failed(self, error: BaseException) -> None:
-        if self._fit is None or self._member is None:
+    def _on_error(self, error: BaseException) -> None:
+        if self._training is None or self._member is None:
             return
-        if self._fit.continuation.is_due_to_failure(error):
-            self._fit.continuation.restart()
+        if self._training.continuation.caused_by_peer_loss(error):
+            self._training.continuation.restart()
         elif isinstance(error, SIGTERMException | KeyboardInterrupt):
             self._member.end()
 
 
 def check_module(module: "pl.LightningModule") -> None:
-    """Refuses a model that cannot be continued.
+    """Raise an error for a model that cannot continue after a failure.
 
     Raises:
         MisconfigurationException: For manual optimization.
@@ -239,13 +238,13 @@ def check_module(module: "pl.LightningModule") -> None:
     """
     if not module.automatic_optimization:
         raise MisconfigurationException(
-            "strategy='scar_ddp' cannot go on after a failure with manual optimization, in which it does not see where "
-            "a step begins. Set `automatic_optimization = True`, or use strategy='ddp'."
+            "strategy='scar_ddp' cannot continue after a failure with manual optimization, because it does not see "
+            "where a step starts. Set `automatic_optimization = True`, or use strategy='ddp'."
         )
 
 
 def check_optimizers(trainer: "pl.Trainer") -> None:
-    """Refuses optimizers that cannot be continued.
+    """Raise an error for optimizers that cannot continue after a failure.
 
     Raises:
         MisconfigurationException: For one that calls its closure several times, and for a sharded one without a running
@@ -254,11 +253,11 @@ def check_optimizers(trainer: "pl.Trainer") -> None:
     """
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
-            "strategy='scar_ddp' cannot go on after a failure inside a step of LBFGS, which changes the parameters and "
-            "computes gradients in turn. Use another optimizer, or strategy='ddp'."
+            "strategy='scar_ddp' cannot continue after a failure in a step of LBFGS, which changes the parameters and "
+            "computes gradients several times. Use another optimizer, or strategy='ddp'."
         )
     if replacement.has_sharded_optimizer(trainer) and not replacement.scar_checkpoints(trainer):
         raise MisconfigurationException(
-            "strategy='scar_ddp' with a ZeroRedundancyOptimizer needs a SCARCheckpoint: what a dead worker alone held "
-            "of the optimizer's state comes from there. Add SCARCheckpoint(...) to the Trainer's callbacks."
+            "strategy='scar_ddp' with a ZeroRedundancyOptimizer requires a SCARCheckpoint, to restore the optimizer "
+            "shard of a dead worker. Add SCARCheckpoint(...) to the Trainer's callbacks."
         )

@@ -1,4 +1,4 @@
-"""A Trainer's ``fit``, as the engine of continuation sees it."""
+"""A Trainer's ``fit`` as a training that survives the death of workers."""
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -10,17 +10,17 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_scar.continuation.outages import OutagePolicy
-from lightning_scar.continuation.restart_state import share_kept
-from lightning_scar.continuation.stale_gradients import shuffled_anew
+from lightning_scar.continuation.restart_state import share_restart_state
+from lightning_scar.continuation.stale_gradients import reshuffled
 from lightning_scar.continuation.step import Continuation
 from lightning_scar.elastic.worker.errors import CutOffError, RestartError
 from lightning_scar.elastic.worker.member import Member
 from lightning_scar.lightning import loggers, private, replacement
-from lightning_scar.lightning.restart import calls
+from lightning_scar.lightning.restart import trainer_calls
 
 
 class _BatchEnd(Callback):
-    """Raises what came up behind a step, when the loops have counted it: else it would be made twice."""
+    """Raises an error of a completed step after the loops have counted it; else the step would be repeated."""
 
     def __init__(self, raise_pending: Callable[[], None]) -> None:
         self._raise_pending = raise_pending
@@ -30,82 +30,82 @@ class _BatchEnd(Callback):
         self._raise_pending()
 
 
-class Wrapping(Protocol):
-    """The strategy, as far as a :class:`Fit` needs it."""
+class GroupStrategy(Protocol):
+    """What a :class:`TrainerTraining` requires of the strategy."""
 
     checkpoint_io: Any
 
     def group_options(self) -> dict[str, Any]:
-        """Return how the process group of any generation is made."""
+        """Return the arguments of ``init_process_group``, the same for every generation."""
 
     @property
     def timeout(self) -> timedelta:
-        """How long a worker is blocked in a collective before it gives up."""
+        """The time after which a blocked collective fails."""
 
     def wrap(self) -> None:
-        """Wrap the model for the present generation."""
+        """Wrap the model for the current generation."""
 
     def unwrap(self) -> None:
-        """Make the model compute alone."""
+        """Remove the wrapper, so that the model works without a group."""
 
 
-class Fit:
-    """A :class:`~lightning_scar.continuation.protocol.Training` that a Trainer makes.
+class TrainerTraining:
+    """A :class:`~lightning_scar.continuation.protocol.Training` that a Trainer runs.
 
     Args:
-        strategy: Makes process groups and wraps the model.
-        trainer: Whose training it is.
-        member: This worker's part in the generations.
-        policy: What survivors do until a replacement is there.
+        strategy: Creates process groups and wraps the model.
+        trainer: The trainer.
+        member: This worker's membership in the job.
+        policy: What survivors do until a replacement has joined.
 
     """
 
-    def __init__(self, strategy: Wrapping, trainer: pl.Trainer, member: Member, policy: OutagePolicy) -> None:
+    def __init__(self, strategy: GroupStrategy, trainer: pl.Trainer, member: Member, policy: OutagePolicy) -> None:
         self._strategy = strategy
         self._trainer = trainer
         self._member = member
         self._pending: RuntimeError | None = None
         self.continuation = Continuation(self, member, policy)
 
-    # -- the beginning, and each step ----------------------------------------------------------------------------
+    # -- start, and each step ------------------------------------------------------------------------------------
 
     def set_up(self) -> None:
-        """Enters the first generation, or prepares to be taken in; finds out what to go on from."""
-        loggers.inherit(self._trainer)
-        self.continuation.enter()
+        """Join the first generation and find what to resume from; a replacement prepares to join later."""
+        loggers.reuse_versions(self._trainer)
+        self.continuation.enter_first_group()
         if self.continuation.is_joiner:
-            replacement.begin_as_joiner(self._trainer)
+            replacement.prepare_joiner(self._trainer)
             return
         if self._member.attempt > 0:
-            loggers.go_on(self._trainer)
-            share_kept(calls.number)
-        kept = calls.kept()
-        if kept is not None:
-            calls.resume(self._trainer, kept)
+            loggers.append_to_files(self._trainer)
+            share_restart_state(trainer_calls.number)
+        restart_state = trainer_calls.restart_state()
+        if restart_state is not None:
+            trainer_calls.resume(self._trainer, restart_state)
 
-    def begin(self) -> None:
-        """The training loop begins."""
+    def start(self) -> None:
+        """Prepare for the first step, when the training loop starts."""
         private.silence_sigterm_broadcast(self._trainer)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, _BatchEnd) for callback in callbacks):
             callbacks.insert(0, _BatchEnd(self._raise_pending))
         if not self.continuation.is_joiner:
-            loggers.note(self._trainer)
-            if calls.resumed is not None:
-                private.place_data(self._trainer, [], skip=True)
-        self.continuation.begin(self._trainer.global_step, calls.resumed)
+            loggers.share_versions(self._trainer)
+            if trainer_calls.resumed is not None:
+                private.restore_data_position(self._trainer, [], skip=True)
+        self.continuation.start(self._trainer.global_step, trainer_calls.resumed)
 
     def step(self, attempt: Callable[[Callable[[], Any]], Any], closure: Callable[[], Any]) -> Any:
-        """Makes an optimizer step; see :meth:`Continuation.step`."""
+        """Make an optimizer step; see :meth:`Continuation.step`."""
         if self.continuation.is_joiner:
-            # Lightning asks every batch for its loss; the gradients are not used.
+            # Lightning requires a loss of every batch. The gradients are not used.
             closure()
             self.continuation.join()
             output = None
         else:
             output = self.continuation.step(attempt, closure)
         try:
-            self.continuation.settle()
+            self.continuation.after_step()
         except (CutOffError, RestartError) as error:
             self._pending = error
         return output
@@ -118,20 +118,20 @@ class Fit:
     # -- what the engine asks for --------------------------------------------------------------------------------
 
     def group_options(self) -> dict[str, Any]:
-        """How groups are made."""
+        """Return the arguments of ``init_process_group``."""
         return self._strategy.group_options()
 
     @property
     def timeout(self) -> float:
-        """Of a collective, in seconds."""
+        """The timeout of a collective, in seconds."""
         return self._strategy.timeout.total_seconds()
 
     def wrap(self) -> None:
-        """Wraps the model for the present generation."""
+        """Wrap the model for the current generation."""
         self._strategy.wrap()
 
     def unwrap(self) -> None:
-        """Makes the model compute alone."""
+        """Remove the wrapper, so that the model works without a group."""
         self._strategy.unwrap()
 
     @property
@@ -140,17 +140,17 @@ class Fit:
         return self._trainer.lightning_module
 
     def state(self) -> Any:
-        """The checkpoint dict, and what is in no checkpoint."""
+        """Return the checkpoint dict, and what a replacement needs beside it."""
         return [private.dump_checkpoint(self._trainer), replacement.live_state(self._trainer)]
 
-    def take_state(self, state: Any) -> None:
-        """Takes another's place in the middle of its loops, and in the data."""
-        replacement.take_state(self._trainer, *state)
-        private.place_in_data(self._trainer)
+    def load_state(self, state: Any) -> None:
+        """Load another member's state, in the middle of its loops, and its data position."""
+        replacement.load_state(self._trainer, *state)
+        private.seek_data(self._trainer)
 
-    def take_weights(self, state: Any) -> None:
-        """Takes what an optimizer step changes."""
-        replacement.take_weights(self._trainer, state[0])
+    def load_weights(self, state: Any) -> None:
+        """Load what an optimizer step changes."""
+        replacement.load_weights(self._trainer, state[0])
 
     @property
     def accumulates(self) -> bool:
@@ -159,62 +159,62 @@ class Fit:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the first call of a Trainer."""
-        return calls.is_first_fit
+        """Whether this is the first call of a Trainer."""
+        return trainer_calls.is_first_fit
 
     @property
-    def can_take_in(self) -> bool:
-        """Nobody could take the shard of an optimizer in whose step the others are."""
+    def can_admit(self) -> bool:
+        """Whether no optimizer is sharded, because a replacement could not get a shard during a step."""
         return not replacement.has_sharded_optimizer(self._trainer)
 
     def leaves_training_next(self) -> bool:
-        """Whether a validation or the end follows."""
+        """Return whether a validation or the end of the training follows."""
         return private.leaves_training_next(self._trainer)
 
     def stop(self) -> None:
-        """Ends the loops behind this batch."""
+        """End the loops after this batch."""
         private.mark_sigterm(self._trainer)
 
     def extra_batches(self) -> Iterator[Any] | None:
-        """Those of the only loader, if there is one with a map-style data set."""
+        """Return batches of the only loader, if its dataset is map-style."""
         trainer = self._trainer
         loader = trainer.train_dataloader
         if not isinstance(loader, DataLoader) or loader.batch_size is None:
             return None
         if isinstance(loader.dataset, IterableDataset):
             return None
-        return shuffled_anew(loader, seed=trainer.global_step * trainer.world_size + trainer.global_rank)
+        return reshuffled(loader, seed=trainer.global_step * trainer.world_size + trainer.global_rank)
 
     def compute_gradient(self, batch: Any) -> None:
-        """As a training step does."""
+        """Compute the gradient as a training step does."""
         private.compute_gradient(self._trainer, batch)
 
     def samples(self, batch: Any) -> int:
-        """As Lightning's logging counts them."""
+        """Return the number of samples as Lightning's logging counts them."""
         return private.batch_size(self._trainer, batch)
 
     @property
     def micro_batches(self) -> int:
-        """How many batches make a step."""
+        """The number of batches in a step."""
         return self._trainer.accumulate_grad_batches
 
     def log(self, metrics: dict[str, float]) -> None:
-        """To the Trainer's loggers."""
+        """Pass metrics to the Trainer's loggers."""
         for logger in self._trainer.loggers:
             logger.log_metrics(metrics, step=private.logger_step(self._trainer))
 
     def prepare_restart(self) -> None:
-        """Saves logs, and shards that nobody else has."""
+        """Save the logs, and the optimizer shards, which no other worker has."""
         for logger in self._trainer.loggers:
             logger.save()
         if replacement.has_sharded_optimizer(self._trainer):
             for callback in replacement.scar_checkpoints(self._trainer):
                 callback.save_all(self._trainer)
 
-    def keep(self, more: dict[str, Any]) -> None:
-        """Writes the state of this call."""
-        calls.keep(more)
+    def save_restart_state(self, more: dict[str, Any]) -> None:
+        """Write the state of this call."""
+        trainer_calls.save_restart_state(more)
 
     def release(self) -> None:
-        """Finishes what the checkpoint IO has under way."""
+        """Finish pending saves of the checkpoint IO."""
         self._strategy.checkpoint_io.teardown()

@@ -14,25 +14,26 @@ from accelerate.utils import send_to_device
 from torch.utils.data import IterableDataset
 from typing_extensions import Unpack, override
 
-from lightning_scar.continuation.stale_gradients import shuffled_anew
+from lightning_scar.continuation.stale_gradients import reshuffled
 from lightning_scar.core.training_state import TrainingState
 from lightning_scar.loops import private
+from lightning_scar.loops.continuation import SCARContinuation
 from lightning_scar.loops.framework import Framework
 from lightning_scar.loops.loop import SCARLoop
-from lightning_scar.loops.options import Options
+from lightning_scar.loops.options import LoopOptions
 
 
 class SCARAccelerator(SCARLoop):
     """Saves the blocks of an Accelerate loop that moved furthest, often, and resumes from them.
 
-    Takes models, optimizers, schedulers, the scaler and everything given to ``register_for_checkpointing`` from the
-    accelerator: what is there when :meth:`resume` is called. ``accelerator.save_state`` and ``load_state`` work as
-    usual.
+    It saves what the accelerator holds when :meth:`resume` is called: models, optimizers, schedulers, the scaler and
+    everything given to ``register_for_checkpointing``. ``accelerator.save_state`` and ``load_state`` work as usual.
 
     Args:
-        accelerator: The accelerator; its ``prepare`` may come later.
+        accelerator: The accelerator; ``prepare`` may be called later.
         dirpath: The running checkpoint's directory, a path or any fsspec URL.
-        options: As for :class:`~lightning_scar.loops.loop.SCARLoop`, e.g. ``every_n_steps=25`` and ``fraction=0.125``.
+        continuation: Lets the workers survive the death of others; use :meth:`training_step` then.
+        options: Those of :class:`~lightning_scar.loops.loop.SCARLoop`, such as ``every_n_steps=25``.
 
     Raises:
         ValueError: If a value is out of range, or the accelerator shards the state over its processes (FSDP, DeepSpeed,
@@ -60,9 +61,16 @@ class SCARAccelerator(SCARLoop):
 
     """
 
-    def __init__(self, accelerator: Accelerator, dirpath: str | os.PathLike[str], **options: Unpack[Options]) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        dirpath: str | os.PathLike[str],
+        *,
+        continuation: SCARContinuation | None = None,
+        **options: Unpack[LoopOptions],
+    ) -> None:
         check_accelerator(accelerator)
-        super().__init__(dirpath, WithAccelerate(accelerator), **options)
+        super().__init__(dirpath, WithAccelerate(accelerator), continuation=continuation, **options)
 
 
 class WithAccelerate(Framework):
@@ -73,13 +81,13 @@ class WithAccelerate(Framework):
 
     """
 
-    remedy = "call resume() behind accelerator.prepare(...)"
+    remedy = "call resume() after accelerator.prepare(...)"
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        #: The number of the loader that the loop is over, among the prepared ones.
+        #: The index of the loop's loader among the prepared ones.
         self._loader: int | None = None
-        #: How many batches have been accumulated.
+        #: The number of accumulated batches.
         self._accumulated = accelerator.step
         self._muted: list[Any] = []
 
@@ -90,13 +98,13 @@ class WithAccelerate(Framework):
     # -- its data ------------------------------------------------------------------------------------------------
 
     @override
-    def look_at_batch(self) -> None:
+    def record_batch(self) -> None:
         self._accumulated = self._accelerator.step
         if self._loader is None:
             self._loader = private.active_loader(self._accelerator)
 
     @override
-    def place(self) -> dict[str, Any]:
+    def data_position(self) -> dict[str, Any]:
         loader = self._training_loader()
         return {
             "accumulated": self._accumulated,
@@ -107,28 +115,28 @@ class WithAccelerate(Framework):
         }
 
     @override
-    def take_place(self, batches: int, place: Mapping[str, Any], before: int, now: int) -> int:
-        self._accelerator.step = self._accumulated = place["accumulated"]
-        self._loader = place["loader"]
+    def restore_data_position(self, batches: int, position: Mapping[str, Any], before: int, now: int) -> int:
+        self._accelerator.step = self._accumulated = position["accumulated"]
+        self._loader = position["loader"]
         loader = self._training_loader()
         epoch_length: int = _length(loader) or 0
-        if loader is None or not place["epoch_length"] or not epoch_length:
-            return super().take_place(batches, place, before, now)
-        # Ranks share out each epoch by itself, and the last batches of one may be no multiple of theirs.
-        epoch, batch = divmod(batches, int(place["epoch_length"]))
+        if loader is None or not position["epoch_length"] or not epoch_length:
+            return super().restore_data_position(batches, position, before, now)
+        # Each epoch is divided among the ranks separately, and its length may not be a multiple of their number.
+        epoch, batch = divmod(batches, int(position["epoch_length"]))
         total = private.total_batch_size(loader)
-        if total and place["samples"]:
-            # The size of a batch may have changed, too.
-            before, now = int(place["samples"]), total
-        batch = min(super().take_place(batch, place, before, now), epoch_length)
+        if total and position["samples"]:
+            # The batch size may have changed, too.
+            before, now = int(position["samples"]), total
+        batch = min(super().restore_data_position(batch, position, before, now), epoch_length)
         loader.set_epoch(epoch)
-        if place["shuffle_seed"] is not None:
-            private.set_shuffle_seed(loader, place["shuffle_seed"])
-        if batch and private.shuffles_anew(loader):
+        if position["shuffle_seed"] is not None:
+            private.set_shuffle_seed(loader, position["shuffle_seed"])
+        if batch and private.has_lost_order(loader):
             warnings.warn(
-                "lightning-scar: this loader cannot shuffle its interrupted epoch in the same order again, so some of "
-                "its samples will come twice and others not at all. Give the Accelerator "
-                "dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True).",
+                "lightning-scar: this loader cannot reproduce the order of its interrupted epoch, so some samples will "
+                "be repeated and others skipped. Pass "
+                "dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True) to the Accelerator.",
                 stacklevel=4,
             )
         return epoch * epoch_length + batch
@@ -156,16 +164,17 @@ class WithAccelerate(Framework):
         super().check_continuation()
         if any(map(private.runs_collectives, private.loaders(self._accelerator))):
             raise ValueError(
-                "SCARContinuation does not support loaders whose batches the main process hands out: nobody could go "
-                "on without it. Give the Accelerator dataloader_config=DataLoaderConfiguration(dispatch_batches=False)."
+                "SCARContinuation does not support loaders whose batches the main process dispatches, because workers "
+                "could not continue without that process. Pass "
+                "dataloader_config=DataLoaderConfiguration(dispatch_batches=False) to the Accelerator."
             )
 
     @override
     def check_beginning(self) -> None:
         if private.loaders(self._accelerator) or self.training_state().modules:
             raise ValueError(
-                "with a SCARContinuation, make SCARAccelerator before accelerator.prepare(...): a replacement must "
-                "know its place before data are shared out"
+                "with a SCARContinuation, create SCARAccelerator before accelerator.prepare(...): a replacement must "
+                "know its rank before the data are divided"
             )
 
     @override
@@ -173,17 +182,17 @@ class WithAccelerate(Framework):
         private.set_processes(slot, size)
 
     @override
-    def joins(self) -> None:
+    def on_join(self) -> None:
         self._muted = private.mute_loaders(self._accelerator)
 
     @override
-    def has_joined(self) -> None:
+    def before_step(self) -> None:
         private.unmute_loaders(self._accelerator, self._muted)
         self._muted = []
 
     @override
     def regroup(self, rank: int, size: int, local_rank: int) -> None:
-        # Where there are devices, it is the number of this process's own, for barriers among others.
+        # Unless on CPU, the local rank is the index of this process's device, which must not change.
         is_free = self._accelerator.device.type == "cpu"
         private.set_processes(rank, size, local_rank if is_free else None)
 
@@ -211,17 +220,17 @@ class WithAccelerate(Framework):
     def extra_batches(self, seed: int) -> Iterator[Any] | None:
         loader = self._training_loader()
         if loader is None:
-            # Before the first batch; the first that was prepared is as good a guess as any.
+            # Before the first batch, assume the first prepared loader.
             loader = next(iter(private.loaders(self._accelerator)), None)
         batch_size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
         if loader is None or batch_size is None or isinstance(loader.dataset, IterableDataset):
             return None
-        batches = shuffled_anew(loader, seed, batch_size)
+        batches = reshuffled(loader, seed, batch_size)
         return (send_to_device(batch, self._accelerator.device) for batch in batches)
 
 
 def _length(loader: Any) -> int | None:
-    """Batches of an epoch for each process; ``None`` if that cannot be told."""
+    """Return the batches of an epoch in each process; ``None`` if unknown."""
     try:
         return len(loader)
     except TypeError:
@@ -229,7 +238,7 @@ def _length(loader: Any) -> int | None:
 
 
 def check_accelerator(accelerator: Accelerator) -> None:
-    """Refuses accelerators that shard the state over their processes.
+    """Raise an error for an accelerator that shards the state over its processes.
 
     Args:
         accelerator: The accelerator.
@@ -240,6 +249,6 @@ def check_accelerator(accelerator: Accelerator) -> None:
     """
     if name := private.sharding(accelerator):
         raise ValueError(
-            f"SCARAccelerator does not support {name}: it shards the state over the processes. Use plain DDP or a "
-            "single process; with this one, accelerator.save_state."
+            f"SCARAccelerator does not support {name}, which shards the state over the processes. Use plain DDP or a "
+            f"single process; with {name}, use accelerator.save_state."
         )

@@ -1,4 +1,4 @@
-"""``SCARContinuation``: the workers of a loop outlive each other."""
+"""``SCARContinuation``: the workers of a loop survive the death of others."""
 
 import os
 import warnings
@@ -17,24 +17,24 @@ from lightning_scar.loops.framework import Framework
 
 
 class SCARContinuation:
-    """Lets the workers of a loop outlive each other ('Training Through Failure', 2024).
+    """Lets the workers of a loop survive the death of others ('Training Through Failure', 2024).
 
-    It makes the process groups, so it comes before the ``Accelerator`` or ``Fabric``; then it is given to the object
-    whose :meth:`~lightning_scar.loops.loop.SCARLoop.training_step` makes the steps. The program must be started with
-    ``lightning-scar run``; by other means it works without replacements, and says so.
+    It creates the process groups, so create it before the ``Accelerator`` or ``Fabric``. Then pass it to the object
+    whose :meth:`~lightning_scar.loops.loop.SCARLoop.training_step` makes the steps. Start the program with
+    ``lightning-scar run``; otherwise there are no replacements, and a warning says so.
 
     Args:
-        on_failure: What survivors do until the replacement is there. ``"shrink"``: they go on synchronously, as a
+        on_failure: What survivors do until the replacement has joined. ``"shrink"``: they continue synchronously, as a
             smaller group. ``"buffer"``: they collect gradients on extra batches, up to ``max_staleness``, and apply
-            them as the interrupted step. ``"wait"``: nothing.
-        min_world_size: With fewer workers than that, they save and stop.
-        max_staleness: How many gradients a survivor collects at most beyond that of the interrupted step.
+            them as the interrupted step. ``"wait"``: they wait.
+        min_world_size: If fewer workers are left, they save and stop.
+        max_staleness: The most gradients that a survivor collects beyond that of the interrupted step.
         flush: How collected gradients are applied: ``"mean"`` as one step, ``"replay"`` one by one.
-        backend: That of the process groups; ``None`` is NCCL where there is CUDA, else gloo.
+        backend: The backend of the process groups; ``None`` is NCCL with CUDA, else gloo.
 
     Raises:
         ValueError: If a value is out of range.
-        RuntimeError: If there is a process group already.
+        RuntimeError: If a process group exists already.
 
     Example::
 
@@ -56,29 +56,29 @@ class SCARContinuation:
         backend: str | None = None,
     ) -> None:
         self.policy = OutagePolicy(on_failure, min_world_size, max_staleness, flush)
-        #: This worker's part in the job; ``None`` if no supervisor started it.
+        #: This worker's membership in the job; ``None`` without a supervisor.
         self.member = Member.of_environment()
-        #: The engine, once a loop has begun.
+        #: The engine, after a loop has started.
         self.engine: Continuation | None = None
         self._backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
         if self.member is None:
             _warn_of_missing_supervisor()
         elif dist.is_initialized() and self.member.generation is None:
             raise RuntimeError(
-                "there is a process group already; make SCARContinuation() first, before Accelerator(), Fabric or "
+                "a process group exists already; create SCARContinuation() first, before Accelerator(), Fabric() or "
                 "torch.distributed.init_process_group"
             )
         elif self.member.is_joiner:
-            # It has its set-up to itself, whatever collectives are in it.
+            # A group of its own, so that collectives in the script's set-up work.
             dist.init_process_group(store=HashStore(), rank=0, world_size=1, **self.group_options())
         elif not dist.is_initialized():
             self.member.enter_first(**self.group_options())
 
     def prepare(self, framework: Framework) -> None:
-        """Makes a framework ready for this worker's part in the job.
+        """Prepare a framework for this worker's membership in the job.
 
         Args:
-            framework: That of the loop.
+            framework: The loop's framework.
 
         """
         if self.member is not None:
@@ -88,24 +88,24 @@ class SCARContinuation:
 
     @property
     def outages(self) -> list[Outage]:
-        """The failures that this worker has lived through, in order."""
+        """The failures that this worker has survived, in order."""
         return self.engine.outages.list if self.engine is not None else []
 
     @property
     def is_joiner(self) -> bool:
-        """Whether this worker is a replacement that has not been taken in yet."""
+        """Whether this worker is a replacement that has not joined yet."""
         return self.member is not None and self.member.is_joiner
 
     @property
     def timeout(self) -> timedelta:
-        """How long a worker is blocked in a collective before it gives up."""
+        """The time after which a blocked collective fails."""
         return hang_timeout() or default_pg_timeout
 
     def group_options(self) -> dict[str, Any]:
-        """How the process group of any generation is made."""
+        """Return the arguments of ``init_process_group``, the same for every generation."""
         options: dict[str, Any] = {"backend": self._backend, "timeout": self.timeout}
         if self._backend == "nccl":
-            # The membership aborts a broken group itself; NCCL's watchdog would end the process.
+            # A broken group is aborted explicitly; NCCL's watchdog would end the process.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options["device_id"] = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return options
@@ -115,8 +115,8 @@ def _warn_of_missing_supervisor() -> None:
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if rank == 0:
         warnings.warn(
-            "lightning-scar: SCARContinuation was not started by lightning-scar's supervisor: no replacement will come "
-            "for a worker that dies. Use `lightning-scar run --nproc-per-node N script.py` in the place of torchrun, "
-            "`accelerate launch` or a notebook launcher.",
+            "lightning-scar: SCARContinuation runs without lightning-scar's supervisor, so a worker that dies is not "
+            "replaced. Use `lightning-scar run --nproc-per-node N script.py` instead of torchrun, `accelerate launch` "
+            "or a notebook launcher.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""What a loop is written with: plain PyTorch or Lightning Fabric; Accelerate, which knows more, has its own module."""
+"""The framework of a loop: plain PyTorch or Lightning Fabric. Accelerate, which knows more, has its own module."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -9,13 +9,13 @@ from lightning_scar.core.zero import is_sharded
 
 
 class Framework:
-    """Plain PyTorch and Lightning Fabric: the user tells what there is.
+    """Plain PyTorch and Lightning Fabric: the user names what to save.
 
     Args:
         state: By name, as for :class:`~lightning_scar.loops.loop.SCARLoop`.
 
     Attributes:
-        remedy: What to do if a model or an optimizer is missing.
+        remedy: What to do if a model or an optimizer is missing, for an error message.
 
     """
 
@@ -25,29 +25,29 @@ class Framework:
         self._state = TrainingState.of(state)
 
     def training_state(self) -> TrainingState:
-        """What the training consists of."""
+        """Return the models, optimizers and other parts of the training."""
         return self._state
 
     # -- its data ------------------------------------------------------------------------------------------------
 
-    def look_at_batch(self) -> None:
-        """A batch is over, or its step; its loader is still the active one."""
+    def record_batch(self) -> None:
+        """Record the data position after a batch or its step, while its loader is active."""
 
-    def place(self) -> dict[str, Any]:
-        """What else than the number of batches tells where the loop was when it looked at a batch last."""
+    def data_position(self) -> dict[str, Any]:
+        """Return what else than the number of batches is known about the recorded position."""
         return {}
 
-    def take_place(self, batches: int, place: Mapping[str, Any], before: int, now: int) -> int:
-        """Goes on at another's place.
+    def restore_data_position(self, batches: int, position: Mapping[str, Any], before: int, now: int) -> int:
+        """Continue at a position that was saved, perhaps by another number of ranks.
 
         Args:
-            batches: How many each of its ranks had done.
-            place: Its :meth:`place`.
-            before: How many ranks it had.
-            now: How many there are.
+            batches: The number of batches that each of those ranks had done.
+            position: Their :meth:`data_position`.
+            before: The number of those ranks.
+            now: The number of present ranks.
 
         Returns:
-            How many batches that is for each of the present ranks.
+            The number of batches that this is for each of the present ranks.
 
         """
         return batches * before // now
@@ -56,16 +56,16 @@ class Framework:
 
     @property
     def synchronizes(self) -> bool:
-        """Whether the present batch ends a step, or else its gradients are added up for a later one."""
+        """Whether the current batch ends a step; otherwise its gradients are accumulated."""
         return True
 
     @property
     def micro_batches(self) -> int:
-        """How many batches make a step."""
+        """The number of batches in a step."""
         return 1
 
     def update(self) -> None:
-        """Steps everything, and sets gradients to zero."""
+        """Step all optimizers and schedulers, and zero the gradients."""
         state = self.training_state()
         for each in (*state.optimizers, *state.schedulers):
             each.step()
@@ -75,53 +75,53 @@ class Framework:
     # -- continuation --------------------------------------------------------------------------------------------
 
     def check_continuation(self) -> None:
-        """Refuses what cannot be continued when a worker dies.
+        """Check that the training can continue when a worker dies.
 
         Raises:
-            ValueError: With a remedy.
+            ValueError: If not; the message says what to do.
 
         """
         if any(is_sharded(optimizer) for optimizer in self.training_state().inner_optimizers):
             raise ValueError(
-                "SCARContinuation does not support a ZeroRedundancyOptimizer: what a dead worker alone held of its "
-                "state would be lost. Use another optimizer, or leave the continuation out."
+                "SCARContinuation does not support ZeroRedundancyOptimizer, because the shard of a dead worker would "
+                "be lost. Use another optimizer, or omit the continuation."
             )
 
     def check_beginning(self) -> None:
-        """Refuses what was set up too early for a continuation, on every worker.
+        """Check that nothing was set up too early for a continuation.
 
         Raises:
-            ValueError: With a remedy.
+            ValueError: If so; the message says what to do.
 
         """
 
     def set_up_joiner(self, slot: int, size: int) -> None:
-        """This process takes the place of a worker that died; it is still in a group of its own."""
+        """Set up this process as a replacement, which is still in a group of its own."""
 
-    def joins(self) -> None:
-        """It has the state of the others; nothing may run a collective until its first step."""
+    def on_join(self) -> None:
+        """Prevent collectives until the first step: this replacement has just received the state."""
 
-    def has_joined(self) -> None:
-        """Its first step begins."""
+    def before_step(self) -> None:
+        """Undo :meth:`on_join` before a step."""
 
     def regroup(self, rank: int, size: int, local_rank: int) -> None:
-        """The process group is another one, or, with a size of 1, there may be none.
+        """Tell the framework that the process group has changed; with a size of 1 there may be none.
 
         Args:
-            rank: This process's number in it.
-            size: How many processes it has.
-            local_rank: This process's number among those of its node.
+            rank: The rank of this process.
+            size: The number of processes.
+            local_rank: The rank of this process on its node.
 
         """
 
     def counting_all(self, size: int) -> AbstractContextManager[Any]:
-        """While an update is made: schedules advance as if nobody was missing of so many."""
+        """Return a context for an update, in which schedulers advance as with ``size`` processes."""
         return nullcontext()
 
     def undivided(self) -> AbstractContextManager[Any]:
-        """While the gradient is computed of a batch that is the only one of its step."""
+        """Return a context for a gradient, in which the loss is not divided for accumulation."""
         return nullcontext()
 
     def extra_batches(self, seed: int) -> Iterator[Any] | None:
-        """Batches of the training data in an order of this process's own; ``None`` if there are none."""
+        """Return batches of the training data in this process's own order; ``None`` if not supported."""
         return None

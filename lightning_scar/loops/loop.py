@@ -4,24 +4,20 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from lightning_scar.core.claim import Seat
-from lightning_scar.core.healer import Healer
+from lightning_scar.core.options import Options
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
-from lightning_scar.core.schedule import Schedule
-from lightning_scar.core.selection import Candidates
-from lightning_scar.core.settings import PolicyName, Settings
 from lightning_scar.core.sigterm import DeferredSigterm
 from lightning_scar.core.stats import Stats
 from lightning_scar.loops.continuation import SCARContinuation
 from lightning_scar.loops.framework import Framework
 from lightning_scar.loops.optimizer_watch import OptimizerWatch
+from lightning_scar.loops.options import LoopOptions
 from lightning_scar.loops.position import LoopState
 from lightning_scar.loops.training import LoopTraining
 
@@ -29,35 +25,41 @@ from lightning_scar.loops.training import LoopTraining
 class SCARLoop:
     """Saves the blocks of a training loop that moved furthest, often, and resumes from them.
 
-    The first save is full; later ones write what moved furthest (SCAR, ICML 2019, section 4.2) and a low-precision copy
-    of the rest. With a process group every rank saves its share.
+    The first save is full. Later ones write the blocks that moved furthest (SCAR, ICML 2019, section 4.2) and a
+    low-precision copy of the rest. With a process group, every rank saves its share.
 
     Args:
         dirpath: The running checkpoint's directory, a path or any fsspec URL.
-        state: What to save, by name, wrapped or not: modules, optimizers, schedulers, and whatever has a state dict.
-        every_n_steps: Save every N optimizer steps; or
-        train_time_interval: save when that much time has passed, at the next optimizer step; or
-        max_overhead: as often as this share of the training time allows, in (0, 1). Without any of the three 0.01.
-        fraction: The share of the state's bytes that one save may write, in (0, 1].
-        refresh: ``"auto"`` spends a part of that on a low-precision copy of all the rest; ``None`` is SCAR's own form.
+        state: What to save, by name, wrapped or not: modules, optimizers, schedulers, other objects with a state dict.
+        every_n_steps: Save every N optimizer steps. Set at most one of the three intervals.
+        train_time_interval: Save when this time has passed, at the next optimizer step.
+        max_overhead: Save as often as this share of the training time allows, in (0, 1), and at least every 10 minutes.
+            Without any interval it is 0.01.
+        fraction: The share of the state's bytes that one save may write, in (0, 1], refresh included.
+        refresh: ``"auto"`` spends a part of that on a low-precision copy of all that a save does not write exactly;
+            ``None`` is SCAR's own form.
         policy: ``"distance"``, ``"round_robin"``, ``"random"``, or a function from
-            :class:`~lightning_scar.core.selection.Candidates` to one priority a block.
+            :class:`~lightning_scar.core.selection.Candidates` to one priority per block.
         block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
-        max_age: Steps after which a block is due whatever its priority; ``None`` for never.
-        full_every_n_saves: Every Nth save is full, for ``load(dirpath, consistent=True)``; else the first and the last.
-        staging: ``"lazy"`` scores and copies beside the next forward and backward, ``"eager"`` at once.
-        resume: Whether to go on from what ``dirpath`` holds. ``False`` begins anew, over it.
+        max_age: Steps after which a block is written, whatever its priority; ``None`` for no limit.
+        full_every_n_saves: Make every Nth save full, for ``load(dirpath, consistent=True)``; ``None`` for the first and
+            the last only.
+        staging: ``"lazy"`` scores and copies during the next forward and backward, ``"eager"`` at once.
+        resume: Whether to resume from what ``dirpath`` holds; ``False`` starts again and overwrites it.
         strict: Whether a running checkpoint of another model is an error; ``False`` loads what fits.
-        save_on_exception: Whether to save when the ``with`` block ends with an exception.
-        on_write_error: ``"warn"`` goes on training when a save cannot be written, ``"raise"`` stops it.
-        heal_non_finite: Whether to look for NaN and Inf before every save, and to :meth:`heal` what holds any.
-        max_heals: How often that may happen; after that it is an error.
-        memory: Whether saves go to this host's memory first (``/dev/shm``, or ``LIGHTNING_SCAR_MEMORY``).
-        durable_every_n_saves: With it, every Nth save goes to ``dirpath``, too; full ones always do.
-        replicas: With it, on how many other hosts each rank keeps a copy, for the loss of its host.
-        memory_limit: Bytes of memory that each rank may take, and each of its copies; ``None`` for what there is.
-        storage_options: Passed to the file system of ``dirpath``.
-        continuation: Lets the workers of this loop outlive each other; :meth:`training_step` makes the steps then.
+        save_on_exception: Whether to save when training ends with an exception or Ctrl-C.
+        on_write_error: ``"warn"`` continues the training when a save cannot be written, ``"raise"`` stops it.
+        heal_non_finite: Whether to check for NaN and Inf before every save, and to restore the blocks that contain any,
+            on all ranks; see :meth:`heal`.
+        max_heals: How often that may happen in one run; after that it is an error.
+        memory: Whether to save to this host's memory first, which outlives the processes (``/dev/shm``, or what the
+            environment variable ``LIGHTNING_SCAR_MEMORY`` names).
+        durable_every_n_saves: With ``memory``, every Nth save also goes to ``dirpath``; full ones always do.
+        replicas: With ``memory``, the number of other hosts on which each rank keeps a copy, in case its host is lost.
+        memory_limit: With ``memory``, the bytes that each rank may use, and each of its copies; ``None`` for all that
+            is free.
+        storage_options: Arguments of the file system of ``dirpath``.
+        continuation: Lets the workers survive the death of others; use :meth:`training_step` then.
 
     Attributes:
         stats: Counters of this run, see :class:`~lightning_scar.core.stats.Stats`.
@@ -80,7 +82,7 @@ class SCARLoop:
         ...         optimizer.step()
         ...         scar.step()
         >>> with SCARLoop("memory://loop-example", state, every_n_steps=2) as scar:
-        ...     scar.resume()  # all of it is done
+        ...     scar.resume()  # the run is finished
         6
 
     """
@@ -90,40 +92,17 @@ class SCARLoop:
         dirpath: str | os.PathLike[str],
         state: Mapping[str, Any] | Framework,
         *,
-        every_n_steps: int | None = None,
-        train_time_interval: timedelta | None = None,
-        max_overhead: float | None = None,
-        fraction: float = 0.125,
-        refresh: Literal["auto"] | None = "auto",
-        policy: PolicyName | Callable[[Candidates], Tensor] = "distance",
-        block_size: int | None = None,
-        max_age: int | None = None,
-        full_every_n_saves: int | None = None,
-        staging: Literal["lazy", "eager"] = "lazy",
-        resume: bool = True,
-        strict: bool = True,
-        save_on_exception: bool = True,
-        on_write_error: Literal["warn", "raise"] = "warn",
-        heal_non_finite: bool = False,
-        max_heals: int = 3,
-        memory: bool = False,
-        durable_every_n_saves: int = 8,
-        replicas: int = 1,
-        memory_limit: int | None = None,
-        storage_options: dict[str, Any] | None = None,
         continuation: SCARContinuation | None = None,
+        **options: Unpack[LoopOptions],
     ) -> None:
-        in_memory = memory, durable_every_n_saves, replicas, memory_limit, refresh
-        self._settings = Settings(fraction, policy, block_size, max_age, staging, on_write_error, *in_memory)
-        self._schedule = Schedule(every_n_steps, train_time_interval, max_overhead, full_every_n_saves)
-        self._healer = Healer(heal_non_finite, max_heals)
+        self._options = Options(**options)
+        self._settings = self._options.settings()
+        self._schedule = self._options.schedule()
+        self._healer = self._options.healer()
         self.dirpath = os.fspath(dirpath)
         self.stats = Stats()
         framework = state if isinstance(state, Framework) else Framework(state)
-        self.state = LoopState(framework, self.dirpath, strict)
-        self._resume = resume
-        self._save_on_exception = save_on_exception
-        self._storage_options = storage_options
+        self.state = LoopState(framework, self.dirpath, self._options.strict)
         self._continuation = continuation
         self._training: LoopTraining | None = None
         self._running: RunningCheckpoint | None = None
@@ -134,53 +113,53 @@ class SCARLoop:
 
     @property
     def batches(self) -> int:
-        """How often :meth:`step` was called, those calls included that were resumed from."""
+        """The number of calls of :meth:`step`, including those before the run was resumed."""
         return self.state.batches
 
     @property
     def steps(self) -> int:
-        """In how many of them an optimizer made a step."""
+        """The number of these calls in which an optimizer had stepped."""
         return self.state.steps
 
     def __enter__(self) -> Self:
-        """The end of the block closes it."""
+        """Return the loop itself, which is closed at the end of the block."""
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        """Closes it; behind an exception a run is not finished."""
+        """Close the loop. After an exception, the run is not marked as finished."""
         if error is None:
             self.close()
         else:
             self._abandon(error)
 
-    # -- beginning and end ---------------------------------------------------------------------------------------
+    # -- start and end -------------------------------------------------------------------------------------------
 
     def resume(self, weights_only: bool | None = None) -> int:
-        """Takes the directory, and goes on from what it holds. To be called once, right before the loop.
+        """Open the directory, and resume from what it contains. Call it once, right before the loop.
 
-        With several ranks a collective. Modules, optimizers, schedulers, other objects and the random generators of
-        this process get what was saved; the loop's data are for the caller to skip.
+        With several ranks, this is a collective. It restores modules, optimizers, schedulers, other objects and the
+        random generators of this process. The caller skips the data.
 
         Args:
             weights_only: As in ``torch.load``, for everything but large tensors, which are never unpickled.
 
         Returns:
-            How many batches are done: calls of :meth:`step`, up to the last optimizer step. 0 if the directory is new.
-            On another number of ranks it is what these would have done: with Accelerate epoch by epoch, and rather too
-            few than too many; else in proportion, which is right where epochs have the same samples on any number.
+            The number of batches that are done: calls of :meth:`step`, up to the last optimizer step. 0 if the
+            directory is new. On another number of ranks, it is the equivalent for these: with Accelerate per epoch,
+            rounded down, so that samples may repeat but are never skipped; otherwise in proportion.
 
         Raises:
             StorageError: If the directory holds something else, a newer format, or is not the same on all ranks.
-            ValueError: If there is no model or no optimizer, or a continuation cannot have them.
+            ValueError: If there is no model or no optimizer, or a continuation does not support them.
             DirectoryInUseError: If another live run uses it.
-            ModelMismatchError: If another model wrote it, or a Lightning Trainer, or the ranks' models differ.
+            ModelMismatchError: If another model or a Trainer wrote the checkpoint, or the ranks' models differ.
             RuntimeError: If it was called before.
 
         """
         if self._running is not None or self._watch is not None:
-            raise RuntimeError("resume() was called before; make a new object for another loop")
+            raise RuntimeError("resume() was called before; create a new object for another loop")
         try:
-            self._begin(weights_only)
+            self._start(weights_only)
         except BaseException as error:
             if self._training is not None:
                 self._training.fail(error)
@@ -191,40 +170,40 @@ class SCARLoop:
             self._sigterm = DeferredSigterm()
         return self.batches
 
-    def _begin(self, weights_only: bool | None) -> None:
-        self.state.begin()
-        training, kept = None, None
+    def _start(self, weights_only: bool | None) -> None:
+        self.state.collect_parts()
+        training, restart_state = None, None
         if self._continuation is not None and self._continuation.member is not None:
             training = self._training = LoopTraining(self, self._continuation, self._continuation.member)
-            kept = training.kept()
+            restart_state = training.restart_state()
         if training is not None and training.engine.is_joiner:
-            # The first collective of this process is the one in which it is taken in.
+            # This process must not run a collective before it joins.
             self.state.ranks = training.ranks
         else:
             self.state.ranks = Ranks.of_default_group()
-            self.state.note()
+            self.state.record_position()
             running = self._open()
-            self.state.go_on(running, kept, self._first_incarnation(running), weights_only)
+            self.state.resume(running, restart_state, self._first_incarnation(running), weights_only)
             self._schedule.begin(self.steps, running)
         if training is not None:
-            training.begin(kept)
+            training.start(restart_state)
 
     def _open(self, seat: Seat | None = None) -> RunningCheckpoint:
-        running = RunningCheckpoint(self.dirpath, self._settings, self._storage_options, self.state.ranks, seat)
+        running = RunningCheckpoint(self.dirpath, self._settings, self._options.storage_options, self.state.ranks, seat)
         self._running, self.stats = running, running.stats
         return running
 
     def _first_incarnation(self, running: RunningCheckpoint) -> int | None:
-        """The first start whose saves count; ``None`` if none on disk does."""
-        if self._resume:
+        """Return the first incarnation whose saves on disk count; ``None`` to ignore all."""
+        if self._options.resume:
             return 0
-        # All workers may have been started again: what this very job has saved is not to be replaced.
+        # After a restart of all workers, the saves of this same job still count.
         return self._training.first_incarnation(running.seat.incarnation) if self._training is not None else None
 
     def close(self) -> None:
-        """Saves everything, waits until it is written, and marks the run as finished.
+        """Save everything, wait until it is written, and mark the run as finished.
 
-        With a continuation it waits until nobody is missing: what follows the loop may need all workers.
+        With a continuation, it waits for the complete group, because what follows the loop may require all workers.
 
         Raises:
             OSError: If a write failed and ``on_write_error="raise"``.
@@ -241,32 +220,32 @@ class SCARLoop:
             raise
         self.leave()
         if self._training is not None:
-            self._training.engine.end()
+            self._training.engine.finish()
 
     def _abandon(self, error: BaseException) -> None:
-        """Saves what there is while an exception is under way, which is the one that the user must see."""
+        """Save after an exception. Errors of this save are warnings, so that the user sees the first exception."""
         if self._running is None:
             return
         if self._training is not None:
             self._training.fail(error)
         try:
-            # A step that is not counted yet would be made twice.
+            # After a step that is not counted yet, a save would make the resumed run repeat that step.
             is_between_steps = self._watch is not None and not self._watch.has_stepped
-            if self._save_on_exception and is_between_steps and self.steps != self._schedule.last_full_step:
+            if self._options.save_on_exception and is_between_steps and self.steps != self._schedule.last_full_step:
                 self._save(full=True)
         except Exception as second:
-            warnings.warn(f"lightning-scar: the last save failed too: {second!r}", stacklevel=3)
+            warnings.warn(f"lightning-scar: the last save failed, too: {second!r}", stacklevel=3)
         try:
             self.leave()
         except Exception as second:
-            warnings.warn(f"lightning-scar: an earlier save failed too: {second!r}", stacklevel=3)
+            warnings.warn(f"lightning-scar: an earlier save failed, too: {second!r}", stacklevel=3)
 
     def leave(self) -> None:
-        """Waits until everything is written, and gives the directory back. A SIGTERM that was put off does its work."""
+        """Wait until everything is written, and release the directory. A deferred SIGTERM takes effect."""
         running, self._running = self._running, None
         self._schedule.end()
         if self._watch is not None:
-            self._watch.end()
+            self._watch.remove()
         try:
             if running is not None:
                 running.close()
@@ -276,7 +255,7 @@ class SCARLoop:
                 sigterm.proceed()
 
     def save_and_leave(self) -> None:
-        """Saves everything of a run that is not finished, and gives the directory back."""
+        """Save everything of an unfinished run, and release the directory."""
         self._save(full=True)
         self.leave()
 
@@ -285,25 +264,25 @@ class SCARLoop:
     def training_step(
         self, closure: Callable[..., Any], batch: Any = None, update: Callable[[], Any] | None = None
     ) -> Any:
-        """Computes the gradient of a batch and makes the optimizer step, whoever dies meanwhile.
+        """Compute the gradient of a batch and make the optimizer step, even if another worker dies meanwhile.
 
-        When another worker dies in it, the closure is called again, with gradients, buffers and torch's random
-        generators as they were. :meth:`step` must follow. In :class:`SCARLoop` it is one optimizer step: where several
-        batches make one, the closure computes all of them. :class:`~lightning_scar.SCARAccelerator` knows accumulation.
+        In that case the closure is called again, after gradients, buffers and torch's random generators are restored.
+        Call :meth:`step` next. In :class:`SCARLoop` this is one optimizer step; with gradient accumulation, the closure
+        computes all of its batches. :class:`~lightning_scar.SCARAccelerator` handles accumulation.
 
         Args:
-            closure: Runs forward and backward, and returns the loss. It must change nothing else that a second call
-                would change again, and it does not step optimizers or clip gradients.
-            batch: Given to the closure; left out, the closure is called without.
-            update: Clips, steps optimizers and schedulers, and sets gradients to zero; it runs no collective. By
-                default it steps all optimizers and schedulers that there are, and sets all gradients to zero.
+            closure: Runs forward and backward, and returns the loss. It may be called twice, so it must have no other
+                effects, and it must not step optimizers or clip gradients.
+            batch: The argument of the closure; if omitted, the closure is called without one.
+            update: Clips gradients, steps optimizers and schedulers, and zeroes the gradients. It must not run a
+                collective. By default, it steps all optimizers and schedulers, and zeroes all gradients.
 
         Returns:
             What the closure returned.
 
         Raises:
-            RuntimeError: If :meth:`resume` was not called before, or :meth:`step` not behind the batch before; or with
-                fewer workers than ``min_world_size``.
+            RuntimeError: If :meth:`resume` was not called before, or :meth:`step` not after the previous batch; or if
+                fewer than ``min_world_size`` workers are left.
 
         """
         self._check_open()
@@ -314,9 +293,9 @@ class SCARLoop:
         return loss
 
     def step(self) -> None:
-        """Counts a batch, and begins a save if one is due. To be called last in the loop's body, for every batch.
+        """Count a batch, and start a save if one is due. Call it last in the loop's body, for every batch.
 
-        Batches without an optimizer step, as in gradient accumulation, are counted but never saved behind.
+        A batch without an optimizer step, as in gradient accumulation, is counted, but no save follows it.
 
         Raises:
             RuntimeError: If :meth:`resume` was not called before, or :meth:`close` was.
@@ -324,19 +303,19 @@ class SCARLoop:
 
         """
         running = self._check_open()
-        self.state.framework.look_at_batch()
+        self.state.framework.record_batch()
         self.state.batches += 1
-        has_stepped = self._watch is not None and self._watch.take()
+        has_stepped = self._watch is not None and self._watch.pop()
         self.state.steps += has_stepped
         if self._training is not None:
             self._training.count()
         if not has_stepped:
             return
-        self.state.note()
+        self.state.record_position()
         if self._sigterm is not None and self._sigterm.received:
             self._save(full=True)
             running.flush()
-            # Whoever has a handler of his own may go on.
+            # A custom handler may let the program continue.
             self._sigterm.proceed()
         elif (due := self._schedule.due(self.steps)) is not None:
             if due.common and self._healer.is_due(running):
@@ -344,16 +323,16 @@ class SCARLoop:
             self._save(full=due.full)
 
     def heal(self) -> bool:
-        """Restores the blocks of the live run that turned NaN or Inf, with their optimizer rows, and warns of it.
+        """Restore the blocks of the live run that became NaN or Inf, with their optimizer state, and warn about it.
 
-        With several ranks a collective, to be called by all behind the same :meth:`step`.
+        With several ranks, this is a collective, which all must call after the same :meth:`step`.
 
         Returns:
-            Whether anything had to be restored, on any rank.
+            Whether anything was restored, on any rank.
 
         Raises:
             IncompleteError: If there is no finite version of a block.
-            RuntimeError: If it happened more than ``max_heals`` times, or :meth:`resume` was not called before.
+            RuntimeError: If this happened more than ``max_heals`` times, or :meth:`resume` was not called before.
 
         """
         return self._healer.heal(self._check_open(), self.state.dump(), self.steps, **self.state.parts.live_parts)
@@ -361,16 +340,16 @@ class SCARLoop:
     def _check_open(self) -> RunningCheckpoint:
         if self._running is None:
             raise RuntimeError(
-                "call resume() once, before the first step, and nothing behind close(). To begin anew over what there "
-                f"is, give resume=False to {type(self).__name__}."
+                "call resume() once, before the first step, and nothing after close(). To start again and overwrite "
+                f"the directory, pass resume=False to {type(self).__name__}."
             )
         return self._running
 
     def fence(self) -> None:
-        """Waits until the save under way is copied.
+        """Wait until the current save is copied.
 
-        To be called before weights are changed by something else than an optimizer, in a way that autograd does not
-        see: through ``.data``, by a collective, or by a fused kernel.
+        Call it before something other than an optimizer changes weights in a way that autograd does not see: through
+        ``.data``, by a collective, or by a fused kernel.
         """
         if self._running is not None:
             self._running.fence()
@@ -384,17 +363,17 @@ class SCARLoop:
 
     # -- for its continuation ------------------------------------------------------------------------------------
 
-    def take_step(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the step of the present batch from another rank; the batch itself is still to be counted."""
+    def load_step(self, checkpoint: dict[str, Any]) -> None:
+        """Load the step of the current batch from another rank. The batch itself is not counted yet."""
         self.fence()
-        self.state.take_step(checkpoint)
+        self.state.load_step(checkpoint)
         if self._watch is not None:
             self._watch.has_stepped = True
 
     def hand_over(self) -> Any:
-        """What a process needs to save in the place of a worker that died."""
+        """Return what a replacement needs to continue the saves of a dead worker."""
         return (self._running.seat, self._schedule.hand_over()) if self._running is not None else None
 
     def take_over(self, seat: Any) -> None:
-        """Saves in the place of a worker that died; ``seat`` is another rank's :meth:`hand_over`."""
+        """Continue the saves of a dead worker; ``seat`` is another rank's :meth:`hand_over`."""
         self._schedule.begin(self.steps, self._open(seat[0]), seat[1])

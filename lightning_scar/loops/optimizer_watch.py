@@ -1,4 +1,4 @@
-"""Sees the optimizers of a loop step, whoever calls them."""
+"""Detects steps of a loop's optimizers, wherever they are called."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,14 +8,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 
 class OptimizerWatch:
-    """Watches every step of every optimizer in this process until :meth:`end`.
+    """Watches every step of every optimizer in this process until :meth:`remove`.
 
     Args:
-        optimizers: Those whose steps count.
-        before_step: Called before any optimizer steps: it may be about to change what is being copied.
+        optimizers: The loop's optimizers, whose steps count.
+        before_step: Called before a step of any optimizer, which may change tensors that are being copied.
 
     Attributes:
-        has_stepped: Whether one of them has stepped since :meth:`take`.
+        has_stepped: Whether one of them has stepped since :meth:`pop`.
 
     """
 
@@ -30,12 +30,12 @@ class OptimizerWatch:
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.has_stepped |= id(optimizer) in self._own
 
-    def take(self) -> bool:
-        """Whether one has stepped since the last call."""
+    def pop(self) -> bool:
+        """Return whether an optimizer has stepped since the last call."""
         has_stepped, self.has_stepped = self.has_stepped, False
         return has_stepped
 
-    def end(self) -> None:
-        """Looks away."""
+    def remove(self) -> None:
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()

@@ -1,25 +1,21 @@
-"""The options of a loop, for whoever passes them on."""
+"""The options of a loop, as the type of its keyword arguments."""
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, TypedDict
 
-from torch import Tensor
-
-from lightning_scar.core.selection import Candidates
+from lightning_scar.core.selection import Policy
 from lightning_scar.core.settings import PolicyName
-from lightning_scar.loops.continuation import SCARContinuation
 
 
-class Options(TypedDict, total=False):
-    """As :class:`~lightning_scar.loops.loop.SCARLoop` describes them."""
+class LoopOptions(TypedDict, total=False):
+    """The fields of :class:`~lightning_scar.core.options.Options`, which describes them; a test compares the two."""
 
     every_n_steps: int | None
     train_time_interval: timedelta | None
     max_overhead: float | None
     fraction: float
     refresh: Literal["auto"] | None
-    policy: PolicyName | Callable[[Candidates], Tensor]
+    policy: PolicyName | Policy
     block_size: int | None
     max_age: int | None
     full_every_n_saves: int | None
@@ -35,4 +31,3 @@ class Options(TypedDict, total=False):
     replicas: int
     memory_limit: int | None
     storage_options: dict[str, Any] | None
-    continuation: SCARContinuation | None

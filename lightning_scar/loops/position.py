@@ -1,4 +1,4 @@
-"""Where a loop is, and how it goes on from there."""
+"""The state of a loop and its position in the data, and how both are resumed."""
 
 import sys
 from typing import Any
@@ -13,19 +13,19 @@ from lightning_scar.loops.framework import Framework
 
 
 class LoopState:
-    """What a loop consists of, and how far it has come.
+    """The parts of a loop, and its progress.
 
     Args:
-        framework: What it is written with.
-        dirpath: Its running checkpoint, for errors.
+        framework: The loop's framework.
+        dirpath: The running checkpoint's directory, for errors.
         strict: Whether a checkpoint of another model is an error.
 
     Attributes:
-        framework: As given.
-        parts: What it consists of, once :meth:`begin` has looked.
-        ranks: Those that the data are shared out among, dead ones included.
-        batches: How many are done, for each rank.
-        steps: In how many of them an optimizer made a step.
+        framework: The loop's framework.
+        parts: The models, optimizers and other parts, after :meth:`collect_parts`.
+        ranks: The ranks that the data are divided among, including dead ones.
+        batches: The number of batches that each rank has done.
+        steps: The number of batches with an optimizer step.
 
     """
 
@@ -37,10 +37,10 @@ class LoopState:
         self.steps = 0
         self._dirpath = dirpath
         self._strict = strict
-        self._place: dict[str, Any] = {}
+        self._position: dict[str, Any] = {}
 
-    def begin(self) -> None:
-        """Looks at what there is: what is made or thrown away later does not change what is saved.
+    def collect_parts(self) -> None:
+        """Determine what is saved: objects that are created or deleted later do not change it.
 
         Raises:
             ValueError: If there is no model or no optimizer.
@@ -52,73 +52,75 @@ class LoopState:
                 f"there is no {'optimizer' if self.parts.modules else 'model'} to save; {self.framework.remedy}"
             )
 
-    def note(self) -> None:
-        """A step is counted: this is the place that belongs to the weights, until the next one."""
-        self._place = self._present_place()
+    def record_position(self) -> None:
+        """Record the data position after a step, which belongs to the present weights."""
+        self._position = self._present_position()
 
-    def _present_place(self) -> dict[str, Any]:
-        return {"batches": self.batches, "ranks": self.ranks.world_size, **self.framework.place()}
+    def _present_position(self) -> dict[str, Any]:
+        return {"batches": self.batches, "ranks": self.ranks.world_size, **self.framework.data_position()}
 
-    def dump(self, behind: int = 0) -> dict[str, Any]:
-        """The checkpoint dict behind the last step, with references to live tensors.
+    def dump(self, uncounted: int = 0) -> dict[str, Any]:
+        """Return the checkpoint dict after the last step, with references to live tensors.
 
-        Of batches whose gradients are still being added up it knows nothing: they are in no checkpoint.
+        It ignores batches whose gradients are still being accumulated, because no checkpoint holds gradients.
 
         Args:
-            behind: 1 if the batch that made the last step is not counted yet.
+            uncounted: 1 if the batch that made the last step is not counted yet.
 
         """
-        place = self._place
-        if behind:
-            self.framework.look_at_batch()
-            place = {**self._present_place(), "batches": self.batches + 1}
+        position = self._position
+        if uncounted:
+            self.framework.record_batch()
+            position = {**self._present_position(), "batches": self.batches + 1}
         return {
             **self.parts.dump(),
-            "global_step": self.steps + behind,
-            "loop": place,
+            "global_step": self.steps + uncounted,
+            "loop": position,
             "random": random_generators(),
         }
 
-    def take(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        """Goes on where a checkpoint dict is, but for random numbers."""
-        self.take_step(checkpoint, strict)
-        place, now = checkpoint["loop"], self.ranks.world_size
+    def load(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Load a checkpoint dict and its data position, but not its random state."""
+        self.load_step(checkpoint, strict)
+        position, now = checkpoint["loop"], self.ranks.world_size
         self.steps = checkpoint["global_step"]
-        self.batches = self.framework.take_place(place["batches"], place, before=place["ranks"], now=now)
-        self.note()
+        self.batches = self.framework.restore_data_position(
+            position["batches"], position, before=position["ranks"], now=now
+        )
+        self.record_position()
 
-    def take_step(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        """Takes what a step changes from a checkpoint dict, and nothing else."""
+    def load_step(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Load only what a step changes from a checkpoint dict."""
         self.parts.load(checkpoint, self._dirpath, strict)
 
-    def go_on(
+    def resume(
         self,
         running: RunningCheckpoint,
-        kept: dict[str, Any] | None,
+        restart_state: dict[str, Any] | None,
         first_incarnation: int | None,
         weights_only: bool | None,
     ) -> None:
-        """Goes on from what was kept in memory, or from what is on disk if that is newer. A collective.
+        """Resume from a restart state in memory, or from disk if that is newer. A collective.
 
         Args:
-            running: The running checkpoint; saves continue what is restored from it.
-            kept: From memory; ``None`` for nothing.
-            first_incarnation: The first start whose saves on disk count; ``None`` if none do.
+            running: The running checkpoint.
+            restart_state: The state in memory, if there is one.
+            first_incarnation: The first incarnation whose saves on disk count; ``None`` to ignore all.
             weights_only: As in ``torch.load``.
 
         Raises:
             ModelMismatchError: If another model wrote it, or a Trainer, or the ranks' models differ.
-            NoCheckpointError: If there is nothing left but damaged files.
+            NoCheckpointError: If only damaged files are left.
 
         """
         check_ranks_agree(self.ranks, self.parts.state_dict())
         if first_incarnation is not None:
             self.ranks.together(lambda: check_not_all_damaged(running))
-        # As the first rank sees it, since hosts differ in what they have in memory.
+        # The first rank decides, because the hosts have different files in memory.
         heads = self.ranks.gather(newest_heads(running) if first_incarnation is not None else {})[0].values()
         newest = max((head.step for head in heads if head.incarnation >= (first_incarnation or 0)), default=-1)
-        if kept is not None and kept["global_step"] >= newest:
-            self.take(kept)
+        if restart_state is not None and restart_state["global_step"] >= newest:
+            self.load(restart_state)
         elif newest >= 0:
             self._restore(running, weights_only)
 
@@ -128,11 +130,11 @@ class LoopState:
         checkpoint = restored.checkpoint
         if "loop" not in checkpoint:
             raise ModelMismatchError(
-                f"{self._dirpath} was written by a Trainer, so it has no place in a loop. Use another dirpath. To "
+                f"{self._dirpath} was written by a Trainer, so a loop cannot resume from it. Use another dirpath. To "
                 f"start from its weights, `model.load_state_dict(lightning_scar.load({self._dirpath!r})['state_dict'])`"
             )
         fits = check_fit(self._dirpath, checkpoint, live, self._strict)
-        self.take(checkpoint, strict=self._strict and fits)
+        self.load(checkpoint, strict=self._strict and fits)
         if restored.own is not None and restored.world_size == self.ranks.world_size:
             set_random_generators(restored.own["random"])
         if self.ranks.rank == 0:

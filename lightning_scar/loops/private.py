@@ -1,6 +1,6 @@
-"""The private parts of Accelerate that this package leans on.
+"""The private API of Accelerate that this package uses.
 
-Each stands behind one function here, and each function has a test that fails loudly when Accelerate changes.
+Each use is in one function here, and each function has a test that fails when Accelerate changes.
 """
 
 import os
@@ -14,15 +14,15 @@ from torch.utils.data import RandomSampler
 
 from lightning_scar.core.training_state import TrainingState
 
-#: Of these no process holds the whole state.
+#: With these no process holds the complete state.
 _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def sharding(accelerator: Accelerator) -> str | None:
-    """What shards the state over the processes, by its name; ``None`` if each process holds all of it."""
+    """Return the name of what shards the state over the processes; ``None`` if nothing does."""
     if accelerator.distributed_type in _SHARDED:
         return str(accelerator.distributed_type.value)
-    # A plugin is of no effect in a single process, but it was asked for.
+    # A plugin has no effect in a single process, but it was requested.
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true":
             return name
@@ -31,13 +31,13 @@ def sharding(accelerator: Accelerator) -> str | None:
 
 
 def training_state(accelerator: Accelerator) -> TrainingState:
-    """What ``accelerator.save_state`` would save.
+    """Return what ``accelerator.save_state`` would save.
 
     Args:
         accelerator: The accelerator.
 
     Returns:
-        The prepared models under their numbers, and everything else that it knows of.
+        The prepared models by index, and everything else that the accelerator holds.
 
     """
     scaler = {"scaler": accelerator.scaler} if accelerator.scaler is not None else {}
@@ -51,20 +51,20 @@ def training_state(accelerator: Accelerator) -> TrainingState:
 
 
 def loaders(accelerator: Accelerator) -> list[Any]:
-    """The prepared loaders, in order."""
+    """Return the prepared loaders, in order."""
     prepared: list[Any] = accelerator._dataloaders
     return prepared
 
 
 def active_loader(accelerator: Accelerator) -> int | None:
-    """The number of the prepared loader that is being iterated over; ``None`` if it is another one."""
-    # One that skips its first batches is not itself prepared, but of the same data.
+    """Return the index of the prepared loader that is being iterated over; ``None`` if it is another one."""
+    # A loader that skips batches is not prepared itself, but has the same dataset.
     data = getattr(accelerator.gradient_state.active_dataloader, "dataset", None)
     return next((i for i, loader in enumerate(loaders(accelerator)) if loader.dataset is data), None)
 
 
 def total_batch_size(loader: Any) -> int | None:
-    """Samples in a batch of all processes together; ``None`` where that cannot be told."""
+    """Return the number of samples in a batch over all processes; ``None`` if unknown."""
     try:
         return int(loader.total_batch_size)
     except (AttributeError, TypeError):
@@ -72,18 +72,18 @@ def total_batch_size(loader: Any) -> int | None:
 
 
 def shuffle_seed(loader: Any) -> int | None:
-    """What the order of a loader's epochs is made from, beside their number; ``None`` where it is not made so."""
+    """Return the seed of a loader's order, which is combined with the epoch; ``None`` if it has none."""
     sampler = get_sampler(loader)
     return sampler.initial_seed if isinstance(sampler, SeedableRandomSampler) else None
 
 
 def set_shuffle_seed(loader: Any, seed: int) -> None:
-    """Sets :func:`shuffle_seed`."""
+    """Set the seed that :func:`shuffle_seed` returns."""
     get_sampler(loader).initial_seed = seed
 
 
-def shuffles_anew(loader: Any) -> bool:
-    """Whether an epoch's order cannot be had again."""
+def has_lost_order(loader: Any) -> bool:
+    """Return whether the order of an epoch cannot be reproduced."""
     sampler = get_sampler(loader)
     return isinstance(sampler, RandomSampler) and not isinstance(sampler, SeedableRandomSampler)
 
@@ -92,12 +92,12 @@ def shuffles_anew(loader: Any) -> bool:
 
 
 def set_processes(rank: int, size: int, local_rank: int | None = None) -> None:
-    """Tells Accelerate that the process group is another one, or, with a size of 1, that there is none.
+    """Tell Accelerate that the process group has changed; with a size of 1, that there is none.
 
     Args:
-        rank: This process's number in it; the first does what only the main process does.
-        size: How many processes it has.
-        local_rank: Its number among those of its node; the first prints. ``None`` leaves it as it is.
+        rank: The rank of this process; rank 0 is the main process.
+        size: The number of processes.
+        local_rank: The rank of this process on its node; ``None`` for no change.
 
     """
     for state in (PartialState(), AcceleratorState()):
@@ -108,10 +108,10 @@ def set_processes(rank: int, size: int, local_rank: int | None = None) -> None:
 
 
 def mute_loaders(accelerator: Accelerator) -> list[Any]:
-    """Keeps loaders from synchronising their random generators, which is a collective, when they are begun.
+    """Stop loaders from synchronizing their random generators, a collective, when an iteration starts.
 
     Returns:
-        For :func:`unmute_loaders`.
+        The argument of :func:`unmute_loaders`.
 
     """
     kinds = [getattr(loader, "rng_types", None) for loader in loaders(accelerator)]
@@ -121,11 +121,11 @@ def mute_loaders(accelerator: Accelerator) -> list[Any]:
 
 
 def unmute_loaders(accelerator: Accelerator, kinds: list[Any]) -> None:
-    """Undoes :func:`mute_loaders`."""
+    """Undo :func:`mute_loaders`."""
     for loader, kind in zip(loaders(accelerator), kinds, strict=False):
         loader.rng_types = kind
 
 
 def runs_collectives(loader: Any) -> bool:
-    """Whether each batch of a loader is handed out by the main process."""
+    """Return whether the main process dispatches each batch of a loader."""
     return isinstance(loader, DataLoaderDispatcher)

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
-from lightning_scar.continuation.restart_state import keep, newest_kept, note_start, noted_start, share_kept
+from lightning_scar.continuation.restart_state import (
+    newest_restart_state,
+    note_incarnation,
+    noted_incarnation,
+    save_restart_state,
+    share_restart_state,
+)
 from lightning_scar.continuation.step import Continuation
 from lightning_scar.continuation.wrappers import Wrappers
 from lightning_scar.core.ranks import Ranks
@@ -17,56 +23,56 @@ from lightning_scar.elastic.worker.member import Member
 from lightning_scar.loops.continuation import SCARContinuation
 from lightning_scar.loops.position import LoopState
 
-#: Where a kept checkpoint dict holds what else the next start needs.
+#: Where a restart_state checkpoint dict holds what else the next start needs.
 _KEY = "lightning_scar"
 
 
 class ContinuedLoop(Protocol):
-    """The loop, as far as its :class:`LoopTraining` needs it."""
+    """What a :class:`LoopTraining` requires of its loop."""
 
     state: LoopState
 
     @property
     def steps(self) -> int:
-        """How many optimizer steps are counted."""
+        """The number of counted optimizer steps."""
 
     def hand_over(self) -> Any:
-        """Return what a process needs to save in the place of a worker that died."""
+        """Return what a replacement needs to continue the saves of a dead worker."""
 
     def take_over(self, seat: Any) -> None:
-        """Save in the place of a worker that died."""
+        """Continue the saves of a dead worker."""
 
-    def take_step(self, checkpoint: dict[str, Any]) -> None:
-        """Take the step of the present batch from another rank."""
+    def load_step(self, checkpoint: dict[str, Any]) -> None:
+        """Load the step of the current batch from another rank."""
 
     def save_and_leave(self) -> None:
-        """Save everything, and give the directory back."""
+        """Save everything, and release the directory."""
 
     def leave(self) -> None:
-        """Finish the saves under way, and give the directory back."""
+        """Finish pending saves, and release the directory."""
 
 
 class LoopTraining:
     """A :class:`~lightning_scar.continuation.protocol.Training` that is written as a loop.
 
     Args:
-        loop: The loop, whose models and optimizers are made.
-        continuation: What the user wants.
-        member: This worker's part in the generations.
+        loop: The loop, with its models and optimizers.
+        continuation: The user's options.
+        member: This worker's membership in the job.
 
     Raises:
-        ValueError: If something in it cannot be continued.
+        ValueError: If the loop cannot continue after a failure.
 
     """
 
-    #: How many loops of this process have begun.
-    _begun = 0
+    #: The number of loops that this process has started.
+    _started = 0
 
     def __init__(self, loop: ContinuedLoop, continuation: SCARContinuation, member: Member) -> None:
         state = loop.state.parts
         loop.state.framework.check_continuation()
-        LoopTraining._begun += 1
-        self._number = LoopTraining._begun
+        LoopTraining._started += 1
+        self._number = LoopTraining._started
         self._loop = loop
         self._framework = loop.state.framework
         self._continuation = continuation
@@ -80,77 +86,71 @@ class LoopTraining:
 
     @property
     def ranks(self) -> Ranks:
-        """This worker among all that there should be."""
+        """This worker's rank in the complete group."""
         return Ranks(self._member.slot, self._member.world_size)
 
     @property
     def is_restart(self) -> bool:
-        """Whether all workers were started again because one died."""
+        """Whether all workers were restarted after a failure."""
         return self._member.attempt > 0
 
     def first_incarnation(self, present: int) -> int | None:
-        """The first start of this job; ``None`` if this is it, or it has left no word.
+        """Return the incarnation of the job's first start; ``None`` if this is the first, or it is unknown.
 
         Args:
-            present: The number of this start.
+            present: The incarnation of this start.
 
         """
         if not self.is_restart:
-            note_start(self._number, present)
+            note_incarnation(self._number, present)
             return None
-        return noted_start(self._number)
+        return noted_incarnation(self._number)
 
-    # -- the beginning and the end -------------------------------------------------------------------------------
+    # -- start and end -------------------------------------------------------------------------------------------
 
-    def kept(self) -> dict[str, Any] | None:
-        """The state that was kept when all workers were started again; ``None`` if there is none. A collective."""
+    def restart_state(self) -> dict[str, Any] | None:
+        """Return the state that was written for this restart; ``None`` if there is none. A collective."""
         if self.is_restart:
-            share_kept(self._number)
-        kept = newest_kept(self._number)
-        if kept is None:
+            share_restart_state(self._number)
+        restart_state = newest_restart_state(self._number)
+        if restart_state is None:
             return None
-        # This program wrote it itself.
-        checkpoint: dict[str, Any] = torch.load(kept.path, weights_only=False)
+        # Safe, because this program wrote the file itself.
+        checkpoint: dict[str, Any] = torch.load(restart_state.path, weights_only=False)
         return checkpoint
 
-    def begin(self, kept: dict[str, Any] | None) -> None:
-        """The loop is about to begin; a replacement is taken in."""
-        self.engine.begin(self._loop.steps, kept[_KEY] if kept is not None else None)
+    def start(self, restart_state: dict[str, Any] | None) -> None:
+        """Start the engine; a replacement joins here."""
+        self.engine.start(self._loop.steps, restart_state[_KEY] if restart_state is not None else None)
         if self.engine.is_joiner:
             self.engine.join()
         self.count()
 
     def finish(self) -> None:
-        """The last batch is over: goes on when all workers are there, which what follows may need."""
-        self.engine.settle()
+        """Wait for the complete group after the last batch, because what follows may require it."""
+        self.engine.after_step()
         self.engine.complete_group()
-        self.engine.settle()
+        self.engine.after_step()
 
     # -- a step --------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[..., Any], batch: Any, update: Callable[[], Any]) -> Any:
-        """Makes a step of a batch, or a part of one.
+        """Make an optimizer step, or accumulate the gradient of one batch.
 
         Args:
             closure: Computes the gradient of the batch, and returns the loss.
-            batch: Given to it, unless ``None``.
-            update: Steps the optimizers and whatever steps with them.
+            batch: The argument of the closure, unless ``None``.
+            update: Steps the optimizers and schedulers.
 
         Returns:
             What the closure returned for this batch.
 
         Raises:
             RuntimeError: If the batch before was not counted.
-            ValueError: If gradients of other batches are wanted, but the closure takes none.
+            ValueError: With ``on_failure="buffer"``, if there is no batch.
 
         """
-        if self._uncounted:
-            raise RuntimeError("call step() once behind each training_step(), which saves and counts the batch")
-        if batch is None and self.engine.outages.policy.on_failure == "buffer":
-            raise ValueError(
-                "on_failure='buffer' computes gradients of other batches, too: give the closure an argument, and say "
-                "training_step(closure, batch)"
-            )
+        self._check_call(batch)
         self._closure, self.engine.batch = closure, batch
         losses = []
 
@@ -165,8 +165,8 @@ class LoopTraining:
                 update()
             self._is_updating = False
 
-        self.engine.settle()
-        self._framework.has_joined()
+        self.engine.after_step()
+        self._framework.before_step()
         self.count()
         if self._framework.synchronizes:
             self.engine.step(attempt, gradients)
@@ -176,21 +176,30 @@ class LoopTraining:
             update()
         return losses[-1]
 
+    def _check_call(self, batch: Any) -> None:
+        if self._uncounted:
+            raise RuntimeError("call step() once after each training_step(), to count the batch and save")
+        if batch is None and self.engine.outages.policy.on_failure == "buffer":
+            raise ValueError(
+                "on_failure='buffer' also computes gradients of other batches: let the closure take a batch, and call "
+                "training_step(closure, batch)"
+            )
+
     def count(self) -> None:
-        """The loop has counted all batches whose steps are done."""
+        """Note that the loop has counted all batches with completed steps."""
         self._steps_before = self.engine.steps
 
     @property
     def _uncounted(self) -> int:
-        """How many batches it has not: 0 or 1."""
+        """The number of batches that are not counted: 0 or 1."""
         return min(self.engine.steps - self._steps_before, 1)
 
     def fail(self, error: BaseException) -> None:
-        """An error ends the loop. If another worker's death is behind it, all are started again.
+        """Restart all workers with the present state if an error was caused by the loss of another one.
 
-        They begin with the state of this moment; this process ends here.
+        In that case this process exits here.
         """
-        if self.engine.is_due_to_failure(error) and not self._is_updating:
+        if self.engine.caused_by_peer_loss(error) and not self._is_updating:
             self.engine.restart()
         elif isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code):
             self._member.end()
@@ -198,100 +207,102 @@ class LoopTraining:
     # -- what the engine asks for --------------------------------------------------------------------------------
 
     def group_options(self) -> dict[str, Any]:
-        """How groups are made."""
+        """Return the arguments of ``init_process_group``."""
         return self._continuation.group_options()
 
     @property
     def timeout(self) -> float:
-        """Of a collective, in seconds."""
+        """The timeout of a collective, in seconds."""
         return self._continuation.timeout.total_seconds()
 
     def wrap(self) -> None:
-        """Makes the wrappers anew that the user holds."""
+        """Rebuild the DDP wrappers that the user holds."""
         self._wrappers.wrap()
         self._framework.regroup(dist.get_rank(), dist.get_world_size(), self._member.local_rank)
 
     def unwrap(self) -> None:
-        """Makes the wrappers pass everything through."""
+        """Make the DDP wrappers call their model directly."""
         self._wrappers.unwrap()
         self._framework.regroup(0, 1, 0)
 
     @property
     def module(self) -> Module:
-        """All models in one."""
+        """All models in one module."""
         return self._module
 
     def state(self) -> Any:
-        """The checkpoint dict behind the last step, and the seat."""
-        return [self._loop.state.dump(behind=self._uncounted), self._loop.hand_over()]
+        """Return the checkpoint dict after the last step, and what continues the saves."""
+        return [self._loop.state.dump(uncounted=self._uncounted), self._loop.hand_over()]
 
-    def take_state(self, state: Any) -> None:
-        """Takes another's place behind its step."""
+    def load_state(self, state: Any) -> None:
+        """Load another member's state and data position, after its step."""
         checkpoint, seat = state
-        self._loop.state.take(checkpoint)
+        self._loop.state.load(checkpoint)
         self._loop.take_over(seat)
-        self._framework.joins()
+        self._framework.on_join()
 
-    def take_weights(self, state: Any) -> None:
-        """Takes what the step changed."""
-        self._loop.take_step(state[0])
+    def load_weights(self, state: Any) -> None:
+        """Load what the step changed."""
+        self._loop.load_step(state[0])
 
     @property
     def accumulates(self) -> bool:
-        """Gradients may always be there: a loop sets them to zero when it likes."""
+        """Always true: a loop may zero its gradients at any time."""
         return True
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the first loop of this program."""
+        """Whether this is the first loop of the program."""
         return self._number == 1
 
     @property
-    def can_take_in(self) -> bool:
-        """Not in the midst of an update, which cannot be made again."""
+    def can_admit(self) -> bool:
+        """Whether no update is in progress, because an update cannot be repeated."""
         return not self._is_updating
 
     def leaves_training_next(self) -> bool:
-        """Nobody knows: a loop takes joiners in right before a step, when all of it before is over."""
+        """Return ``False``: a loop admits joiners right before a step, so nothing else can follow."""
         return False
 
     def stop(self) -> None:
-        """Saves, and ends the program as the signal would have."""
+        """Save, and exit with the code of SIGTERM."""
         self._loop.save_and_leave()
         self._member.end()
         raise SystemExit(128 + 15)
 
     def extra_batches(self) -> Iterator[Any] | None:
-        """Those of the loop, if it has any."""
+        """Return the framework's extra batches, if it has any."""
         return self._framework.extra_batches(seed=self._loop.steps * self._member.world_size + self._member.slot)
 
     def compute_gradient(self, batch: Any) -> None:
-        """With the step's own closure."""
+        """Compute the gradient with the step's own closure."""
         assert self._closure is not None
         self._module.zero_grad()
         with self._framework.undivided():
             self._closure(batch)
 
     def samples(self, batch: Any) -> int:
-        """The size of the first dimension of the first tensor in it; 1 if there is none."""
+        """Return the first dimension of the first tensor in a batch; 1 if there is none."""
         sizes = (len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
         return next(sizes, 1)
 
     @property
     def micro_batches(self) -> int:
-        """How many batches make a step."""
+        """The number of batches in a step."""
         return self._framework.micro_batches
 
     def log(self, metrics: dict[str, float]) -> None:
-        """To nobody: the user asks :attr:`SCARContinuation.outages`."""
+        """Do nothing: the user reads :attr:`SCARContinuation.outages`."""
 
     def prepare_restart(self) -> None:
-        """Nothing: every worker holds everything."""
+        """Do nothing: every worker holds the complete state."""
 
-    def keep(self, more: dict[str, Any]) -> None:
-        """Writes the state behind the last step."""
-        keep({**self._loop.state.dump(behind=self._uncounted), _KEY: more}, self._number, self.engine.steps)
+    def save_restart_state(self, more: dict[str, Any]) -> None:
+        """Write the state after the last step."""
+        save_restart_state(
+            {**self._loop.state.dump(uncounted=self._uncounted), _KEY: more}, self._number, self.engine.steps
+        )
 
     def release(self) -> None:
-        """Finishes the saves under way."""
+        """Finish pending saves."""
         self._loop.leave()
