@@ -121,7 +121,6 @@ class Places(Directory):
                 self.is_short = False
                 return
         self.storage.write(name, self._counted(pieces))
-        self.stored.add(name)
 
     def _counted(self, pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
         for piece in pieces:

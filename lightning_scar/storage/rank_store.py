@@ -257,6 +257,9 @@ class RankStore(DeltaStore):
             self.write_back.make_room(file.nbytes, head.state_bytes)
         delta = file.write(self.directory, name)
         self._take(delta)
+        if self.directory.is_short:
+            # Not before the file is known to be this rank's: what storage has and nobody wants is deleted there.
+            self.directory.stored.add(name)
         if head.lineage != self.index.lineage:
             self.count(head.lineage)
         else:

@@ -153,10 +153,12 @@ class DeltaStore:
         for error in found:
             if isinstance(error, OSError):
                 raise error
-        self._deltas = {}
+        deltas: dict[str, dict[str, Delta]] = {}
         for delta in (*known, *found):
             if isinstance(delta, Delta):
-                self._take(delta)
+                deltas.setdefault(delta.folder, {})[delta.name] = delta
+        # At once: another thread may ask meanwhile what is still needed.
+        self._deltas = deltas
         self.damaged = [damage for damage in found if isinstance(damage, Damage)]
 
     def _headers(self, names: Iterable[str]) -> Iterator[Delta | Damage | OSError]:

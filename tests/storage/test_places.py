@@ -2,14 +2,20 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_blocks import save
 
+from lightning_scar.storage import delta_file
+from lightning_scar.storage.delta import Delta
 from lightning_scar.storage.directory import Directory, Tier
+from lightning_scar.storage.head import Version
 from lightning_scar.storage.host_memory import HostMemory
 from lightning_scar.storage.places import Copies, Places
+from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.write_back import WriteBack, bring_in
 
 
@@ -47,7 +53,6 @@ def test_what_memory_does_not_take_goes_to_storage(places: Places, monkeypatch: 
         places.write(delta(0), [b"12", b"34"])
     assert places.storage.read(delta(0)) == b"1234"
     assert places.is_short
-    assert delta(0) in places.stored
     places.write(delta(1), [b"5"])
     assert not places.is_short
     assert places.trouble is not None
@@ -173,3 +178,24 @@ def test_ranks_of_a_host_share_what_they_bring_to_storage(host: Path, tmp_path: 
     assert all(map(len, found))
     assert storage.read(delta(3, 2)) == delta(3, 2).encode()
     memory.leave()
+
+
+def test_what_is_written_beside_an_update_is_not_taken_for_unwanted(
+    host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save finds no room in memory while a thread deletes in storage what nobody wants."""
+    store = RankStore(tmp_path / "scar")
+    store.use_memory(HostMemory(store.directory.storage, "a run", limit=100), every=1000)
+    store.open()
+    parse = delta_file._parse
+
+    def updating(*arguments: Any) -> Delta:
+        if store.write_back is not None:
+            store.write_back.finish()
+        return parse(*arguments)
+
+    monkeypatch.setattr(delta_file, "_parse", updating)
+    for sequence in range(30):
+        save(store, [f"b{sequence % 5}"], Version(1, sequence, sequence), state_bytes=5 * 64)
+        assert {f"rank-0000/{name}" for name in store.directory.names("rank-0000")} >= store.own_names()
+    store.leave_memory(is_stored=True)
