@@ -89,7 +89,7 @@ def test_a_value_out_of_range_is_named(name: str, value: Any) -> None:
 
 
 def test_a_policy_that_returns_nonsense_is_named(memory_url: str) -> None:
-    with pytest.raises(ValueError, match="must return one priority a block"):
+    with pytest.raises(ValueError, match="must return one priority per block"):
         fit(saver(memory_url, policy=lambda candidates: torch.zeros(1)))
 
 
@@ -120,7 +120,7 @@ def test_nothing_but_damage_is_not_taken_for_a_fresh_directory(tmp_path: Path) -
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:100])
     before = files(tmp_path)
-    with pytest.raises(NoCheckpointError, match=r"nothing but damaged files(.|\n)*resume=False"):
+    with pytest.raises(NoCheckpointError, match=r"only damaged files(.|\n)*resume=False"):
         fit(saver(tmp_path))
     assert files(tmp_path) == before
     assert min(fit(saver(tmp_path, resume=False)).live) == 1
@@ -135,7 +135,7 @@ def test_a_hole_is_not_filled_with_initial_values_silently(tmp_path: Path) -> No
         load(tmp_path)
     with pytest.warns(
         UserWarning,
-        match=r"is not complete.\n.*blocks \(.*\) from initial values; \d+ of these refreshed\. How far .* not known",
+        match=r"is incomplete.\n.*blocks \(.*\) from initial values; \d+ of these refreshed\. The distance .* known",
     ):
         fit(saver(tmp_path))
 
@@ -216,7 +216,7 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_saves_of_that_time(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cut_short(scar, _FullFrom(4, 9), after=14, model=model)
-    assert sum("failed, training goes on" in str(warning.message) for warning in caught) == 1
+    assert sum("failed, training continues" in str(warning.message) for warning in caught) == 1
     assert scar.stats.failed_saves > 0
     assert max(assert_blocks_as_lived(tmp_path, model.live)) >= 9
     assert not list(tmp_path.rglob("*.tmp"))
@@ -224,7 +224,7 @@ def test_a_disk_that_is_full_for_a_while_costs_only_the_saves_of_that_time(
 
 def test_a_full_disk_keeps_the_last_good_state(tmp_path: Path) -> None:
     model = TinyModel()
-    with pytest.warns(UserWarning, match="failed, training goes on"):
+    with pytest.warns(UserWarning, match="failed, training continues"):
         cut_short(saver(tmp_path, full_every_n_saves=1), _FullFrom(5), after=14, model=model)
     assert assert_blocks_as_lived(tmp_path, model.live) <= {3, 4, 5}
 

@@ -404,7 +404,8 @@ def test_ranks_with_different_directories_are_told_so(tmp_path: Path) -> None:
 def test_options_of_memory_without_memory_are_told_once(tmp_path: Path, door: str) -> None:
     first, second = train(2, tmp_path, scar={"replicas": 2, "memory_limit": 4096}, after=3, door=door)
     assert [text for text in first.warned if "memory" in text] == [
-        "lightning-scar: without memory=True nothing comes of replicas=2, memory_limit=4096: add it, or leave them out"
+        "lightning-scar: without memory=True, these have no effect: replicas=2, memory_limit=4096; "
+        "add it, or leave them out"
     ]
     assert not [text for text in second.warned if "memory" in text]
 

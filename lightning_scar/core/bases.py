@@ -1,4 +1,4 @@
-"""What the owner remembers of the blocks that it saved: their bases, and when that was."""
+"""The bases of the blocks that this rank owns, and their versions."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from lightning_scar.core.skeleton import identity
 from lightning_scar.storage.head import Version
 
 NEVER = -1
-#: Values of a frozen tensor that are compared at every save.
+#: How many values of a frozen tensor are compared at every save.
 _SAMPLE = 1024
 
 
 class Seen(NamedTuple):
-    """What a frozen tensor is recognised by without a copy of it: who it is, its version counter, and some values."""
+    """A fingerprint that tells whether a frozen tensor has changed: identity, version counter and some values."""
 
     identity: tuple[Any, ...]
     counter: int
@@ -26,19 +26,19 @@ class Seen(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Seen":
-        """What there is to see of a tensor."""
+        """Take the fingerprint of a tensor."""
         return cls(identity(tensor), tensor._version, _sample(tensor))
 
     def differs(self, tensor: Tensor) -> Tensor:
-        """Whether a tensor is another one, or has changed: a bool of no dimension, on the tensor's device."""
+        """Return whether a tensor is another one or has changed: a 0-d bool tensor on its device."""
         if (self.identity, self.counter) != (identity(tensor), tensor._version):
             return torch.ones((), dtype=torch.bool, device=tensor.device)
         return (_sample(tensor).view(torch.uint8) != self.sample.view(torch.uint8)).any()
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    # Writes through `.data` leave the counter as it was. Those that touch all of a tensor, as a moving average does,
-    # are seen all the same.
+    # Writes through `.data` do not change the version counter. The sample detects those that touch the whole tensor,
+    # such as a moving average.
     stride = max(1, tensor.numel() // _SAMPLE)
     where = torch.arange(0, tensor.numel(), stride, device=tensor.device)
     return torch.take(tensor, where) if stride > 1 else tensor.flatten().clone()
@@ -49,9 +49,9 @@ class Base:
     """The last exact values of one group's first slot.
 
     Attributes:
-        values: One copy, laid out like the live tensor; ``None`` for a frozen tensor, which needs none.
-        seen: What a frozen tensor is recognised by.
-        has_moved: Whether a tensor that was taken for frozen has changed all the same; it may do so again.
+        values: A copy in the layout of the live tensor; ``None`` for a frozen tensor.
+        seen: The fingerprint of a frozen tensor.
+        has_moved: Whether a frozen tensor has changed, and may do so again.
 
     """
 
@@ -61,18 +61,17 @@ class Base:
 
 
 class Bases:
-    """The base of every block that this rank owns: values, version, and whether it has to be written again.
+    """The base of every block that this rank owns: values, version, and whether it must be written again.
 
-    The values are one copy of the parameters that move; of optimizer state there is none. Numbers are those of the
-    blocks in the map.
+    Holds one copy of the parameters that train, and none of optimizer state. Blocks have the numbers of the map.
 
     Attributes:
         map: The blocks.
-        steps: The step of each block's base, int64; :data:`NEVER` for one that was never saved.
+        steps: The step of each block's base, int64; :data:`NEVER` if it was never saved.
         incarnations: The start of the training that wrote it, int64.
         sequences: The save that wrote it, int64.
-        due: Blocks whose base here is not the one on disk: their last write failed, or was called off. They have no
-            refresh, and are written again whatever their distance.
+        due: Blocks whose base here is not the one on disk, because their last write failed or was cancelled. They get
+            no refresh and are written again whatever their distance.
 
     """
 
@@ -88,12 +87,12 @@ class Bases:
         self.due = torch.zeros(blocks, dtype=torch.bool)
 
     def adopt(self, block_map: BlockMap, values: Mapping[str, Tensor], versions: Mapping[str, Version]) -> None:
-        """Begins with what a running checkpoint held.
+        """Start from a restored running checkpoint.
 
         Args:
             block_map: Its map.
-            values: For each group the bases of its first slot; kept, not copied.
-            versions: For each block, by key, the version of its base; none for a block that has none.
+            values: The bases of each group's first slot, by group name; kept, not copied.
+            versions: The version of each block's base, by key; blocks without a base are absent.
 
         """
         self.map = block_map
@@ -104,11 +103,11 @@ class Bases:
                 self.incarnations[number], self.sequences[number], self.steps[number] = version
 
     def fit(self, block_map: BlockMap, live: Sequence[Sequence[Tensor]]) -> None:
-        """Follows a change of the state: what is known of unchanged groups stays, the rest counts as never saved.
+        """Adapt to a new map: unchanged groups keep their bases, the others count as never saved.
 
         Args:
             block_map: The new map.
-            live: The tensors of each of its groups, one a slot.
+            live: The tensors of each of its groups, one per slot.
 
         """
         if block_map is self.map:
@@ -129,50 +128,50 @@ class Bases:
             self._bases[group.name] = _part(old[1].pop(group.name), tensors[0], row, group)
 
     def blocks(self, g: int) -> slice:
-        """The numbers of the blocks of group ``g``."""
+        """Return the numbers of the blocks of group ``g``."""
         return slice(*self.map.offsets[g : g + 2])
 
     def base(self, group: Group) -> Base:
-        """What is known of a group's base."""
+        """Return the base of a group."""
         return self._bases[group.name]
 
     def values(self, group: Group) -> Tensor | None:
-        """The last exact values of a group, as rows; those of blocks that were never saved mean nothing."""
+        """Return the last exact values of a group as rows; blocks that were never saved hold garbage."""
         values = self._bases[group.name].values
         return None if values is None else rows(values)
 
     def is_known(self) -> Tensor:
-        """Which blocks have here the base that they have on disk, bool."""
+        """Return which blocks have the same base here as on disk, bool."""
         return (self.steps != NEVER) & ~self.due
 
     def thaw(self, g: int, live: Tensor) -> None:
-        """A frozen group has changed: from now on its bases are kept, once all its blocks are written anew."""
+        """Keep the bases of a frozen group that has changed, and write all its blocks again."""
         self._bases[self.map.groups[g].name] = Base(torch.empty_like(live), has_moved=True)
         self.due[self.blocks(g)] = True
 
     def freeze(self, g: int, live: Tensor) -> None:
-        """All of a frozen group is on disk as it is now: no copy is needed to notice if it ever changes."""
+        """Replace the copy of a frozen group, now on disk as it is, by a fingerprint."""
         if not self.base(self.map.groups[g]).has_moved:
             self._bases[self.map.groups[g].name] = Base(None, Seen.of(live))
 
     def record(self, blocks: Tensor, version: Version) -> None:
-        """Notes a save of some blocks, by number."""
+        """Record a save of some blocks, by number."""
         self.incarnations[blocks], self.sequences[blocks], self.steps[blocks] = version
         self.due[blocks] = False
 
     def written_by(self, version: Version) -> Iterator[str]:
-        """The names of the blocks whose base is of that save."""
+        """Yield the keys of the blocks whose base was written by that save."""
         same = (self.incarnations == version.incarnation) & (self.sequences == version.sequence)
         for block in same.nonzero().flatten().tolist():
             g, number = self.map.locate(block)
             yield self.map.groups[g].key(number)
 
     def lose(self, keys: Collection[str], is_stored: Callable[[str, set[str]], bool]) -> None:
-        """What was recorded of some blocks is not on disk.
+        """Handle blocks that were recorded but are not on disk.
 
         Args:
-            keys: Their names.
-            is_stored: Tells of a name and of slots whether some version of the block is, with these.
+            keys: Their keys.
+            is_stored: Tells whether some version of a block, by key, is on disk with the given slots.
 
         """
         for key in keys:
@@ -182,16 +181,16 @@ class Bases:
                 lose(torch.tensor([block]))
 
     def fail(self, blocks: Tensor) -> None:
-        """What was recorded of some blocks is not on disk."""
+        """Mark blocks whose recorded base is not on disk."""
         self.due[blocks] = True
 
     def forget(self, blocks: Tensor) -> None:
-        """Makes blocks count as never saved."""
+        """Count blocks as never saved."""
         self.steps[blocks] = NEVER
 
 
 def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Cuts ascending numbers into runs without gaps: first number, and the one behind the last.
+    """Split ascending numbers into runs without gaps: first number, and last number + 1.
 
     Example::
 
@@ -208,20 +207,20 @@ def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 def _part(base: Base, live: Tensor, row: int, group: Group) -> Base:
     if base.values is None:
-        # It may be another rank's part of the same tensor: what is not known to be unchanged is looked at once.
+        # It may have been another rank's part of the tensor. Without a fingerprint it counts as changed.
         return Base(None, base.seen)
     values = rows(base.values)[row : row + group.rows]
     is_all = values.untyped_storage().nbytes() == values.nbytes
     if is_all and values.stride() == live.stride() and values.device == live.device:
         return Base(values, has_moved=base.has_moved)
-    # In the layout of the live tensor, which makes scoring one straight read, in memory of its own.
+    # The layout of the live tensor lets scoring read both in memory order.
     return Base(torch.empty_like(live).copy_(values), has_moved=base.has_moved)
 
 
 def _is_part(group: Group, of: Group) -> bool:
-    """Whether every block of a group is one of another group, too."""
+    """Return whether every block of a group is also a block of another group."""
     end, whole_end = group.first_row + group.rows, of.first_row + of.rows
-    # A block shorter than the others is the last one of its parameter.
+    # Only the last block of a parameter may be shorter than the others.
     same_blocks = end == whole_end or (end < whole_end and end % group.rows_per_block == 0)
     return group.first_row >= of.first_row and same_blocks and _likeness(group) == _likeness(of)
 

@@ -1,7 +1,7 @@
-"""Blocks: contiguous rows of one parameter with the same rows of its optimizer state, and their map.
+"""Blocks, contiguous rows of one parameter with the same rows of its optimizer state, and the block map.
 
-The map is a pure function of names, shapes and the block size. A block's rows depend on its own parameter only, so
-blocks keep their rows when optimizer state appears late or other tensors come and go.
+The map is a pure function of names, shapes and the block size. A block's rows depend only on its own parameter, so they
+stay the same when optimizer state appears late or other tensors come and go.
 """
 
 from bisect import bisect_right
@@ -26,10 +26,10 @@ class Slot:
     """One tensor of a group: the parameter itself, or optimizer state of its shape.
 
     Attributes:
-        name: ``"param"`` or the optimizer's word, e.g. ``"exp_avg"``.
+        name: ``"param"`` or the optimizer's name for it, e.g. ``"exp_avg"``.
         dtype: The tensor's data type.
-        stride: Strides of a dense layout other than row-major (channels-last, transposed), else ``None``.
-        paths: Where the tensor sits in the checkpoint; more than one for tied weights.
+        stride: Strides of a dense layout that is not row-major (channels-last, transposed), else ``None``.
+        paths: The tensor's places in the checkpoint; several for tied weights.
 
     """
 
@@ -46,12 +46,12 @@ class Group:
     Attributes:
         name: The place in the checkpoint, e.g. ``"state_dict/layer.weight"``.
         shape: The shape of every slot.
-        slots: The tensors; the first is the one whose distance counts.
-        rows_per_block: Rows of the first dimension in every block but the last.
-        lazy: Whether it changes between optimizer steps only, as far as is known: parameters and optimizer state.
-        frozen: Whether it does not change at all, as far as is known: a parameter that no optimizer trains.
-        first_row: Where its rows begin in the parameter; not 0 in one rank's share of it.
-        owner: The rank that alone has it as it should be; ``None`` where all have the same.
+        slots: The tensors; distances are measured on the first one.
+        rows_per_block: Rows of the first dimension in every block except the last.
+        lazy: Whether it should change only in optimizer steps: parameters and optimizer state.
+        frozen: Whether it should not change at all: a parameter that no optimizer trains.
+        first_row: Where its rows begin in the parameter; may be above 0 in one rank's share.
+        owner: The only rank that has the right values; ``None`` if all ranks have the same.
 
     """
 
@@ -76,43 +76,43 @@ class Group:
 
     @cached_property
     def row_numel(self) -> int:
-        """Elements of a row."""
+        """The number of elements in a row."""
         return int(torch.Size(self.row_shape).numel())
 
     @cached_property
     def row_nbytes(self) -> int:
-        """Bytes of a row over all slots."""
+        """The bytes of a row over all slots."""
         return self.row_numel * sum(slot.dtype.itemsize for slot in self.slots)
 
     def __len__(self) -> int:
-        """The number of blocks."""
+        """Return the number of blocks."""
         return -(-self.rows // self.rows_per_block)
 
     @cached_property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """How many blocks there are of a size, and the elements of each; the last one may be shorter."""
+        """The number of blocks of each size, and the elements of each; the last block may be shorter."""
         rows = min(self.rows_per_block, self.rows)
         whole, rest = divmod(self.rows, rows)
         of_whole = whole, rows * self.row_numel
         return (of_whole, (1, rest * self.row_numel)) if rest else (of_whole,)
 
     def span(self, i: int) -> tuple[int, int]:
-        """First row of block ``i`` among the group's, and the row behind its last."""
+        """Return the first row of block ``i`` in the group, and its last row + 1."""
         start = i * self.rows_per_block
         return start, min(start + self.rows_per_block, self.rows)
 
     def spans(self, numbers: Sequence[int]) -> Tensor:
-        """The same of several blocks: int64, shape ``(len(numbers), 2)``."""
+        """Return the spans of several blocks: int64, shape ``(len(numbers), 2)``."""
         start = torch.tensor(numbers, dtype=torch.int64) * self.rows_per_block
         return torch.stack([start, (start + self.rows_per_block).clamp_(max=self.rows)], 1)
 
     def key(self, i: int) -> str:
-        """The block's name in a delta."""
+        """Return the block's name in a delta."""
         start, stop = self.span(i)
         return f"{self.name}[{self.first_row + start}:{self.first_row + stop}]"
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The group's rows of a parameter, or of optimizer state of its shape."""
+        """Return the group's rows of a parameter, or of optimizer state of its shape."""
         return rows(tensor)[self.first_row : self.first_row + self.rows]
 
 
@@ -121,8 +121,8 @@ class BlockMap:
     """The division of a training state into blocks.
 
     Attributes:
-        groups: The parameters with their state, and everything else that is large.
-        block_size: Bytes of a parameter's rows in a block (rows are kept whole).
+        groups: The parameters with their state, and all other large tensors.
+        block_size: Bytes of a parameter's rows in a block (rows are never split).
 
     """
 
@@ -138,12 +138,12 @@ class BlockMap:
         return tuple(sums)
 
     def __len__(self) -> int:
-        """The number of blocks."""
+        """Return the number of blocks."""
         return self.offsets[-1]
 
     @cached_property
     def nbytes(self) -> Tensor:
-        """Bytes of every block over all slots; int64, one dimension."""
+        """The bytes of every block over all slots; int64, 1-d."""
         sizes = []
         for group in self.groups:
             own = torch.full((len(group),), group.rows_per_block * group.row_nbytes)
@@ -154,7 +154,7 @@ class BlockMap:
 
     @cached_property
     def state_bytes(self) -> int:
-        """Bytes of all blocks."""
+        """The bytes of all blocks."""
         return int(self.nbytes.sum())
 
     @cached_property
@@ -163,13 +163,13 @@ class BlockMap:
         return {g.key(i): start + i for g, start in zip(self.groups, self.offsets, strict=False) for i in range(len(g))}
 
     def locate(self, block: int) -> tuple[int, int]:
-        """The group of a block, and its number within the group."""
+        """Return the group of a block, and its number within the group."""
         group = bisect_right(self.offsets, block) - 1
         return group, block - self.offsets[group]
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """A tensor as rows: itself, or for a 0-d tensor its only element as one row."""
+    """Return the tensor, or a 0-d tensor as one row."""
     return tensor if tensor.dim() else tensor.unsqueeze(0)
 
 
@@ -179,23 +179,23 @@ def build_map(
     parameters: Iterable[Tensor],
     block_size: int | None,
 ) -> BlockMap:
-    """Divides a checkpoint's large tensors into blocks.
+    """Divide a checkpoint's large tensors into blocks.
 
     Args:
         leaves: The tensors with their places.
-        optimizers: For each optimizer state in the checkpoint, by its place: the live optimizer, and that state.
-        parameters: Tensors that change at optimizer steps only.
+        optimizers: The live optimizer and its state in the checkpoint, by the place of that state.
+        parameters: Tensors that change only in optimizer steps.
         block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
 
     Returns:
-        The map; the order of its groups is that of the leaves.
+        The map, with groups in the order of the leaves.
 
     """
     moments = {path: pair for prefix, (opt, state) in optimizers.items() for path, pair in _moments(prefix, opt, state)}
     owners = _owners(optimizer for optimizer, _ in optimizers.values())
     trained = set(_trained(optimizer for optimizer, _ in optimizers.values()))
     lazy = {identity(tensor) for tensor in parameters} | {parameter for parameter, _ in moments.values()} | set(owners)
-    # Without an optimizer nothing is known of what trains.
+    # Without an optimizer we do not know what is frozen.
     frozen = lazy - trained if trained else set()
     names: dict[tuple[Any, ...], str] = {}
     drafts: dict[str, _Draft] = {}
@@ -207,7 +207,7 @@ def build_map(
         who = identity(leaf.tensor)
         if who not in names:
             names[who] = _unused("/".join(map(str, leaf.path)), drafts)
-            # Who else than the optimizers changes a tensor may do so differently on every rank; the first one's counts.
+            # What does not change in optimizer steps may differ between ranks: rank 0's values are saved.
             owner = owners.get(who, None if who in lazy else 0)
             drafts[names[who]] = _Draft({"param": []}, who in lazy, owner, who in frozen)
         drafts[names[who]].slots["param"].append(leaf)
@@ -216,11 +216,11 @@ def build_map(
         who, word = moments[leaf.path]
         parameter = names.get(who)
         if parameter is not None and drafts[parameter].shape == leaf.tensor.shape:
-            # A parameter of two optimizers: the second one's words get a number.
+            # A parameter of two optimizers: number the second one's slots.
             taken = drafts[parameter].slots
             taken[word if word not in taken else f"{word}#{len(taken)}"] = [leaf]
         else:
-            # By the parameter's name: an optimizer's order changes when parameters are added.
+            # Named after the parameter, because indices in an optimizer change when parameters are added.
             name = _unused("/".join([*map(str, leaf.path[:-2]), parameter or str(leaf.path[-2]), word]), drafts)
             drafts[name] = _Draft({"param": [leaf]}, True, owners.get(who))
     return BlockMap(tuple(draft.group(name, size) for name, draft in drafts.items()), size)
@@ -228,7 +228,7 @@ def build_map(
 
 @dataclass
 class _Draft:
-    """A group whose slots are still being collected."""
+    """A group whose slots are being collected."""
 
     slots: dict[str, list[Leaf]]
     lazy: bool
@@ -256,13 +256,13 @@ def _trained(optimizers: Iterable[Optimizer]) -> Iterator[tuple[Any, ...]]:
 
 
 def _owners(optimizers: Iterable[Optimizer]) -> dict[tuple[Any, ...], int]:
-    """The rank of each parameter whose optimizer state only one rank has."""
+    """Return the owner of each parameter whose optimizer state is sharded."""
     sharded = (optimizer for optimizer in optimizers if is_sharded(optimizer))
     return {identity(tensor): rank for optimizer in sharded for tensor, rank in shard_owner(optimizer).items()}
 
 
 def _unused(name: str, taken: Container[str]) -> str:
-    # Places may read alike: 1 and "1", or "a/b" and the "b" in "a".
+    # Different places may have the same text: 1 and "1", or "a/b" and the "b" in "a".
     while name in taken:
         name += "'"
     return name
@@ -275,7 +275,7 @@ def _dense_stride(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _automatic_size(drafts: Collection[_Draft]) -> int:
-    # Of the parameters, if there are any: what else there is may be there on one rank only, and all need one size.
+    # All ranks need the same size, and other tensors may exist on one rank only: count parameters if there are any.
     counting = [draft for draft in drafts if draft.lazy] or drafts
     total = sum(draft.slots["param"][0].tensor.nbytes for draft in counting)
     return min(max(total // _BLOCKS_AIMED_AT, _SMALLEST), _LARGEST)
@@ -285,7 +285,7 @@ def _moments(prefix: Path, optimizer: Optimizer, state: Mapping[str, Any]) -> It
     live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ids = [i for group in state.get("param_groups", ()) for i in group["params"]]
     if len(ids) != len(live):
-        return  # Not the state of this optimizer as torch writes it; its tensors become blocks of their own.
+        return  # Not in torch's format: its tensors become separate groups.
     for i, parameter in zip(ids, live, strict=True):
         for path in _tensor_paths(state["state"].get(i, {})):
             yield (*prefix, "state", i, *path), (identity(parameter), ".".join(map(str, path)))

@@ -1,8 +1,8 @@
-"""Few bits for many values: what a refresh is written in, and how far it is from the truth.
+"""Low-precision codecs of a refresh, and their errors.
 
-A row of values is cut into tiles of at most 128. A tile has a scale or two of its own, and a code of 2, 4 or 8 bits for
-each value. Decoding takes integer operations and one exact multiplication, so that every device and every library makes
-the same bits of the same codes. Scales of signed values are not denormal, since some devices take those for zero.
+A block's values are cut into tiles of at most 128. A tile has one or two scales, and a code of 2, 4 or 8 bits per
+value. Decoding uses integer operations and one exact multiplication, so every device and library decodes to the same
+bits. Scales of signed values are never denormal, because some devices flush denormals to zero.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,38 +17,37 @@ from lightning_scar.core.tiles import Work, linear, log, log_step, may_look, mea
 Kind = Literal["linear", "log"]
 Bits = Literal[2, 4, 8]
 
-#: Values of a tile at most. A scale of 16 bits then costs an eighth of a bit a value.
+#: The most values in a tile. A 16-bit scale then costs 1/8 bit per value.
 _TILE = 128
-#: Values that are encoded at once on a CPU: scratch stays in the cache, and calls cost little in comparison.
+#: Values encoded at once on a CPU: scratch memory fits in the cache, and the overhead of calls stays small.
 _CHUNK = 1 << 19
-#: The same on other devices: enough to keep one busy, and no more scratch than 256 MiB.
+#: The same on other devices: enough to keep the device busy, with at most 256 MiB of scratch memory.
 _LARGE_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Codec:
-    r"""How values become codes.
+    r"""A codec: how values become codes.
 
-    ``linear`` is for signed values. With 8 and 4 bits a code is a whole number from -127 to 127 or from -7 to 7, times
-    the tile's scale: the largest magnitude divided by 127 or 7, rounded up by at most 1.2 %. No value is off by more
-    than half a scale, or by more than its own magnitude. With 2 bits a code is -1, 0 or 1. Codes are zero up to half of
-    :math:`\sum x^2 / \sum |x|`, and the scale is :math:`\sum x^2 / \sum |x|` again, but over the values with
-    other codes in its denominator: then :math:`\sum x \hat x = \sum x^2`. Nothing is lost in the direction of the
-    values; with the scale of the least squared error normal values would lose a fifth, and training that much of its
-    way since the base. No value is off by more than the scale, at most twice the largest magnitude, or its own
-    magnitude. The error of normal values is half of their norm (and 12 % with 4 bits). Zeros stay zeros with any bits.
-    Scales are at least 2^-126.
+    ``linear`` is for signed values. With 8 or 4 bits, a code is an integer from -127 to 127 or from -7 to 7, times the
+    tile's scale: the largest magnitude divided by 127 or 7, rounded up by at most 1.2 %. No error exceeds half a scale,
+    or the value's own magnitude. With 2 bits, a code is -1, 0 or 1. It is 0 for magnitudes up to half of
+    :math:`\sum x^2 / \sum |x|`. The scale is the same quotient with the denominator summed only over nonzero codes, so
+    :math:`\sum x \hat x = \sum x^2`: the component along the values is exact. (With the scale of least squared error,
+    normal values would lose a fifth of it, and a recovery that share of the training since the base.) No error exceeds
+    the scale, at most twice the largest magnitude, or the value's own magnitude. The error of normal values is half of
+    their norm (12 % with 4 bits). Zeros stay zeros with any bits. Scales are at least 2^-126.
 
-    ``log`` is for values that are never negative. Code 0 is zero, and the others stand for floats whose bit patterns
-    are evenly spaced from the tile's smallest to its largest positive value (rounded down and up to bfloat16), which is
-    nearly even in the logarithm: from one power of two to the next there are 2^23 patterns. No pattern is off by more
-    than half of the spacing, which is the range of patterns divided by 254, 14 or 2. So where the positive values are
-    within a factor of 64, none is off by more than a factor of 1.02, 1.35 or 8. Zeros stay zeros, and a positive
-    value becomes zero only in a tile with one below 2^-133.
+    ``log`` is for values that are never negative. Code 0 is zero. The other codes stand for floats whose bit patterns
+    are evenly spaced from the tile's smallest to its largest positive value (rounded down and up to bfloat16). This is
+    nearly even in the logarithm, because each power of two has 2^23 patterns. No pattern is off by more than half of
+    the spacing, which is the range of patterns divided by 254, 14 or 2. So if the positive values lie within a factor
+    of 64, none is off by more than a factor of 1.02, 1.35 or 8. Zeros stay zeros, and a positive value becomes zero
+    only in a tile with a value below 2^-133.
 
     Attributes:
-        kind: Which values.
-        bits: Of a code.
+        kind: The kind of values.
+        bits: The bits of a code.
 
     Example::
 
@@ -67,12 +66,12 @@ class Codec:
 
     @property
     def name(self) -> str:
-        """What it is called in a delta, e.g. ``"linear4"``."""
+        """The name in a delta, e.g. ``"linear4"``."""
         return f"{self.kind}{self.bits}"
 
     @classmethod
     def parse(cls, name: str) -> "Codec":
-        """The inverse of :attr:`name`.
+        """Return the codec of a :attr:`name`.
 
         Raises:
             ValueError: If there is no such codec.
@@ -90,7 +89,7 @@ class Codec:
         raise ValueError(f"there is no codec {name!r}")
 
     def code_bytes(self, n: int) -> int:
-        """Bytes of the codes of a block of ``n`` values.
+        """Return the bytes of the codes of a block of ``n`` values.
 
         Example::
 
@@ -101,7 +100,7 @@ class Codec:
         return _tiles(n) * tile_length(n) * self.bits // 8
 
     def scale_count(self, n: int) -> int:
-        """Scales of a block of ``n`` values: of each tile one, or two under ``log``, all lower ones first.
+        """Return the number of scales of a block of ``n`` values: one per tile, two with ``log``, all lower ones first.
 
         Example::
 
@@ -112,7 +111,7 @@ class Codec:
         return _tiles(n) * (2 if self.kind == "log" else 1)
 
     def empty(self, blocks: int, n: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """Memory for the codes and scales of a matrix.
+        """Allocate memory for the codes and scales of a matrix.
 
         Returns:
             uint8 of shape ``(blocks, code_bytes(n))`` and bfloat16 of shape ``(blocks, scale_count(n))``.
@@ -131,18 +130,18 @@ class Codec:
 
 
 class Measured(NamedTuple):
-    """What a pass has seen, one element a block; all on the values' device.
+    """The measurements of a pass, one element per block, on the values' device.
 
-    Squares are told in units, since those of large or small values are no float32: on the host the squared norm is
-    ``squared_norm.double() * unit.double() ** 2``. Norm and error are right to about 1e-6 of the norm. All are NaN
-    where the block is bad.
+    Squares are in units, because squares of large or small values do not fit in float32: the squared norm is
+    ``squared_norm.double() * unit.double() ** 2``, computed on the host. Norm and error are accurate to about 1e-6 of
+    the norm. All are NaN for a bad block.
 
     Attributes:
         unit: float32.
-        squared_norm: Of the values, in units squared; float32.
-        squared_error: Of what :func:`decode` gives less the values, in units squared; float32.
-        bad: Whether the block cannot be encoded: it has NaN, Inf, a value that no float32 holds, under ``log`` a value
-            below zero or above 3.38e38, or with 2 bits one beyond 1.69e38. Its codes mean nothing then.
+        squared_norm: The squared norm of the values, in units squared; float32.
+        squared_error: The squared norm of :func:`decode`'s result minus the values, in units squared; float32.
+        bad: Whether the block cannot be encoded: it has NaN, Inf, a value too large for float32, with ``log`` a value
+            below zero or above 3.38e38, or with 2 bits one beyond 1.69e38. Its codes are then meaningless.
 
     """
 
@@ -153,7 +152,7 @@ class Measured(NamedTuple):
 
 
 def tile_length(n: int) -> int:
-    """Values of a tile of a block of ``n`` values: all tiles of a block are alike, and zeros fill the last one.
+    """Return the tile length of a block of ``n`` values, the same for all its tiles; zeros pad the last one.
 
     Example::
 
@@ -174,20 +173,21 @@ def encode(
     scales: Tensor | None = None,
     measure: bool = True,
 ) -> Measured:
-    """Encodes values, or their difference to a base, and measures them on the same pass.
+    """Encode values, or their difference to a base, and measure them in the same pass.
 
-    Without a codec they are measured only, as if all codes were zero. Nothing waits for the device.
+    Without a codec, only measure, as if all codes were zero. Does not synchronize with the device.
 
     Args:
-        codec: How, or ``None``.
-        values: Shape ``(blocks, ...)``, at least one value a block; float64, float32, float16 or bfloat16; any layout.
-        base: What to subtract, of the same shape, in the wider of both dtypes and float32.
-        codes: Written: uint8 of shape ``(blocks, codec.code_bytes(n))``, contiguous, for blocks of ``n`` values.
-        scales: Written: bfloat16 of shape ``(blocks, codec.scale_count(n))``, contiguous.
-        measure: Whether squares are wanted. Without them it takes about two thirds of the time, and they are NaN.
+        codec: The codec, or ``None``.
+        values: Shape ``(blocks, ...)``, at least one value per block; float64, float32, float16 or bfloat16; any
+            layout.
+        base: What to subtract, of the same shape, in the widest of both dtypes and float32.
+        codes: Output: uint8 of shape ``(blocks, codec.code_bytes(n))``, contiguous, for blocks of ``n`` values.
+        scales: Output: bfloat16 of shape ``(blocks, codec.scale_count(n))``, contiguous.
+        measure: Whether to compute squares. Without, they are NaN, and encoding takes about two thirds of the time.
 
     Raises:
-        ValueError: If there is a codec, but nothing to write to.
+        ValueError: If a codec is given without ``codes`` and ``scales``.
 
     Example::
 
@@ -223,14 +223,14 @@ def encode(
 
 @torch.no_grad()
 def decode(codec: Codec, codes: Tensor, scales: Tensor, n: int, out: Tensor | None = None) -> Tensor:
-    """The values that codes stand for.
+    """Decode codes.
 
     Args:
-        codec: What they were encoded with.
+        codec: The codec that encoded them.
         codes: uint8, shape ``(blocks, codec.code_bytes(n))``, contiguous.
         scales: bfloat16, shape ``(blocks, codec.scale_count(n))``, contiguous.
-        n: Values of a block.
-        out: Where to write them; ``None`` for new memory.
+        n: The number of values in a block.
+        out: Where to write the values; ``None`` for new memory.
 
     Returns:
         float32, shape ``(blocks, n)``, contiguous.
@@ -262,12 +262,12 @@ def _tiles(n: int) -> int:
 
 
 def _chunk_size(tiles: int, device: torch.device) -> int:
-    """How many tiles to work on at once."""
+    """Return how many tiles to work on at once."""
     return min(tiles, (_CHUNK if device.type == "cpu" else _LARGE_CHUNK) // _TILE)
 
 
 def _split(tensors: list[Tensor], tiles: int, length: int) -> tuple[list[int], Iterator[tuple[Tensor, ...]]]:
-    """Cuts matrices into parts to work on, in the order of tiles; tells the tiles of each part."""
+    """Split matrices into parts, in the order of tiles; return the number of tiles of each part, and the parts."""
     blocks, n, size = len(tensors[0]), tensors[0][0].numel(), _chunk_size(len(tensors[0]) * tiles, tensors[0].device)
     if n == tiles * length and (flat := _viewed(tensors, length)):
         sizes = [min(size, blocks * tiles - first) for first in range(0, blocks * tiles, size)]
@@ -285,7 +285,7 @@ def _split(tensors: list[Tensor], tiles: int, length: int) -> tuple[list[int], I
 
 
 def _viewed(tensors: list[Tensor], width: int) -> list[Tensor] | None:
-    """The tensors as matrices, if no tensor need be copied for that."""
+    """Return the tensors as matrices, ``None`` if that would need a copy."""
     try:
         return [tensor.view(-1, width) for tensor in tensors]
     except RuntimeError:
@@ -293,7 +293,7 @@ def _viewed(tensors: list[Tensor], width: int) -> list[Tensor] | None:
 
 
 def _load(part: Sequence[Tensor], x: Tensor) -> None:
-    """Copies values, less the base if there is one, to tiles."""
+    """Copy values, minus the base if there is one, to tiles."""
     first, into = part[0], x
     if first.shape != x.shape:
         matrix, n = x.view(len(first), -1), first[0].numel()

@@ -1,4 +1,4 @@
-"""The end of a save: what was staged becomes a delta, in the writer's thread."""
+"""The end of a save: the writer's thread turns what was staged into a delta."""
 
 import math
 import sys
@@ -20,18 +20,18 @@ from lightning_scar.storage.rank_store import RankStore
 
 
 class Committer:
-    """Commits the saves of one rank, in one start of the training.
+    """Commits the saves of one rank in one start of the training.
 
     Args:
-        store: Where to.
-        stats: Where failures and bytes are counted.
-        ranks: Who saves.
+        store: The store to write to.
+        stats: Counts failures and bytes.
+        ranks: The ranks that save together.
         incarnation: The number of this start.
 
     Attributes:
-        unwritten: What is not on disk although it was staged: the keys of blocks, and the save that they were staged
-            for. The training thread takes it from here.
-        negative: For each slot of a group, by name, whether its first copy held negative values.
+        unwritten: Blocks that were staged but are not on disk: the save, and their keys. The training thread reads this
+            queue.
+        negative: Whether the first copy of a slot held negative values, by the names of group and slot.
 
     """
 
@@ -44,40 +44,40 @@ class Committer:
         self._ranks = ranks
         self._incarnation = incarnation
         self._promised: Mark | None = None
-        #: Blocks of which no version is on disk, since the save that had them failed.
+        #: Blocks without a version on disk, because the save with them failed.
         self._missing: set[str] = set()
         self.go_on_from(())
 
     def go_on_from(self, lineage: Sequence[int]) -> None:
-        """Continues what earlier starts saved; begins anew if there are none.
+        """Continue the saves of earlier starts; without any, start fresh.
 
         Args:
-            lineage: Their numbers.
+            lineage: The incarnations of those starts.
 
         """
         self._lineage = (*lineage, self._incarnation)
-        # A fresh start has no versions until its first save is durable: an older training's do not count for it.
+        # A fresh start has no versions until its first save is durable. Those of an older training do not count.
         self._store.count(self._lineage)
 
     def is_stored(self, key: str, slots: set[str] | None = None) -> bool:
-        """Whether some version of a block is on disk, with all these slots."""
+        """Return whether some version of a block is on disk, with exactly these slots if given."""
         stored = self._store.index.newest(key)
         return stored is not None and (slots is None or stored.slots.keys() == slots)
 
     def commit(self, save: Save, state_bytes: int) -> None:
-        """Writes the delta of a save.
+        """Write the delta of a save.
 
         Args:
-            save: What was staged.
+            save: The staged save.
             state_bytes: Bytes of this rank's share of the state.
 
         Raises:
-            StorageError: If it would leave holes.
+            StorageError: If blocks would be missing.
             OSError: If it cannot be written.
 
         """
         save.queue.wait(save.copied)
-        # Of the others it matters only whether they have finished a full save, too.
+        # The other ranks matter only for whether they have finished the full save, too.
         self._store.look_around(others=self._promised is not None)
         bad = {part.group.name: set(self._bad(part)) for part in save.parts}
         left_out = {part.group.key(number) for part in save.parts for number in bad[part.group.name]}
@@ -88,7 +88,7 @@ class Committer:
         promised = self._promise(save.version.mark if is_complete else None)
         try:
             if self._missing - exact:
-                raise StorageError("an earlier save failed, without whose blocks this one would have holes")
+                raise StorageError("an earlier save failed, and without its blocks this one would be incomplete")
             sections = [part.section(save.version, bad[part.group.name]) for part in save.parts]
             refreshes = [part.refresh() for part in save.parts]
             self._store.commit(
@@ -110,9 +110,9 @@ class Committer:
         self._stats.unreplicated_saves = self._store.chain.behind if self._store.chain is not None else 0
 
     def _bad(self, part: Part) -> Iterator[int]:
-        """The blocks whose optimizer state holds NaN or Inf, and that have a good version.
+        """Yield the blocks whose optimizer state holds NaN or Inf and that have a good version on disk.
 
-        It is looked at here, where nobody waits. Of the parameter itself its distance has told.
+        This is checked in the writer's thread, so training does not wait. Scoring has checked the parameters.
         """
         if not part.exact:
             return
@@ -140,10 +140,10 @@ class Committer:
         return Section(self.skeleton_key, [WHOLE], [save.version], columns)
 
     def _promise(self, finished: Mark | None) -> Mark | None:
-        """The full save that this rank keeps besides the newest that all have finished, until they have this one, too.
+        """Return the full save to keep, besides the newest that all ranks have finished, until all have finished it.
 
-        Once said it is kept, even if a later one is finished meanwhile: the others may give up the older one for it at
-        any time. It is given up when one of them has gone on without it.
+        A promise is kept even if this rank finishes a later full save, because the others may drop the older one for it
+        at any time. It ends when another rank has continued without that save.
         """
         index, mark = self._store.index, self._promised
         if mark is None or (index.consistent is not None and mark <= index.consistent):

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a model, and the part of it that does."""
+"""Checks whether a checkpoint fits a model, and keeps the part that does."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from lightning_scar.core.ranks import Ranks
 
 
 class ModelMismatchError(ValueError):
-    """A running checkpoint was written by another model."""
+    """A running checkpoint was saved from another model."""
 
 
 def differences(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
-    """What keeps a saved ``state_dict`` from fitting a live one, a line each.
+    """Return the differences between a saved ``state_dict`` and a live one, one line each.
 
     Args:
         saved: The saved ``state_dict``.
@@ -39,10 +39,10 @@ def differences(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
 
 
 def keep_what_fits(checkpoint: dict[str, Any], live: Mapping[str, Any]) -> None:
-    """Drops from a checkpoint, in place, what does not fit a model.
+    """Drop from a checkpoint, in place, what does not fit a model.
 
-    Optimizer states go too where parameters were added, dropped or reshaped: they are paired by position, and a state
-    beside the wrong parameter is worse than none.
+    If parameters were added, dropped or reshaped, drop the optimizer states, too: torch pairs them by position, and a
+    state with the wrong parameter is worse than none.
 
     Args:
         checkpoint: The checkpoint dict.
@@ -68,20 +68,20 @@ def _reshaped(saved: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]:
 def check_fit(
     path: str, checkpoint: dict[str, Any], live: Mapping[str, Any], strict: bool, kinds: tuple[str, ...] = ("",)
 ) -> bool:
-    """Makes sure that a running checkpoint fits a model.
+    """Check that a running checkpoint fits a model.
 
     Args:
-        path: Where it lies.
-        checkpoint: The checkpoint dict; what does not fit is dropped from it unless ``strict``.
+        path: Its path.
+        checkpoint: The checkpoint dict; unless ``strict``, what does not fit is dropped from it.
         live: The model's ``state_dict``.
         strict: Whether a difference is an error.
-        kinds: How those of the :func:`differences` begin that count.
+        kinds: The prefixes of the :func:`differences` that count.
 
     Returns:
-        Whether it fitted as it was.
+        Whether it fits unchanged.
 
     Raises:
-        ModelMismatchError: If it does not fit; every difference is listed.
+        ModelMismatchError: If it does not fit; the message lists every difference.
 
     """
     found = [difference for difference in differences(checkpoint["state_dict"], live) if difference.startswith(kinds)]
@@ -103,14 +103,14 @@ def check_fit(
 
 
 def check_ranks_agree(ranks: Ranks, state_dict: Mapping[str, Any]) -> None:
-    """Makes sure that all ranks have the same model. A collective.
+    """Check that all ranks have the same model. A collective.
 
     Args:
         ranks: The ranks.
-        state_dict: That of this rank's model.
+        state_dict: The ``state_dict`` of this rank's model.
 
     Raises:
-        ModelMismatchError: If they differ; the first tensor that does is named.
+        ModelMismatchError: If they differ; the message names the first tensor that does.
 
     """
     if ranks.world_size == 1:

@@ -1,4 +1,4 @@
-"""Refreshes decoded into the tensors that hold their bases."""
+"""Decodes refreshes into the tensors that hold their bases."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -10,21 +10,19 @@ from lightning_scar.core.blocks import Group, rows
 from lightning_scar.core.codec import Codec, decode
 from lightning_scar.storage.delta import Refresh
 
-#: Values that are decoded at once: enough for operations to use all cores. Threads of our own would spend more time
-#: waiting for each other's turn at the interpreter.
+#: Values decoded at once: enough for torch operations to use all cores. Python threads would wait for the GIL.
 _AT_ONCE = 1 << 20
 
 
 def decode_into(found: Sequence[tuple[Group, Refresh, Sequence[int]]], targets: Mapping[str, Sequence[Tensor]]) -> None:
-    """Decodes refreshes.
+    """Decode refreshes.
 
-    The first slot is a difference to the base, added in the wider of its data type and float32; the others replace what
-    there is.
+    The first slot is a difference to the base, added in the wider of its data type and float32. The others replace the
+    present values.
 
     Args:
-        found: For each the group, as a whole, and which of its blocks are wanted, by their places in the refresh,
-            ascending.
-        targets: By the name of the group its tensors on the CPU, one a slot, contiguous. They hold the bases.
+        found: The whole group, its refresh, and the positions in the refresh of the wanted blocks, ascending.
+        targets: The tensors of each group, by name: on the CPU, contiguous, one per slot. They hold the bases.
 
     """
     for group, refresh, places in found:
@@ -35,7 +33,7 @@ def decode_into(found: Sequence[tuple[Group, Refresh, Sequence[int]]], targets: 
 
 
 class _Stretch(NamedTuple):
-    """Blocks of one size that follow each other in a refresh and in the tensor: first place, number, rows."""
+    """Blocks of one size, adjacent in the refresh and in the tensor: first position, count, first row, last row + 1."""
 
     place: int
     blocks: int

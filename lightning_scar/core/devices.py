@@ -1,8 +1,8 @@
-"""Work on tensors beside the training: at once on a CPU, on a side stream of an accelerator.
+"""Work on tensors alongside the training: at once on a CPU, on a side stream of an accelerator.
 
-A save has to read tensors behind one optimizer step and before the next. On an accelerator neither is a moment of the
-Python program, which runs ahead of the device: *marks* on its streams are. The training thread only leaves marks and
-has its stream wait for them; it never waits itself.
+A save must read tensors after one optimizer step and before the next. The Python program runs ahead of an accelerator,
+so these moments are *marks* (events) on its streams. The training thread only records marks and lets its stream wait
+for them; the thread itself never waits.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,52 +13,52 @@ from torch import Tensor
 
 
 class Queue(Protocol):
-    """Where the work of a save on one device is queued, in order, beside what the training queues there."""
+    """Queues the work of a save on one device, in order, alongside the work of the training."""
 
     def mark(self) -> Any:
-        """A mark behind all that the calling thread has queued for the training."""
+        """Return a mark after all work that the calling thread has queued for the training."""
 
     def beside(self, work: Callable[[], None], after: Any) -> Any:
-        """Queues work beside the training.
+        """Queue work alongside the training.
 
         Args:
-            work: Reads and writes tensors. Its results are there once the mark that this returns is reached.
-            after: The mark that it must not begin before.
+            work: Reads and writes tensors. Its results are ready when the returned mark is reached.
+            after: The mark to begin after.
 
         Returns:
-            A mark behind the work.
+            A mark after the work.
 
         """
 
     def hold(self, mark: Any) -> None:
-        """Keeps what the calling thread queues for the training from now on behind a mark; returns at once."""
+        """Let all training work that the calling thread queues from now on wait for a mark; return at once."""
 
     def wait(self, mark: Any) -> None:
-        """Returns when a mark is reached. Not for the training thread."""
+        """Block until a mark is reached. Not for the training thread."""
 
 
 class CPUQueue:
-    """Does everything at once, in the thread that asks for it."""
+    """Does all work at once, in the calling thread."""
 
     def mark(self) -> None:
-        """All that was queued is done."""
+        """Return ``None``: all work is done already."""
 
     def beside(self, work: Callable[[], None], after: None) -> None:
-        """Does the work."""
+        """Do the work."""
         work()
 
     def hold(self, mark: None) -> None:
-        """Nothing is on its way."""
+        """Do nothing: all work is done already."""
 
     def wait(self, mark: None) -> None:
-        """Nothing is on its way."""
+        """Do nothing: all work is done already."""
 
 
 class AcceleratorQueue:
-    """A side stream of an accelerator, whichever vendor's.
+    """A side stream of an accelerator of any vendor.
 
     Args:
-        device: Which one.
+        device: The accelerator.
 
     """
 
@@ -67,11 +67,11 @@ class AcceleratorQueue:
         self._side = torch.Stream(device)
 
     def mark(self) -> torch.Event:
-        """An event on the training's stream."""
+        """Record an event on the training's stream."""
         return self._record(torch.accelerator.current_stream(self._device))
 
     def beside(self, work: Callable[[], None], after: torch.Event) -> torch.Event:
-        """Launches the work on the side stream."""
+        """Launch the work on the side stream."""
         training = torch.accelerator.current_stream(self._device)
         self._side.wait_event(after)
         torch.accelerator.set_stream(self._side)
@@ -82,11 +82,11 @@ class AcceleratorQueue:
             torch.accelerator.set_stream(training)
 
     def hold(self, mark: torch.Event) -> None:
-        """The training's stream waits for the event."""
+        """Let the training's stream wait for the event."""
         torch.accelerator.current_stream(self._device).wait_event(mark)
 
     def wait(self, mark: torch.Event) -> None:
-        """Waits for the event in this thread."""
+        """Block this thread until the event."""
         mark.synchronize()
 
     def _record(self, stream: torch.Stream) -> torch.Event:
@@ -96,22 +96,22 @@ class AcceleratorQueue:
 
 
 def queue_of(tensors: Sequence[Tensor]) -> Queue:
-    """The queue of the accelerator that any of these tensors lies on; else that of the CPU."""
+    """Return a queue for the accelerator that holds any of these tensors, else for the CPU."""
     device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
     return CPUQueue() if device is None else AcceleratorQueue(device)
 
 
 def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Small tensors on the host, those of an accelerator in one transfer, which is only launched.
+    """Copy small tensors to the host: those of an accelerator in one non-blocking transfer.
 
     Args:
-        tensors: Any dtypes and shapes; those on the CPU are returned as they are. All others lie on one device.
+        tensors: Any dtypes and shapes. CPU tensors are returned unchanged; all others must be on one device.
 
     """
     away = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors if tensor.device.type != "cpu"]
     if not away:
         return list(tensors)
-    # At multiples of 16 bytes, whatever the data type.
+    # Padded to 16 bytes, so that a view of any data type is aligned.
     padded = [torch.nn.functional.pad(each, (0, -len(each) % 16)) for each in away]
     flat = torch.cat(padded)
     host = torch.empty(len(flat), dtype=torch.uint8, pin_memory=True).copy_(flat, non_blocking=True)
@@ -123,7 +123,7 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class HostBuffer:
-    """Host memory that one save is copied to, reused by later saves: page-locked where an accelerator writes to it.
+    """Host memory for the copies of one save, reused by later saves; pinned if an accelerator writes to it.
 
     Example::
 
@@ -136,29 +136,29 @@ class HostBuffer:
     ALIGNMENT = 64
 
     def __init__(self) -> None:
-        #: Whether an accelerator writes to it; to be said before memory is taken.
+        #: Whether an accelerator writes to it; set this before memory is taken.
         self.pinned = False
         self._slabs: list[Tensor] = []
         self._used = 0
 
     def reset(self) -> None:
-        """Makes all memory free again; what was taken before must not be used any more."""
+        """Free all memory for reuse; pieces that were taken before are no longer valid."""
         if len(self._slabs) > 1:
             self._slabs = [self._slab(sum(slab.numel() for slab in self._slabs))]
         self._used = 0
 
     def reserve(self, nbytes: int) -> None:
-        """Makes sure that the next pieces, of so many bytes in all, come from one stretch of memory."""
+        """Let the next pieces, ``nbytes`` in total, come from one allocation."""
         if self._slabs and self._used + nbytes <= self._slabs[-1].numel():
             return
         if self._slabs and not self._used:
             self._slabs.pop()
-        # A little more than asked for: the next save may need a few bytes more.
+        # Slightly more, because the next save may need a few more bytes.
         self._slabs.append(self._slab(nbytes + nbytes // 64))
         self._used = 0
 
     def take(self, nbytes: int) -> Tensor:
-        """A piece of the buffer: uint8, shape ``(nbytes,)``, aligned for any data type."""
+        """Return a piece of the buffer: uint8, shape ``(nbytes,)``, aligned for any data type."""
         padded = -(-nbytes // self.ALIGNMENT) * self.ALIGNMENT
         self.reserve(padded)
         start, self._used = self._used, self._used + padded
@@ -169,10 +169,10 @@ class HostBuffer:
 
 
 class HostBuffers:
-    """The buffers that saves take turns with.
+    """The buffers that saves use in turn.
 
     Args:
-        count: How many saves may be on their way to the disk.
+        count: How many saves may be waiting to be written.
 
     """
 
@@ -180,10 +180,10 @@ class HostBuffers:
         self._buffers = [HostBuffer() for _ in range(count)]
 
     def next(self) -> HostBuffer:
-        """The buffer whose last save is written: there are as many as the writer has places, and it has a free one."""
+        """Return a buffer whose last save is written: the writer has a free place, and there is a buffer per place."""
         self._buffers[0].reset()
         return self._buffers[0]
 
     def keep(self, buffer: HostBuffer) -> None:
-        """A save is handed over to the writer; its buffer comes last now."""
+        """Put the buffer of a save that was handed to the writer last in the order."""
         self._buffers.sort(key=lambda each: each is buffer)

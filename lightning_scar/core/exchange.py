@@ -1,4 +1,4 @@
-"""A nest of tensors sent from one member of a process group to others."""
+"""Sends nested tensors from one member of a process group to others."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from torch import Tensor
 from lightning_scar.core.skeleton import pack, put_together, take_apart, unpack
 from lightning_scar.core.threads import batches
 
-#: Bytes that are sent at once.
+#: Bytes of one message.
 _MESSAGE = 1 << 26
 
 
 def send(value: Any, receivers: Sequence[int]) -> None:
-    """Sends nested dicts, lists and tuples of tensors and plain values; the receivers call :func:`receive`.
+    """Send nested dicts, lists and tuples of tensors and plain values; the receivers call :func:`receive`.
 
     Args:
-        value: Anything that pickles; tensors may lie on any device, and arrive on the CPU.
-        receivers: The group ranks, in the default process group, that receive it.
+        value: Anything that can be pickled; tensors may be on any device and arrive on the CPU.
+        receivers: Their ranks in the default process group.
 
     Raises:
         RuntimeError: If the connection is lost.
@@ -38,10 +38,10 @@ def send(value: Any, receivers: Sequence[int]) -> None:
 
 
 def receive(source: int) -> Any:
-    """What the source sent with :func:`send`.
+    """Receive what the source sent with :func:`send`.
 
     Args:
-        source: Its group rank in the default process group.
+        source: Its rank in the default process group.
 
     Returns:
         The value, its tensors on the CPU.
@@ -59,7 +59,7 @@ def receive(source: int) -> Any:
         received = torch.empty(sum(part.nbytes for part in batch), dtype=torch.uint8, device=_device())
         dist.recv(received, src=source)
         _scatter(received.cpu(), batch)
-    # It comes from another process of the same program.
+    # Unpickling is safe: the sender is a process of the same program.
     skeleton = unpack(memoryview(header["skeleton"]), weights_only=False)["skeleton"]
     return put_together(skeleton, tensors)
 

@@ -1,4 +1,4 @@
-"""A program that ends without closing its running checkpoint: what memory alone has is brought to storage."""
+"""Copies to storage what only memory holds when a program exits without closing its running checkpoint."""
 
 import atexit
 import os
@@ -11,17 +11,17 @@ from lightning_scar.storage.rank_store import RankStore
 
 
 def at_exit(store: RankStore, claim: Claim) -> Callable[[], None]:
-    """Sees to it when the interpreter ends, by itself or by an exception, without a collective.
+    """Register the copy for the exit of the interpreter, normal or by an exception. Runs no collective.
 
-    Memory stays as it is for the next start, and where there is any so does the lease, which tells of it. A process
-    that is killed, or that ends like the children of ``multiprocessing``, leaves things as they are.
+    Memory is kept for the next start, and with it the lease that refers to it. Nothing happens in a process that is
+    killed, or that exits like the children of ``multiprocessing``.
 
     Args:
-        store: What is written to.
-        claim: The right to do so.
+        store: The store to copy.
+        claim: The claim on its directory.
 
     Returns:
-        What calls it off.
+        A function that cancels it.
 
     """
     leave = atexit.register(partial(_leave, store, claim, os.getpid()))
@@ -29,7 +29,7 @@ def at_exit(store: RankStore, claim: Claim) -> Callable[[], None]:
 
 
 def _leave(store: RankStore, claim: Claim, process: int) -> None:
-    # A child process that was forked ends, too, and has nothing to do with it.
+    # Forked child processes run exit handlers, too.
     if os.getpid() != process or claim.is_lost:
         return
     is_stored = True

@@ -1,4 +1,4 @@
-"""How often a live run may be healed, and what is said about it."""
+"""Heals a live run, up to a limit, and warns about it."""
 
 import warnings
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 
 @dataclass(frozen=True)
 class Healer:
-    """Restores the blocks of a live run that turned NaN or Inf, as often as it may.
+    """Restores the blocks of a live run that turned NaN or Inf, up to a limit.
 
     Attributes:
-        heal_non_finite: Whether to look before every save.
-        max_heals: How often it may happen in one run.
+        heal_non_finite: Whether to check before every save.
+        max_heals: The most heals in one run.
 
     Raises:
         ValueError: If a value is out of range.
@@ -31,31 +31,31 @@ class Healer:
     max_heals: int = 3
 
     def __post_init__(self) -> None:
-        """Checks the limit."""
+        """Check the limit."""
         if self.max_heals < 1:
             raise ValueError(
                 f"max_heals={self.max_heals} must be at least 1; `heal_non_finite=False` switches healing off"
             )
 
     def is_due(self, running: RunningCheckpoint) -> bool:
-        """Whether to look now, before a save: whenever all ranks are there."""
+        """Return whether to check now, before a save: only when no rank is missing."""
         return self.heal_non_finite and running.ranks.all_here
 
     def heal(self, running: RunningCheckpoint, checkpoint: dict[str, Any], step: int, **live_parts: Any) -> bool:
-        """Restores what is not finite, in place, and warns of it. With several ranks a collective, at the same step.
+        """Restore non-finite blocks in place, and warn. With several ranks a collective, at the same step.
 
         Args:
-            running: Where to restore it from.
-            checkpoint: As for :meth:`~lightning_scar.core.running_checkpoint.RunningCheckpoint.heal`.
-            step: The optimizer step, for people.
-            live_parts: As there.
+            running: The running checkpoint to restore from.
+            checkpoint: As in :meth:`~lightning_scar.core.running_checkpoint.RunningCheckpoint.heal`.
+            step: The optimizer step, for the warning.
+            live_parts: The other arguments of that method.
 
         Returns:
-            Whether anything had to be restored, on any rank.
+            Whether any rank restored a block.
 
         Raises:
-            IncompleteError: If there is no finite version of a block.
-            RuntimeError: If it happened more than ``max_heals`` times.
+            IncompleteError: If a block has no finite version.
+            RuntimeError: After more than ``max_heals`` heals.
 
         """
         plan = running.heal(checkpoint, **live_parts)

@@ -1,4 +1,4 @@
-"""Blocks of a live run that turned NaN or Inf, restored on all ranks at the same step."""
+"""Restores blocks of a live run that turned NaN or Inf, on all ranks at the same step."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from lightning_scar.storage.store import DeltaStore
 
 
 def non_finite_blocks(state: LiveState) -> set[str]:
-    """The blocks that hold NaN or Inf on this rank, in the parameter or in its optimizer state, by key."""
+    """Return the keys of the blocks that hold NaN or Inf on this rank, in the parameter or its optimizer state."""
     found = set()
     for group, tensors in zip(state.map.groups, state.of(state.map), strict=True):
         broken = [tensor for tensor in tensors if not is_finite(tensor)]
@@ -26,11 +26,11 @@ def non_finite_blocks(state: LiveState) -> set[str]:
 
 
 def survivors(block_map: BlockMap, lost: Sequence[set[str]]) -> dict[str, int]:
-    """For every block a rank that still has it: its owner, or where all have the same the first one.
+    """Return a rank that still has each block: its owner, or the first one if all ranks have the same.
 
     Args:
         block_map: The whole state.
-        lost: What each rank has lost.
+        lost: The keys of the blocks that each rank has lost.
 
     """
     found = {}
@@ -44,22 +44,22 @@ def survivors(block_map: BlockMap, lost: Sequence[set[str]]) -> dict[str, int]:
 
 
 def heal(store: DeltaStore, state: LiveState, ranks: Ranks, lost: Sequence[set[str]]) -> RecoveryPlan:
-    """Restores what was lost in place: from a rank that still has it, else from disk. A collective.
+    """Restore lost blocks in place, from a rank that still has them, else from disk. A collective.
 
     Args:
-        store: The running checkpoint; all ranks must see the same of it.
+        store: The running checkpoint; all ranks must see the same files.
         state: The live state.
-        ranks: Who heals.
+        ranks: All ranks.
         lost: The keys of the blocks that each rank has lost.
 
     Returns:
-        Where every block comes from, those included that were not lost.
+        The source of every block, including those that were not lost.
 
     Raises:
-        IncompleteError: If a lost block is neither alive nor on disk.
+        IncompleteError: If a lost block is neither on another rank nor on disk.
 
     """
-    # A rank may have failed to look around, and know less of what the others have written.
+    # This may fail on one rank only, if it could not list the files of the others.
     plan = ranks.together(lambda: RecoveryPlan(state.map, store.index, alive=survivors(state.map, lost)))
     reader = Reader(store, state.map, plan, ranks, only=set().union(*lost))
     reader.read_refreshes()

@@ -1,4 +1,4 @@
-"""The live training state, as a save and a recovery see it: its blocks, its tensors, and the rest."""
+"""The live training state as a save and a recovery see it: blocks, tensors, skeleton."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class LiveState:
 
     Attributes:
         map: The blocks of the whole state.
-        own: Those that this rank owns.
+        own: The blocks that this rank owns.
         tensors: The live tensors, by their place in the checkpoint.
-        skeleton: What is left without them.
-        sharded: The places of dicts of which each rank has some items only.
+        skeleton: The rest of the checkpoint.
+        sharded: The places of dicts whose items are spread over the ranks.
         description: The map as text.
-        heavy: What is large and no blocks: it is in every skeleton as a whole.
+        heavy: Large tensors that cannot be cut into blocks, so that every skeleton holds them in full.
 
     """
 
@@ -41,22 +41,22 @@ class LiveState:
     heavy: list[Leaf]
 
     def of(self, block_map: BlockMap) -> list[list[Tensor]]:
-        """The live tensors of every group of a map as rows, one a slot."""
+        """Return the live tensors of every group of a map as rows, one per slot."""
         return [[group.of(self.tensors[slot.paths[0]]) for slot in group.slots] for group in block_map.groups]
 
     def warn_of_heavy(self, notices: Notices) -> None:
-        """Warns once of what every save writes as a whole."""
+        """Warn once of large tensors that every save writes in full."""
         if self.heavy:
             names = [f"{'/'.join(map(str, path))} ({type(tensor).__name__})" for path, tensor in self.heavy[:3]]
             nbytes = readable(sum(tensor.numel() * tensor.dtype.itemsize for _, tensor in self.heavy))
             notices.warn(
                 "heavy",
-                f"{len(self.heavy)} tensors cannot be cut into blocks, and every save writes them whole, {nbytes}: "
+                f"{len(self.heavy)} tensors cannot be cut into blocks, so every save writes them in full ({nbytes}): "
                 f"{', '.join(names)}{', ...' if len(self.heavy) > 3 else ''}",
             )
 
     def pack(self) -> tuple[memoryview, list[tuple[list[Path], Tensor]]]:
-        """The skeleton as it lies in a delta, and what of it lies on an accelerator and is not packed."""
+        """Return the skeleton's bytes for a delta, and its tensors on an accelerator, which are not packed."""
         here = [stack for stack in self.skeleton["counters"] if stack[1].device.type == "cpu"]
         away = [stack for stack in self.skeleton["counters"] if stack[1].device.type != "cpu"]
         skeleton = Skeleton(tree=self.skeleton["tree"], counters=here)
@@ -64,14 +64,14 @@ class LiveState:
 
 
 class Dissection:
-    """Takes checkpoint dicts of one training apart, and remembers its block map as long as the state stays the same.
+    """Takes checkpoint dicts of one training apart, and caches the block map while the state stays the same.
 
     Args:
-        ranks: Among whom the blocks are divided.
-        block_size: Bytes of a parameter's rows in a block; ``None`` for what suits the first state that is seen.
+        ranks: The ranks that share the blocks.
+        block_size: Bytes of a parameter's rows in a block; ``None`` to choose it by the first state.
 
     Attributes:
-        block_size: The same, once it is known.
+        block_size: The block size, ``None`` until it is known.
 
     """
 
@@ -88,12 +88,12 @@ class Dissection:
         optimizers: Mapping[Path, Optimizer] | None = None,
         parameters: Iterable[Tensor] = (),
     ) -> LiveState:
-        """Takes a checkpoint dict apart.
+        """Take a checkpoint dict apart.
 
         Args:
             checkpoint: The dict, with references to live tensors.
-            optimizers: The live optimizer for each place of an optimizer's state in it.
-            parameters: Tensors that change at optimizer steps only.
+            optimizers: The live optimizers, by the places of their states in it.
+            parameters: Tensors that change only in optimizer steps.
 
         """
         parameters, optimizers = list(parameters), optimizers or {}

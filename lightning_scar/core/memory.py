@@ -1,14 +1,14 @@
-"""A tensor's bytes, without a copy, and what is asked of them."""
+"""A tensor's bytes without a copy, and checks of its values."""
 
 import torch
 from torch import Tensor
 
-#: Elements that are converted at once where that is needed.
+#: Elements converted at once, for 1-byte floats.
 _CHUNK = 1 << 16
 
 
 def memory(tensor: Tensor) -> memoryview:
-    r"""The memory of a contiguous tensor on the CPU, writable, one dimension of bytes.
+    r"""Return the memory of a contiguous CPU tensor: writable, 1-d, in bytes.
 
     Example::
 
@@ -20,7 +20,7 @@ def memory(tensor: Tensor) -> memoryview:
 
 
 def readable(nbytes: float) -> str:
-    """A number of bytes for people.
+    """Format a number of bytes.
 
     Example::
 
@@ -36,7 +36,7 @@ def readable(nbytes: float) -> str:
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether no element is NaN or Inf, without a temporary of the tensor's size.
+    """Return whether no element is NaN or Inf, without a temporary of the tensor's size.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Warnings that are given once, and what a user should know."""
+"""Warnings that are given once, and messages to the user."""
 
 import sys
 import warnings
@@ -23,11 +23,11 @@ class Notices:
         self._given: set[str] = set()
 
     def warn(self, kind: str, message: str) -> None:
-        """Warns, unless it did so of that kind before."""
+        """Warn, unless this kind was warned of before."""
         if kind not in self._given:
             self._given.add(kind)
             warnings.warn(f"lightning-scar: {message}", stacklevel=5)
 
     def tell(self, message: str) -> None:
-        """Tells the user something that is no trouble."""
+        """Print a message that is not a warning."""
         print(f"lightning-scar: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What saves cost a training, measured."""
+"""Measures what saves cost a training."""
 
 import statistics
 import time
@@ -9,16 +9,16 @@ from typing import Any
 
 from lightning_scar.core.stats import Stats
 
-#: So many recent steps and saves tell what one takes: enough for a median that a pause does not move.
+#: How many recent steps and saves to measure: enough that a single pause does not move the median.
 _STEPS, _SAVES = 32, 9
 
-#: So many saves in a row may do without a step beside which none is under way, or nobody knows what such a step takes.
+#: How many saves may follow each other without a quiet step; after that the step time may be out of date.
 _STALE = 8
 
 
 @dataclass
 class _UnderWay:
-    """Saves that began and are not written yet, and the steps meanwhile."""
+    """Saves that have begun and are not written yet, and the steps made meanwhile."""
 
     full_saves: int
     saves: int = 1
@@ -28,10 +28,10 @@ class _UnderWay:
 
 @dataclass
 class Overhead:
-    """Compares the steps beside which a save is under way with the quiet ones.
+    """Compares steps during a save with quiet steps.
 
     Attributes:
-        clock: Tells the time in seconds.
+        clock: Returns the time in seconds.
 
     Example::
 
@@ -57,12 +57,12 @@ class Overhead:
     _last: tuple[int, float] | None = None
 
     def stepped(self, step: int, is_busy: bool, stats: Stats) -> None:
-        """A step is done.
+        """Record a completed step.
 
         Args:
             step: Its number.
             is_busy: Whether a save is under way.
-            stats: For how long the training thread stood still for the last saves.
+            stats: The stalls of the last saves.
 
         """
         now, last, save = self.clock(), self._last, self._under_way
@@ -77,11 +77,11 @@ class Overhead:
                 self._under_way = None
                 quiet = self.step_seconds
                 longer = save.seconds - save.steps * quiet if quiet is not None else 0.0
-                # The running checkpoint itself may have made a full one of it.
+                # The running checkpoint may have made the save full by itself.
                 full = stats.full_saves > save.full_saves
                 stall = stats.full_stall_seconds if full else stats.stall_seconds
                 if len(self._costs[full]) == 1 and full not in self._warm:
-                    # The first save of a kind makes its buffers, and tells little of those to come.
+                    # The first save of a kind allocates its buffers, so it is not typical.
                     self._costs[full].clear()
                     self._warm.add(full)
                 self._costs[full].append(max(longer / save.saves, stall))
@@ -90,11 +90,11 @@ class Overhead:
             self._saves_since_quiet = 0
 
     def pause(self) -> None:
-        """What comes before the next step is no part of it."""
+        """Exclude the time before the next step."""
         self._last = None
 
     def begins(self, stats: Stats) -> None:
-        """A save is about to begin."""
+        """Record that a save is about to begin."""
         self._saves_since_quiet += 1
         if self._under_way is None:
             self._under_way = _UnderWay(stats.full_saves)
@@ -103,47 +103,47 @@ class Overhead:
 
     @property
     def quiet_steps(self) -> int:
-        """How many quiet steps :attr:`step_seconds` is told from."""
+        """The number of quiet steps behind :attr:`step_seconds`."""
         return len(self._quiet)
 
     @property
     def saves(self) -> int:
-        """How many saves :meth:`cost` is told from."""
+        """The number of saves behind :meth:`cost`."""
         return len(self._costs[False]) or len(self._costs[True])
 
     @property
     def is_stale(self) -> bool:
-        """Whether the next save should wait for a quiet step: the last one is many saves ago."""
+        """Whether the next save should wait for a quiet step, because the last one was many saves ago."""
         return self._saves_since_quiet >= _STALE
 
     @property
     def step_seconds(self) -> float | None:
-        """Seconds of a quiet step; ``None`` before there was one."""
+        """The seconds of a quiet step; ``None`` before the first one."""
         return _median(self._quiet)
 
     def cost(self, full_every_n_saves: int | None = None) -> float | None:
-        """Seconds by which a save makes training longer, on average; ``None`` before that is known.
+        """Return the seconds that a save adds to the training, on average; ``None`` if not known yet.
 
         Args:
-            full_every_n_saves: Every Nth save is a full one; ``None`` for none.
+            full_every_n_saves: Every Nth save is full; ``None`` for none.
 
         """
         partial, full = map(_median, (self._costs[False], self._costs[True]))
         if full_every_n_saves == 1:
             return full
         if partial is None:
-            # After several that were full although nobody asked for it, the next ones will be, too.
+            # If several saves were full without being asked for, the next ones will be, too.
             return full if len(self._costs[True]) > 1 else None
         if full is None or full_every_n_saves is None:
             return partial
         return partial + (full - partial) / full_every_n_saves
 
     def hand_over(self) -> Any:
-        """For :meth:`take_over` in another process."""
+        """Return what :meth:`take_over` needs in another process."""
         return list(self._quiet), {full: list(costs) for full, costs in self._costs.items()}
 
     def take_over(self, measured: Any) -> None:
-        """Begins with what another process has measured."""
+        """Start with the measurements of another process."""
         quiet, costs = measured
         self._quiet.extend(quiet)
         for full, seconds in costs.items():

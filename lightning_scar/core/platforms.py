@@ -1,4 +1,4 @@
-"""What not every operating system has, said in one sentence before anything fails for want of it."""
+"""Features that some operating systems lack, and one clear message for each."""
 
 from lightning_scar.storage.locks import IS_POSIX
 

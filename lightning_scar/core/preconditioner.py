@@ -1,4 +1,4 @@
-"""What the optimizer knows of how steep the loss is in each block."""
+"""How steep the loss is in each block, as far as the optimizer's state tells."""
 
 from collections.abc import Sequence
 from random import Random
@@ -9,24 +9,24 @@ from torch import Tensor
 from lightning_scar.core.blocks import Group
 from lightning_scar.core.rows import pieces
 
-#: State that is a mean or a sum of squared gradients: of Adam and its kin, of RMSprop and Adadelta, of Adagrad.
+#: Means or sums of squared gradients: of Adam and its variants, of RMSprop and Adadelta, of Adagrad.
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
-#: What moves without gradients, by weight decay, must not wait for ever.
+#: A lower bound, so that blocks that move only by weight decay are saved eventually.
 _LEAST = 1e-3
-#: Elements of a block that are looked at, in other rows at each step: to read all makes scoring half as long again.
+#: Elements sampled per block, from other rows at each step: reading all would make scoring take 50 % longer.
 _SAMPLE = 2048
 
 
 def sampled_squares(group: Group, live: Sequence[Tensor], step: int) -> Tensor:
-    """The mean squared gradient of every block, from a sample of its rows.
+    """Return the mean squared gradient of every block, from a sample of its rows.
 
     Args:
         group: The group.
-        live: Its tensors as rows, one a slot.
-        step: The present optimizer step: which rows of a large block stand for all of it.
+        live: Its tensors as rows, one per slot.
+        step: The current optimizer step; it seeds the choice of rows.
 
     Returns:
-        float32, one element a block, on the tensors' device; NaN where the optimizer keeps no squared gradients.
+        float32, one element per block, on the tensors' device; NaN if the optimizer keeps no squared gradients.
 
     """
     squares = [tensor for slot, tensor in zip(group.slots, live, strict=True) if slot.name in _SECOND_MOMENTS]
@@ -36,20 +36,20 @@ def sampled_squares(group: Group, live: Sequence[Tensor], step: int) -> Tensor:
 
 
 def preconditioners(groups: Sequence[Group], squares: Tensor) -> Tensor:
-    r"""The preconditioner of every block, relative to the others: :math:`\sqrt{v}`, with the mean of :math:`v` over it.
+    r"""Return the relative preconditioner of every block: :math:`\sqrt{v}`, where :math:`v` is its mean over the block.
 
     Adam's step is :math:`\delta = \eta P^{-1} m` with :math:`P = \operatorname{diag}(\sqrt{v})` (Kingma and Ba, ICLR
     2015, algorithm 1), so to first order it lowers the loss by :math:`m^T \delta = \delta^T P \delta / \eta`: of two
-    blocks that moved equally far, the one with the larger gradients has more to lose. Adam moves all elements about
-    alike, so that their distance alone tells little.
+    blocks that moved equally far, the one with the larger gradients loses more. Adam moves all elements by about the
+    same amount, so their distance alone says little.
 
     Args:
         groups: The groups.
         squares: The mean squared gradient of every block, group after group, from :func:`sampled_squares`; float64.
 
     Returns:
-        float64, one element a block, group after group. 1 in the mean over the blocks whose optimizers keep squared
-        gradients in the same way, at least 0.001, and 1 where there are none. Learning rates are taken to be alike.
+        float64, one element per block, group after group; at least 0.001. The mean is 1 over the blocks whose
+        optimizers keep the same kind of squared gradients; blocks without any get 1. Assumes equal learning rates.
 
     Example::
 
@@ -74,15 +74,15 @@ def preconditioners(groups: Sequence[Group], squares: Tensor) -> Tensor:
 
 
 def _kind(group: Group) -> int:
-    """How the optimizer keeps the group's squared gradients; -1 if it does not."""
+    """Return the kind of squared gradients that the optimizer keeps for the group; -1 for none."""
     words = [slot.name for slot in group.slots]
     return next((kind for kind, word in enumerate(_SECOND_MOMENTS) if word in words), -1)
 
 
 def _sampled_mean(blocks: Tensor, step: int) -> Tensor:
-    """The mean of each block, shape ``(blocks, rows, ...)``, over some of its rows."""
+    """Return the mean of each block, shape ``(blocks, rows, ...)``, over some of its rows."""
     wanted = -(-_SAMPLE // blocks[0, 0].numel())
     stride = max(1, blocks.shape[1] // wanted)
-    # Not the step itself: saves come at multiples of their interval, which may be one of the stride.
+    # Not `step % stride`: steps of saves are multiples of the interval, which may itself be a multiple of the stride.
     first = Random(step).randrange(stride)
     return blocks[:, first::stride].mean(tuple(range(1, blocks.dim())), dtype=torch.float32)

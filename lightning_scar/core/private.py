@@ -1,6 +1,6 @@
-"""The private part of ``torch.distributed`` that the front doors lean on.
+"""The private API of ``torch.distributed`` that this library uses.
 
-It stands behind one function here, which has a test that fails loudly when torch changes.
+It is wrapped in one function, with a test that fails when torch changes.
 """
 
 import torch.distributed as dist
@@ -8,5 +8,5 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 
 def default_store() -> Store:
-    """The store through which the default process group was formed; every group has one of its own."""
+    """Return the store of the default process group; every group has its own."""
     return dist.distributed_c10d._get_default_store()

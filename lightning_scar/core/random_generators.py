@@ -9,7 +9,7 @@ import torch
 
 
 def random_generators() -> dict[str, Any]:
-    """The states of Python's generator, NumPy's legacy one, torch's on the CPU and, where it has begun, on CUDA.
+    """Return the states of Python's generator, NumPy's legacy one, torch's on the CPU and, if initialized, on CUDA.
 
     Example::
 
@@ -24,7 +24,7 @@ def random_generators() -> dict[str, Any]:
     numpy_state: Any = np.random.get_state(legacy=True)
     name, keys, *rest = numpy_state
     uses_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    # Tensors, not hundreds of numbers: each value of a checkpoint is looked at in a save.
+    # Tensors instead of hundreds of numbers, because a save visits each value of the checkpoint.
     return {
         "python": [version, torch.tensor(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
@@ -34,7 +34,7 @@ def random_generators() -> dict[str, Any]:
 
 
 def set_random_generators(states: Mapping[str, Any]) -> None:
-    """Puts back what :func:`random_generators` returned."""
+    """Set the states that :func:`random_generators` returned."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, *rest = states["numpy"]

@@ -1,4 +1,4 @@
-"""The processes that save and recover together. They talk at the start and in a recovery, never in a save."""
+"""The processes that save and recover together. They communicate at the start and in a recovery, never in a save."""
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from lightning_scar.core.threads import batches
 
-#: Bytes that are sent at once.
+#: Bytes of one message.
 _MESSAGE = 1 << 26
 
 T = TypeVar("T")
 
 
 class Ranks:
-    """This process among those that train together.
+    """This process's place among those that train together.
 
     Args:
-        rank: Its number in the group.
-        world_size: How many there are.
-        group: A process group that carries CPU tensors; ``None`` for the default one, whichever that is at the time.
+        rank: Its rank in the group.
+        world_size: The number of processes.
+        group: A process group that supports CPU tensors; ``None`` for the default one at the time of each call.
 
     Example::
 
@@ -39,9 +39,9 @@ class Ranks:
 
     @classmethod
     def of_default_group(cls) -> "Ranks":
-        """The default process group of ``torch.distributed``, if there is one. A collective.
+        """Return the ranks of the default process group, if there is one. A collective.
 
-        Where the group's backend carries no CPU tensors a second one is formed, over gloo.
+        If the group's backend does not support CPU tensors, form a second group with gloo.
         """
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
@@ -51,11 +51,11 @@ class Ranks:
 
     @property
     def all_here(self) -> bool:
-        """Whether nobody is missing from the default process group at the moment."""
+        """Whether no rank is missing from the default process group now."""
         return self.world_size == 1 or dist.get_world_size() == self.world_size
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank; values are pickled. A collective."""
+        """Return every rank's value, by rank; values are pickled. A collective."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -63,16 +63,16 @@ class Ranks:
         return values
 
     def together(self, function: Callable[[], T]) -> T:
-        """Calls a function that may fail on some ranks. A collective: an error of one is raised on all.
+        """Call a function that may fail on some ranks, and raise an error of one on all. A collective.
 
         Args:
-            function: Runs no collective.
+            function: The function; must not run collectives.
 
         Returns:
-            What it returned here.
+            What it returned on this rank.
 
         Raises:
-            Exception: The rank's own error, else that of the first rank that has one.
+            Exception: This rank's own error, else that of the first rank with one.
 
         """
         try:
@@ -86,11 +86,11 @@ class Ranks:
         return result
 
     def share_out(self, pieces: Sequence[Sequence[Tensor]]) -> None:
-        """Gives every rank what each has. A collective.
+        """Broadcast the pieces of every rank to all others. A collective.
 
         Args:
-            pieces: For every rank the memory that it has filled and the others have not: uint8, one dimension,
-                contiguous, on the CPU, of the same sizes on all ranks.
+            pieces: For every rank the memory that it has filled and the others receive: uint8, 1-d, contiguous, on the
+                CPU, with the same sizes on all ranks.
 
         """
         if self.world_size == 1:
@@ -114,7 +114,7 @@ def _split_like(message: Tensor, batch: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or what it says if it cannot be sent."""
+    """Return the error, or a ``RuntimeError`` with its text if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,4 +1,4 @@
-"""Reads blocks to where a recovery plan wants them, one rank's share from disk and the rest from the other ranks."""
+"""Reads blocks as a recovery plan says: this rank's share from disk, the rest from the other ranks."""
 
 from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from functools import partial
@@ -20,13 +20,13 @@ from lightning_scar.storage.store import DeltaStore
 
 
 class Reader:
-    """The tensors of a state, to be filled.
+    """Fills the tensors of a state.
 
     Args:
-        store: Where the deltas lie.
+        store: The store to read from.
         block_map: The state.
-        plan: Where every block comes from; :meth:`read` changes it where it finds damage.
-        ranks: Who reads; each a share.
+        plan: The source of every block; :meth:`read` changes it when it finds damage.
+        ranks: The ranks that each read a share.
         into: Live tensors to fill in place, by their place in the checkpoint.
         initial: Initial values, by their place in the checkpoint.
         only: The keys of the blocks to fill; ``None`` for all.
@@ -66,13 +66,13 @@ class Reader:
         self.negative: dict[tuple[str, str], bool] = {}
 
     def read_refreshes(self) -> None:
-        """Reads the refreshes of all blocks, so that :meth:`read` can leave out what they replace. A collective."""
+        """Read the refreshes of all blocks, so that :meth:`read` can skip what they replace. A collective."""
         self._wanted = self._wanted_refreshes()
         new = {place: wanted for place, wanted in self._wanted.items() if place not in self._refreshes}
         self._refreshes |= zip(new, self._read_refreshes(list(new.values())), strict=True)
 
     def read(self) -> None:
-        """Fills every block of this rank's share from the freshest source that turns out to be intact.
+        """Fill every block of this rank's share from its freshest intact source.
 
         Raises:
             IncompleteError: If a block has no source left.
@@ -100,7 +100,7 @@ class Reader:
                 replaced.pop(key, None)
 
     def take(self, live: Mapping[Path, Tensor]) -> None:
-        """Fills every block that is alive on this rank.
+        """Fill every block that this rank still holds.
 
         Args:
             live: The live tensors, by their place in the checkpoint.
@@ -115,7 +115,7 @@ class Reader:
                         part.group.of(target.dense)[span] = part.group.of(live[slot.paths[0]])[span]
 
     def exchange(self) -> None:
-        """Gives every rank what each has filled. A collective."""
+        """Send every rank what the others have filled. A collective."""
         pieces: list[list[Tensor]] = [[] for _ in self._parts]
         for rank, parts in enumerate(self._parts):
             for part in parts:
@@ -128,13 +128,13 @@ class Reader:
                 self._plan.fall_back(key, damage)
 
     def bases(self) -> dict[str, Tensor]:
-        """Copies of each group's first slot: before :meth:`refresh` its bases."""
+        """Return copies of each group's first slot; before :meth:`refresh` these are the bases."""
         return {group.name: self._targets[group.name][0].dense.clone() for group in self.groups}
 
     def refresh(self) -> None:
-        """Brings every block that comes from disk as near to the live values as its refresh can. A collective."""
+        """Apply the refresh of every block that comes from disk. A collective."""
         if self._plan.damages:
-            # What fell back to an older version may have another one.
+            # Blocks that fell back to an older version may have another refresh.
             self.read_refreshes()
         found = [(w, refresh) for place, w in self._wanted.items() if (refresh := self._refreshes[place])]
         targets = {name: [target.dense for target in slots] for name, slots in self._targets.items()}
@@ -145,7 +145,7 @@ class Reader:
             self.negative |= {(w.group.name, slot): codec.startswith("linear") for slot, codec in codecs.items()}
 
     def _wanted_refreshes(self) -> "dict[_Place, _Wanted]":
-        """The newest refresh of each block's base, gathered by file and group; in the same order on all ranks."""
+        """Return the newest refresh of each block's base, by file and group, in the same order on all ranks."""
         whole = {group.name: group for group in self.groups}
         found: dict[_Place, _Wanted] = {}
         for part in (part for parts in self._parts for part in parts):
@@ -159,7 +159,7 @@ class Reader:
         return {place: found[place] for place in sorted(found)}
 
     def _read_refreshes(self, wanted: "Sequence[_Wanted]") -> list[Refresh | None]:
-        """Reads a share of them, and gets the rest from the others; ``None`` for one that is damaged."""
+        """Read a share of the refreshes and receive the rest from the others; ``None`` for damaged ones."""
         rank, size = self._ranks.rank, self._ranks.world_size
         share = [(w.delta, w.refresh) for w in wanted[rank::size]]
         own = self._ranks.together(lambda: read_refreshes(share))
@@ -175,7 +175,7 @@ class Reader:
         return read
 
     def _replaced(self) -> dict[str, Set[str]]:
-        """The slots of each block that its refresh gives without its base, by key: optimizer state."""
+        """Return the slots of each block, by key, that its refresh replaces: optimizer state."""
         found: dict[str, Set[str]] = {}
         for place, wanted in self._wanted.items():
             if refresh := self._refreshes[place]:
@@ -184,11 +184,11 @@ class Reader:
         return found
 
     def tensors(self) -> list[list[Tensor]]:
-        """The tensors of each of ``groups``, one a slot."""
+        """Return the tensors of each of ``groups``, one per slot."""
         return [[target.filled() for target in self._targets[group.name]] for group in self.groups]
 
     def _stretches(self, part: "_Part") -> Iterator[tuple[int, int, int | None]]:
-        """First row, last row and survivor of blocks in a row that have the same sender."""
+        """Yield first row, last row + 1 and survivor of adjacent blocks with the same sender."""
         start = stop = 0
         sender: int | None = None
         for i in part.numbers:
@@ -208,7 +208,7 @@ class Reader:
         ]
 
     def _bytes(self, group: Group, start: int, stop: int) -> Iterator[Tensor]:
-        # Of what one rank alone has, the others have the first slot only.
+        # If only one rank owns the group, the others have its first slot only.
         for target in self._targets[group.name][: None if group.owner is None else 1]:
             yield group.of(target.dense)[start:stop].reshape(-1).view(torch.uint8)
 
@@ -222,12 +222,12 @@ class Reader:
             tensor.zero_()
 
 
-#: The name of its delta, and that of its group.
+#: The names of a refresh's delta and group.
 _Place = tuple[str, str]
 
 
 class _Wanted(NamedTuple):
-    """The refresh of a group, and the keys of the blocks that are wanted, by their place in it."""
+    """The refresh of a group, and the keys of the wanted blocks by their position in it."""
 
     delta: Delta
     refresh: StoredRefresh
@@ -236,7 +236,7 @@ class _Wanted(NamedTuple):
 
 
 def _unread(stored: StoredRefresh) -> Refresh:
-    """A refresh whose memory another rank will fill."""
+    """Allocate a refresh that another rank will fill."""
     memory = stored.new_memory().items()
     slots = {slot: Encoded(stored.slots[slot].codec, [codes], [scales]) for slot, (codes, scales) in memory}
     return Refresh(stored.group, stored.rows, slots)
@@ -259,13 +259,13 @@ def _chosen(only: Container[str] | None, group: Group) -> _Part:
 
 
 def initial_value(group: Group, initial: Mapping[Path, Tensor]) -> Tensor | None:
-    """The initial value of a group's first slot, if there is one of its shape."""
+    """Return the initial value of a group's first slot, if there is one of its shape."""
     found = next((initial[path] for path in group.slots[0].paths if path in initial), None)
     return found if found is not None and tuple(found.shape) == group.shape else None
 
 
 class _Target(NamedTuple):
-    """Where a slot is read to, and the tensor that it is for, if that is another one."""
+    """The tensor that a slot is read into, and the tensor to copy it to, if that is another one."""
 
     dense: Tensor
     tensor: Tensor | None
@@ -284,7 +284,7 @@ def _target(group: Group, slot: Slot, into: Mapping[Path, Tensor]) -> _Target:
 
 
 class _Memory(NamedTuple):
-    """The bytes of one slot of a group, and how many a row has."""
+    """The bytes of one slot of a group, and the bytes of one row."""
 
     slot: str
     whole: memoryview
@@ -292,6 +292,6 @@ class _Memory(NamedTuple):
 
 
 def _block(slots: Sequence[_Memory], group: Group, i: int) -> dict[str, memoryview]:
-    """The bytes of one block, slot by slot."""
+    """Return the bytes of one block, by slot."""
     start, stop = group.span(i)
     return {slot.slot: slot.whole[start * slot.row_bytes : stop * slot.row_bytes] for slot in slots}

@@ -1,4 +1,4 @@
-"""The recovery coordinator: for every block the freshest source there is."""
+"""The recovery plan: the freshest source of every block."""
 
 import math
 from collections import Counter
@@ -22,7 +22,7 @@ class IncompleteError(StorageError):
 
 
 class Source(Enum):
-    """Where a block comes from, the nearest and freshest first."""
+    """The kinds of sources of a block, the nearest and freshest first."""
 
     SURVIVOR = "survivors"
     MEMORY = "this host's memory"
@@ -40,10 +40,10 @@ class Planned:
     """The source of one block.
 
     Attributes:
-        source: Of which kind.
+        source: The kind of source.
         nbytes: Bytes of the block.
-        rank: The survivor, if it is one.
-        versions: The versions that are left, the one to read first.
+        rank: The survivor, if the source is one.
+        versions: The remaining versions, the one to read first.
 
     """
 
@@ -54,21 +54,21 @@ class Planned:
 
 
 class RecoveryPlan:
-    """Where every block of a training state comes from, from what is alive, what is on disk and what is damaged.
+    """The source of every block of a training state.
 
-    A block that some rank still holds comes from there, every other one from its newest version, in the nearest place
-    that has it: this host's memory, or storage, where what only another host's memory had has been brought. When it
-    turns out to be damaged in all places, :meth:`fall_back` goes on to an older version, and in the end to the initial
-    value. A fresh process is the case in which nothing is alive.
+    A block that some rank still holds comes from that rank. Every other block comes from its newest version, in the
+    nearest place that has it: this host's memory, or storage, where files that only another host's memory had have been
+    copied. If all copies are damaged, :meth:`fall_back` switches to an older version, and finally to the initial value.
+    In a fresh process every block is lost.
 
     Partial recovery is SCAR's (section 3.2): the less is lost, the smaller the perturbation.
 
     Args:
         block_map: The training state.
-        index: What is on disk.
-        alive: The rank that still holds it, for blocks that are not lost, by key.
-        initial: The groups for which an initial value is at hand, by name.
-        limit: Versions after this full save are left aside.
+        index: The versions on disk.
+        alive: The rank that still holds each block that is not lost, by key.
+        initial: The names of groups that have an initial value.
+        limit: Versions after this full save are ignored.
 
     Raises:
         IncompleteError: If a block has no source at all.
@@ -93,7 +93,7 @@ class RecoveryPlan:
         limit: Mark | None = None,
     ) -> None:
         self.damages: list[tuple[Located, Damage]] = []
-        #: How many blocks are brought near to the live values by a refresh.
+        #: How many blocks a refresh was applied to.
         self.refreshed = 0
         self.heads = index.heads
         self._initial = {group.key(i) for group in block_map.groups if group.name in initial for i in range(len(group))}
@@ -110,22 +110,22 @@ class RecoveryPlan:
             self._settle(key)
 
     def __iter__(self) -> Iterator[str]:
-        """The keys of all blocks."""
+        """Iterate over the keys of all blocks."""
         return iter(self._planned)
 
     def __getitem__(self, key: str) -> Planned:
-        """The source of a block."""
+        """Return the source of a block."""
         return self._planned[key]
 
     def fall_back(self, key: str, damage: Damage) -> None:
-        """Goes on to the next source of a block.
+        """Switch to the next source of a block.
 
         Args:
-            key: The block, to be read from disk.
-            damage: What was found there.
+            key: The block, whose source is on disk.
+            damage: The damage found there.
 
         Raises:
-            IncompleteError: If there is none.
+            IncompleteError: If there is no other source.
 
         """
         planned = self._planned[key]
@@ -164,17 +164,17 @@ class RecoveryPlan:
 
     @property
     def distance(self) -> float | None:
-        """How far this recovery moves the state: the paper's ``||d||``, at the step of the newest save.
+        """The distance by which this recovery moves the state: the paper's ``||d||``, at the step of the newest save.
 
-        What is known is how far the live state was from its newest versions on disk when each rank last saved. ``None``
-        where that is not enough: where a block comes from an older version or its initial value, or a rank's deltas
-        are lost. A state of which some blocks survive is moved by no more than this (section 3.2).
+        This is the distance of the live state to its newest versions on disk when each rank last saved. It is ``None``
+        if a block comes from an older version or its initial value, or if a rank's deltas are lost. If some blocks
+        survive, the state moves by no more than this (section 3.2).
         """
         return known_distance(self.heads) if self.is_whole else None
 
     @property
     def rework(self) -> float | None:
-        """About how many steps it takes to make up for that; see :mod:`~lightning_scar.core.rework`."""
+        """The estimated rework cost in steps; see :mod:`~lightning_scar.core.rework`."""
         return known_rework(self.heads) if self.is_whole else None
 
     def __str__(self) -> str:
@@ -199,20 +199,20 @@ class RecoveryPlan:
             f" Rank {rank} last saved at step {head.step}." for rank, head in self.heads.items() if head.step < step
         )
         if self.distance is None:
-            return f"{late} How far this is from the state that was lost is not known."
+            return f"{late} The distance to the lost state is not known."
         rework = f", about {self.rework:.3g} steps of training" if self.rework is not None else ""
         when = "When the ranks last saved" if late else f"At step {step}"
-        return f"{late} {when}, the state that was lost was {self.distance:.3g} away from this one{rework}."
+        return f"{late} {when}, the lost state was {self.distance:.3g} away from this one{rework}."
 
 
 def known_distance(heads: Mapping[int, Head]) -> float | None:
-    """How far the live state was from the running checkpoint when each rank last saved.
+    """Return the distance between the live state and the running checkpoint when each rank last saved.
 
     Args:
         heads: The newest head of every rank.
 
     Returns:
-        The L2 distance over what all ranks own; ``None`` if one of them has not saved or its deltas are lost.
+        The L2 distance over all ranks' blocks; ``None`` if a rank has not saved or its deltas are lost.
 
     """
     parts = _told(heads, "distance")
@@ -220,7 +220,7 @@ def known_distance(heads: Mapping[int, Head]) -> float | None:
 
 
 def known_rework(heads: Mapping[int, Head]) -> float | None:
-    """The steps that a crash would have cost when each rank last saved; ``None`` as in :func:`known_distance`."""
+    """Return the steps that a crash would have cost when each rank last saved; see :func:`known_distance`."""
     parts = _told(heads, "motion")
     return sum((Motion(*part) for part in parts), Motion()).rework_cost if parts is not None else None
 

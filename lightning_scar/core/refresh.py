@@ -1,4 +1,4 @@
-"""What a refresh is made of: how many bits each slot of each group gets, within the share of the state of a save."""
+"""Plans a refresh: how many bits each slot of each group gets, within the byte budget of a save."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -9,9 +9,9 @@ from lightning_scar.core.blocks import Group
 from lightning_scar.core.codec import Bits, Codec
 from lightning_scar.core.save import code_bytes
 
-#: What is encoded: other values are exact, or are no numbers at all.
+#: The data types that a refresh encodes.
 _ENCODED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-#: The share of a save that exact blocks need at least, or bases would grow too old for their differences.
+#: The least share of a save for exact blocks; otherwise bases become too old and differences to them too large.
 _LEAST_EXACT = 0.1
 
 
@@ -23,30 +23,30 @@ class _Split(NamedTuple):
     positive: Bits | None
 
 
-#: Buffers that fit in this share of a save are always exact. What changes outside of the optimizer has no refresh.
+#: Buffers that fit in this share of a save are always exact. What changes outside of optimizer steps has no refresh.
 ALWAYS_EXACT = 1 / 4
 
-#: The best first. State is refreshed as a whole or not at all: a first moment of now over a second one of long ago
-#: makes steps that are far too long.
+#: The best first. Either all optimizer state is refreshed or none: a recent first moment over an old second moment
+#: would make steps far too long.
 _SPLITS = (_Split(8, 8, 8), _Split(4, 4, 4), _Split(4, 2, 4), _Split(2, 2, 4), _Split(2, None, None))
 
 
 def plan(
     groups: Sequence[Group], state_bytes: int, negative: Mapping[tuple[str, str], bool], fraction: float
 ) -> dict[str, dict[str, Codec]]:
-    """Divides what a save may write between exact blocks and a refresh of all others.
+    """Divide the budget of a save between exact blocks and a refresh of all others.
 
-    It goes by data type, shape and sign, not by the name of the optimizer.
+    Depends on data types, shapes and signs, not on the name of the optimizer.
 
     Args:
-        groups: Those that change.
+        groups: The groups that change.
         state_bytes: Bytes of this rank's share of the state.
-        negative: For each slot by the names of its group and its own, whether it holds negative values; one that is not
-            in it is not known yet, and its group's state is not refreshed.
+        negative: Whether a slot holds negative values, by the names of group and slot. If one is missing, it is not
+            known yet, and its group's optimizer state is not refreshed.
         fraction: The share of the state's bytes that a save may write.
 
     Returns:
-        The codecs, by group and slot; what is not in it is not refreshed. Empty where nothing fits, or all is exact.
+        The codecs, by group and slot; other slots are not refreshed. Empty if nothing fits or everything is exact.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""A running checkpoint read back: every block from its newest intact version, put together with the skeleton."""
+"""Loads a running checkpoint: every block from its newest intact version, combined with the skeleton."""
 
 import os
 import warnings
@@ -30,17 +30,18 @@ class NoCheckpointError(StorageError):
 
 @dataclass
 class Restored:
-    """What a directory held.
+    """A restored running checkpoint.
 
     Attributes:
         checkpoint: The checkpoint dict; its tensors are on the CPU.
         own: The checkpoint as this rank saved it, without large tensors, if that was at the same step.
-        step: The optimizer step of its newest save.
+        step: The optimizer step of the newest save.
         map: The block map it was saved with.
-        plan: Where each block was read from.
-        bases: For each group a copy of the exact values of its first slot, where they were asked for.
-        negative: For each slot of a group, by name, whether it can hold negative values, as far as its refresh tells.
-        damages: What had to be passed over.
+        plan: The source of each block.
+        bases: A copy of the exact values of each group's first slot, if requested.
+        negative: Whether a slot can hold negative values, by the names of group and slot, as far as refreshes tell.
+        damages: Damaged versions that were skipped.
+        unrefreshed: Damaged refreshes.
 
     """
 
@@ -56,12 +57,12 @@ class Restored:
 
     @property
     def world_size(self) -> int:
-        """How many ranks saved it last."""
+        """The number of ranks that saved it last."""
         return next(iter(self.plan.heads.values())).world_size
 
     @property
     def oldest_age(self) -> int:
-        """Steps between the newest save and the oldest block that had changed since it was saved."""
+        """The age, at the newest save, of the oldest block that had changed since it was written exactly."""
         return max((head.info.get("oldest_age", 0) for head in self.plan.heads.values()), default=0)
 
 
@@ -74,14 +75,14 @@ def load(
     weights_only: bool | None = None,
     storage_options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Loads a running checkpoint as the checkpoint dict that was saved.
+    """Load a running checkpoint as the checkpoint dict that was saved.
 
     Args:
         url: The directory, any fsspec URL.
-        consistent: Whether to read the newest full save, all blocks of one step, rather than the newest version of
+        consistent: Whether to read the newest full save, with all blocks of one step, instead of the newest version of
             every block.
-        into: A checkpoint dict of live tensors, e.g. ``{"state_dict": model.state_dict()}``. Tensors of equal place,
-            shape and dtype are filled in place and returned, so that the state is never in memory twice.
+        into: A checkpoint dict of live tensors, e.g. ``{"state_dict": model.state_dict()}``. Tensors with the same
+            place, shape and dtype are filled in place and returned, so the state is never in memory twice.
         map_location: A device or device name to move the tensors to; ``None`` leaves them on the CPU.
         weights_only: As in ``torch.load``, for the skeleton. Tensors are never unpickled.
         storage_options: Passed to the file system.
@@ -91,7 +92,7 @@ def load(
 
     Raises:
         NoCheckpointError: If there is no running checkpoint, or no full save for ``consistent``.
-        IncompleteError: If no intact version of some block is left; the blocks are named.
+        IncompleteError: If a block has no intact version left; the message names it.
         NewerFormatError: If a newer version of this library wrote it.
 
     Example::
@@ -122,7 +123,7 @@ def _moved(checkpoint: dict[str, Any], map_location: Any) -> dict[str, Any]:
 
 
 def is_running_checkpoint(url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> bool:
-    """Whether a path is the directory of a running checkpoint (files and other directories are not)."""
+    """Return whether a path is the directory of a running checkpoint."""
     if FilePath(os.fspath(url)).is_file():
         return False
     return not open_store(url, storage_options).is_empty()
@@ -138,19 +139,19 @@ def restore(
     ranks: Ranks | None = None,
     with_bases: bool = False,
 ) -> Restored:
-    """Reads the running checkpoint of a store; see :func:`load` for arguments and errors.
+    """Read the running checkpoint of a store; see :func:`load` for arguments and errors.
 
-    With several ranks it is a collective: each reads its share, and gets the rest from the others.
+    With several ranks a collective: each reads its share and receives the rest from the others.
 
     Args:
         store: The store.
         consistent: As in :func:`load`.
         into: As in :func:`load`.
-        initial: A checkpoint dict of initial values for blocks of which nothing is left; their optimizer state begins
+        initial: A checkpoint dict of initial values for blocks that have no version left; their optimizer state starts
             at zero.
         weights_only: As in :func:`load`.
-        ranks: Who restores.
-        with_bases: Whether saves are to go on from there.
+        ranks: The ranks that restore together.
+        with_bases: Whether to return the bases, so that saves can continue.
 
     """
     members = ranks or Ranks()
@@ -159,7 +160,7 @@ def restore(
         found = members.together(lambda: _look(store, consistent, into, initial, weights_only, members))
         _check_agreement(store, found, members)
         if not consistent:
-            # A refresh is of a later step than the bases of a full save.
+            # Refreshes are newer than a full save.
             found.reader.read_refreshes()
         members.together(found.reader.read)
         found.reader.exchange()
@@ -169,7 +170,7 @@ def restore(
         return found.put_together(bases)
 
     with no_collection():
-        # Whoever reads a live run from outside may meet a file that vanishes.
+        # A live run may delete a file while another process reads.
         restored = retry_vanished(attempt)
     if members.rank == 0:
         _report(store, restored)
@@ -178,7 +179,7 @@ def restore(
 
 @dataclass
 class _Found:
-    """What one rank makes out on disk."""
+    """What one rank finds on disk."""
 
     newest: Stored
     all_ranks: list[Stored]
@@ -255,26 +256,26 @@ def _shards(store: DeltaStore, skeletons: Skeletons, newest: Stored, ranks: Rank
     world_size = newest.at.delta.head.world_size
     missing = set(range(world_size)) - {stored.rank for stored in found}
     if any(map(partial(_is_complete, store, found), store.index.lineage)):
-        # Who has saved nothing since the last start had its shard saved by others before it.
+        # A rank that has not saved since the last start has its shard in the saves of an earlier, complete start.
         missing = set()
     if missing and ranks.world_size != world_size:
         raise IncompleteError(
-            f"the optimizer state was sharded over {world_size} ranks, of which {len(missing)} left nothing intact "
-            f"(rank {', '.join(map(str, sorted(missing)))}), and cannot be shared out anew among {ranks.world_size}. "
-            f"Resume on {world_size} ranks: the lost shard begins anew, and the next save is of the whole state again."
+            f"the optimizer state was sharded over {world_size} ranks, {len(missing)} of which left nothing intact "
+            f"(rank {', '.join(map(str, sorted(missing)))}), so it cannot be resharded to {ranks.world_size}. "
+            f"Resume on {world_size} ranks: the lost shard is initialized again, and the next save is complete."
         )
     return found
 
 
 def _is_complete(store: DeltaStore, found: list[Stored], incarnation: int) -> bool:
-    """Whether the skeletons of all ranks of one start are there."""
+    """Return whether the skeletons of all ranks of one start exist."""
     sizes = {delta.head.world_size for delta in store.deltas if delta.head.incarnation == incarnation}
     ranks = {stored.rank for stored in found if stored.at.block.version.incarnation == incarnation}
     return any(ranks >= set(range(size)) for size in sizes)
 
 
 def _check_agreement(store: DeltaStore, found: _Found, ranks: Ranks) -> None:
-    # Copies of a block lie in files of other names: one host may have merged what another has not.
+    # Do not compare file names: one host may have merged files that another has not.
     newest = found.newest.at.block
     seen = (f"{newest.key} of step {newest.version.step}", len(store.deltas), describe(found.map), newest.version)
     for rank, other in enumerate(ranks.gather(seen)):
@@ -287,10 +288,10 @@ def _check_agreement(store: DeltaStore, found: _Found, ranks: Ranks) -> None:
 
 def _report(store: DeltaStore, restored: Restored) -> None:
     damages = [*store.damaged, *(damage for _, damage in restored.damages), *restored.unrefreshed]
-    # Several thousand blocks may lie in one lost file: name the first, count the rest.
+    # One lost file may hold thousands of blocks: list the first, count the rest.
     shown = "\n  ".join(map(str, damages[:8])) + (f"\n  and {len(damages) - 8} more" * (len(damages) > 8))
     if damages or not restored.plan.is_whole:
-        what = f"is damaged; copies or older versions are used instead of\n  {shown}" if damages else "is not complete."
+        what = f"is damaged; copies or older versions are used instead of\n  {shown}" if damages else "is incomplete."
         missing = "".join(f"\nNothing is left in {store.directory.file(folder)}." for folder in store.missing_folders())
         warnings.warn(
             f"{store.directory} {what}{missing}\nRecovery: {restored.plan}\n`lightning-scar verify` lists all damage.",

@@ -1,11 +1,11 @@
-r"""The rework cost, the extra steps that a run needs because of a failure: bounds, and what a crash would cost now.
+r"""The rework cost, the extra steps that a run needs because of a failure: bounds, and an estimate for a crash now.
 
-The bounds are those of SCAR (section 3). An optimizer step is taken for a map :math:`f` that contracts by a rate
-:math:`c`, :math:`\lVert f(x) - x^* \rVert \le c \lVert x - x^* \rVert`, and a recovery from older values for a
-perturbation: step :math:`l` goes on from :math:`y_l + \delta_l` instead of :math:`y_l`.
+The bounds are those of SCAR (section 3). They model an optimizer step as a map :math:`f` that contracts at a rate
+:math:`c`, :math:`\lVert f(x) - x^* \rVert \le c \lVert x - x^* \rVert`, and a recovery from older values as a
+perturbation: step :math:`l` continues from :math:`y_l + \delta_l` instead of :math:`y_l`.
 
-A live training knows neither :math:`c` nor :math:`x^*`. What it knows is how far each block has moved since it was last
-saved, and in how many steps; :class:`Motion` makes an estimate of that.
+A live training knows neither :math:`c` nor :math:`x^*`. It knows how far each block has moved since it was last saved,
+and in how many steps; :class:`Motion` estimates the cost from that.
 """
 
 import math
@@ -17,18 +17,18 @@ from torch import Tensor
 
 
 def rework_bound(distance: float, remaining: float, rate: float) -> float:
-    r"""The most that one perturbation costs, :math:`\log(1 + \lVert\delta\rVert / r) / \log(1 / c)` (SCAR, section 3).
+    r"""Return a bound of one perturbation's cost, :math:`\log(1 + \lVert\delta\rVert / r) / \log(1 / c)` (section 3).
 
-    It compares worst cases: a run that converges faster than its rate promises may lose more steps than this, though
-    it still converges within :func:`iterations_bound`.
+    This compares worst cases. A run that converges faster than its rate may lose more steps than this, but it still
+    converges within :func:`iterations_bound`.
 
     Args:
         distance: L2 norm of the perturbation, at least 0.
-        remaining: L2 distance to the optimum where it strikes, above 0.
+        remaining: L2 distance to the optimum when it happens, above 0.
         rate: The contraction rate, in (0, 1).
 
     Returns:
-        Steps. For a rate close to 1 and steps of the length ``(1 - rate) * remaining``: distance over step length.
+        Steps. For a rate close to 1 and steps of length ``(1 - rate) * remaining``, this is distance / step length.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -46,19 +46,19 @@ def rework_bound(distance: float, remaining: float, rate: float) -> float:
 
 
 def iterations_bound(start: float, tolerance: float, perturbations: Mapping[int, float], rate: float) -> float:
-    r"""Steps after which a perturbed run stays close to the optimum (SCAR, section 3).
+    r"""Return after how many steps a perturbed run stays close to the optimum (SCAR, section 3).
 
     :math:`\log((\lVert x_0 - x^* \rVert + D_T) / \varepsilon) / \log(1 / c)` with
     :math:`D_T = \sum_l c^{-l} \lVert \delta_l \rVert`.
 
     Args:
         start: L2 distance to the optimum at step 0, above 0.
-        tolerance: What counts as close, an L2 distance above 0.
-        perturbations: The L2 norm of the perturbation of each step that has one.
+        tolerance: The L2 distance that counts as close, above 0.
+        perturbations: The L2 norms of perturbations, by step.
         rate: The contraction rate, in (0, 1).
 
     Returns:
-        Steps, at least 0; from there on the distance is at most ``tolerance``.
+        Steps, at least 0; after them the distance is at most ``tolerance``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -74,7 +74,7 @@ def iterations_bound(start: float, tolerance: float, perturbations: Mapping[int,
         raise ValueError(
             f"start={start!r} and tolerance={tolerance!r} must be above 0, and no perturbation below: {perturbations!r}"
         )
-    # As logarithms: c^-l is beyond any float after some hundred steps.
+    # In logarithms, because c^-l overflows after a few hundred steps.
     terms = [math.log(size) - step * math.log(rate) for step, size in perturbations.items() if size]
     largest = max(terms := [math.log(start), *terms])
     total = largest + math.log(math.fsum(math.exp(term - largest) for term in terms))
@@ -82,10 +82,10 @@ def iterations_bound(start: float, tolerance: float, perturbations: Mapping[int,
 
 
 def error_floor(distance: float, rate: float) -> float:
-    """How close to the optimum a run comes that is perturbed at every step, ``c D / (1 - c)`` (SCAR, section 3).
+    """Return how close a run with a perturbation at every step comes to the optimum, ``c D / (1 - c)`` (section 3).
 
     Args:
-        distance: What the L2 norm of a perturbation never exceeds, at least 0.
+        distance: A bound of the L2 norms of the perturbations, at least 0.
         rate: The contraction rate, in (0, 1).
 
     Returns:
@@ -113,24 +113,23 @@ def _require_rate(rate: float) -> None:
 
 @dataclass(frozen=True)
 class Motion:
-    r"""How fast blocks move and what of that a crash would undo; the sum of two is that of the blocks of both.
+    r"""How fast blocks move, and how much of that a crash would undo. Sums add up over disjoint sets of blocks.
 
     A block that moved by :math:`\delta` in :math:`a` steps has the speed :math:`v = \delta / a`, and a crash sets it
-    back by its age :math:`a`. The rework cost is estimated as the mean age over all blocks, weighted by :math:`v^2`,
-    where blocks that were just saved have age 0. So it is to first order where steps follow the gradient: by
-    :math:`a` older values of a block raise the loss by :math:`a v^2`, and a step of all blocks lowers it by
-    :math:`\sum v^2`, up to the learning rate. No contraction rate is needed. Of an optimizer that scales gradients
-    (Adam) that is true in the metric of its preconditioner, so distances are taken in that. Ranks scale it each by
-    their own mean; the estimate of all lies between theirs still.
+    back by its age :math:`a`. The estimated rework cost is the mean age over all blocks, weighted by :math:`v^2`;
+    blocks that were just saved have age 0. To first order this is exact if steps follow the gradient: values of a block
+    that are :math:`a` steps older raise the loss by :math:`a v^2`, and a step of all blocks lowers it by
+    :math:`\sum v^2`, up to the learning rate. No contraction rate is needed. For an optimizer that scales gradients
+    (Adam) this holds in the metric of its preconditioner, so distances are measured in that metric. Each rank
+    normalizes it by its own mean; the total estimate still lies between those of the ranks.
 
-    Where a block has a refresh, what is off by then is the error :math:`e` of a code, which points anywhere. That costs
-    nothing to first order. To second order it is half of the curvature times :math:`e^2`, and a block that has moved
-    for :math:`a` steps does so where the curvature is about :math:`1 / a`, up to the learning rate: a larger one would
-    have turned it round. So :math:`e^2 / 2a` is counted.
+    A block with a refresh is off only by the error :math:`e` of its code, in an arbitrary direction. To first order
+    this costs nothing. To second order it costs half of the curvature times :math:`e^2`. A block that has moved one way
+    for :math:`a` steps has a curvature of about :math:`1 / a`, up to the learning rate: a larger curvature would have
+    turned it around. So :math:`e^2 / 2a` is counted.
 
-    It is never above distance over speed, the limit of :func:`rework_bound` for slow convergence, and never above the
-    age of the oldest block. Where steps are mostly noise it means little: there old values may be as good as new ones,
-    and nothing is lost.
+    The estimate never exceeds distance over speed, the limit of :func:`rework_bound` for slow convergence, and never
+    the age of the oldest block. If steps are mostly noise it means little: old values may then be as good as new ones.
 
     Attributes:
         squared_speed: Sum of :math:`v^2`, in squared distance per squared step.
@@ -153,22 +152,21 @@ class Motion:
 
     @property
     def rework_cost(self) -> float:
-        """Steps that a crash would cost now, and one more for each step from now on; 0 where nothing moves."""
+        """The steps that a crash would cost now, plus one for each further step; 0 if nothing moves."""
         if not 0 < self.squared_speed < math.inf:
             return 0.0
         return self.squared_speed_steps / self.squared_speed
 
 
 def motion(distance: Tensor, lag: Tensor, age: Tensor, rest: Tensor) -> Motion:
-    """What the scores of a save tell of the blocks' motion.
+    """Compute the motion of blocks from the scores of a save.
 
     Args:
-        distance: How far every block was from its base before this save, shape ``(blocks,)``, float64: L2 times the
-            root of its preconditioner. Blocks at no finite distance (NaN or Inf in them, a failed write) are left out.
-        lag: How far it is from its base and its refresh together, the same way. Of a block without a refresh that is
-            its distance.
-        age: Steps since its base, shape ``(blocks,)``. Blocks of age 0 are left out: they show no speed.
-        rest: Which blocks this save does not write exactly, shape ``(blocks,)``, bool.
+        distance: The distance of every block to its base before this save, shape ``(blocks,)``, float64: L2 times the
+            root of its preconditioner. Blocks without a finite distance (NaN or Inf, a failed write) are ignored.
+        lag: The distance to base plus refresh, in the same form; without a refresh, equal to ``distance``.
+        age: Steps since its base, shape ``(blocks,)``. Blocks of age 0 are ignored, because they show no speed.
+        rest: The blocks that this save does not write exactly, shape ``(blocks,)``, bool.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Blocks of a tensor as the rows of matrices: gathered, scattered, measured."""
+"""Views and copies of the blocks of a tensor."""
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
@@ -11,14 +11,14 @@ from lightning_scar.core.blocks import Group
 
 
 class Piece(NamedTuple):
-    """Blocks of one size: their numbers, and the tensor with a block an item of its first dimension."""
+    """Blocks of one size: their numbers, and a tensor with one block per item of its first dimension."""
 
     numbers: slice
     blocks: Tensor
 
 
 def pieces(tensor: Tensor, group: Group) -> Iterator[Piece]:
-    """All blocks of a tensor: those of equal size, then the last one if it is shorter.
+    """Yield all blocks of a tensor: those of equal size, then the last one if it is shorter.
 
     Args:
         tensor: The rows of a group, in any layout.
@@ -39,14 +39,14 @@ def pieces(tensor: Tensor, group: Group) -> Iterator[Piece]:
 
 
 def gather(tensor: Tensor, group: Group, numbers: Sequence[int], into: Tensor, base: Tensor | None = None) -> None:
-    """Copies some blocks to host memory, one after the other; one operation for all of a size.
+    """Copy some blocks to host memory, one after the other, with one operation per block size.
 
     Args:
         tensor: The rows of a group.
         group: The group.
-        numbers: Which of its blocks, ascending.
-        into: Where to: the tensor's dtype, one dimension, on the host. On an accelerator the copy is only launched.
-        base: If given, the blocks are copied to their places in it, too; like ``tensor``, on its device.
+        numbers: The numbers of the blocks, ascending.
+        into: The destination: 1-d, of the tensor's dtype, on the host. From an accelerator the copy is non-blocking.
+        base: If given, the blocks are copied to their places in it, too; has the shape and device of ``tensor``.
 
     """
     tensor, into = _bits(tensor), _bits(into)
@@ -67,7 +67,7 @@ def gather(tensor: Tensor, group: Group, numbers: Sequence[int], into: Tensor, b
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """As integers: not every operation knows every data type."""
+    """View a tensor as integers, because some operations do not support all data types."""
     like = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.dtype.itemsize)
     return tensor.view(like) if like is not None else tensor
 

@@ -1,8 +1,8 @@
-"""The running checkpoint: what a live training saves to.
+"""The running checkpoint that a live training saves to.
 
-A save goes through three methods: ``save`` takes the checkpoint apart; ``stage`` starts to measure and copy, beside the
-next forward and backward if staging is lazy; ``fence`` lets nothing change before that is done, and hands over to the
-writer.
+A save takes three calls: ``save`` takes the checkpoint apart; ``stage`` starts to measure and copy, alongside the next
+forward and backward if staging is lazy; ``fence`` lets nothing change before the copy is made, and hands the save to
+the writer.
 """
 
 import os
@@ -46,12 +46,12 @@ class RunningCheckpoint:
         settings: What to save and how.
         storage_options: Passed to the file system.
         ranks: The processes that save together, each the blocks that it owns; by default this one alone. With several
-            of them making one is a collective, on all with the same arguments.
-        seat: The :attr:`seat` of another rank, for a process that takes the place of one that died. No collective
-            then; its first save is a full one of its share.
+            ranks, the constructor is a collective, with the same arguments on all.
+        seat: The :attr:`seat` of another rank, for the replacement of a dead process. The constructor is then no
+            collective, and the first save is full.
 
     Raises:
-        StorageError: If the directory holds something else, or is not the same one on all ranks.
+        StorageError: If the directory holds something else, or differs between ranks.
         DirectoryInUseError: If another live run holds it.
         OSError: If it cannot be written to and ``on_write_error="raise"``.
 
@@ -87,7 +87,7 @@ class RunningCheckpoint:
         self._take_note_of(self._claim.trouble)
         self._neighbours = Neighbours(self.store, self.ranks, self.settings, self._claim.token, seat)
         self._sequence = seat.sequence if seat is not None else 0
-        #: What the last :meth:`restore` found, in words, and how many ranks had saved it.
+        #: A summary of the last :meth:`restore`, and the number of ranks that had saved.
         self.recovery, self.restored_ranks = "", self.ranks.world_size
         self._has_base = False
         self._save: Save | None = None
@@ -102,11 +102,11 @@ class RunningCheckpoint:
         self._call_off_exit = at_exit(self.store, self._claim)
 
     def __enter__(self) -> Self:
-        """The end of the block closes it."""
+        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Closes it."""
+        """Close it."""
         self.close()
 
     def _take_note_of(self, trouble: OSError | None) -> None:
@@ -115,18 +115,20 @@ class RunningCheckpoint:
         if self.settings.on_write_error == "raise":
             self._claim.release()
             raise trouble
-        self._notices.warn("write_error", f"{self.store.directory} cannot be written to: {trouble!r}. Training goes on")
+        self._notices.warn(
+            "write_error", f"{self.store.directory} cannot be written to: {trouble!r}. Training continues"
+        )
 
     def restore(self, weights_only: bool | None = None, initial: dict[str, Any] | None = None) -> Restored:
-        """Reads what the directory holds; saves from now on continue it. With several ranks a collective.
+        """Read what the directory holds, and let saves continue it. With several ranks a collective.
 
         Args:
             weights_only: As in ``torch.load``, for the skeleton.
-            initial: A checkpoint dict of initial values, for blocks of which nothing is left on disk.
+            initial: A checkpoint dict of initial values, for blocks that have no version left.
 
         Raises:
             NoCheckpointError: If there is nothing to restore.
-            IncompleteError: If no intact version of some block is left, and no initial value given.
+            IncompleteError: If a block has neither an intact version nor an initial value.
 
         """
         restored = restore(self.store, weights_only=weights_only, initial=initial, ranks=self.ranks, with_bases=True)
@@ -153,10 +155,10 @@ class RunningCheckpoint:
         optimizers: Mapping[Path, Optimizer] | None = None,
         parameters: Iterable[Tensor] = (),
     ) -> RecoveryPlan | None:
-        """Restores the blocks of a live run that turned NaN or Inf, in place, with their optimizer rows.
+        """Restore the blocks of a live run that turned NaN or Inf, in place, with their optimizer state.
 
         Each comes from a rank that still has it, else from its newest intact version. With several ranks a collective,
-        to be called by all at the same step.
+        at the same step.
 
         Args:
             checkpoint: As in :meth:`save`.
@@ -164,10 +166,10 @@ class RunningCheckpoint:
             parameters: As in :meth:`save`.
 
         Returns:
-            Where every block comes from; ``None`` if all values are finite on all ranks.
+            The source of every block; ``None`` if all values are finite on all ranks.
 
         Raises:
-            IncompleteError: If there is no finite version of a block.
+            IncompleteError: If a block has no finite version.
 
         """
         self.fence()
@@ -176,7 +178,7 @@ class RunningCheckpoint:
         if not any(lost):
             return None
         self.flush()
-        # Other hosts see what is in storage.
+        # Other hosts see only what is in storage.
         self.ranks.together(self.store.bring_to_storage)
         self.ranks.gather(None)
         self.store.look_around(others=True)
@@ -184,7 +186,7 @@ class RunningCheckpoint:
 
     @property
     def seat(self) -> Seat:
-        """What a process needs to take the place of a rank that died."""
+        """The ticket with which a replacement takes the place of a dead rank."""
         lineage = self.store.index.lineage[:-1]
         claim = self._claim
         return Seat(claim.incarnation, lineage, self._sequence, claim.token, claim.run, self._neighbours.key)
@@ -202,32 +204,32 @@ class RunningCheckpoint:
         wait: bool = False,
         info: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Begins a save: takes the checkpoint apart and pickles the skeleton. :meth:`stage` must follow.
+        """Begin a save: take the checkpoint apart and pickle the skeleton. :meth:`stage` must follow.
 
         Args:
             checkpoint: The checkpoint dict, with references to live tensors.
             step: The optimizer step that it belongs to.
-            optimizers: The live optimizer for each place of an optimizer's state in the checkpoint, e.g.
+            optimizers: The live optimizers by the places of their states in the checkpoint, e.g.
                 ``{("optimizer_states", 0): optimizer}``; pairs optimizer state with parameters.
-            parameters: Tensors that change at optimizer steps only, and may be staged lazily.
+            parameters: Tensors that change only in optimizer steps, and may be staged lazily.
             full: Whether to save every block that has changed. The first save always does.
-            wait: Whether to wait when the writer is behind, rather than skip the save. A full save always waits.
-            info: Small facts to keep with the delta.
+            wait: Whether to wait when the writer is behind, instead of skipping the save. A full save always waits.
+            info: Small values to keep in the delta's header.
 
         Returns:
-            Whether the save is on its way; ``False`` for one that was skipped, which is counted.
+            Whether the save has begun; ``False`` if it was skipped, which is counted.
 
         Raises:
-            StorageError: If another run has taken the directory over.
+            StorageError: If another run has taken over the directory.
             OSError: If an earlier write failed and ``on_write_error="raise"``.
 
         """
         self.fence()
         self._settle_failures()
         if self._claim.is_lost:
-            raise StorageError(f"another run has taken {self.store.directory} over; this one saves nothing any more")
+            raise StorageError(f"another run has taken over {self.store.directory}; this one no longer saves")
         full = full or not self._has_base or self.store.is_hollow
-        # Skipped ones count, too: blocks change owners, so a number must mean the same save on all ranks.
+        # Skipped saves count, too: blocks change owners, so a number must mean the same save on all ranks.
         self._sequence += 1
         if not self._writer.reserve(wait=wait or full):
             self.stats.skipped_saves += 1
@@ -241,7 +243,7 @@ class RunningCheckpoint:
             state.warn_of_heavy(self._notices)
             parts = list(map(Part, state.own.groups, live))
             version = Version(self._claim.incarnation, self._sequence - 1, step)
-            # Of a full save the copy has memory of its own: a buffer of the whole state is not worth keeping.
+            # A full save gets a temporary buffer: keeping one for the whole state would waste memory.
             buffer = HostBuffer() if full else self._buffers.next()
             self._save = Save(version, full, skeleton, parts, small, dict(info or {}), buffer)
         except BaseException:
@@ -251,20 +253,20 @@ class RunningCheckpoint:
         return True
 
     def stage(self) -> None:
-        """Starts to measure and copy the save that was begun; returns at once for what is staged lazily."""
+        """Start to measure and copy the save; return at once if staging is lazy."""
         save = self._save
         if save is None or save.is_staged:
             return
         with self._standing_still(save):
-            # Before it is, lest it be staged once more when this is interrupted.
+            # Set first, so that the save is not staged twice after an interrupt.
             save.is_staged = True
             if not self._stager.start(save):
                 self._hand_over(save)
 
     def fence(self) -> None:
-        """Lets nothing change before the save under way is copied, and hands it to the writer. Cheap without one.
+        """Let nothing change before the save under way is copied, and hand it to the writer. Cheap without a save.
 
-        Interrupted while it waits, by Ctrl-C for one, it leaves the save for the next call to finish.
+        If it is interrupted while it waits, e.g. by Ctrl-C, the next call finishes the save.
         """
         self.stage()
         save = self._save
@@ -274,23 +276,23 @@ class RunningCheckpoint:
             self._hand_over(save)
 
     def save_now(self, checkpoint: dict[str, Any], step: int, **options: Any) -> None:
-        """Saves and returns when the copy is made; arguments as in :meth:`save`. Never skipped."""
+        """Save, and return when the copy is made; arguments as in :meth:`save`. Never skipped."""
         self.save(checkpoint, step, wait=True, **options)
         self.fence()
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save is under way, from its beginning until its delta is written."""
+        """Whether a save is under way, from its start until its delta is written."""
         return self._save is not None or self._writer.depth > 0
 
     def flush(self) -> None:
-        """Waits until all saves are written."""
+        """Wait until all saves are written."""
         self.fence()
         self._writer.drain()
         self.store.drain()
 
     def close(self) -> None:
-        """Finishes what is under way, gives the directory back, and raises or warns about failed writes."""
+        """Finish the saves under way, release the directory, and raise or warn about failed writes."""
         try:
             self.fence()
         finally:
@@ -300,7 +302,7 @@ class RunningCheckpoint:
         self._settle_failures()
 
     def suspend(self) -> None:
-        """Finishes what is under way, and leaves all else as a process that dies does: another start follows."""
+        """Finish the saves under way, and leave everything else for the next start, as a process that dies does."""
         self._call_off_exit()
         self.flush()
         self._settle_failures()
@@ -313,7 +315,7 @@ class RunningCheckpoint:
             if not self._claim.is_lost:
                 self.store.bring_to_storage()
         except Exception as error:
-            # The next start finds it in memory, by the lease.
+            # The lease tells the next start to look in memory.
             self._late_errors.append(error)
         is_stored = not self._late_errors and not self._claim.is_lost
         self._neighbours.close(is_stored)
@@ -324,13 +326,13 @@ class RunningCheckpoint:
     def _hand_over(self, save: Save) -> None:
         self._stager.finish(save)
         self._has_base = True
-        # Not before it is certain that it will be written: the other buffer may still be in the queue.
+        # Only now that it will be written: the other buffer may still be in the queue.
         self._buffers.keep(save.buffer)
         state_bytes = self._stager.bases.map.state_bytes
-        # Before the writer adds to them what it finds.
+        # Before the writer, which adds to these counters, starts.
         self.stats.note(save)
         self._writer.submit(lambda: self._committer.commit(save, state_bytes))
-        # Interrupted before this, it is called off although it may be written; then its blocks are written once more.
+        # An interrupt before this line cancels the save, although it may be written; its blocks are then written again.
         self._save = None
         self.stats.warn_of_non_finite(self._notices)
         if self.stats.saves == 1 and self.store.write_back is not None:
@@ -338,7 +340,7 @@ class RunningCheckpoint:
         self.stats.queue_depth = self._writer.depth
 
     def _settle_failures(self) -> None:
-        """Raises or warns about failed writes, and has what they did not save saved again."""
+        """Raise or warn about failed writes, and let the next save write their blocks again."""
         self._take_unwritten()
         self.stats.warn_of_non_finite(self._notices)
         self.stats.bytes_written = self.store.directory.stored_bytes
@@ -352,7 +354,7 @@ class RunningCheckpoint:
         if errors:
             self._notices.warn(
                 "write_error",
-                f"a save to {self.store.directory} failed, training goes on without it: {errors[0]!r}. Further "
+                f"a save to {self.store.directory} failed, training continues without it: {errors[0]!r}. Further "
                 "failures are counted as failed_saves",
             )
 
@@ -360,7 +362,7 @@ class RunningCheckpoint:
         bases, lost = self._stager.bases, self.store.take_lost()
         while not self._committer.unwritten.empty():
             version, keys = self._committer.unwritten.get()
-            # Of a block that was staged again meanwhile a later save decides.
+            # A block that was staged again meanwhile depends on the later save.
             lost |= keys & set(bases.written_by(version))
         bases.lose(lost, self._committer.is_stored)
         if lost:
@@ -372,8 +374,7 @@ class RunningCheckpoint:
         try:
             yield
         except BaseException:
-            # The error is the caller's to see; the next save begins anew. But if it was interrupted while the save is
-            # being staged, by Ctrl-C for one, the next call goes on with it.
+            # Cancel the save. But after an interrupt during staging, e.g. by Ctrl-C, the next call continues it.
             if self._save is save and not self._stager.is_at_work:
                 self._save = None
                 self._stager.call_off(save)

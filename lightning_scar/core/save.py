@@ -17,7 +17,7 @@ from lightning_scar.core.skeleton import Path
 from lightning_scar.storage.delta import Column, Encoded, Refresh, Section, checksum
 from lightning_scar.storage.head import Version
 
-#: What safetensors calls a data type. The others are written as bytes; the skeleton knows their true type.
+#: The names of data types in safetensors. Other types are written as bytes; the skeleton holds their true type.
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -38,7 +38,7 @@ class Codes:
     """One slot of a group in low precision, all blocks one after the other.
 
     Attributes:
-        codec: How it is encoded.
+        codec: The codec.
         codes: uint8, host memory.
         scales: The bytes of the scales, uint8, host memory.
 
@@ -50,24 +50,24 @@ class Codes:
 
     @classmethod
     def of(cls, codec: Codec, group: Group, buffer: HostBuffer) -> "Codes":
-        """Memory for the codes of a group, from a buffer."""
+        """Take memory for the codes of a group from a buffer."""
         codes, scales = zip(*code_bytes(codec, group), strict=True)
         return cls(codec, buffer.take(sum(codes)), buffer.take(sum(scales)))
 
     def pieces(self, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
-        """Codes and scales as matrices with a block a row: of the blocks of equal size, then of the last one."""
+        """Yield codes and scales as matrices with a block per row: blocks of equal size, then a shorter last one."""
         done = 0
         for count, _ in group.sizes:
             codes, scales = self._run(group, done, done := done + count)
             yield codes.view(count, -1), scales.view(torch.bfloat16).view(count, -1)
 
     def encoded(self, group: Group, blocks: Iterable[tuple[int, int]]) -> Encoded:
-        """Those of some runs of blocks (first number, the one behind the last), as they lie in a delta."""
+        """Return some runs of blocks (first number, last number + 1) in the form of a delta."""
         found = [self._run(group, *run) for run in blocks]
         return Encoded(self.codec.name, [memory(codes) for codes, _ in found], [memory(scales) for _, scales in found])
 
     def _run(self, group: Group, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The bytes of a run of blocks."""
+        """Return the bytes of a run of blocks."""
         whole, sizes = group.sizes[0][0], code_bytes(self.codec, group, each=True)
         (first, end), (first_scale, end_scale) = (
             [min(number, whole) * kind[0] + max(0, number - whole) * kind[-1] for number in (start, stop)]
@@ -77,7 +77,7 @@ class Codes:
 
 
 def code_bytes(codec: Codec, group: Group, each: bool = False) -> list[tuple[int, int]]:
-    """Bytes of the codes and of the scales of a group: of all blocks of a size, or of each; by size."""
+    """Return the bytes of a group's codes and scales for each block size: of all blocks of it, or of ``each``."""
     return [
         ((1 if each else count) * codec.code_bytes(n), (1 if each else count) * 2 * codec.scale_count(n))
         for count, n in group.sizes
@@ -90,12 +90,12 @@ class Part:
 
     Attributes:
         group: The group.
-        live: Its live tensors as rows, one a slot.
-        exact: The numbers of the blocks that are written exactly, ascending.
-        rows: For each slot the bytes of these, one after the other; uint8, host memory.
-        refreshed: The numbers of the blocks that are written in low precision, ascending.
-        codes: That of all blocks, by slot.
-        bases: For each of the refreshed blocks the version of its base: incarnation, sequence; int64, shape ``(n, 2)``.
+        live: Its live tensors as rows, one per slot.
+        exact: The numbers of the blocks to write exactly, ascending.
+        rows: The bytes of these blocks, one after the other, for each slot; uint8, host memory.
+        refreshed: The numbers of the blocks to write in low precision, ascending.
+        codes: The codes of all blocks, by slot.
+        bases: The version of each refreshed block's base, incarnation and sequence; int64, shape ``(n, 2)``.
 
     """
 
@@ -109,15 +109,15 @@ class Part:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of the codes and scales of all blocks."""
+        """The bytes of the codes and scales of all blocks."""
         return sum(codes.codes.nbytes + codes.scales.nbytes for codes in self.codes.values())
 
     def section(self, version: Version, left_out: set[int]) -> Section | None:
-        """The exact blocks as they lie in a delta, or ``None`` if there are none.
+        """Return the exact blocks in the form of a delta, ``None`` if there are none.
 
         Args:
             version: Their version.
-            left_out: The numbers of blocks that are not to be written after all.
+            left_out: The numbers of blocks to leave out after all.
 
         """
         numbers = [number for number in self.exact if number not in left_out]
@@ -128,7 +128,7 @@ class Part:
         return Section(self.group.name, [self._absolute(span) for span in spans], [version] * len(spans), columns)
 
     def blocks(self) -> Iterator[tuple[int, dict[Slot, Tensor]]]:
-        """The number of each exact block, and its bytes in each slot."""
+        """Yield the number of each exact block, and its bytes in each slot."""
         for number, start, stop in self._rows(self.exact):
             yield (
                 number,
@@ -136,7 +136,7 @@ class Part:
             )
 
     def refresh(self) -> Refresh | None:
-        """The refresh as it lies in a delta, or ``None`` if there is none."""
+        """Return the refresh in the form of a delta, ``None`` if there is none."""
         if not self.refreshed:
             return None
         spans = self.group.spans(self.refreshed) + self.group.first_row
@@ -151,7 +151,7 @@ class Part:
         return slot.dtype.itemsize * self.group.row_numel
 
     def _rows(self, numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """The numbers of exact blocks, and where their rows begin and end among those that were copied."""
+        """Yield the numbers of exact blocks, and the start and end of their rows in the copy."""
         wanted, done = set(numbers), 0
         for number in self.exact:
             start, stop = self.group.span(number)
@@ -177,23 +177,24 @@ class Save:
 
     Attributes:
         version: Its version.
-        full: Whether every block is written exactly that may have changed.
-        skeleton: The pickled rest of the checkpoint.
+        full: Whether every block that may have changed is written exactly.
+        skeleton: The pickled skeleton.
         parts: The groups.
-        small: Tensors of the skeleton that lay on an accelerator when it was pickled, with their places; see
+        small: Tensors of the skeleton that were on an accelerator when it was pickled, with their places; see
             :class:`~lightning_scar.core.skeleton.Skeleton`.
-        buffer: Where copies go.
-        info: Small facts to keep with the delta.
-        queue: What works beside the training.
-        chosen: Which blocks are written exactly, by number, bool.
-        never: Which of these were never saved before.
-        copied: The mark that is reached when nothing is read from live tensors any more.
+        buffer: Host memory for the copies.
+        info: Small values to keep in the delta's header.
+        queue: Runs the work alongside the training.
+        chosen: The blocks to write exactly, by number, bool.
+        never: The blocks that were never saved before, by number, bool.
+        copied: The mark after the last read of live tensors.
+        is_staged: Whether staging has started.
         stall: Seconds that the training thread stood still.
-        non_finite: Blocks left out because they hold NaN or Inf and have a good version.
-        squared_rest: Squared distance between the live state and the running checkpoint once this save is in it.
-        squared_bases: What that would be without a refresh.
-        oldest_age: Steps since the oldest block left out, of those that have changed, was written exactly.
-        motion: How fast the blocks move, and what of that a crash would undo.
+        non_finite: How many blocks were left out because they hold NaN or Inf and have a good version.
+        squared_rest: Squared distance between the live state and the running checkpoint, with this save in it.
+        squared_bases: The same without the refresh.
+        oldest_age: Age of the oldest block that has changed and that this save does not write exactly.
+        motion: How fast the blocks move, and how much of that a crash would undo.
 
     """
 
@@ -218,5 +219,5 @@ class Save:
 
     @property
     def distance(self) -> float:
-        """L2 distance between the live state and the running checkpoint, once this save is in it."""
+        """The L2 distance between the live state and the running checkpoint, with this save in it."""
         return float(self.squared_rest**0.5)

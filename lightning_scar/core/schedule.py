@@ -1,4 +1,4 @@
-"""When a save is due: every N steps, after some time, or as often as a share of the training time allows."""
+"""Decides when a save is due: every N steps, after some time, or within a share of the training time."""
 
 import math
 import sys
@@ -13,19 +13,19 @@ from lightning_scar.core.agreement import Agreement
 from lightning_scar.core.overhead import Overhead
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 
-#: The share of the training time that saves may take if nothing else is asked for.
+#: The share of the training time that saves may take by default.
 MAX_OVERHEAD = 0.01
 
-#: However much a save costs, they are not further apart, in seconds.
+#: The longest time between two saves in seconds, whatever they cost.
 _LONGEST = 600.0
 
-#: So many quiet steps and saves must have been measured; until then saves are no further apart than so many steps.
+#: How many quiet steps and saves must be measured; and the longest interval, in steps, until they are.
 _QUIET_STEPS, _SURE, _UNSURE_STEPS = 5, 3, 10
 
-#: Rank 0 looks at the clock at least so often, in seconds: steps may become slower than they were.
+#: Rank 0 checks the clock at least this often, in seconds, because steps may become slower.
 _LOOK = 10.0
 
-#: So many steps are many, where it is not known yet what one takes.
+#: The estimate of remaining steps while the step time is unknown.
 _FAR = 1 << 20
 
 
@@ -33,8 +33,8 @@ class Due(NamedTuple):
     """A save that is due.
 
     Attributes:
-        full: Whether it is to be a full one.
-        common: Whether it is sure that all ranks save behind this step.
+        full: Whether to make it full.
+        common: Whether all ranks certainly save after this step.
 
     """
 
@@ -50,17 +50,18 @@ def _to_console(message: str) -> None:
 class Schedule:
     """Decides when to save.
 
-    With several ranks all save behind the same steps: a number of steps is the same for all, and of a time, or a cost,
-    rank 0 makes steps that it tells the others; see :class:`~lightning_scar.core.agreement.Agreement`.
+    Several ranks all save after the same steps. A number of steps is the same on all of them; a time or a cost is
+    converted to steps by rank 0, which tells the others; see :class:`~lightning_scar.core.agreement.Agreement`.
 
     Attributes:
-        every_n_steps: Optimizer steps between two saves; or
-        train_time_interval: the time between them; or
-        max_overhead: the share of the training time that they may take, in (0, 1); without any of the three 0.01.
-        full_every_n_saves: Every Nth save is a full one; ``None`` for none.
-        steps_name: What the user knows ``every_n_steps`` as.
-        tell: Is given what rank 0 has to say.
-        last_full_step: The step of the newest full save, or of the beginning.
+        every_n_steps: Optimizer steps between two saves.
+        train_time_interval: Or the time between two saves.
+        max_overhead: Or the share of the training time that saves may take, in (0, 1); 0.01 if none of the three is
+            given.
+        full_every_n_saves: Every Nth save is full; ``None`` for none.
+        steps_name: The user's name for ``every_n_steps``.
+        tell: Called with the messages of rank 0.
+        last_full_step: The step of the newest full save, or of the start.
 
     Raises:
         ValueError: If more than one of the three is given, or one is out of range.
@@ -91,7 +92,7 @@ class Schedule:
     _agreement: Agreement | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Checks every value."""
+        """Check every value."""
         intervals = {
             self.steps_name: self.every_n_steps,
             "train_time_interval": self.train_time_interval,
@@ -110,12 +111,12 @@ class Schedule:
     # -- the beginning and the end -------------------------------------------------------------------------------
 
     def begin(self, step: int, running: RunningCheckpoint, known: Any = None) -> None:
-        """Counts from here.
+        """Start counting.
 
         Args:
-            step: The step behind which training goes on.
-            running: What is saved to.
-            known: Another rank's :meth:`hand_over`, in a process that takes the place of one that died.
+            step: The step after which training continues.
+            running: The running checkpoint to save to.
+            known: Another rank's :meth:`hand_over`, in a replacement.
 
         """
         self._running = running
@@ -132,15 +133,15 @@ class Schedule:
             self._agreement.take_over(agreed)
 
     def end(self) -> None:
-        """Nothing is saved any more."""
+        """Stop: no more saves follow."""
         self._running = self._agreement = None
 
     def pause(self) -> None:
-        """Something else than a step follows, whose time counts for nothing."""
+        """Exclude the time until the next step, because something else follows."""
         self._overhead.pause()
 
     def hand_over(self) -> Any:
-        """What another process needs to go on in the place of a rank that died."""
+        """Return what a replacement needs to continue."""
         assert self._agreement is not None
         elapsed = time.monotonic() - self._last_time
         known = self._saves, self._last_step, elapsed, self._told
@@ -149,12 +150,12 @@ class Schedule:
     # -- every step ----------------------------------------------------------------------------------------------
 
     def is_new(self, step: int) -> bool:
-        """Whether a step was not seen before; in the middle of an accumulation it was."""
+        """Return whether a step is new; within a gradient accumulation it is not."""
         seen, self._seen_step = self._seen_step, step
         return step != seen
 
     def due(self, step: int) -> Due | None:
-        """The save to begin behind a step; ``None`` if none is due. To be called once for every step."""
+        """Return the save to begin after a step, ``None`` if none is due. Call this once per step."""
         assert self._running is not None
         assert self._agreement is not None
         if self.every_n_steps is not None:
@@ -170,7 +171,7 @@ class Schedule:
         return Due(self._is_full(self._saves)) if not busy and self._steps_left(step) <= 0 else None
 
     def note(self, step: int, full: bool) -> None:
-        """Takes note of a save that is about to begin."""
+        """Record a save that is about to begin."""
         assert self._running is not None
         self._saves += 1
         self._last_step, self._last_time = step, time.monotonic()
@@ -184,13 +185,13 @@ class Schedule:
     # -- what rank 0 decides -------------------------------------------------------------------------------------
 
     def _propose(self, step: int, horizon: int, saves_now: bool) -> tuple[int, str]:
-        """When to save next, or to look again if that is too far ahead to tell."""
+        """Return when to save next, or when to decide again if that is too far ahead."""
         assert self._running is not None
         seconds = self._overhead.step_seconds
         horizon = min(horizon, max(int(_LOOK / seconds), 1)) if seconds else 1
         left = self._steps_left(step, saves_now)
         if saves_now or self._running.is_busy:
-            # Nothing is promised while a save is under way: how long that takes is not known.
+            # Plan no save while one is under way, because its duration is unknown.
             since = 0 if saves_now else step - self._last_step
             return step + max(min(max(left // 2, since // 4), horizon), 1), ""
         if left > horizon:
@@ -198,7 +199,7 @@ class Schedule:
         return step + max(left, 1), "full" if self._is_full(self._saves) else "partial"
 
     def _steps_left(self, step: int, saves_now: bool = False) -> int:
-        """How many steps there are until a save is due, as far as can be told; none if it is now."""
+        """Estimate the steps until a save is due; 0 if it is due now."""
         elapsed = 0.0 if saves_now else time.monotonic() - self._last_time
         if self.train_time_interval is not None:
             return self._in_steps(self.train_time_interval.total_seconds() - elapsed)
@@ -210,7 +211,7 @@ class Schedule:
         return min(every - (0 if saves_now else step - self._last_step), self._in_steps(_LONGEST - elapsed))
 
     def _every(self) -> int | None:
-        """Steps between two saves, so that they take the share of the time that they may; ``None`` if not known yet."""
+        """Return the interval in steps that keeps saves within ``max_overhead``; ``None`` if not known yet."""
         assert self.max_overhead is not None
         cost, seconds = self._overhead.cost(self.full_every_n_saves), self._overhead.step_seconds
         if cost is None or not seconds or self._overhead.quiet_steps < _QUIET_STEPS:

@@ -1,4 +1,4 @@
-"""How far blocks are from their bases, and their refresh: one pass over the live tensors, on their device."""
+"""Measures distances of blocks to their bases and encodes refreshes, in one pass over the live tensors."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -14,19 +14,19 @@ from lightning_scar.core.rows import pieces
 from lightning_scar.core.save import Codes, Part
 from lightning_scar.core.threads import batches
 
-#: Bytes of tensors that are looked at together; a larger one is worth a pass of its own.
+#: Tensors up to this size in bytes share a pass; a larger one gets its own.
 _SMALL = 1 << 20
 
 
 class Scores(NamedTuple):
-    """What a pass has seen of blocks, float64 on the host, one element a block.
+    """The measurements of blocks, one element per block, float64 on the host.
 
     Attributes:
-        distance: L2 distance to the base. NaN for blocks that have to be looked at with care; infinite in a frozen
-            group that has changed.
-        error: L2 distance of base and refresh together to the live values.
-        unfit: 1 where a block has no refresh: it holds NaN, Inf, or what its codec cannot encode.
-        squares: The mean squared gradient, as far as the optimizer keeps it; NaN where it does not.
+        distance: L2 distance to the base. NaN for blocks that need :func:`careful`; infinite in a frozen group that has
+            changed.
+        error: L2 distance between base plus refresh and the live values.
+        unfit: 1 if the block gets no refresh, because it holds NaN, Inf, or a value that its codec cannot encode.
+        squares: The mean squared gradient; NaN if the optimizer does not keep it.
 
     """
 
@@ -37,18 +37,18 @@ class Scores(NamedTuple):
 
     @classmethod
     def of(cls, seen: Tensor) -> "Scores":
-        """From what :func:`score` gives, of several groups one after the other."""
+        """Convert the results of :func:`score`, concatenated over groups."""
         unit, norm, error, unfit, squares = seen.double()
         return cls(norm.sqrt() * unit, error.sqrt() * unit, unfit, squares)
 
 
 def score(parts: Sequence[tuple[Part, Base]], step: int, full: bool) -> list[Tensor]:
-    """Compares groups with their bases and encodes their refresh. Nothing waits for the device.
+    """Compare groups with their bases and encode their refresh. Does not synchronize with the device.
 
     Args:
-        parts: The groups, each with its base. The memory of their codes is filled.
-        step: The present optimizer step.
-        full: Whether it is enough to know what is not finite, or frozen: all else has moved as far as it can.
+        parts: The groups, each with its base. Their codes are written.
+        step: The current optimizer step.
+        full: Whether to check only for non-finite values and changes of frozen groups; other distances are infinite.
 
     Returns:
         For each group float32, shape ``(5, blocks)``, on its device: unit, squared distance and squared error in units,
@@ -83,12 +83,12 @@ def score(parts: Sequence[tuple[Part, Base]], step: int, full: bool) -> list[Ten
 
 
 def careful(group: Group, number: int, live: Tensor, base: Tensor | None) -> Tensor:
-    """The distance of a block of which the fast way cannot tell.
+    """Return the distance of a block that the fast way cannot measure.
 
     Returns:
-        float32, no dimension, on the tensors' device: 0 if the block has not changed, such as a mask of minus infinity;
-        NaN if it has just become non-finite; infinite if its base is non-finite, or too far away for a float32; else,
-        for changes between non-finite values, the root of how many there are.
+        float32, 0-d, on the tensors' device: 0 if the block has not changed, such as a mask of minus infinity; NaN if
+        it has just become non-finite; infinite if its base is non-finite, or too far away for float32; else, if both
+        are non-finite, the square root of the number of changed values.
 
     """
     if base is None:
@@ -101,13 +101,13 @@ def careful(group: Group, number: int, live: Tensor, base: Tensor | None) -> Ten
 
 
 class _Pass(NamedTuple):
-    """Blocks of one size to look at.
+    """Blocks of one size to measure.
 
     Attributes:
-        into: Where to tell what was seen, one column a block: unit, squares and what is unfit, or only the last.
+        into: Where to write the measurements, one column per block: unit, both squares and unfit, or only unfit.
         blocks: The blocks.
         base: What to subtract.
-        codec: How to encode them, if so.
+        codec: How to encode them, if at all.
         host: Memory for codes and scales.
 
     """
@@ -120,7 +120,7 @@ class _Pass(NamedTuple):
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What passes have in common that can be made as one."""
+        """A key that passes must share to be combined."""
         blocks = self.blocks
         return self.codec, blocks[0].numel(), blocks.dtype, blocks.device, self.base is None, len(self.into)
 
@@ -137,7 +137,7 @@ def _passes(into: Tensor, live: Tensor, base: Tensor | None, codes: Codes | None
 
 
 def _make(passes: Sequence[_Pass]) -> None:
-    """Makes passes, small ones of a kind as one: models have hundreds of small tensors, of blocks of a few sizes."""
+    """Run passes, small ones of a kind combined: models have hundreds of small tensors with few block sizes."""
     by_kind: dict[tuple[object, ...], list[_Pass]] = {}
     for each in passes:
         by_kind.setdefault((*each.kind, each.blocks.nbytes > _SMALL), []).append(each)
@@ -162,7 +162,7 @@ def _encode(alike: Sequence[_Pass]) -> None:
     bad = torch.split(seen.bad.to(torch.float32), counts)
     told = torch.split(torch.stack(seen[:3]), counts, 1) if is_told else ()
     for i, each in enumerate(alike):
-        # A block has a refresh of all its slots, or none.
+        # A block gets a refresh of all its slots or none.
         torch.maximum(each.into[-1], bad[i], out=each.into[-1])
         if is_told:
             each.into[:3] = told[i]
@@ -174,7 +174,7 @@ def _encode(alike: Sequence[_Pass]) -> None:
 
 
 def _as_numbers(blocks: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What can be subtracted. Integers have no measure: each that changed counts as one."""
+    """Convert blocks to numbers that can be subtracted; of integers, each that changed counts as 1."""
     if blocks.is_complex():
         blocks, base = torch.view_as_real(blocks), torch.view_as_real(base) if base is not None else None
     if not blocks.dtype.is_floating_point:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Candidates:
-    """The blocks that may be saved, one element of each tensor a block.
+    """The blocks that may be saved; each tensor has one element per block.
 
     Attributes:
         distance: L2 distance to the base, float64; ``inf`` where the last write failed.
         nbytes: Bytes of the block over all slots, int64.
         age: Steps since the block was last saved, int64.
-        step: The present optimizer step.
+        step: The current optimizer step.
         preconditioner: How steep the loss is in the block, relative to the others, float64; see
             :func:`~lightning_scar.core.preconditioner.preconditioners`.
 
@@ -28,11 +28,11 @@ class Candidates:
     preconditioner: Tensor
 
     def __len__(self) -> int:
-        """The number of blocks."""
+        """Return the number of blocks."""
         return len(self.distance)
 
     def of(self, blocks: Tensor) -> "Candidates":
-        """Some of them, by number."""
+        """Return some of the candidates, by number."""
         nbytes, age, steep = self.nbytes[blocks], self.age[blocks], self.preconditioner[blocks]
         return Candidates(self.distance[blocks], nbytes, age, self.step, steep)
 
@@ -42,12 +42,12 @@ Policy = Callable[[Candidates], Tensor]
 
 
 def distance(candidates: Candidates) -> Tensor:
-    """The blocks that moved furthest, by squared distance per byte in the metric of the optimizer's preconditioner.
+    """Prefer blocks that moved furthest: squared distance per byte, in the metric of the optimizer's preconditioner.
 
-    The greedy choice of what leaves least of that distance between the live state and the running checkpoint. Where all
-    blocks have the same size and the optimizer has no preconditioner (SGD) it is the paper's priority (SCAR, section
-    4.2). By plain distance per byte small blocks would come first again and again: a block of four times the size that
-    moves alike is twice as far away.
+    This greedily minimizes the distance that is left between the live state and the running checkpoint. If all blocks
+    have the same size and the optimizer has no preconditioner (SGD), it is the paper's priority (SCAR, section 4.2).
+    Plain distance per byte would always favor small blocks: a block four times the size that moves alike is only twice
+    as far away.
 
     Example::
 
@@ -60,7 +60,7 @@ def distance(candidates: Candidates) -> Tensor:
 
 
 def round_robin(candidates: Candidates) -> Tensor:
-    """The blocks that waited longest (the paper's baseline).
+    """Prefer blocks that waited longest (the paper's baseline).
 
     Example::
 
@@ -73,8 +73,8 @@ def round_robin(candidates: Candidates) -> Tensor:
 
 
 def random(candidates: Candidates) -> Tensor:
-    """Any blocks, the same for the same step (the paper's baseline)."""
-    # A generator of its own: drawing from the global one would change the training.
+    """Prefer random blocks, the same for the same step (the paper's baseline)."""
+    # A separate generator: drawing from the global one would change the training.
     return torch.rand(len(candidates), generator=torch.Generator().manual_seed(candidates.step))
 
 
@@ -84,22 +84,22 @@ POLICIES: dict[str, Policy] = {"distance": distance, "round_robin": round_robin,
 def select(
     candidates: Candidates, policy: Policy, budget: int, max_age: int | None = None, patient: bool = False
 ) -> Tensor:
-    """Chooses blocks greedily, highest priority first, as long as they fit in the budget.
+    """Choose blocks greedily, highest priority first, as long as they fit in the budget.
 
     Blocks older than ``max_age`` come before all others, the oldest first. Ties go to the older block.
 
     Args:
         candidates: The blocks that may be saved.
-        policy: What ranks them.
+        policy: Gives the priorities.
         budget: Bytes to spend.
         max_age: Steps after which a block is due whatever its priority; ``None`` for never.
-        patient: Whether to choose none at all while the first one does not fit, so that it does not wait for ever.
+        patient: Whether to choose nothing while the first block does not fit, so that it does not wait forever.
 
     Returns:
         Indices of the chosen blocks, int64, best first. Their bytes never exceed the budget.
 
     Raises:
-        ValueError: If the policy does not return one priority a block.
+        ValueError: If the policy does not return one priority per block.
 
     Example::
 
@@ -112,7 +112,7 @@ def select(
     if tuple(priority.shape) != (len(candidates),):
         raise ValueError(
             f"the policy {policy!r} returned shape {tuple(priority.shape)} for {len(candidates)} blocks; "
-            "it must return one priority a block"
+            "it must return one priority per block"
         )
     age = candidates.age.to(torch.float64)
     overdue = age > max_age if max_age is not None else torch.zeros_like(age, dtype=torch.bool)

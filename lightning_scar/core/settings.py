@@ -1,4 +1,4 @@
-"""What a user may set about a running checkpoint, checked as early as possible."""
+"""The options of a running checkpoint, checked as early as possible."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ class Settings:
     """How a running checkpoint is saved.
 
     Attributes:
-        fraction: The share of the state's bytes that one save may write, in (0, 1]. Never less than one block.
+        fraction: The share of the state's bytes that one save may write, in (0, 1]; at least one block.
         policy: ``"distance"``, ``"round_robin"``, ``"random"``, or a function from
-            :class:`~lightning_scar.core.selection.Candidates` to one priority a block.
+            :class:`~lightning_scar.core.selection.Candidates` to one priority per block.
         block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
         max_age: Steps after which a block is due whatever its priority; ``None`` for never.
-        staging: ``"lazy"`` scores and copies beside the next forward and backward, ``"eager"`` at once.
-        on_write_error: ``"warn"`` goes on training, ``"raise"`` stops it.
+        staging: ``"lazy"`` scores and copies during the next forward and backward, ``"eager"`` at once.
+        on_write_error: ``"warn"`` continues the training, ``"raise"`` stops it.
         memory: Whether saves go to this host's memory first, which outlives the processes.
-        durable_every_n_saves: With it, every Nth save goes to storage, too.
-        replicas: With it, on how many other hosts each rank keeps a copy.
-        memory_limit: Bytes of it that each rank may take, and each of its copies; ``None`` for what there is.
-        refresh: ``"auto"`` spends a part of a save on a low-precision copy of all that it does not write exactly;
-            ``None`` is the paper's own form.
+        durable_every_n_saves: With ``memory``, every Nth save goes to storage, too.
+        replicas: With ``memory``, on how many other hosts each rank keeps a copy.
+        memory_limit: Bytes of memory that each rank may take, and each of its copies; ``None`` for all that is free.
+        refresh: ``"auto"`` spends a part of each save on a low-precision copy of all blocks that it does not write
+            exactly; ``None`` is the paper's original form.
 
     Raises:
-        ValueError: If a value is out of range; the message names it and what is allowed.
+        ValueError: If a value is out of range; the message says what is allowed.
 
     Example::
 
@@ -54,7 +54,7 @@ class Settings:
     refresh: Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
-        """Checks every value."""
+        """Check every value."""
         _require(
             _is_number(self.fraction) and 0 < self.fraction <= 1,
             f"fraction={self.fraction!r} must be in (0, 1]: the share of the state that one save may write, e.g. 0.125",
@@ -78,7 +78,7 @@ class Settings:
         )
         _require(
             isinstance(self.memory, bool),
-            f"memory={self.memory!r} must be True or False; the environment variable {VARIABLE} says which folder",
+            f"memory={self.memory!r} must be True or False; the environment variable {VARIABLE} sets the folder",
         )
 
     @property
@@ -87,23 +87,23 @@ class Settings:
         return POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
 
     def warn_of_block_size(self, notices: Notices, block_size: int, directory: str) -> None:
-        """Warns once if a directory was started with another block size.
+        """Warn once if a directory was started with another block size.
 
         Args:
             notices: Warns.
-            block_size: That size.
-            directory: What it is called.
+            block_size: The directory's block size.
+            directory: Its path.
 
         """
         if self.block_size not in (None, block_size):
             notices.warn(
                 "block_size",
-                f"block_size={self.block_size} is left aside: {directory} was started with {block_size}. Begin in a "
-                "new directory to change it",
+                f"block_size={self.block_size} is ignored: {directory} was started with {block_size}. Use a new "
+                "directory to change it",
             )
 
     def warn_of_unused(self, notices: Notices, rank: int) -> None:
-        """Warns once, on the first rank, of options of memory where there is none.
+        """Warn once, on rank 0, of options that need ``memory=True``.
 
         Args:
             notices: Warns.
@@ -114,7 +114,7 @@ class Settings:
         unused = [f"{name}={value!r}" for name in names if (value := getattr(self, name)) != getattr(Settings, name)]
         if unused and not self.memory and rank == 0:
             notices.warn(
-                "unused", f"without memory=True nothing comes of {', '.join(unused)}: add it, or leave them out"
+                "unused", f"without memory=True, these have no effect: {', '.join(unused)}; add it, or leave them out"
             )
 
 
@@ -127,7 +127,7 @@ def _is_whole_number(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    # To Python a bool is one.
+    # In Python, a bool is a number.
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""Who saves what: the blocks of a training state divided over the ranks."""
+"""Divides the blocks of a training state over the ranks."""
 
 from dataclasses import replace
 
@@ -6,19 +6,19 @@ from lightning_scar.core.blocks import BlockMap, Group
 
 
 def shares(block_map: BlockMap, world_size: int) -> list[BlockMap]:
-    """Divides a map over the ranks by bytes, a map for each.
+    """Divide a map over the ranks by bytes.
 
-    It follows from the map and the number of ranks alone, so that ranks need not talk about it. A group that only one
-    rank has as it should be is that rank's; every other is cut into one run of blocks a rank, so that all ranks see
-    something of every parameter and their choices by distance come near to a common one.
+    The result depends only on the map and the number of ranks, so ranks need not communicate. A group with an owner
+    goes to that rank. Every other group is cut into one run of blocks per rank, so that each rank has a part of every
+    parameter, and the ranks' separate choices by distance come close to a global one.
 
     Args:
-        block_map: The whole state. On ranks that hold different shards of the optimizer state only groups with an owner
-            may differ: in their slots beyond the first, and those that are not lazy altogether.
+        block_map: The whole state. If ranks hold different shards of the optimizer state, their maps may differ only in
+            groups with an owner: lazy ones in the slots after the first, others in any way.
         world_size: The number of ranks.
 
     Returns:
-        The maps; together they have every block once.
+        One map per rank; each block is in exactly one of them.
 
     Example::
 
@@ -42,14 +42,14 @@ def shares(block_map: BlockMap, world_size: int) -> list[BlockMap]:
 
 
 def _counts(block_map: BlockMap, world_size: int) -> list[list[int]]:
-    """How many blocks of each group each rank gets."""
+    """Return how many blocks of each group each rank gets."""
     room = _room(block_map, world_size)
     counts = []
     for group in block_map.groups:
         if group.owner is not None:
             counts.append([len(group) * (rank == group.owner) for rank in range(world_size)])
             continue
-        # Of what is left, not of the whole: what one group's blocks do not divide evenly the next ones make up for.
+        # By what each rank has left, so that later groups even out the rounding of earlier ones.
         wanted = [max(0, bytes_left) for bytes_left in room]
         block_bytes = group.rows_per_block * group.row_nbytes
         own = [len(group) * want // sum(wanted) if any(wanted) else 0 for want in wanted]
@@ -58,7 +58,7 @@ def _counts(block_map: BlockMap, world_size: int) -> list[list[int]]:
             rank = room.index(max(room))
             own[rank] += 1
             room[rank] -= block_bytes
-        # The last block is shorter than the others.
+        # The last block may be shorter than the others.
         last = max(rank for rank, count in enumerate(own) if count)
         room[last] += len(group) * block_bytes - group.rows * group.row_nbytes
         counts.append(own)
@@ -66,13 +66,13 @@ def _counts(block_map: BlockMap, world_size: int) -> list[list[int]]:
 
 
 def _room(block_map: BlockMap, world_size: int) -> list[int]:
-    """An equal share of the bytes for every rank, less those of groups that are its own from the start."""
+    """Return an equal share of the bytes for every rank, minus those of the groups that it owns."""
     taken, total = [0] * world_size, 0
     for group in block_map.groups:
         if group.owner is None:
             total += group.rows * group.row_nbytes
         elif group.lazy:
-            # The first slot only: of the others only the owner knows. And of what is not lazy not even that.
+            # Only the first slot, because only the owner knows the others; groups that are not lazy may be unknown.
             taken[group.owner] += group.rows * group.row_numel * group.slots[0].dtype.itemsize
     return [(total + sum(taken)) // world_size - own for own in taken]
 

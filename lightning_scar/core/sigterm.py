@@ -1,14 +1,14 @@
-"""SIGTERM, put off to the next optimizer-step boundary."""
+"""Defers SIGTERM to the end of the optimizer step."""
 
 import signal
 from types import FrameType
 
 
 class DeferredSigterm:
-    """Notes SIGTERM in its handler and leaves everything else to the training thread, which asks.
+    """A handler that only records SIGTERM; the training thread polls it.
 
     Attributes:
-        received: Whether it came.
+        received: Whether SIGTERM was received.
 
     """
 
@@ -21,12 +21,12 @@ class DeferredSigterm:
         self.received = True
 
     def restore(self) -> None:
-        """Puts the previous handler back, unless someone else has taken over since."""
+        """Restore the previous handler, unless another one was installed since."""
         if signal.getsignal(signal.SIGTERM) == self._handler:
             signal.signal(signal.SIGTERM, self._previous)
 
     def proceed(self) -> None:
-        """Puts the previous handler back, and lets a signal that came do what it would have done."""
+        """Restore the previous handler, and raise SIGTERM again if it was received."""
         self.restore()
         received, self.received = self.received, False
         if received:

@@ -1,4 +1,4 @@
-"""A checkpoint taken apart: its large tensors on one side, everything else, the skeleton, on the other."""
+"""Splits a checkpoint into its large tensors and everything else, the skeleton."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-#: Where a value sits in nested dicts, lists and tuples.
+#: The place of a value in nested dicts, lists and tuples.
 Path = tuple[str | int, ...]
 
-#: Integer and boolean tensors up to here are states of random generators, counters and the like: they belong to the
-#: step that the skeleton stands for, and cannot turn NaN.
+#: Integer and boolean tensors up to this size are generator states, counters and the like: they belong to the
+#: skeleton's step, and cannot turn NaN.
 _SMALL_BYTES = 64 * 1024
-#: What optimizers count their steps in.
+#: The data types of optimizers' step counters.
 _COUNTERS = (torch.float32, torch.float64, torch.int64)
 
 
@@ -27,7 +27,7 @@ class Leaf(NamedTuple):
 
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """What two references to the same values have in common; tied weights share it, and so do views by ``detach``.
+    """Return a key that is equal for references to the same values, such as tied weights and views by ``detach``.
 
     Example::
 
@@ -43,10 +43,9 @@ class Skeleton(TypedDict):
     """Everything but the large tensors.
 
     Attributes:
-        tree: The nest, with ``None`` where a tensor was taken out.
-        counters: Its 0-d tensors, and all small ones of an accelerator, those of one kind stacked, with their places.
-            An optimizer has one for each parameter; pickled or transferred one by one, they would take longer than all
-            the rest.
+        tree: The nested containers, with ``None`` in place of removed tensors.
+        counters: 0-d tensors, and all small tensors on an accelerator, with their places; tensors of one kind are
+            stacked. Optimizers have one per parameter, which would be slow to pickle or transfer one by one.
 
     """
 
@@ -55,14 +54,14 @@ class Skeleton(TypedDict):
 
 
 def take_apart(value: Any, parameters: Mapping[tuple[Any, ...], Any]) -> tuple[Skeleton, list[Leaf]]:
-    """Splits a checkpoint into its skeleton and its large tensors.
+    """Split a checkpoint into its skeleton and its large tensors.
 
     Args:
         value: Nested dicts, lists and tuples; anything else is a leaf.
-        parameters: The identities of parameters: these are never small.
+        parameters: The identities of parameters, which always count as large.
 
     Returns:
-        The skeleton, whose tree shares the containers without a tensor; and the large tensors, detached, in order.
+        The skeleton, whose tree shares containers without tensors; and the large tensors, detached, in order.
 
     Example::
 
@@ -95,11 +94,11 @@ def _stacked(counters: list[Leaf]) -> tuple[list[Path], Tensor]:
 
 
 def put_together(skeleton: Skeleton, leaves: Mapping[Path, Tensor]) -> Any:
-    """The inverse of :func:`take_apart`.
+    """Rebuild a checkpoint; the inverse of :func:`take_apart`.
 
     Args:
-        skeleton: What :func:`take_apart` left.
-        leaves: The tensor for each path.
+        skeleton: The skeleton.
+        leaves: The large tensors, by path.
 
     """
     counters = {
@@ -117,7 +116,7 @@ def put_together(skeleton: Skeleton, leaves: Mapping[Path, Tensor]) -> Any:
 
 
 def heavy(value: Any, path: Path = ()) -> Iterator[Leaf]:
-    """The tensors of a skeleton's tree that are no small ones: of kinds that cannot be cut into blocks."""
+    """Yield the large tensors that are left in a skeleton's tree, because they cannot be cut into blocks."""
     if isinstance(value, Tensor) and value.numel() * value.dtype.itemsize > _SMALL_BYTES:
         yield Leaf(path, value)
     for key, item in _items(value):
@@ -125,7 +124,7 @@ def heavy(value: Any, path: Path = ()) -> Iterator[Leaf]:
 
 
 def _is_large(tensor: Tensor, parameters: Mapping[tuple[Any, ...], Any]) -> bool:
-    # A subclass that is a plain tensor underneath, such as a quantized parameter of bitsandbytes, is one for a save.
+    # Subclasses with plain storage, such as quantized parameters of bitsandbytes, count as plain tensors.
     is_wrapper = hasattr(tensor, "__tensor_flatten__")
     if is_wrapper or is_lazy(tensor) or tensor.layout != torch.strided:
         return False
@@ -144,7 +143,7 @@ def _is_counter(tensor: Tensor) -> bool:
 
 def _items(value: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(value, dict):
-        # Other keys could not be told apart in a path; their tensors ride in the skeleton.
+        # Other keys would be ambiguous in a path; their tensors stay in the skeleton.
         return ((key, item) for key, item in value.items() if isinstance(key, str | int))
     if isinstance(value, list | tuple):
         return iter(enumerate(value))
@@ -155,7 +154,7 @@ def _replaced(container: Any, changed: dict[Any, Any]) -> Any:
     if isinstance(container, tuple):
         items = [changed.get(i, item) for i, item in enumerate(container)]
         return type(container)(*items) if hasattr(container, "_fields") else type(container)(items)
-    # Keeps the class, and what hangs on it: a state_dict's `_metadata`.
+    # A copy keeps the class and its attributes, such as a state_dict's `_metadata`.
     copied = copy.copy(container)
     for key, item in changed.items():
         copied[key] = item
@@ -163,21 +162,21 @@ def _replaced(container: Any, changed: dict[Any, Any]) -> Any:
 
 
 def pack(content: dict[str, Any]) -> memoryview:
-    """Pickles a skeleton as ``torch.save`` does."""
+    """Pickle a skeleton with ``torch.save``."""
     buffer = BytesIO()
     torch.save(content, buffer)
     return buffer.getbuffer()
 
 
 def unpack(data: memoryview, weights_only: bool | None) -> dict[str, Any]:
-    """Loads a skeleton as ``torch.load`` does.
+    """Load a skeleton with ``torch.load``.
 
     Args:
-        data: What :func:`pack` made.
+        data: From :func:`pack`.
         weights_only: As in ``torch.load``; ``None`` is torch's default.
 
     Raises:
-        pickle.UnpicklingError: If ``weights_only`` forbids something that the skeleton holds.
+        pickle.UnpicklingError: If ``weights_only`` forbids an object in the skeleton.
 
     """
     content: dict[str, Any] = torch.load(BytesIO(data), map_location="cpu", weights_only=weights_only)

@@ -1,4 +1,4 @@
-"""The skeletons of all ranks as they lie on disk, and the state that their shards add up to."""
+"""The skeletons of all ranks on disk, and how their shards are combined."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _PREFIX = "skeleton-"
 
 
 def skeleton_key(rank: int) -> str:
-    """The name under which a rank's skeleton lies in its deltas.
+    """Return the name of a rank's skeleton in its deltas.
 
     Example::
 
@@ -30,7 +30,7 @@ def skeleton_key(rank: int) -> str:
 
 
 def is_skeleton(key: str) -> bool:
-    """Whether a block is a skeleton; all others end with their rows."""
+    """Return whether a key is that of a skeleton; those of other blocks end with their rows."""
     return key.startswith(_PREFIX) and not key.endswith("]")
 
 
@@ -39,7 +39,7 @@ def _rank(key: str) -> int:
 
 
 def describe(block_map: BlockMap) -> str:
-    """A block map as JSON."""
+    """Convert a block map to JSON."""
     groups = [
         (g.name, g.shape, g.rows_per_block, [(s.name, str(s.dtype), s.stride, s.paths) for s in g.slots])
         for g in block_map.groups
@@ -48,7 +48,7 @@ def describe(block_map: BlockMap) -> str:
 
 
 def parse(text: str) -> BlockMap:
-    """The inverse of :func:`describe`; of owners and laziness, which concern a live training only, it knows nothing."""
+    """Parse a map from :func:`describe`, without ``owner``, ``lazy`` and ``frozen``, which only live training needs."""
 
     def slot(name: str, dtype: str, stride: list[int] | None, paths: list[Any]) -> Slot:
         layout = tuple(stride) if stride is not None else None
@@ -63,19 +63,19 @@ def parse(text: str) -> BlockMap:
 
 
 def pack_skeleton(skeleton: Skeleton, description: str, sharded: Sequence[Path]) -> memoryview:
-    """The bytes of a skeleton.
+    """Return the bytes of a skeleton.
 
     Args:
-        skeleton: What is left of the checkpoint dict without its large tensors.
-        description: The map of the blocks that these make, from :func:`describe`.
-        sharded: The places of dicts of which each rank has some items only.
+        skeleton: The skeleton.
+        description: The map of the blocks, from :func:`describe`.
+        sharded: The places of dicts whose items are spread over the ranks.
 
     """
     return pack({"skeleton": skeleton, "map": description, "sharded": [list(path) for path in sharded]})
 
 
 class Stored(NamedTuple):
-    """A skeleton read back: the fields of :func:`pack_skeleton`, and where it was."""
+    """A skeleton read back: the arguments of :func:`pack_skeleton`, and where it was stored."""
 
     skeleton: Skeleton
     map: BlockMap
@@ -84,7 +84,7 @@ class Stored(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The rank whose skeleton it is; another may have merged the delta."""
+        """The rank whose skeleton it is; another rank may have merged the delta."""
         return _rank(self.at.block.key)
 
 
@@ -93,7 +93,7 @@ class Skeletons:
 
     Args:
         store: The store.
-        limit: Versions after this full save are left aside.
+        limit: Versions after this full save are ignored.
         weights_only: As in ``torch.load``.
 
     """
@@ -105,18 +105,18 @@ class Skeletons:
         self.damages: list[tuple[Located, Damage]] = []
 
     def newest(self) -> Stored:
-        """The newest one of all ranks, the first rank's of equally new ones.
+        """Return the newest skeleton of all ranks; of equally new ones that of the lowest rank.
 
-        Where optimizer state or a parameter has just appeared, and not all ranks have saved what they own of it, that
-        is the newest one without it.
+        If optimizer state or a parameter has just appeared and some ranks have not saved their blocks of it yet, return
+        the newest skeleton without it.
 
         Raises:
-            IncompleteError: If no intact one is left.
+            IncompleteError: If no intact skeleton is left.
 
         """
         found = [at for key in sorted(filter(is_skeleton, self._store.index.keys())) for at in self._versions(key)]
         newest: Stored | None = None
-        # Versions of several ranks: what is as new is told apart by the step, for sequences are each rank's own.
+        # Compare ranks by step, because each rank counts its own sequences.
         for at in sorted(found, key=lambda at: at.block.version.mark, reverse=True):
             if stored := self._read(at):
                 if stored.sharded or self._is_served(stored.map):
@@ -127,11 +127,11 @@ class Skeletons:
         raise IncompleteError(f"{self._store.directory} holds no intact skeleton: every version of it is damaged")
 
     def of_rank(self, rank: int) -> Stored | None:
-        """The newest intact one of a rank."""
+        """Return the newest intact skeleton of a rank."""
         return next(filter(None, map(self._read, self._versions(skeleton_key(rank)))), None)
 
     def of_all_starts(self) -> list[Stored]:
-        """Of every rank the newest intact one of each start, the newest last."""
+        """Return the newest intact skeleton of every rank in each start, the newest last."""
         found: dict[tuple[str, int], Stored] = {}
         for key in filter(is_skeleton, self._store.index.keys()):
             for at in self._versions(key):
@@ -141,7 +141,7 @@ class Skeletons:
         return sorted(found.values(), key=lambda stored: stored.at.block.version.mark)
 
     def _is_served(self, block_map: BlockMap) -> bool:
-        """Whether every block has a version with the slots of the map."""
+        """Return whether every block has a version with the slots of the map."""
         return all(
             any(at.block.slots.keys() == slots for at in self._versions(group.key(i)))
             for group in block_map.groups
@@ -168,7 +168,7 @@ class Skeletons:
 
 
 def union(maps: Sequence[BlockMap]) -> BlockMap:
-    """The map of a state of which each rank knows all groups, but of some only the first slot."""
+    """Combine the maps of ranks that know all groups, but only the first slot of some."""
     groups: dict[str, Group] = {}
     for group in (group for block_map in maps for group in block_map.groups):
         known = groups.setdefault(group.name, group)
@@ -178,11 +178,11 @@ def union(maps: Sequence[BlockMap]) -> BlockMap:
 
 
 def put_shards_together(parts: Sequence[dict[str, Any]], sharded: Sequence[Path]) -> dict[str, Any]:
-    """A checkpoint with the items that other ranks have.
+    """Complete a checkpoint with the items that other ranks have.
 
     Args:
-        parts: The checkpoints of all ranks; the last is completed, in place, and of what two have its items count.
-        sharded: The places of dicts of which each has some items only.
+        parts: The checkpoints of all ranks; the last one is completed in place, and later ones take precedence.
+        sharded: The places of dicts whose items are spread over the ranks.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Brings a save from live tensors to host memory: measures and encodes, chooses, gathers, beside the training."""
+"""Copies a save from live tensors to host memory alongside the training: measures, encodes, chooses, gathers."""
 
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,17 +22,17 @@ from lightning_scar.core.threads import pool
 class Stager:
     """Stages saves.
 
-    Lazy staging reads live tensors beside the forward and backward pass. What may change there is copied at once, on
-    its own device: buffers, callback state, what was never saved before, and every tensor that was once caught changing
-    by its version counter.
+    Lazy staging reads live tensors during the forward and backward pass. Tensors that may change meanwhile are copied
+    at once on their device: buffers, callback state, groups with blocks that were never saved, and tensors whose
+    version counter once changed during staging.
 
     Args:
         settings: What to save and how.
-        negative: For each slot of a group, by name, whether it has held negative values; what is not in it is not
-            known yet, and not refreshed.
+        negative: Whether a slot has held negative values, by the names of group and slot. If one is missing, it is not
+            known yet, and the slot is not refreshed.
 
     Attributes:
-        bases: What was saved before.
+        bases: The bases of the blocks.
 
     """
 
@@ -41,19 +41,19 @@ class Stager:
         self._negative = negative
         self._settings = settings
         self._caught: set[str] = set()
-        #: Bytes that the last saves have left for a block that is larger than one of them may write.
+        #: Bytes that the last saves left unused, for a block that is larger than the budget of one save.
         self._saved_up = 0
         self._counters: dict[str, list[int]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._staging: Future[None] | None = None
 
     def start(self, save: Save) -> bool:
-        """Copies what cannot wait, and stages the rest in a thread.
+        """Copy what cannot wait, and stage the rest in a thread.
 
-        One thread is faster than all cores together: in small operations cores mostly wait for each other.
+        The thread uses one core: in small operations, several cores mostly wait for each other.
 
         Returns:
-            Whether training may go on meanwhile; else :meth:`finish` must follow at once.
+            Whether training may continue meanwhile; else :meth:`finish` must follow at once.
 
         """
         tensors = [tensor for part in save.parts for tensor in part.live]
@@ -71,43 +71,43 @@ class Stager:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether that save can still be finished: its staging has not failed."""
+        """Whether a save is being staged and staging has not failed, so that it can be finished."""
         staging = self._staging
         return staging is not None and not (staging.done() and staging.exception() is not None)
 
     def finish(self, save: Save) -> None:
-        """Lets nothing change before it is copied, and drops the copies of tensors that changed all the same."""
+        """Let nothing change before it is copied, and drop the copies of tensors that changed nevertheless."""
         if self._staging is not None:
             self._staging.result()
             self._staging = None
         save.queue.hold(save.copied)
         torn = [part for part in save.parts if _counters(part) != self._counters[part.group.name]]
-        # What changed outside of the optimizer will do so again: from now on it is copied at once.
+        # A tensor that changed outside of optimizer steps will do so again: from now on, copy it at once.
         self._caught |= {part.group.name for part in torn}
         for part in torn:
             self.bases.fail(self._numbers(part))
             part.exact, part.refreshed = [], []
 
     def call_off(self, save: Save) -> None:
-        """Notes that nothing of a save will be written."""
+        """Record that a save will not be written."""
         self._staging = None
         chosen = save.chosen.nonzero().flatten()
         self.bases.fail(chosen)
         self.bases.forget(chosen[save.never[chosen]])
 
     def close(self) -> None:
-        """Ends the thread."""
+        """End the thread."""
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
 
     def _unsaved(self) -> set[str]:
-        """The groups of which some block was never saved: such a block must not be torn, for it cannot be dropped."""
+        """Return the groups with blocks that were never saved: the copies of these must not be dropped."""
         missing = (self.bases.steps == NEVER).nonzero().flatten().tolist()
         return {self.bases.map.groups[self.bases.map.locate(block)[0]].name for block in missing}
 
     def _numbers(self, part: Part) -> Tensor:
-        """The numbers in the map of the part's exact blocks."""
+        """Return the numbers in the map of the part's exact blocks."""
         return torch.tensor(part.exact, dtype=torch.int64) + self.bases.map.numbers[part.group.key(0)]
 
     # -- one save, step by step ----------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class Stager:
         self.bases.record(save.chosen.nonzero().flatten(), save.version)
 
     def _score(self, save: Save, ready: object) -> Scores:
-        """Compares every group with its base and encodes its refresh."""
+        """Compare every group with its base and encode its refresh."""
         found: list[Tensor] = []
 
         def work() -> None:
@@ -136,7 +136,7 @@ class Stager:
         return scores
 
     def _provide_codes(self, save: Save) -> None:
-        """Takes memory for all that a partial save copies, and for the codes first."""
+        """Reserve memory for all that a partial save copies, and take that of the codes."""
         if save.full:
             return
         block_map, pieces = self.bases.map, 3 * sum(len(part.group.slots) for part in save.parts)
@@ -150,7 +150,7 @@ class Stager:
             part.codes = {slot: Codes.of(codec, part.group, save.buffer) for slot, codec in own}
 
     def _look_again(self, save: Save, scores: Scores, ready: object) -> None:
-        """Settles what the fast way cannot tell: distances where there is NaN or Inf, and signs that have changed."""
+        """Settle what the fast way cannot: distances of blocks with NaN or Inf, and slots whose sign has changed."""
         bases, block_map = self.bases, self.bases.map
         unclear = (scores.distance.isnan() & (bases.steps != NEVER)).nonzero().flatten().tolist()
         places = [(save.parts[g], number) for g, number in map(block_map.locate, unclear)]
@@ -173,14 +173,14 @@ class Stager:
         for block, distance in zip(unclear, found, strict=False):
             scores.distance[block] = distance
         for (group, slot, _), is_negative in zip(doubtful, found[len(unclear) :], strict=True):
-            # This save goes without a refresh of the blocks concerned.
+            # In this save, these blocks get no refresh.
             self._negative[group, slot] = bool(is_negative)
 
     def _choose(self, save: Save, scores: Scores) -> None:
-        """Chooses the blocks to write exactly, and those to refresh."""
+        """Choose the blocks to write exactly, and those to refresh."""
         bases, block_map = self.bases, self.bases.map
         for g, part in enumerate(save.parts):
-            # A frozen tensor that has changed after all.
+            # A frozen tensor has changed nevertheless.
             if (
                 part.group.frozen
                 and bases.values(part.group) is None
@@ -212,10 +212,11 @@ class Stager:
             part.bases = torch.stack([bases.incarnations[own], bases.sequences[own]], 1)[part.refreshed]
 
     def _unmoved(self, save: Save, scores: Scores) -> Tensor:
-        """Blocks that are on disk as they are now.
+        """Return the blocks that are on disk as they are now.
 
-        Distance 0 is enough where there is no optimizer state, and in a frozen tensor. Else the state may move while
-        the parameter rests (a warm-up that begins at rate 0). Minus zero equals zero: who saves everything means it.
+        Distance 0 is enough for frozen tensors, and without optimizer state. Otherwise the state may change while the
+        parameter does not (a warm-up from learning rate 0). Minus zero equals zero, so saves of everything skip only
+        frozen tensors.
         """
         resting, is_all = scores.distance == 0, save.full or self._settings.fraction == 1
         for g, part in enumerate(save.parts):
@@ -224,12 +225,12 @@ class Stager:
         return resting
 
     def _selected(self, save: Save, candidates: Candidates, eligible: Tensor) -> Tensor:
-        """The furthest blocks, as many as the share of the state allows."""
+        """Return the blocks of highest priority, as many as the budget allows."""
         sizes = candidates.nbytes
         whole = int(self._settings.fraction * int(sizes.sum()))
         total = whole - sum(part.code_bytes for part in save.parts)
-        # Running statistics and other buffers are small in bytes and in distance, and matter all the same: where they
-        # fit in a quarter of the budget they are always fresh.
+        # Running statistics and other buffers are small in bytes and distance, but important: if they fit in a quarter
+        # of the budget, write them always.
         restless = self._of_blocks([not part.group.lazy for part in save.parts])
         chosen = torch.zeros_like(eligible)
         own = int(sizes[restless].sum())
@@ -239,7 +240,7 @@ class Stager:
             if not len(numbers):
                 continue
             left, largest = budget - int(sizes[chosen].sum()), int(sizes[numbers].max())
-            # A row larger than the budget must not wait for ever. One with a refresh can wait until there is enough.
+            # A block larger than the budget must not wait forever. With a refresh, it can wait until it fits.
             has_refresh = any(part.codes for part in save.parts) and not bool(self.bases.due[numbers].any())
             is_patient = has_refresh and among is not restless
             found = self._best(candidates.of(numbers), left if is_patient else max(left, largest), is_patient)
@@ -254,20 +255,20 @@ class Stager:
         return select(candidates, self._settings.policy_function, budget, self._settings.max_age, patient)
 
     def _refreshed(self, save: Save, scores: Scores) -> Tensor:
-        """The blocks that have a refresh: all that can be encoded.
+        """Return the blocks to refresh: all that can be encoded.
 
-        Also those that rest: an older refresh of theirs may be on disk, of values that they had meanwhile.
+        Include unmoved blocks: an older refresh on disk may hold values that they had in between.
         """
         coded = self._of_blocks([bool(part.codes) for part in save.parts])
         return coded & (scores.unfit == 0) & self.bases.is_known()
 
     def _of_blocks(self, of_groups: list[bool]) -> Tensor:
-        """What is true of groups, for each of their blocks."""
+        """Expand flags of groups to their blocks."""
         sizes = torch.tensor(self.bases.map.offsets, dtype=torch.int64).diff()
         return torch.tensor(of_groups, dtype=torch.bool).repeat_interleave(sizes)
 
     def _gather(self, save: Save, scores: Scores, ready: object) -> None:
-        """Copies the chosen blocks to the host, and makes them the new bases."""
+        """Copy the chosen blocks to the host, and make them the new bases."""
         for part in save.parts:
             sizes = [slot.dtype.itemsize * part.group.row_numel for slot in part.group.slots]
             count = sum(stop - start for start, stop in map(part.group.span, part.exact))

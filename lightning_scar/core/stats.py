@@ -8,25 +8,25 @@ from lightning_scar.core.save import Save
 
 @dataclass
 class Stats:
-    """What a running checkpoint has cost and how far behind it is.
+    """The costs of a running checkpoint, and how far it is behind the live state.
 
-    With several ranks, all of it of this rank's share of the state.
+    With several ranks, all values are those of this rank's share.
 
     Attributes:
         step: The optimizer step of the last save.
         saves: Saves that were handed to the writer.
         full_saves: How many of them were full.
-        skipped_saves: Partial saves left out because the writer was behind.
+        skipped_saves: Partial saves skipped because the writer was behind.
         failed_saves: Saves that could not be written.
-        non_finite_blocks: Blocks of the last save that hold NaN or Inf and were not written over a good version.
+        non_finite_blocks: Blocks of the last save that hold NaN or Inf and did not replace a good version.
         heals: How often non-finite blocks of the live run were restored.
-        bytes_written: Bytes of all files written to storage, those included that hold what is left of older ones.
+        bytes_written: Bytes of all files written to storage, including merged ones.
         memory_bytes: Bytes that this rank holds in memory.
         unreplicated_saves: How many saves its copies on other hosts lag behind.
-        stall_seconds: How long the training thread stood still for the last partial save, fence included.
+        stall_seconds: How long the training thread stood still for the last partial save, including the fence.
         full_stall_seconds: The same for the last full save.
         distance: L2 distance between the live state and the running checkpoint after the last save.
-        rework_cost: About how many steps a crash right after the last save would cost; see
+        rework_cost: The estimated steps that a crash right after the last save would cost; see
             :class:`~lightning_scar.core.rework.Motion`.
         oldest_age: Steps since the oldest block that has changed was written exactly.
         queue_depth: Deltas waiting to be written when the last save was handed over.
@@ -51,7 +51,7 @@ class Stats:
     queue_depth: int = 0
 
     def note(self, save: Save) -> None:
-        """Counts a save in."""
+        """Count a save."""
         self.saves += 1
         self.full_saves += save.full
         self.step = save.version.step
@@ -61,7 +61,7 @@ class Stats:
         self.oldest_age = save.oldest_age
 
     def warn_of_non_finite(self, notices: Notices) -> None:
-        """Warns once of blocks that were not saved.
+        """Warn once of blocks that were not saved.
 
         Args:
             notices: Warns.

@@ -1,4 +1,4 @@
-"""Threads that work on tensors beside the training, and pieces of work for them."""
+"""Threads that work on tensors alongside the training, and batches of work for them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 def pool(size: int, name: str) -> ThreadPoolExecutor:
-    """So many threads whose torch operations use one core each, and so do not fight for all of them.
+    """Start threads whose torch operations use one core each.
 
     Args:
         size: The number of threads.
-        name: What their names begin with.
+        name: The prefix of their names.
 
     Example::
 
@@ -27,24 +27,24 @@ def pool(size: int, name: str) -> ThreadPoolExecutor:
     found = ThreadPoolExecutor(size, name, initializer=_use_one_core)
     for started in [found.submit(int) for _ in range(size)]:
         started.result()
-    # The number holds for the thread that set it, but is also what later threads begin with.
+    # `set_num_threads` also sets the default of later threads: restore it.
     torch.set_num_threads(threads)
     return found
 
 
 def _use_one_core() -> None:
     torch.set_num_threads(1)
-    # A thread that asks for the first time takes over what holds for later threads at that time.
+    # The first call in a thread adopts the default of that time: call it now.
     torch.get_num_threads()
 
 
 def batches(pieces: Iterable[T], nbytes: Callable[[T], int], at_least: int) -> Iterator[list[T]]:
-    """Puts small pieces together, so that handing them to a thread is worth it.
+    """Combine small pieces to batches that are worth handling as one.
 
     Args:
         pieces: The pieces.
-        nbytes: How large one is.
-        at_least: How large a batch is to be.
+        nbytes: Returns the size of a piece.
+        at_least: The least size of a batch, except the last.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""What becomes of tiles of values: codes, scales, and how far they are off."""
+"""Encodes tiles of values: codes, scales and errors."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,19 +6,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Of the bits of a float32 those that its bfloat16 lacks.
+#: The bits of a float32 that bfloat16 drops.
 _LOWER_HALF = (1 << 16) - 1
 _INT_MAX = (1 << 31) - 1
 _SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def log_step(bits: int) -> int:
-    """The spacing of the codes of positive values where their range is 2^16; less than that by 2^-14 at most."""
+    """Return the spacing of the codes of positive values for a range of 2^16, rounded down by at most 2^-14 of it."""
     return (1 << 16) // ((1 << bits) - 2)
 
 
 class Work(NamedTuple):
-    """Tiles, scratch of their shape, and where to write; ``seen`` is unit, norm and the error's norm, in units."""
+    """Tiles, scratch memory of their shape, and outputs; ``seen`` is unit, norm and the error's norm, in units."""
 
     x: Tensor
     y: Tensor
@@ -39,7 +39,7 @@ def _norm(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def measure_tiles(work: Work, measure: bool) -> None:
-    """Measures values as if all codes were zero."""
+    """Measure values as if all codes were zero."""
     unit, norm, error = work.seen
     unit.copy_(_largest(work.x).clamp_min_(_SMALLEST))
     if measure:
@@ -47,9 +47,9 @@ def measure_tiles(work: Work, measure: bool) -> None:
 
 
 def linear(bits: int, work: Work, measure: bool) -> None:
-    """Encodes signed values, in 4 or 8 bits."""
+    """Encode signed values in 4 or 8 bits."""
     x, y, (scale, norm, error) = work.x, work.y, work.seen
-    # So much more that it is not less when it is rounded to the nearest bfloat16.
+    # Increased so that rounding to the nearest bfloat16 cannot make it too small.
     largest = _largest(x).mul_((1 + 2**-8) / ((1 << bits - 1) - 1)).clamp_min_(_SMALLEST)
     scale.copy_(work.scales.view(torch.bfloat16)[0].copy_(largest))
     x.div_(scale.unsqueeze(1))
@@ -62,12 +62,12 @@ def linear(bits: int, work: Work, measure: bool) -> None:
 
 
 def ternary(work: Work, measure: bool) -> None:
-    """Encodes signed values in 2 bits."""
+    """Encode signed values in 2 bits."""
     x, y, z, (scale, norm, error) = work.x, work.y, work.z, work.seen
     largest = _largest(x).clamp_min_(_SMALLEST)
     _norm(x.div_(largest.unsqueeze(1)), norm)
     squares = norm.square()
-    # Both sums are at least 1 but in a tile of zeros or of denormal values.
+    # Both sums are at least 1, except in a tile of zeros or denormal values.
     middle = squares / torch.abs(x, out=z).sum(1).clamp_min_(_SMALLEST)
     torch.div(x, middle.clamp_min_(_SMALLEST).unsqueeze(1), out=y).round_().clamp_(-1, 1)
     relative = squares.div_(torch.mul(x, y, out=z).sum(1).clamp_min_(_SMALLEST))
@@ -82,15 +82,15 @@ def ternary(work: Work, measure: bool) -> None:
 
 
 def log(bits: int, work: Work, measure: bool) -> None:
-    """Encodes values that are never negative."""
+    """Encode values that are never negative."""
     x, y, (unit, norm, error) = work.x, work.y, work.seen
     found, positive = work.z.view(torch.int32), work.spare.view(torch.int32)
     if not measure and may_look(x) and _log_of_positive(bits, work):
         return
     pattern = x.add_(0.0).view(torch.int32)  # Minus zero becomes zero.
-    # The sum wraps around: zero becomes the largest number, and the order of positive patterns stays.
+    # The sum wraps around: zero becomes the largest number, and positive patterns keep their order.
     low = torch.add(pattern, _INT_MAX, out=found).amin(1).sub_(_INT_MAX).bitwise_right_shift_(16)
-    # Rounded up. A negative value makes it negative, which is a pattern of NaN.
+    # Rounded up. A negative value makes it negative, which is a NaN pattern.
     high = pattern.amax(1).clamp_max_(_INT_MAX - _LOWER_HALF).add_(_LOWER_HALF).bitwise_right_shift_(16)
     high.bitwise_or_(pattern.amin(1).bitwise_right_shift_(31))
     work.scales[0].copy_(low)
@@ -108,12 +108,12 @@ def log(bits: int, work: Work, measure: bool) -> None:
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether to look at values makes nobody wait."""
+    """Return whether reading values needs no synchronization."""
     return tensor.device.type == "cpu"
 
 
 def _log_of_positive(bits: int, work: Work) -> bool:
-    """The same in half the time where all values are above zero. It looks at them."""
+    """Encode values that are all above zero in half the time; return whether they are. Reads values."""
     pattern, found = work.x.view(torch.int32), work.z.view(torch.int32)
     low, high = pattern.amin(1), pattern.amax(1)
     if int(low.min()) <= 0 or int(high.max()) > _INT_MAX - 2 * _LOWER_HALF:
@@ -125,13 +125,13 @@ def _log_of_positive(bits: int, work: Work) -> bool:
     work.seen[0].copy_((high << 16).view(torch.float32).clamp_min_(_SMALLEST))
     step = (high - low).mul_(log_step(bits)).clamp_min_(1).unsqueeze_(1)
     y = work.y.copy_(torch.sub(pattern, (low << 16).unsqueeze_(1), out=found)).mul_(step.reciprocal())
-    # By way of int32: from a float straight to uint8 takes four times as long.
+    # Through int32, because converting a float directly to uint8 takes four times as long.
     _pack(bits, found.copy_(y.round_()).add_(1), y, work.codes)
     return True
 
 
 def _pack(bits: int, found: Tensor, free: Tensor, codes: Tensor) -> None:
-    """Adds the second half of all tiles, times a power of two, to the first, until they are as long as their codes."""
+    """Pack codes: add the second half of each tile, times a power of two, to the first, until the length fits."""
     if bits == 8:
         codes.copy_(found)
         return
@@ -142,7 +142,7 @@ def _pack(bits: int, found: Tensor, free: Tensor, codes: Tensor) -> None:
 
 
 def unpack(bits: int, signed: bool, codes: Tensor) -> Iterator[Tensor]:
-    """The codes of tiles, part by part from left to right; each part until the next one is asked for."""
+    """Yield the codes of tiles, part by part from left to right; each part is valid until the next one."""
     if bits == 8:
         yield codes
         return

@@ -1,4 +1,4 @@
-"""The state of a training that is written as a plain loop: its modules, optimizers and whatever else has a state."""
+"""The state of a plain training loop: modules, optimizers, schedulers and other stateful objects."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,24 +17,24 @@ from lightning_scar.core.zero import is_sharded, shard_state
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything that can be saved: it gives a state and takes one."""
+    """An object with a state to save."""
 
     def state_dict(self) -> Any:
-        """The state, with references to live tensors."""
+        """Return the state, with references to live tensors."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Takes a state."""
+        """Load a state."""
 
 
 @dataclass
 class TrainingState:
-    """What a training consists of. Its checkpoint dict has the layout of Lightning's where both have the same.
+    """The stateful parts of a training. Its checkpoint dict follows the layout of Lightning's.
 
     Attributes:
-        modules: The models, by name, as they are called; wrappers are looked through.
-        optimizers: The optimizers; the wrappers of Accelerate and Fabric are looked through.
+        modules: The models by name, possibly wrapped; saves unwrap them.
+        optimizers: The optimizers; saves unwrap those of Accelerate and Fabric.
         schedulers: The learning rate schedulers.
-        objects: What else has a state, by name.
+        objects: Other stateful objects, by name.
 
     Example::
 
@@ -53,21 +53,21 @@ class TrainingState:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "TrainingState":
-        """Sorts what a user gave by name.
+        """Sort the user's objects by type.
 
         Args:
-            state: Modules, optimizers, schedulers, and anything else with ``state_dict`` and ``load_state_dict``.
+            state: Modules, optimizers, schedulers, and other objects with ``state_dict`` and ``load_state_dict``.
 
         Raises:
-            TypeError: If something has no state; it is named.
-            ValueError: If a module's name is none that ``torch.nn.ModuleDict`` takes.
+            TypeError: If an object has no state.
+            ValueError: If ``torch.nn.ModuleDict`` does not accept a module's name.
 
         """
         sorted_out = cls()
         for name, value in state.items():
             if isinstance(value, Module):
                 if "." in name or hasattr(ModuleDict, name):
-                    raise ValueError(f"state[{name!r}]: torch has no room for a module of this name; choose another")
+                    raise ValueError(f"state[{name!r}]: torch does not accept this name for a module; choose another")
                 sorted_out.modules[name] = value
             elif isinstance(value, Optimizer):
                 sorted_out.optimizers.append(value)
@@ -85,7 +85,7 @@ class TrainingState:
     # -- the checkpoint dict -------------------------------------------------------------------------------------
 
     def dump(self) -> dict[str, Any]:
-        """The checkpoint dict, with references to live tensors; of a sharded optimizer this rank's shard."""
+        """Return the checkpoint dict, with references to live tensors, and this rank's shard of sharded optimizers."""
         return {
             "state_dict": self.state_dict(),
             "optimizer_states": [
@@ -98,24 +98,24 @@ class TrainingState:
 
     @property
     def module(self) -> Module:
-        """The only module, without wrappers; or all in one, below their names."""
+        """The only module, unwrapped; or a ``ModuleDict`` of all."""
         plain = {name: unwrapped(module) for name, module in self.modules.items()}
         return next(iter(plain.values())) if len(plain) == 1 else ModuleDict(plain)
 
     def state_dict(self) -> dict[str, Any]:
-        """The tensors of all modules: of a single one under its own names, of several below the module's name."""
+        """Return the ``state_dict`` of :attr:`module`."""
         return self.module.state_dict()
 
     def load(self, checkpoint: Mapping[str, Any], path: str = "the checkpoint", strict: bool = True) -> None:
-        """Takes a checkpoint dict.
+        """Load a checkpoint dict.
 
         Args:
             checkpoint: From :meth:`dump`.
-            path: Where it comes from, for errors.
-            strict: Whether all tensors of the modules must be in it.
+            path: Its path, for errors.
+            strict: Whether it must match this training.
 
         Raises:
-            ModelMismatchError: If the number of optimizers or schedulers, or the names of objects differ.
+            ModelMismatchError: If ``strict`` and numbers of optimizers or schedulers, or names of objects differ.
 
         """
         states, schedules = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
@@ -139,17 +139,17 @@ class TrainingState:
 
     @property
     def inner_optimizers(self) -> list[Optimizer]:
-        """The optimizers that step."""
+        """The optimizers without wrappers."""
         return [_inner(optimizer) for optimizer in self.optimizers]
 
     @property
     def parameters(self) -> Iterator[Tensor]:
-        """Those of all modules."""
+        """The parameters of all modules."""
         return chain.from_iterable(module.parameters() for module in self.modules.values())
 
     @property
     def live_parts(self) -> dict[str, Any]:
-        """What a save must know of the live training besides the dict.
+        """The arguments of a save besides the dict.
 
         See :meth:`~lightning_scar.core.running_checkpoint.RunningCheckpoint.save`.
         """
@@ -158,7 +158,7 @@ class TrainingState:
 
 
 def unwrapped(module: Module) -> Module:
-    """The user's module inside of wrappers of DDP, ``torch.compile`` and Lightning Fabric.
+    """Return the user's module inside wrappers of DDP, ``torch.compile`` and Lightning Fabric.
 
     Example::
 
@@ -173,18 +173,18 @@ def unwrapped(module: Module) -> Module:
     return module
 
 
-#: Wrappers, by the names of their classes, and where they have what they wrap.
+#: Class names of wrappers, and their attributes with the wrapped module.
 _LOOKED_THROUGH = {"DistributedDataParallel": "module", "OptimizedModule": "_orig_mod", "_FabricModule": "module"}
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:
-    # Others, like Lookahead, have an attribute of this name, too, and a state of their own beside it.
+    # Optimizers like Lookahead also have an `optimizer` attribute, but a state of their own besides it.
     while _FRAMEWORKS & {base.__name__ for base in type(optimizer).__mro__}:
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 
 
-#: Wrappers of optimizers, by the names of their classes.
+#: Class names of optimizer wrappers.
 _FRAMEWORKS = {"AcceleratedOptimizer", "_FabricOptimizer"}
 
 

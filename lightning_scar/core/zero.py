@@ -1,9 +1,9 @@
-"""This rank's shard of a ``ZeroRedundancyOptimizer``, read without a collective.
+"""Reads this rank's shard of a ``ZeroRedundancyOptimizer`` without a collective.
 
-The optimizer gives a ``state_dict()`` only after all ranks have sent their states to one. Here every rank gets the
-states of its own parameters, at their places in the whole, so that the shards of all ranks add up to the whole.
+The optimizer's own ``state_dict()`` works only after all ranks have sent their states to one. Here every rank gets the
+states of its own parameters, under their global indices, so that the shards of all ranks add up to the whole.
 
-What of torch this leans on and is not documented stands behind a function each, at the end.
+Each undocumented part of torch that this uses is wrapped in a function at the end.
 """
 
 import sys
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 
 def is_sharded(optimizer: Optimizer) -> bool:
-    """Whether this is a ``ZeroRedundancyOptimizer``: each rank has the states of some parameters only.
+    """Return whether this is a ``ZeroRedundancyOptimizer``, with the states of some parameters on each rank.
 
     Works without ``torch.distributed``, too.
 
@@ -29,24 +29,24 @@ def is_sharded(optimizer: Optimizer) -> bool:
         False
 
     """
-    # The import takes a quarter of a second and may fail; whoever has such an optimizer has imported it.
+    # Do not import it, which takes 0.25 s and may fail: if such an optimizer exists, it is imported already.
     module = sys.modules.get("torch.distributed.optim")
     return module is not None and isinstance(optimizer, module.ZeroRedundancyOptimizer)
 
 
 def shard_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The part of ``optimizer.state_dict()`` that lies on this rank. Runs no collective and copies no tensor.
+    """Return this rank's part of ``optimizer.state_dict()``. Runs no collective and copies no tensor.
 
     Args:
         optimizer: One that :func:`is_sharded`.
 
     Returns:
-        ``"state"``: by the index of the parameter among those of all ranks, the live states of this rank's parameters.
-        ``"param_groups"``: the same as without sharding, with the indices of all parameters. The ``"state"`` of all
-        ranks in one dict, with the groups of any, is what ``load_state_dict`` takes, on any number of ranks.
+        ``"state"``: the live states of this rank's parameters, by their indices among those of all ranks.
+        ``"param_groups"``: the same as without sharding, with the indices of all parameters. ``load_state_dict``
+        accepts the ``"state"`` of all ranks in one dict with any rank's groups, on any number of ranks.
 
     Raises:
-        ValueError: If the optimizer overlaps with DDP: such a one has no state dict.
+        ValueError: If the optimizer overlaps with DDP, because it then has no state dict.
 
     Example::
 
@@ -73,13 +73,13 @@ def shard_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def shard_owner(optimizer: Optimizer) -> dict[Tensor, int]:
-    """The rank whose shard holds the state of each parameter; the same on every rank.
+    """Return the rank whose shard holds the state of each parameter; the same on every rank.
 
     Args:
         optimizer: One that :func:`is_sharded`.
 
     Returns:
-        For every parameter a rank of the optimizer's process group, even where the parameter has no state yet.
+        A rank of the optimizer's process group for every parameter, even if it has no state yet.
 
     Raises:
         ValueError: If the optimizer overlaps with DDP.
@@ -104,8 +104,8 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _local_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer of this rank's own parameters."""
-    # With `overlap_with_ddp` there is none before the third forward, and then it is no `Optimizer`.
+    """Return the optimizer of this rank's own parameters."""
+    # With `overlap_with_ddp` it does not exist before the third forward, and is no `Optimizer` after it.
     local = getattr(optimizer, "optim", None)
     if not isinstance(local, Optimizer):
         raise ValueError(
@@ -115,5 +115,5 @@ def _local_optimizer(optimizer: Any) -> Optimizer:
 
 
 def _owners(optimizer: Any) -> dict[Tensor, int]:
-    """The partition of the parameters, which every rank works out by itself."""
+    """Return the partition of the parameters, which every rank computes by itself."""
     return dict(optimizer._param_to_rank)

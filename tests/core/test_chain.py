@@ -310,6 +310,6 @@ def test_without_what_one_host_cannot_bring_to_storage_all_ranks_go_on_alike(url
     assert_same(second, first)
     assert set(steps_of(first, 4, 6)) == {4, 6}, "what the other host had serves"
     assert "from newest versions" in recovery
-    assert sum("cannot be brought to storage (rank 1: OSError('the disk is full'))" in text for text in said) == 1
+    assert sum("cannot be copied to storage (rank 1: OSError('the disk is full'))" in text for text in said) == 1
     assert not any("cannot be brought" in text for text in more)
     assert load(url)["global_step"] == 7

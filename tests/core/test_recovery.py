@@ -150,7 +150,7 @@ def test_the_distance_is_that_of_all_ranks_together() -> None:
     plan = RecoveryPlan(STATE, both(distance=3.0, motion=[1.0, 2.0]))
     assert plan.distance == pytest.approx(18**0.5)
     assert plan.rework == pytest.approx(2.0)
-    assert "the state that was lost was 4.24 away from this one, about 2 steps of training." in str(plan)
+    assert "the lost state was 4.24 away from this one, about 2 steps of training." in str(plan)
     assert "Rank 0 last saved at step 4." in str(plan), "not at step 5, as the other"
 
 
@@ -159,7 +159,7 @@ def test_the_distance_is_unknown_where_a_rank_says_nothing() -> None:
         plan = RecoveryPlan(STATE, found)
         assert plan.distance is None
         assert plan.rework is None
-        assert str(plan).endswith("How far this is from the state that was lost is not known.")
+        assert str(plan).endswith("The distance to the lost state is not known.")
     assert known_distance({}) is None
     assert known_rework({}) is None
 
@@ -194,5 +194,5 @@ def test_every_kind_of_source_is_counted() -> None:
     assert str(plan) == (
         "1 block (8 B) from survivors, 1 block (8 B) from newest versions in storage, "
         "1 block (8 B) from older versions, 1 block (8 B) from initial values. "
-        "How far this is from the state that was lost is not known."
+        "The distance to the lost state is not known."
     )

@@ -642,7 +642,7 @@ def test_another_block_size_is_left_aside_with_one_warning(memory_url: str) -> N
     with opened(memory_url, block_size=16) as running:
         save_tensors(running, 1, x=x)
     with opened(memory_url, block_size=64) as running:
-        with pytest.warns(UserWarning, match=r"block_size=64 is left aside.*started with 16") as caught:
+        with pytest.warns(UserWarning, match=r"block_size=64 is ignored.*started with 16") as caught:
             running.restore()
         x += 1
         save_tensors(running, 2, x=x)

@@ -103,7 +103,7 @@ def test_a_failure_of_the_last_write_is_not_lost_either(on_write_error: Any, tmp
             with pytest.raises(OSError, match="rank-0000"):
                 running.close()
         else:
-            with pytest.warns(UserWarning, match="training goes on without it"):
+            with pytest.warns(UserWarning, match="training continues without it"):
                 running.close()
     assert running.stats.failed_saves == 1
     opened(tmp_path / "scar").close()
@@ -114,7 +114,7 @@ def test_after_a_failed_first_save_the_next_one_is_full(tmp_path: Path) -> None:
     with opened(tmp_path / "scar", fraction=0.25) as running:
         with writes_failing(tmp_path / "scar"):
             save_tensors(running, 1, x=x)
-        with pytest.warns(UserWarning, match="training goes on without it"):
+        with pytest.warns(UserWarning, match="training continues without it"):
             save_tensors(running, 2, x=x)
         assert running.stats.full_saves == 2
     assert steps_of(tmp_path / "scar", "x") == [2] * 4
@@ -122,7 +122,7 @@ def test_after_a_failed_first_save_the_next_one_is_full(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_does_not_stop_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=r"cannot be written to.*Training goes on"):
+    with pytest.warns(UserWarning, match=r"cannot be written to.*Training continues"):
         running = opened(tmp_path / "file" / "scar")
     save_tensors(running, 1, x=torch.zeros(4))
     assert running.stats.failed_saves == 1

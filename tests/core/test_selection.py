@@ -142,7 +142,7 @@ def test_a_function_that_does_not_rank_every_block_is_named(wrong: Tensor) -> No
     def mistaken(blocks: Candidates) -> Tensor:
         return wrong
 
-    with pytest.raises(ValueError, match=r"mistaken.*returned shape.*for 3 blocks.*one priority a block"):
+    with pytest.raises(ValueError, match=r"mistaken.*returned shape.*for 3 blocks.*one priority per block"):
         select(candidates([(1.0, 1, 1)] * 3), mistaken, budget=2)
 
 

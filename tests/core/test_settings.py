@@ -29,7 +29,7 @@ from lightning_scar.core.settings import Settings
         ("refresh", "always", "must be 'auto' or None"),
         ("refresh", True, "must be 'auto' or None"),
         ("memory", "false", "must be True or False"),
-        ("memory", "/dev/shm/x", "LIGHTNING_SCAR_MEMORY says which folder"),
+        ("memory", "/dev/shm/x", "LIGHTNING_SCAR_MEMORY sets the folder"),
         ("memory", None, "must be True or False"),
         ("durable_every_n_saves", None, "must be a whole number of at least 1"),
         ("durable_every_n_saves", True, "must be a whole number of at least 1"),

@@ -420,7 +420,7 @@ def test_an_error_in_a_users_policy_reaches_the_caller_and_saving_goes_on(memory
     running, training = open_at_step_two(memory_url, policy=mistaken)
     with running:
         training.begin(running)
-        with pytest.raises(ValueError, match=r"mistaken.*one priority a block"):
+        with pytest.raises(ValueError, match=r"mistaken.*one priority per block"):
             running.fence()
         mistakes.clear()
         training.step()
@@ -444,7 +444,7 @@ def test_a_save_that_was_called_off_leaves_the_memory_of_the_one_in_the_queue_al
                 mistakes[:] = [True] * (turn == 1)
                 training.begin(running, wait=True)
                 if turn == 1:
-                    with pytest.raises(ValueError, match="one priority a block"):
+                    with pytest.raises(ValueError, match="one priority per block"):
                         running.fence()
                 else:
                     running.fence()
