@@ -1,1 +1,1 @@
-"""What saves and restores cost, beside the strongest peers: ``benchmarks.stall`` and ``benchmarks.resume``."""
+"""What saves and restores cost, compared with the strongest peers: e.g. ``benchmarks.stall``, ``benchmarks.resume``."""

@@ -1,8 +1,8 @@
-"""What it costs that every rank chooses alone: ``python -m benchmarks.choice --json OUT``.
+"""The cost of choosing blocks on every rank independently: ``python -m benchmarks.choice --json OUT``.
 
 Each rank spends an eighth of its own bytes on the blocks of its own share. One ranking of all blocks would need an
 exchange of scores at every save. The measure is how far the running checkpoint lags behind: the mean distance after a
-save, in a training of a CNN on handwritten digits, over that of one ranking. All numbers of ranks see one training.
+save, in a training of a CNN on handwritten digits, over that of one ranking. All numbers of ranks share one training.
 """
 
 from typing import Any
@@ -31,12 +31,12 @@ EVERY = 5
 
 
 def _furthest(candidates: Candidates) -> Tensor:
-    """By L2 distance only, as that is compared, and not in the metric of Adam's preconditioner."""
+    """Rank by L2 distance, which is what is compared, not in the metric of Adam's preconditioner."""
     return candidates.distance.square() / candidates.nbytes
 
 
 class Shared:
-    """A running checkpoint of which nothing is written, divided over so many ranks.
+    """A running checkpoint divided over several ranks, of which nothing is written.
 
     Args:
         world_size: The number of ranks.
@@ -50,7 +50,7 @@ class Shared:
         self.distances: list[float] = []
 
     def save(self, state: LiveState, step: int) -> None:
-        """Saves what each rank chooses; the first save is full, and does not count."""
+        """Save what each rank chooses; the first save is full and does not count."""
         squares = [self._save_share(rank, state, step) for rank in range(len(self._ranks))]
         if step > EVERY:
             self.distances.append(sum(squares) ** 0.5)
@@ -67,7 +67,7 @@ class Shared:
 
 
 def run(seed: int, steps: int, block_size: int, digits: Images) -> dict[int, float]:
-    """The mean distance for every number of ranks in one training."""
+    """Return the mean distance for every number of ranks in one training."""
     torch.manual_seed(seed)
     model: nn.Module = cnn()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -88,7 +88,7 @@ def run(seed: int, steps: int, block_size: int, digits: Images) -> dict[int, flo
 
 
 def main() -> None:
-    """Measures, prints and writes JSON."""
+    """Measure, print and write JSON."""
     options = report.arguments((__doc__ or "").split("\n")[0], rounds=5).parse_args()
     rounds, steps = (options.rounds or 2, 50) if options.quick else (options.rounds or 5, 300)
     digits = mnist()

@@ -1,12 +1,12 @@
-"""Which way through an outage loses least: ``python -m benchmarks.continuation --json OUT --plot PNG``.
+"""Which ``on_failure`` loses least in an outage: ``python -m benchmarks.continuation --json OUT --plot PNG``.
 
 The question of 'Training Through Failure' (2024), by real runs: three ranks train on handwritten digits, rank 1 is
 killed by SIGKILL at a fixed moment, and the loss on held-out digits is followed over wall-clock time. The ways: no
 failure, ``wait``, ``buffer`` with its stale gradients applied as one mean step or replayed one by one, ``shrink``, and
-a restart of all ranks from a checkpoint by torchrun. Every way runs once with every seed, by turns.
+a restart of all ranks from a checkpoint by torchrun. Every way runs once with every seed, in turn.
 
-The weights of rank 0 are written every few steps, and the loss is computed when the run is over, so that measuring
-costs all of them the same.
+The weights of rank 0 are written every few steps, and the loss is computed after the run, so that measuring costs every
+way the same.
 """
 
 import argparse
@@ -35,7 +35,7 @@ _CHECKPOINT_EVERY = 50
 
 
 def digits(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes what the workers train on, and returns the held-out images and labels."""
+    """Write the training data, and return the held-out images and labels."""
     images, labels = mnist()
     held_out = torch.arange(len(labels)) % 10 == 0
     torch.save((images[~held_out], labels[~held_out]), path)
@@ -43,7 +43,7 @@ def digits(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def command(way: str, folder: Path, data: Path, seed: int, options: argparse.Namespace) -> list[str]:
-    """What starts a training."""
+    """Return the command that starts a training."""
     own = ["--folder", str(folder), "--ranks", str(RANKS), "--data", str(data), "--seed", str(seed), *_TRAINING]
     own += ["--pause", str(options.pause), "--max-staleness", str(options.max_staleness)]
     module = ["-m", "benchmarks.elastic_training"]
@@ -57,22 +57,22 @@ def command(way: str, folder: Path, data: Path, seed: int, options: argparse.Nam
 def train(
     way: str, folder: Path, data: Path, seed: int, options: argparse.Namespace
 ) -> tuple[Run, float, float | None]:
-    """Runs one training, with its failure, for the given time.
+    """Run one training, with its failure, for the given time.
 
     Returns:
-        The run, when its first step was done, and how long the outage was.
+        The run, the time of its first step, and the length of the outage.
 
     """
     environment = kills.environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     with Run(command(way, folder, data, seed, options), folder, environment) as run:
         if not run.wait_until(lambda: run.all_at(1, RANKS), _START_LIMIT):
-            raise RuntimeError(f"the training ({way}) does not begin:\n{run.output[-2000:]}")
+            raise RuntimeError(f"the training ({way}) does not start:\n{run.output[-2000:]}")
         began = run.lines()[0].time
         if way != "none":
             time.sleep(max(began + options.kill_at - time.monotonic(), 0))
             if run.kill(VICTIM) is None:
-                raise RuntimeError(f"there is no rank {VICTIM} to be killed ({way})")
-        # A few looks, as they cost time of the machine.
+                raise RuntimeError(f"there is no rank {VICTIM} to kill ({way})")
+        # Poll rarely, as it takes CPU time.
         run.wait_until(lambda: time.monotonic() > began + options.seconds, options.seconds + 60, poll=0.5)
         if run.process.poll() is not None:
             raise RuntimeError(f"the training ({way}) ended too early:\n{run.output[-4000:]}")
@@ -83,7 +83,7 @@ def train(
 
 
 def curve(run: Run, began: float, outage: float | None, held_out: tuple[torch.Tensor, torch.Tensor]) -> Curve:
-    """Computes the losses of a run's snapshots."""
+    """Compute the losses of a run's snapshots."""
     model = elastic_training.Classifier(elastic_training.parser().parse_args(["--folder", "", *_TRAINING])).eval()
     found = []
     for path in run.folder.glob("snapshot-*.pt"):
@@ -98,7 +98,7 @@ def curve(run: Run, began: float, outage: float | None, held_out: tuple[torch.Te
 
 
 def measure(folder: Path, seeds: int, options: argparse.Namespace) -> dict[str, list[Curve]]:
-    """All ways with all seeds, by turns.
+    """Measure all ways with all seeds, in turn.
 
     Returns:
         The curves of each way, one for each seed.
@@ -116,13 +116,13 @@ def measure(folder: Path, seeds: int, options: argparse.Namespace) -> dict[str, 
 
 
 def moments(options: argparse.Namespace) -> list[float]:
-    """The times at which ways are compared, from shortly after the kill to the end."""
+    """Return the times at which ways are compared, from shortly after the kill to the end."""
     left = options.seconds - options.kill_at
     return [options.kill_at + share * left for share in (0.1, 0.25, 0.5, 0.75, 1.0)]
 
 
 def figures(curves: Mapping[str, Sequence[Curve]], options: argparse.Namespace) -> dict[str, Any]:
-    """Losses at equal times, times to equal losses, and outages."""
+    """Return losses at equal times, times to equal losses, and outages."""
     whens = moments(options)
     goals = [float(np.mean([one.at(when) for one in curves["none"]])) for when in whens[1:4]]
     found: dict[str, Any] = {"moments_s": whens, "goals": goals}
@@ -140,12 +140,12 @@ def figures(curves: Mapping[str, Sequence[Curve]], options: argparse.Namespace) 
 
 
 def _wins(ours: Sequence[Curve], theirs: Sequence[Curve], whens: Sequence[float]) -> list[int]:
-    """With how many seeds one way has the lower loss, at each moment."""
+    """Count the seeds with which one way has the lower loss, at each moment."""
     return [sum(a.at(when) < b.at(when) for a, b in zip(ours, theirs, strict=True)) for when in whens]
 
 
 def conclusion(found: Mapping[str, Any], seeds: int) -> list[str]:
-    """In plain words: who is ahead, and whether stale gradients pay."""
+    """Return sentences: which way is ahead, and whether stale gradients pay."""
     sentences = []
     failing = [way for way in found["lower_than"] if way != "none"]
     for i, when in enumerate(found["moments_s"]):
@@ -180,16 +180,18 @@ def _show(found: Mapping[str, Any], options: argparse.Namespace) -> None:
 def _options() -> argparse.Namespace:
     parser = report.arguments((__doc__ or "").split("\n")[0], rounds=5)
     parser.add_argument("--plot", metavar="PNG", type=Path, help="draw the losses over time")
-    parser.add_argument("--seconds", type=float, default=40, help="of each run, from its first step on (default 40)")
+    parser.add_argument("--seconds", type=float, default=40, help="of each run, from its first step (default 40)")
     parser.add_argument("--kill-at", type=float, default=8, help="seconds after the first step (default 8)")
-    parser.add_argument("--pause", type=float, default=0.05, help="seconds of a step in which a worker only waits")
-    parser.add_argument("--max-staleness", type=int, default=16, help="of the buffer (default 16)")
-    parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS), help="those to run, by commas")
+    parser.add_argument("--pause", type=float, default=0.05, help="seconds of each step in which a worker only waits")
+    parser.add_argument("--max-staleness", type=int, default=16, help="maximum staleness of the buffer (default 16)")
+    parser.add_argument(
+        "--ways", type=lambda text: text.split(","), default=list(WAYS), help="the ways to run, separated by commas"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Trains, prints, draws and writes JSON."""
+    """Train, print, draw and write JSON."""
     options = _options()
     seeds = options.rounds or (1 if options.quick else 5)
     with report.scratch(options.dir) as folder:

@@ -1,4 +1,4 @@
-"""The picture of ``benchmarks.continuation``."""
+"""The plot of ``benchmarks.continuation``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,12 +27,12 @@ _COLORS = {
 
 
 def draw(curves: Mapping[str, Sequence[Curve]], kill_at: float, seconds: float, path: Path) -> None:
-    """Draws the mean over seeds, and the band between the lowest and the highest.
+    """Draw the mean over seeds, and the band between the lowest and the highest.
 
     Args:
-        curves: Of each way, one for each seed.
+        curves: The curves of each way, one for each seed.
         kill_at: When the worker was killed.
-        seconds: Where the picture ends.
+        seconds: Where the plot ends.
         path: Where to write it.
 
     """

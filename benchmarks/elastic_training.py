@@ -1,8 +1,8 @@
 """The training that the benchmarks of failures kill: ``python -m benchmarks.elastic_training --folder DIR``.
 
-It runs as it is (``--strategy scar_ddp`` starts the supervisor), under ``lightning-scar run``, and under torchrun with
-``--strategy ddp``, which then saves checkpoints and resumes from the last one. Little is imported: a replacement's
-start-up is part of what is measured.
+It runs as a plain script (``--strategy scar_ddp`` starts the supervisor), under ``lightning-scar run``, and under
+torchrun with ``--strategy ddp``, which then saves checkpoints and resumes from the last one. Imports are few: a
+replacement's start-up is part of what is measured.
 """
 
 import argparse
@@ -27,16 +27,16 @@ from typing_extensions import override
 from benchmarks.step_log import StepLog
 
 Batch = tuple[Tensor, Tensor]
-#: Steps without an end of an epoch.
+#: Steps that no epoch reaches.
 _ENDLESS = 10_000
 
 
 class Cycled(Dataset[Batch]):
-    """A data set over and over again, so that an epoch takes long.
+    """A data set that is repeated, so that an epoch takes long.
 
     Args:
         data: The data set.
-        length: How many samples there shall seem to be.
+        length: The apparent number of samples.
 
     """
 
@@ -71,7 +71,7 @@ class Classifier(pl.LightningModule):
 
     @override
     def training_step(self, batch: Batch) -> Tensor:
-        # Stands for an accelerator at work: the machine has fewer cores than there are workers.
+        # Simulates computing on an accelerator: the machine has fewer cores than workers.
         time.sleep(self.options.pause)
         return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
 
@@ -91,7 +91,7 @@ class Classifier(pl.LightningModule):
 
 
 class Notes(Callback):
-    """Writes down every step, keeps snapshots, and dies in the midst of a collective when SIGUSR1 asks for it.
+    """Logs every step, keeps snapshots, and dies in the middle of a collective on SIGUSR1.
 
     Args:
         folder: Where to write.
@@ -110,7 +110,7 @@ class Notes(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         signal.signal(signal.SIGUSR1, self._doom)
-        # Its gradient is the last: those of the other layers are being reduced by then.
+        # Its gradient is the last one: those of the other layers are being reduced by then.
         first = next(pl_module.parameters())
         first.register_post_accumulate_grad_hook(self._die_if_doomed)  # type: ignore[no-untyped-call]
 
@@ -143,7 +143,7 @@ class Notes(Callback):
 
 
 def loaders(options: argparse.Namespace) -> tuple[DataLoader[Batch], DataLoader[Batch] | None]:
-    """For training, and for validation if epochs have an end."""
+    """Return the data loaders for training, and for validation if epochs end."""
     generator = torch.Generator().manual_seed(0)
     if options.data is not None:
         images, labels = torch.load(options.data)
@@ -157,7 +157,7 @@ def loaders(options: argparse.Namespace) -> tuple[DataLoader[Batch], DataLoader[
 
 
 def strategy(options: argparse.Namespace) -> Strategy | str:
-    """As the command line says."""
+    """Return the strategy that the command line names."""
     if options.strategy != "scar_ddp":
         return str(options.strategy)
     from lightning_scar import SCARDDPStrategy
@@ -168,7 +168,7 @@ def strategy(options: argparse.Namespace) -> Strategy | str:
 
 
 def digest(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """A hash of all that is trained."""
+    """Return a hash of the training state."""
     state: list[Any] = [module.state_dict(), [optimizer.state_dict() for optimizer in trainer.optimizers]]
     summed = hashlib.sha256()
     while state:
@@ -183,23 +183,23 @@ def digest(trainer: pl.Trainer, module: pl.LightningModule) -> str:
 
 
 def updates(trainer: pl.Trainer) -> int:
-    """How many updates Adam counts; -1 for an optimizer that does not count."""
+    """Return Adam's number of updates; -1 for an optimizer that does not count."""
     counts = {int(state.get("step", -1)) for state in trainer.optimizers[0].state.values()}
     return max(counts, default=-1)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    flags = argparse.ArgumentParser(description="a training that is killed by a benchmark")
-    flags.add_argument("--folder", type=Path, required=True, help="where to write down the steps")
+    """Return the command line's parser."""
+    flags = argparse.ArgumentParser(description="a training that a benchmark kills")
+    flags.add_argument("--folder", type=Path, required=True, help="where to log the steps")
     flags.add_argument("--strategy", default="scar_ddp", help="scar_ddp, ddp or auto")
     flags.add_argument("--on-failure", default="shrink")
     flags.add_argument("--flush", default="mean")
     flags.add_argument("--max-staleness", type=int, default=16)
     flags.add_argument("--ranks", type=int, default=3)
     flags.add_argument("--steps", type=int, default=_ENDLESS)
-    flags.add_argument("--epoch-steps", type=int, default=0, help="validate after so many steps; 0 for never")
-    flags.add_argument("--pause", type=float, default=0.03, help="seconds of a step in which a worker only waits")
+    flags.add_argument("--epoch-steps", type=int, default=0, help="validate every N steps; 0 for never")
+    flags.add_argument("--pause", type=float, default=0.03, help="seconds of each step in which a worker only waits")
     flags.add_argument("--batch-size", type=int, default=16)
     flags.add_argument("--width", type=int, default=512)
     flags.add_argument("--dropout", type=float, default=0.1)
@@ -209,14 +209,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--data", type=Path, help="a file with images and labels; by default they are random")
     flags.add_argument("--snapshots", type=int, default=0, help="steps between two snapshots of the weights")
     flags.add_argument("--checkpoint-every", type=int, default=0, help="steps between two checkpoints to resume from")
-    flags.add_argument("--nodes", type=int, default=1, help="on how many nodes the ranks are")
-    flags.add_argument("--sharded", action="store_true", help="each rank has a part of the optimizer's state")
+    flags.add_argument("--nodes", type=int, default=1, help="the number of nodes")
+    flags.add_argument("--sharded", action="store_true", help="shard the optimizer's state over the ranks")
     flags.add_argument("--memory-every", type=int, default=0, help="steps between two saves of SCARCheckpoint")
     return flags
 
 
 def new_trainer(options: argparse.Namespace, callbacks: list[Callback]) -> pl.Trainer:
-    """A Trainer that is silent."""
+    """Return a Trainer without output."""
     return pl.Trainer(
         accelerator="cpu",
         devices=options.ranks // options.nodes,
@@ -235,7 +235,7 @@ def new_trainer(options: argparse.Namespace, callbacks: list[Callback]) -> pl.Tr
 
 
 def main() -> None:
-    """Trains."""
+    """Train."""
     options = parser().parse_args()
     rank = int(os.environ.get("RANK", "0"))
     pl.seed_everything(options.seed)

@@ -1,4 +1,4 @@
-"""What the kills of one method led to."""
+"""The results of killing workers under one method."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,14 +9,14 @@ from benchmarks.step_log import Kill, Recovery
 
 @dataclass
 class Found:
-    """What the kills of one method led to.
+    """The results of killing workers under one method.
 
     Attributes:
         recoveries: What followed each kill.
-        redone: Steps that were made a second time, for each run.
-        hung: Kills after which the survivors did not go on, or not all ranks came together again.
-        kills: All of them.
-        startups_beside: Seconds that one more worker, of its own, takes to start beside the ranks that train.
+        redone: Repeated steps, for each run.
+        hung: Kills after which the survivors did not continue, or not all ranks stepped together again.
+        kills: All kills.
+        startups_beside: Seconds that a separate worker takes to start while the ranks train.
 
     """
 
@@ -27,7 +27,7 @@ class Found:
     startups_beside: list[float] = field(default_factory=list)
 
     def figures(self, name: str) -> dict[str, Any]:
-        """Medians, maxima and counts."""
+        """Return medians, maxima and counts."""
         found: dict[str, Any] = {f"{name}_kills": len(self.kills), f"{name}_hung": self.hung}
         found[f"{name}_kills_in_collective"] = sum(kill.in_collective for kill in self.kills)
         found[f"{name}_redone"] = max(self.redone, default=0)
@@ -40,5 +40,5 @@ class Found:
         return found
 
     def samples(self, what: str) -> list[float]:
-        """Those that were measured."""
+        """Return the measured samples."""
         return [value for recovery in self.recoveries if (value := getattr(recovery, what)) is not None]

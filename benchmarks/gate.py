@@ -1,6 +1,6 @@
-"""Lets groups of processes take turns, so that neighbouring stretches of steps meet the same machine.
+"""Lets groups of processes take turns, so that neighbouring stretches of steps run under the same conditions.
 
-Every group makes a stretch of steps when it is told to, and waits without using the processor while it is not.
+Every group makes a stretch of steps when it has its turn, and otherwise waits without using the CPU.
 """
 
 import json
@@ -16,26 +16,26 @@ LAYERS = 5
 
 
 def perceptron(width: int) -> nn.Module:
-    """Of so many units in each of five layers."""
+    """Return a perceptron with five layers of ``width`` units."""
     layers = [part for _ in range(LAYERS) for part in (nn.Linear(width, width), nn.ReLU())]
     return nn.Sequential(*layers)
 
 
 def batches(width: int) -> torch.Tensor:
-    """What every step is trained on."""
+    """Return the batch of every step."""
     return torch.randn(32, width, generator=torch.Generator().manual_seed(0))
 
 
 class Gate:
-    """A worker's side. It opens the first time at the end of the first step.
+    """The worker's side. It opens for the first time at the end of the first step.
 
     Args:
         address: Host and port of the driver's store.
         group: The name of the worker's group.
-        rank: The worker's in its group.
+        rank: The worker's rank in its group.
 
     Attributes:
-        is_over: Whether there is no further turn.
+        is_over: Whether there are no more turns.
 
     """
 
@@ -50,11 +50,11 @@ class Gate:
         self.is_over = False
 
     def note(self, value: float) -> None:
-        """Something else that was measured in this step."""
+        """Record another measurement of this step."""
         self._notes.append(value)
 
     def stepped(self) -> None:
-        """A step is done. Returns when the next may begin."""
+        """End a step, and wait until the next may begin."""
         now = time.monotonic()
         if self._turn >= 0:
             self._times.append(now)
@@ -76,7 +76,7 @@ class Keeper:
     """The driver's side.
 
     Args:
-        ranks: How many workers there are in each group.
+        ranks: The number of workers in each group.
 
     """
 
@@ -87,20 +87,20 @@ class Keeper:
         self.address = f"127.0.0.1:{self._store.port}"
 
     def is_ready(self, group: str) -> bool:
-        """Whether all workers of a group wait for their first turn."""
+        """Return whether all workers of a group wait for their first turn."""
         return bool(self._store.check([f"ready/{group}/{rank}" for rank in range(self._ranks)]))
 
     def go(self, group: str, steps: int) -> None:
-        """Gives a group its turn; 0 steps end it."""
+        """Give a group its turn; 0 steps end the group."""
         turn = self._turns[group] = self._turns.get(group, -1) + 1
         self._store.set(f"go/{group}/{turn}", str(steps))
 
     def is_done(self, group: str) -> bool:
-        """Whether all workers of a group have made their stretch."""
+        """Return whether all workers of a group have finished their stretch."""
         keys = [f"done/{group}/{self._turns[group]}/{rank}" for rank in range(self._ranks)]
         return bool(self._store.check(keys))
 
     def measured(self, group: str) -> list[dict[str, list[float]]]:
-        """What each worker of the group measured in the last stretch: times of steps, and notes."""
+        """Return what each worker of the group measured in the last stretch: times of steps, and notes."""
         turn = self._turns[group]
         return [json.loads(self._store.get(f"done/{group}/{turn}/{rank}")) for rank in range(self._ranks)]

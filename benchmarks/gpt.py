@@ -1,4 +1,4 @@
-"""A GPT-2 in plain torch, and the LightningModule that trains it and knows how long it computed."""
+"""A GPT-2 in plain torch, and a LightningModule that trains it and measures its computing time."""
 
 import time
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class Size:
         layers: Transformer blocks.
         width: Features of a token.
         heads: Attention heads.
-        vocabulary: Different tokens.
+        vocabulary: The number of different tokens.
         positions: The longest sequence.
         sequence: Tokens of one training step.
 
@@ -38,9 +38,9 @@ class Size:
     sequence: int
 
 
-#: 124 M parameters; with Adam 1.49 GB of state. So few tokens that one step takes about a second on two cores.
+#: 124 M parameters; with Adam 1.49 GB of state. Few tokens, so that one step takes about a second on two cores.
 GPT2_SMALL = Size(layers=12, width=768, heads=12, vocabulary=50257, positions=1024, sequence=96)
-#: For a quick look that all works.
+#: For a quick check that everything works.
 TINY = Size(layers=2, width=64, heads=2, vocabulary=4096, positions=64, sequence=32)
 
 
@@ -79,7 +79,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(size.width)
         for parameter in self.parameters():
             if parameter.dim() > 1:
-                # GPT-2's own. Torch's default for embeddings makes gradients denormal, and the CPU five times slower.
+                # As in GPT-2. Torch's default for embeddings makes gradients denormal, and the CPU five times slower.
                 nn.init.normal_(parameter, std=0.02)
 
     @override
@@ -87,30 +87,30 @@ class GPT(nn.Module):
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        # Tied by use, not by a second name: no peer is made to write the same tensor twice.
+        # Tied by use, not by a second name, so that no peer writes the same tensor twice.
         return F.linear(self.norm(x), self.tokens.weight)
 
 
 class Stopwatch:
-    """Adds up the time between starts and stops."""
+    """Sums the time between starts and stops."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._started: float | None = None
 
     def start(self) -> None:
-        """Goes on counting."""
+        """Start counting."""
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """Counts no more, if it did."""
+        """Stop counting, if it is running."""
         if self._started is not None:
             self.seconds += time.perf_counter() - self._started
             self._started = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Counts within a block."""
+        """Count the time of a block."""
         self.start()
         yield
         self.stop()
@@ -119,8 +119,8 @@ class Stopwatch:
 class GPTModule(pl.LightningModule):
     """Trains a :class:`GPT` with Adam.
 
-    ``computing`` counts forward, backward and update. What the training thread does between them is what a save can
-    make longer, so a stall shows in it wherever its cause is called from.
+    ``computing`` counts forward, backward and update. A save can only lengthen what the training thread does between
+    them, so a stall shows there wherever its cause is called from.
 
     Args:
         size: The model's dimensions.
@@ -151,7 +151,7 @@ class GPTModule(pl.LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        # Comes after the callbacks' hook of the same name, so after their fences; the update itself follows.
+        # Called after the callbacks' hook of the same name, thus after their fences; the update follows.
         self.computing.start()
 
     @override
@@ -176,12 +176,12 @@ class _Tokens(IterableDataset[Tensor]):
 
 
 def token_loader(size: Size) -> "DataLoader[Tensor]":
-    """Random tokens without end, made beforehand."""
+    """Return an endless loader of random tokens, generated in advance."""
     return DataLoader(_Tokens(size), batch_size=1)
 
 
 def new_trainer(callbacks: list[Callback]) -> pl.Trainer:
-    """A Trainer on the CPU that does nothing beside the training but what the callbacks do."""
+    """Return a Trainer on the CPU that does nothing but train and call the callbacks."""
     return pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -193,7 +193,7 @@ def new_trainer(callbacks: list[Callback]) -> pl.Trainer:
 
 
 def state_bytes(module: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
-    """Bytes of the parameters, and of the parameters with their optimizer state."""
+    """Return the bytes of the parameters, without and with their optimizer state."""
     parameters = sum(parameter.nbytes for parameter in module.parameters())
     moments = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
     return parameters, parameters + moments

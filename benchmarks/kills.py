@@ -1,4 +1,4 @@
-"""Starts trainings in processes of their own, kills some of their workers, and ends what is left."""
+"""Starts trainings in separate processes, kills some of their workers, and ends the rest."""
 
 import os
 import signal
@@ -17,19 +17,19 @@ from typing_extensions import Self
 from benchmarks import step_log
 from benchmarks.step_log import Kill, Line
 
-#: Where ``python -m benchmarks...`` works.
+#: The working directory for ``python -m benchmarks...``.
 ROOT = Path(__file__).parents[1]
 _DIE_WITH_PARENT = ROOT / "lightning_scar" / "elastic" / "supervisor" / "die_with_parent.py"
-#: Seconds that a training has to end after it was asked to.
+#: Seconds that a training has to end after SIGTERM.
 _GRACE = 20.0
 _POLL = 0.01
 
-#: What the launchers of another training would leave to this one.
+#: Variables that another training's launchers may have set.
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, for trainings on the loopback with one thread a worker."""
+    """Return this process's environment, for trainings on the loopback with one thread per worker."""
     own = {
         name: value
         for name, value in os.environ.items()
@@ -40,7 +40,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start_child(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> "subprocess.Popen[bytes]":
-    """Starts a process that does not outlive this one, however that ends."""
+    """Start a process that never outlives this one."""
     tied = [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid())]
     return subprocess.Popen(
         [*tied, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -51,13 +51,13 @@ class Run:
     """A training.
 
     Args:
-        command: What starts it.
-        folder: Where its workers write; what it prints comes there, too.
+        command: Its command line.
+        folder: Where its workers write; its output goes there, too.
         environment: Its environment.
 
     Attributes:
-        seen: The processes that belonged to it at any time, as far as somebody looked, with their start times.
-        kills: What was killed.
+        seen: The processes that have belonged to it, as far as they were seen, with their start times.
+        kills: The kills.
         state_folders: Where the supervisor keeps states in memory.
 
     """
@@ -81,20 +81,20 @@ class Run:
         self.close()
 
     def supervisors(self) -> list[int]:
-        """The processes that workers are children of."""
+        """Return the parent processes of the workers."""
         return [self.process.pid]
 
     @property
     def output(self) -> str:
-        """What it printed."""
+        """The output of the training."""
         return (self.folder / "output").read_text(errors="replace")
 
     def lines(self) -> list[Line]:
-        """The steps that were made."""
+        """Return the logged steps."""
         return step_log.read(self.folder)
 
     def workers(self) -> dict[int, psutil.Process]:
-        """The live workers, by rank."""
+        """Return the live workers, by rank."""
         found: dict[int, psutil.Process] = {}
         for process in self._children():
             # Processes come and go meanwhile.
@@ -115,7 +115,7 @@ class Run:
                 yield from supervisor.children(recursive=True)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float, poll: float = _POLL) -> bool:
-        """Waits; returns whether the condition came true in time, and before the training ended."""
+        """Wait; return whether the condition became true in time, before the training ended."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -124,26 +124,26 @@ class Run:
         return True
 
     def steps(self) -> dict[int, int]:
-        """The last step of the youngest process of each rank."""
+        """Return the last step of the youngest process of each rank."""
         return {line.rank: line.step for line in self.lines()}
 
     def all_at(self, step: int, ranks: int) -> bool:
-        """Whether all ranks have come so far."""
+        """Return whether all ranks have reached a step."""
         steps = self.steps()
         return len(steps) == ranks and min(steps.values()) >= step
 
     def kill(self, rank: int, in_collective: bool = False) -> Kill | None:
-        """Kills the worker of a rank.
+        """Kill the worker of a rank.
 
         Args:
-            rank: Whose.
-            in_collective: Whether it shall be while gradients are being reduced; the worker does it itself then.
+            rank: The rank.
+            in_collective: Whether to kill it while gradients are reduced; the worker then does it itself.
 
         Returns:
             ``None`` if there is no such worker.
 
         """
-        # Processes that end while one looks at them hide the others.
+        # Processes that end during the look-up hide the others.
         self.wait_until(lambda: rank in self.workers(), 5)
         worker = self.workers().get(rank)
         if worker is None:
@@ -153,7 +153,7 @@ class Run:
             os.kill(worker.pid, signal.SIGUSR1)
             note = self.folder / f"killed-{worker.pid}"
             if not self.wait_until(note.exists, 10, poll=0.002):
-                raise TimeoutError(f"rank {rank} has not come to a collective in 10 s")
+                raise TimeoutError(f"rank {rank} has not reached a collective in 10 s")
             worker.wait(10)
             when = float(note.read_text())
         else:
@@ -162,7 +162,7 @@ class Run:
         return self.kills[-1]
 
     def survivors(self) -> list[psutil.Process]:
-        """Whatever of it is still alive."""
+        """Return the processes that are still alive."""
         left = []
         for pid, began in self.seen.items():
             with suppress(psutil.NoSuchProcess):
@@ -172,7 +172,7 @@ class Run:
         return left
 
     def close(self) -> None:
-        """Ends it: asks first, and kills what is left."""
+        """End the training: ask first, then kill what is left."""
         self.workers()
         if self.process.poll() is None:
             self.process.terminate()

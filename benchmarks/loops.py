@@ -1,8 +1,8 @@
-"""What a save costs in a loop of Accelerate: ``python -m benchmarks.loops --json OUT``.
+"""What a save costs in a loop with Accelerate: ``python -m benchmarks.loops --json OUT``.
 
-One loop runs through stretches of a few steps, by turns without a save, with one save of ``SCARAccelerator``, and with
-one ``accelerator.save_state``. ``*_blocked_s`` is how long the training thread stood still for it (the fence included),
-``*_added_s`` how much longer the whole stretch took, until everything was written. SCAR fsyncs, Accelerate does not.
+One loop runs stretches of a few steps, in turn without a save, with one save of ``SCARAccelerator``, and with one
+``accelerator.save_state``. ``*_blocked_s`` is how long the save stalled the training thread (including the fence),
+``*_added_s`` how much longer the whole stretch took until everything was written. SCAR fsyncs, Accelerate does not.
 """
 
 import shutil
@@ -25,10 +25,10 @@ METHODS = ("scar", "save_state")
 
 
 class Loop:
-    """A GPT under Adam, trained as Accelerate's users do.
+    """A GPT with Adam, trained as Accelerate's users do.
 
     Args:
-        size: The model's.
+        size: The model's size.
         folder: Where to save.
 
     """
@@ -44,7 +44,7 @@ class Loop:
         self.scar.resume()
 
     def step(self) -> None:
-        """One step, without a save."""
+        """Make one step, without a save."""
         batch = next(self._batches)
         logits = self.model(batch[:, :-1])
         self.accelerator.backward(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
@@ -52,14 +52,14 @@ class Loop:
         self.optimizer.zero_grad()
 
     def stretch(self, method: str | None, steps: int) -> tuple[float, float]:
-        """Makes steps, with a save behind the first.
+        """Make steps, with a save after the first.
 
         Args:
-            method: Whose; ``None`` for none.
-            steps: How many.
+            method: The method that saves; ``None`` for no save.
+            steps: The number of steps.
 
         Returns:
-            Seconds for all of it, and those in which the training thread stood still for the save.
+            Seconds for all of it, and those for which the save stalled the training thread.
 
         """
         began = time.perf_counter()
@@ -82,17 +82,17 @@ class Loop:
 
 
 def run(size: Size, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
-    """Trains through all rounds and returns the figures.
+    """Train through all rounds and return the figures.
 
     Args:
-        size: The model's.
+        size: The model's size.
         folder: Where to save.
         rounds: How often each method saves.
-        steps: Of a stretch.
+        steps: Steps of a stretch.
 
     """
     loop = Loop(size, folder)
-    for method in (None, *METHODS, "scar"):  # The first save is full, and all make their buffers.
+    for method in (None, *METHODS, "scar"):  # The first save is full, and all allocate their buffers.
         loop.stretch(method, steps)
     parameters, state = state_bytes(loop.model, loop.optimizer)
     floor = Floor(list(loop.model.parameters()), state)
@@ -119,7 +119,7 @@ def run(size: Size, folder: Path, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, prints and writes JSON."""
+    """Measure, print and write JSON."""
     options = report.arguments((__doc__ or "").split("\n")[0], rounds=7).parse_args()
     rounds, steps = options.rounds or (2 if options.quick else 7), 3
     with report.scratch(options.dir) as folder:

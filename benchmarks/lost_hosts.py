@@ -1,8 +1,8 @@
-"""For :mod:`benchmarks.outage`: a training of several hosts, some of which are lost with all that runs and lies there.
+"""For :mod:`benchmarks.outage`: a training on several hosts, some of which are lost with their processes and memory.
 
-A host is a supervisor with one worker and a memory folder of its own. Each rank has a part of the optimizer's state
-that no other one has; it is saved to the host's memory and copied to the next host's. A host that is killed is started
-again at once, with nothing in its memory.
+A host is a supervisor with one worker and its own memory folder. The optimizer's state is sharded: each rank saves its
+part to the host's memory, from where it is copied to the next host's. A killed host is restarted at once with empty
+memory.
 """
 
 import shutil
@@ -24,13 +24,13 @@ from lightning_scar.storage.host_memory import VARIABLE
 
 
 class LostHosts(Run):
-    """A training whose kills are those of whole hosts. The one of rank 0, which holds the job together, is spared.
+    """A training whose kills hit whole hosts. The host of rank 0, which coordinates the job, is spared.
 
     Args:
-        training: What a worker runs: arguments of Python.
+        training: A worker's Python arguments.
         folder: Where its workers write.
         environment: Its environment.
-        hosts: How many there are.
+        hosts: The number of hosts.
 
     """
 
@@ -56,7 +56,7 @@ class LostHosts(Run):
         if worker is None:
             return None
         supervisor, when = self._others[rank - 1], time.monotonic()
-        # The supervisor dies first, and with it, by the kernel, all that it started.
+        # The supervisor dies first; the kernel then kills all that it started.
         for process in (supervisor, worker):
             with suppress(psutil.NoSuchProcess):
                 process.kill()

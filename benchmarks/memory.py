@@ -1,4 +1,4 @@
-"""How much memory saves need, measured as the peak of a process of its own: ``python -m benchmarks.memory``."""
+"""How much memory saves need, measured as the peak of a separate process: ``python -m benchmarks.memory``."""
 
 import json
 import os
@@ -16,17 +16,17 @@ from benchmarks import report
 from benchmarks.gpt import GPT2_SMALL, TINY, GPTModule, Size, new_trainer, state_bytes, token_loader
 from benchmarks.methods import GatedSCARCheckpoint
 
-#: Steps in which nothing is saved, before the peak counts and while it does.
+#: Steps without a save, before the peak counts and while it does.
 _WARM_UP, _BASELINE = 4, 4
 #: Enough that both staging buffers have been used and a compaction has run.
 _PARTIAL_SAVES = 12
 
 
 class _Sampler(threading.Thread):
-    """Watches how much memory this process holds that is nobody's file.
+    """Samples this process's memory without file mappings.
 
-    The kernel keeps a peak only of everything resident, and counts files in it that are mapped for reading; but those
-    pages belong to the page cache, which holds them just the same when a file is read in the ordinary way.
+    The kernel's peak includes files that are mapped for reading. Their pages belong to the page cache, which holds them
+    just the same when a file is read normally.
     """
 
     def __init__(self) -> None:
@@ -40,13 +40,13 @@ class _Sampler(threading.Thread):
             self.peak = max(self.peak, _status("RssAnon") + _status("RssShmem"))
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """End the thread."""
         self._stopped.set()
         self.join()
 
 
 class _PeakOfPhases(Callback):
-    """Notes the peak of a few steps without a save, of the full save, and of partial saves."""
+    """Records the peak of a few steps without a save, of the full save, and of partial saves."""
 
     def __init__(self, callback: GatedSCARCheckpoint, sampler: _Sampler) -> None:
         self._callback = callback
@@ -68,7 +68,7 @@ class _PeakOfPhases(Callback):
             self._callback.wait()
             self._note("full")
         elif step == _BASELINE + 2:
-            # A batch later: the writer's thread gives the memory of the full save back after it has finished.
+            # A batch later: the writer thread frees the memory of the full save after it has finished.
             self._reset()
             self._callback.is_open = True
         elif step > _BASELINE + 2:
@@ -94,7 +94,7 @@ def _status(field: str) -> int:
 
 
 def measure(size: Size, folder: Path, fraction: float) -> dict[str, int]:
-    """Trains and saves in this process.
+    """Train and save in this process.
 
     Args:
         size: The model.
@@ -126,7 +126,7 @@ def measure(size: Size, folder: Path, fraction: float) -> dict[str, int]:
 
 
 def measure_in_child(quick: bool, folder: Path) -> dict[str, int]:
-    """The same in a fresh process, where nothing has grown the heap before.
+    """Measure in a fresh process, where nothing has grown the heap before.
 
     Args:
         quick: Whether to use the tiny model.
@@ -135,8 +135,7 @@ def measure_in_child(quick: bool, folder: Path) -> dict[str, int]:
     """
     out = folder / "memory.json"
     command = [sys.executable, "-m", "benchmarks.memory", "--json", str(out), "--dir", str(folder)]
-    # Otherwise what the allocator keeps for later, of the training's memory too, blurs what is held: equal runs came to
-    # anything from 926 to 990 MB.
+    # Otherwise memory that the allocator keeps blurs the measurement: equal runs gave anything from 926 to 990 MB.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command += ["--quick"] if quick else []
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
@@ -146,7 +145,7 @@ def measure_in_child(quick: bool, folder: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    """Measures and writes JSON."""
+    """Measure and write JSON."""
     options = report.arguments(__doc__ or "", rounds=1).parse_args()
     with report.scratch(options.dir) as folder:
         figures = measure(TINY if options.quick else GPT2_SMALL, folder, fraction=0.125)

@@ -1,4 +1,4 @@
-"""The ways to save that are compared, each behind the same three calls."""
+"""The ways to save that are compared, each with the same interface."""
 
 import shutil
 import time
@@ -20,7 +20,7 @@ from typing_extensions import override
 from lightning_scar import SCARCheckpoint
 from lightning_scar.lightning.private import dump_checkpoint
 
-#: Neither pinned nor shared memory on a CPU; what is left is that the stager keeps its copy from save to save.
+#: No pinned or shared memory on a CPU; what remains is that the stager keeps its copy from save to save.
 _CACHED = StagingOptions(
     use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
 )
@@ -30,9 +30,9 @@ class Method(Protocol):
     """One way to save.
 
     Attributes:
-        name: What to call it.
-        warm_ups: How many saves do not count, in which it makes its buffers.
-        is_slow: Whether a save takes seconds: such a stretch may be short.
+        name: Its name.
+        warm_ups: The number of saves that do not count, in which it allocates its buffers.
+        is_slow: Whether a save takes seconds, so that a stretch may be short.
 
     """
 
@@ -41,26 +41,26 @@ class Method(Protocol):
     is_slow: bool
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Saves; called after an optimizer step, as a callback would."""
+        """Save; called after an optimizer step, as a callback would."""
 
     def fence(self) -> None:
-        """Called before the next optimizer step."""
+        """Wait for what must be done before the next optimizer step."""
 
     def wait(self) -> None:
-        """Returns when everything is written."""
+        """Wait until everything is written."""
 
     def discard(self, counts: bool) -> None:
-        """Removes what was written; ``counts`` tells whether the measurement does."""
+        """Remove what was written; ``counts`` says whether the measurement counts."""
 
     def close(self) -> None:
-        """Releases what was held."""
+        """Release all resources."""
 
 
 class ToOnePath:
-    """A method whose every save goes to one path.
+    """A method that writes every save to the same path.
 
     Args:
-        name: What to call it.
+        name: Its name.
         path: The path.
 
     """
@@ -73,19 +73,19 @@ class ToOnePath:
         self.path = path
 
     def fence(self) -> None:
-        """Waits for nothing."""
+        """Wait for nothing."""
 
     def wait(self) -> None:
-        """Waits for nothing."""
+        """Wait for nothing."""
 
     def discard(self, counts: bool) -> None:
-        """Removes the path."""
+        """Remove the path."""
         if self.path.is_dir():
             shutil.rmtree(self.path)
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Waits."""
+        """Wait."""
         self.wait()
 
 
@@ -116,21 +116,21 @@ class Async(ToOnePath):
 
     @override
     def wait(self) -> None:
-        # Ends its thread; the next save makes another, as it does in every fit.
+        # Ends its thread; the next save starts another, as in every fit.
         self._io.teardown()
 
 
 class DCP(ToOnePath):
     """``torch.distributed.checkpoint.async_save`` in a thread, with fsync, at its strongest on a CPU.
 
-    The stager is kept, so it copies into memory that is there already, on all cores; the planner keeps its plan.
-    Two writer threads, shared memory and safetensors were slower, writing without fsync was not faster.
+    The stager is kept, so it copies into existing memory, on all cores; the planner keeps its plan. Two writer threads,
+    shared memory and safetensors were slower; writing without fsync was not faster.
     ``BlockingAsyncStager(cache_staged_state_dict=True)`` pins memory and so needs a GPU.
 
     Args:
         folder: Where to write.
-        overlapped: Whether the stager copies in a thread of its own, to be awaited before the next optimizer step. An
-            option that torch documents as one for CUDA; a user of it on a CPU has to build the fence.
+        overlapped: Whether the stager copies in its own thread, which is awaited before the next optimizer step. Torch
+            documents this option for CUDA; on a CPU users have to build the fence.
 
     """
 
@@ -175,10 +175,10 @@ class DCP(ToOnePath):
 
 
 class GatedSCARCheckpoint(SCARCheckpoint):
-    """Saves after the batches for which its gate was opened, through its own hooks and no others.
+    """Saves after the batches for which its gate was opened, through its own hooks only.
 
     Attributes:
-        is_open: Whether to save after the present batch.
+        is_open: Whether to save after the current batch.
         was_eager: Whether the last partial save was copied before the next batch began.
 
     """
@@ -199,18 +199,18 @@ class GatedSCARCheckpoint(SCARCheckpoint):
     @override
     def on_train_batch_start(self, *args: Any) -> None:
         saves, full_saves = self._before
-        # Only what is lazily staged is not yet handed over when a batch begins.
+        # Only a lazily staged save is not yet submitted when a batch begins.
         self.was_eager = self.stats.saves > saves and self.stats.full_saves == full_saves
         self._before = self.stats.saves, self.stats.full_saves
 
     def set_staging(self, staging: Literal["lazy", "eager"]) -> None:
-        """Changes what users choose once: both kinds of staging are to be measured on one store, side by side."""
+        """Change an option that users set once, to measure both kinds of staging side by side on one store."""
         assert self._running is not None
-        # In place, although it is frozen, since everything in the engine holds the same object.
+        # In place, although it is frozen, because the whole engine shares the object.
         object.__setattr__(self._running.settings, "staging", staging)
 
     def wait(self) -> None:
-        """Returns when everything is written and compacted."""
+        """Wait until everything is written and compacted."""
         assert self._running is not None
         self._running.fence()
         while self._running._writer.depth:
@@ -220,7 +220,7 @@ class GatedSCARCheckpoint(SCARCheckpoint):
 class SCAR:
     """``SCARCheckpoint`` in the Trainer's loop, with fsync.
 
-    The first save is full, and there are two buffers; all kinds share them, so the first one of them makes them.
+    The first save is full, and there are two buffers; all kinds share them, so the first kind allocates them.
 
     Args:
         name: What to call it.
@@ -261,6 +261,6 @@ class SCAR:
 
 
 def peers(folder: Path) -> list[Method]:
-    """All that SCAR is compared with."""
+    """Return the methods that SCAR is compared with."""
     makers: list[Callable[[Path], Method]] = [Torch, Async, DCP, lambda path: DCP(path, overlapped=True)]
     return [make(folder) for make in makers]

@@ -1,6 +1,6 @@
-"""moonclip beside us: XOR deltas and zstd in Rust, from a folder of its own that holds nothing else.
+"""moonclip for comparison: XOR deltas and zstd in Rust, from a folder of its own.
 
-It is downloaded once, under the user's cache, and needs nothing but the torch that is here.
+It is downloaded once to the user's cache, and needs only the installed torch.
 """
 
 import argparse
@@ -20,21 +20,21 @@ from benchmarks.methods import Method, ToOnePath
 
 VERSION = "0.3.1"
 _SECONDS = 300
-#: How it keeps floats, by the names of the methods.
+#: Its data types for floats, by the names of the methods.
 _KINDS = {"moonclip": None, "moonclip_bf16": "bf16"}
 
 
 class Moonclip(ToOnePath):
     """``CheckpointManager.save`` of model and optimizer, with fsync, at its strongest.
 
-    Saves are copied by Rust on all cores, and written in its own threads. It keeps the state of its last full save in
-    memory and writes differences to that. zstd's level 1 was faster than its default 3.
+    Rust copies saves on all cores and writes them in its own threads. It keeps the state of its last full save in
+    memory and writes differences to it. zstd's level 1 was faster than its default 3.
 
     Args:
         manager: Its class.
-        name: What to call it.
+        name: Its name.
         folder: Where to write.
-        save_dtype: What floats are rounded to; ``None`` for nothing.
+        save_dtype: The type that floats are rounded to; ``None`` for no rounding.
 
     """
 
@@ -59,7 +59,7 @@ class Moonclip(ToOnePath):
 
     @override
     def discard(self, counts: bool) -> None:
-        # What it has written is the base of what it writes next; of older saves it keeps three.
+        # What it has written is the base of its next saves; it keeps three older ones.
         pass
 
     @override
@@ -69,16 +69,16 @@ class Moonclip(ToOnePath):
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--moonclip``."""
+    """Add ``--moonclip``."""
     help_text = "a folder that has moonclip, or 'no'; by default it is downloaded to ~/.cache"
     parser.add_argument("--moonclip", help=help_text)
 
 
 def methods(chosen: str | None, folder: Path) -> list[Method]:
-    """Its ways to save; none, with a line that says so, if it cannot be had.
+    """Return its ways to save; none, with a message, if it is not available.
 
     Args:
-        chosen: What the user gave.
+        chosen: The value of ``--moonclip``.
         folder: Where to save.
 
     """
@@ -87,12 +87,12 @@ def methods(chosen: str | None, folder: Path) -> list[Method]:
     place = chosen
     try:
         place = chosen or _download()
-        # At the end: nothing that is installed here is hidden by it.
+        # At the end, so that it hides nothing that is installed here.
         sys.path.append(place)
         manager = importlib.import_module("moonclip").CheckpointManager
     except (OSError, ImportError, AttributeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
-        report.progress(f"moonclip {VERSION} cannot be had, and is left out: {str(reason).strip()[-500:]}")
+        report.progress(f"moonclip {VERSION} is not available and is left out: {str(reason).strip()[-500:]}")
         return []
     finally:
         if place in sys.path:

@@ -1,16 +1,16 @@
 """What the death of a worker costs: ``python -m benchmarks.outage --json OUT``.
 
-One of three ranks is killed by SIGKILL at a random moment, every other time while gradients are being reduced. Measured
-is, from the lines that workers write when a step is done, how long the others take to their next step
-(``survivors_s``), how long it takes until all ranks step together (``rejoined_s``), how many steps are made a second
-time (``redone``) and how often nothing goes on (``hung``); beside them the start-up of the same script alone, and the
-same for torchrun with a ModelCheckpoint and for torchft.
+One of three ranks is killed by SIGKILL at a random moment, every other time while gradients are being reduced. From the
+lines that workers log after each step follow the time to the others' next step (``survivors_s``), the time until all
+ranks step together (``rejoined_s``), the number of repeated steps (``redone``) and how often training hangs (``hung``).
+For comparison: the start-up of the same script alone, and the same figures for torchrun with a ModelCheckpoint and for
+torchft.
 
-``backup`` loses more: a host with its supervisor, its worker and its memory, where each rank alone holds a part of the
-optimizer's state. All workers start again, and the lost part comes out of the memory of the next host.
+``backup`` loses more: a host with its supervisor, its worker and its memory, while the optimizer's state is sharded.
+All workers restart, and the lost part is read from the memory of the next host.
 
-In one run of ``scar_ddp`` each rank is killed once: the supervisor waits before it replaces a worker that dies young
-for the second time.
+In one run of ``scar_ddp`` each rank is killed only once: the supervisor waits before it replaces a worker that died
+young twice.
 """
 
 import argparse
@@ -35,12 +35,12 @@ _START_LIMIT, _LIMIT = 180.0, 120.0
 #: Steps before the first kill, and between a recovery and what comes next.
 _CALM = 10
 _TRAINING = [sys.executable, "-m", "benchmarks.elastic_training"]
-#: So small that survivors leave the processors to the replacement: an accelerator computes for most of a step.
+#: So small that survivors leave the cores to the replacement: an accelerator computes for most of a step.
 _SIZE = ["--width", "256", "--pause", "0.05"]
 
 
 def command(method: str, folder: Path) -> list[str]:
-    """What starts a training.
+    """Return the command that starts a training.
 
     Args:
         method: A value of ``on_failure``, ``"torchrun"``, ``"backup"``, or ``"bare"`` for one worker alone.
@@ -67,15 +67,15 @@ def _start(method: str, folder: Path) -> Run:
 
 
 def startup(folder: Path) -> float:
-    """Seconds that a worker of its own takes from its start to the end of its first step."""
+    """Return the seconds that a single worker takes from its start to the end of its first step."""
     with Run(command("bare", folder), folder, kills.environment()) as run:
         if not run.wait_until(lambda: run.all_at(2, 1), _START_LIMIT):
-            raise RuntimeError(f"a training of one worker does not begin:\n{run.output[-2000:]}")
+            raise RuntimeError(f"a training of one worker does not start:\n{run.output[-2000:]}")
         return run.lines()[0].time - run.started
 
 
 def _plan(count: int, ranks: Sequence[int], chance: random.Random) -> Iterator[list[tuple[int, bool]]]:
-    """Which ranks are killed in each run, each once, and whether in a collective."""
+    """Yield the ranks to kill in each run, each once, and whether in a collective."""
     done = 0
     while done < count:
         victims = chance.sample(ranks, len(ranks))[: count - done]
@@ -86,20 +86,20 @@ def _plan(count: int, ranks: Sequence[int], chance: random.Random) -> Iterator[l
 def kill_all(
     method: str, folder: Path, victims: Sequence[tuple[int, bool]], chance: random.Random, beside: bool = False
 ) -> Found:
-    """Runs one training and kills its workers one after the other.
+    """Run one training and kill its workers one after the other.
 
     Args:
-        method: As for ``command``.
+        method: As in :func:`command`.
         folder: Where its workers write.
         victims: Which ranks, and whether in a collective.
-        chance: The moments.
-        beside: Whether a worker of its own is started before, beside those that train.
+        chance: Chooses the moments.
+        beside: Whether to start a separate worker first, while the others train.
 
     """
     found = Found()
     with _start(method, folder) as run:
         if not run.wait_until(lambda: run.all_at(_CALM, RANKS), _START_LIMIT, poll=0.05):
-            raise RuntimeError(f"a training by {method} does not begin:\n{run.output[-2000:]}")
+            raise RuntimeError(f"a training by {method} does not start:\n{run.output[-2000:]}")
         if beside:
             found.startups_beside.append(startup(folder / "beside"))
         for rank, in_collective in victims:
@@ -107,7 +107,7 @@ def kill_all(
             kill = run.kill(rank, in_collective)
             if kill is None or not _follow(run, kill):
                 found.hung += 1
-                print(f"{method}: rank {rank} killed, and nothing goes on:\n{run.output[-3000:]}", file=sys.stderr)
+                print(f"{method}: rank {rank} killed, the training hangs:\n{run.output[-3000:]}", file=sys.stderr)
                 break
         found.kills = run.kills
         lines = run.lines()
@@ -119,7 +119,7 @@ def kill_all(
 
 
 def _follow(run: Run, kill: Kill) -> bool:
-    """Waits until all ranks step together again; returns whether they do."""
+    """Wait until all ranks step together again; return whether they do."""
 
     def is_over() -> bool:
         return step_log.recovery(run.lines(), kill, RANKS).rejoined_s is not None
@@ -131,20 +131,20 @@ def _follow(run: Run, kill: Kill) -> bool:
 
 
 def measure(folder: Path, methods: dict[str, int], seed: int) -> tuple[dict[str, Found], list[float]]:
-    """All methods by turns, and start-ups between their runs.
+    """Measure all methods in turn, and start-ups between their runs.
 
     Args:
         folder: A scratch folder.
-        methods: For each how many kills.
-        seed: Of victims and moments.
+        methods: The number of kills of each method.
+        seed: The seed of victims and moments.
 
     Returns:
-        What was found for each method, and the start-ups of a worker alone.
+        The results of each method, and the start-ups of a worker alone.
 
     """
     found = {name: Found() for name in methods}
     chance = random.Random(seed)
-    # The job ends with the host of rank 0.
+    # Losing the host of rank 0 would end the job.
     ranks = {name: range(name == "backup", RANKS) for name in methods}
     plans = {name: list(_plan(count, ranks[name], chance)) for name, count in methods.items()}
     startups = [startup(folder / "bare-0")]
@@ -159,7 +159,7 @@ def measure(folder: Path, methods: dict[str, int], seed: int) -> tuple[dict[str,
 
 
 def targets(found: dict[str, Any]) -> list[Target]:
-    """What was to be reached."""
+    """Return the targets."""
     return [
         Target("shrink_survivors_s", found["shrink_survivors_s"], 0.5),
         Target("shrink_rejoined_s", found["shrink_rejoined_s"], found["startup_s"] + 0.5),
@@ -182,7 +182,7 @@ def _rows(found: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
 
 
 def collected(found: dict[str, Found], startups: list[float]) -> dict[str, Any]:
-    """All figures, and the samples."""
+    """Return all figures, and the samples."""
     figures: dict[str, Any] = {"startup_s": median(startups)}
     for name, method in found.items():
         figures |= method.figures(name)
@@ -192,20 +192,20 @@ def collected(found: dict[str, Found], startups: list[float]) -> dict[str, Any]:
 
 def _options() -> argparse.Namespace:
     parser = report.arguments((__doc__ or "").split("\n")[0], rounds=21)
-    parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of victims and moments")
     parser.add_argument(
-        "--methods", default="shrink,buffer,wait,backup,torchrun,torchft", help="those to measure, by commas"
+        "--methods", default="shrink,buffer,wait,backup,torchrun,torchft", help="those to measure, comma-separated"
     )
     torchft_peer.add_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, prints and writes JSON."""
+    """Measure, print and write JSON."""
     options = _options()
     count = options.rounds or (2 if options.quick else 21)
     names = options.methods.split(",")
-    # Of the peers and the other ways to wait fewer: they tell nothing about targets.
+    # Fewer kills of peers and other ways: they have no targets.
     few = min(count, 9)
     methods = {name: count if name == "shrink" else few for name in names if name != "torchft"}
     with report.scratch(options.dir) as folder:

@@ -1,12 +1,11 @@
 """What ``scar_ddp`` adds to a step without failures: ``python -m benchmarks.overhead --json OUT``.
 
-Two groups of two processes live at the same time, one with ``ddp``, one with ``scar_ddp``. They take turns in short
-stretches of steps; who has no turn is stopped, its supervisor included. ``ratio`` is the median, over pairs of
-neighbouring stretches, of the step with ``scar_ddp`` over the step with ``ddp`` (of a stretch the median step counts),
-with its 95 % interval by bootstrap; ``mean_ratio`` is the same with the mean step of a stretch, where noise counts
-fully. ``floor_ratio`` is that of one group over itself: what the method of measuring leaves open. ``own_us`` is the
-time of the strategy's own code in a step. Two more groups run the same model in a plain loop, with torch's DDP and with
-torchft's, by turns too.
+Two groups of two processes run at the same time, one with ``ddp``, one with ``scar_ddp``. They take turns in short
+stretches of steps; a group without a turn is stopped, including its supervisor. ``ratio`` is the median, over pairs of
+neighbouring stretches, of the median step with ``scar_ddp`` over the median step with ``ddp``, with its 95 % bootstrap
+interval; ``mean_ratio`` is the same with mean steps, in which noise counts fully. ``floor_ratio`` compares one group
+with itself: the resolution of the measurement. ``own_us`` is the time of the strategy's own code in a step. Two more
+groups run the same model in a plain loop, with torch's DDP and with torchft's, also in turn.
 """
 
 import argparse
@@ -44,8 +43,8 @@ class Group:
     """Processes that take turns with others.
 
     Args:
-        name: As the workers call it.
-        runs: What was started.
+        name: Its name in the workers' store.
+        runs: Its trainings.
         is_stopped_between: Whether the processes are stopped while others have their turn.
 
     """
@@ -57,7 +56,7 @@ class Group:
     own: list[list[float]] = field(default_factory=list)
 
     def send(self, number: signal.Signals) -> None:
-        """A signal to all its processes."""
+        """Send a signal to all its processes."""
         for run in self.runs:
             run.workers()
             for process in run.survivors():
@@ -65,16 +64,16 @@ class Group:
                     process.send_signal(number)
 
     def output(self) -> str:
-        """What it printed last."""
+        """Return its last output."""
         return "\n".join(run.output[-2000:] for run in self.runs)
 
     def has_ended(self) -> bool:
-        """Whether a process is gone that should be there."""
+        """Return whether a process has ended that should be running."""
         return any(run.process.poll() is not None for run in self.runs)
 
 
 def wait_for(group: Group, condition: Callable[[], bool], limit: float) -> None:
-    """Waits for a group.
+    """Wait for a group.
 
     Raises:
         RuntimeError: If it ends, or takes too long.
@@ -83,13 +82,13 @@ def wait_for(group: Group, condition: Callable[[], bool], limit: float) -> None:
     deadline = time.monotonic() + limit
     while not condition():
         if time.monotonic() > deadline or group.has_ended():
-            raise RuntimeError(f"the processes of {group.name} do not go on:\n{group.output()}")
+            raise RuntimeError(f"the processes of {group.name} hang:\n{group.output()}")
         time.sleep(0.005)
 
 
 @contextmanager
 def lightning_groups(keeper: Keeper, width: int, folder: Path) -> Iterator[list[Group]]:
-    """Starts both trainings by Lightning."""
+    """Start both trainings with Lightning."""
     module = "benchmarks.overhead_training"
     arguments = ["--store", keeper.address, "--width", str(width)]
     with ExitStack() as stack:
@@ -113,7 +112,7 @@ def _torchrun_environment(rank: int, port: str) -> dict[str, str]:
 
 @contextmanager
 def loop_groups(program: str, keeper: Keeper, width: int, folder: Path) -> Iterator[list[Group]]:
-    """Starts both plain loops. They are not stopped between turns: torchft would count them as dead."""
+    """Start both plain loops. They are not stopped between turns: torchft would count them as dead."""
     with ExitStack() as stack:
         lighthouse = stack.enter_context(torchft_peer.lighthouse(program, folder / "lighthouse", 60.0))
         groups = []
@@ -126,7 +125,7 @@ def loop_groups(program: str, keeper: Keeper, width: int, folder: Path) -> Itera
 
 
 def prepare(keeper: Keeper, pair: Sequence[Group]) -> None:
-    """Waits until both groups are ready, and stops them."""
+    """Wait until both groups are ready, and stop them."""
     for group in pair:
         wait_for(group, lambda group=group: keeper.is_ready(group.name), _START_LIMIT)  # type: ignore[misc]
         if group.is_stopped_between:
@@ -134,7 +133,7 @@ def prepare(keeper: Keeper, pair: Sequence[Group]) -> None:
 
 
 def take_turns(keeper: Keeper, pairs: Sequence[list[Group]], rounds: int, steps: int) -> None:
-    """So many rounds, in each of which every group of every pair has a turn; the first does not count."""
+    """Run rounds in which every group of every pair has a turn; the first round does not count."""
     for turn in range(rounds + 1):
         for pair in pairs:
             for group in pair if turn % 2 else reversed(pair):
@@ -151,7 +150,7 @@ def _one_turn(keeper: Keeper, group: Group, steps: int, counts: bool) -> None:
     if not counts:
         return
     measured = keeper.measured(group.name)
-    # All ranks end a step together, but for the update; the slowest counts.
+    # All ranks end a step together, except for the update; the slowest counts.
     ends = [max(times) for times in zip(*(rank["times"] for rank in measured), strict=True)][_COLD:]
     group.steps.append([b - a for a, b in pairwise(ends)])
     if any(rank["notes"] for rank in measured):
@@ -161,7 +160,7 @@ def _one_turn(keeper: Keeper, group: Group, steps: int, counts: bool) -> None:
 
 
 def finish(keeper: Keeper, pairs: Sequence[list[Group]]) -> None:
-    """Ends all groups in order."""
+    """End all groups in order."""
     for group in (group for pair in pairs for group in pair):
         if group.is_stopped_between:
             group.send(signal.SIGCONT)
@@ -172,19 +171,19 @@ def finish(keeper: Keeper, pairs: Sequence[list[Group]]) -> None:
 
 
 def ratios(one: Sequence[list[float]], other: Sequence[list[float]], of: Callable[[list[float]], float]) -> list[float]:
-    """Of each stretch over its neighbour of the other kind."""
+    """Return the ratio of each stretch to its neighbour of the other kind."""
     return [of(a) / of(b) for a, b in zip(one, other, strict=True)]
 
 
 def interval(samples: Sequence[float]) -> list[float]:
-    """Where the median of such samples lies in 95 of 100 cases."""
+    """Return the 95 % bootstrap interval of the samples' median."""
     chance = random.Random(0)
     medians = sorted(median(chance.choices(samples, k=len(samples))) for _ in range(2000))
     return [medians[50], medians[1949]]
 
 
 def compared(name: str, group: Group, base: Group) -> dict[str, Any]:
-    """One group over another."""
+    """Return the figures of one group relative to another."""
     by_median = ratios(group.steps, base.steps, statistics.median)
     means = ratios(group.steps, base.steps, statistics.mean)
     return {
@@ -196,11 +195,11 @@ def compared(name: str, group: Group, base: Group) -> dict[str, Any]:
 
 
 def figures(groups: Mapping[str, Group]) -> dict[str, Any]:
-    """Of one model."""
+    """Return the figures of one model."""
     found: dict[str, Any] = {f"{name}_step_s": median([*chain(*group.steps)]) for name, group in groups.items()}
     ddp, scar = groups["ddp"], groups["scar_ddp"]
     found |= compared("", scar, ddp)
-    # Two stretches of one group are twice as far from each other in time as neighbours are.
+    # Two stretches of one group are twice as far apart in time as neighbours.
     even, odd = Group("ddp", [], True, ddp.steps[::2]), Group("ddp", [], True, ddp.steps[1::2])
     pairs = min(len(even.steps), len(odd.steps))
     even.steps, odd.steps = even.steps[:pairs], odd.steps[:pairs]
@@ -215,7 +214,7 @@ def figures(groups: Mapping[str, Group]) -> dict[str, Any]:
 
 
 def measure(width: int, folder: Path, rounds: int, steps: int, program: str | None) -> dict[str, Any]:
-    """One model.
+    """Measure one model.
 
     Args:
         width: Units of a layer.
@@ -234,7 +233,7 @@ def measure(width: int, folder: Path, rounds: int, steps: int, program: str | No
                 pairs.append(stack.enter_context(loop_groups(program, keeper, width, folder)))
                 prepare(keeper, pairs[1])
             except RuntimeError as error:
-                print(f"torchft does not start, and is left out: {error}", file=sys.stderr)
+                print(f"torchft does not start and is left out: {error}", file=sys.stderr)
                 del pairs[1:]
         take_turns(keeper, pairs, rounds, steps)
         finish(keeper, pairs)
@@ -263,7 +262,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints and writes JSON."""
+    """Measure, print and write JSON."""
     options = _options()
     rounds = options.rounds or (4 if options.quick else 40)
     program = torchft_peer.python(options.torchft)

@@ -1,7 +1,7 @@
-"""A training by Lightning that makes steps when it is its turn: ``--strategy ddp`` or ``scar_ddp``.
+"""A training with Lightning that makes steps when it has its turn: ``--strategy ddp`` or ``scar_ddp``.
 
-With ``scar_ddp`` it also measures the time of the strategy's own code in each step: that of its hooks, less that of the
-hooks of Lightning's DDPStrategy in them.
+With ``scar_ddp`` it also measures the time of the strategy's own code in each step: the time of its hooks, minus that
+of Lightning's DDPStrategy in them.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from typing_extensions import override
 
 from benchmarks.gate import Gate, batches, perceptron
 
-#: The hooks in which ours does more than Lightning's.
+#: The hooks in which our strategy does more than Lightning's.
 _HOOKS = ("optimizer_step", "on_train_batch_start")
 
 
 class Same(IterableDataset[Tensor]):
-    """One batch for ever, so that data cost nothing.
+    """The same batch forever, so that data cost nothing.
 
     Args:
         batch: The batch.
@@ -41,7 +41,7 @@ class Same(IterableDataset[Tensor]):
 
 
 class Perceptron(pl.LightningModule):
-    """Trained with SGD: the update is as short as can be.
+    """A perceptron trained with SGD, which has the shortest update.
 
     Args:
         width: Units of a layer.
@@ -63,13 +63,13 @@ class Perceptron(pl.LightningModule):
 
 
 class OwnTime:
-    """Seconds spent in our hooks, without those of the class they extend, since the last ``take``."""
+    """Seconds spent in our hooks since the last ``take``, without those of the class they extend."""
 
     def __init__(self) -> None:
         self._ours = self._theirs = 0.0
 
     def measure(self) -> None:
-        """Puts clocks around the hooks."""
+        """Wrap the hooks with clocks."""
         from lightning_scar import SCARDDPStrategy
 
         for hook in _HOOKS:
@@ -77,7 +77,7 @@ class OwnTime:
             setattr(SCARDDPStrategy, hook, self._timed(getattr(SCARDDPStrategy, hook), ours=True))
 
     def take(self) -> float:
-        """The seconds; counts from zero again."""
+        """Return the seconds, and start from zero again."""
         own = self._ours - self._theirs
         self._ours = self._theirs = 0.0
         return own
@@ -98,11 +98,11 @@ class OwnTime:
 
 
 class Turns(Callback):
-    """Lets a stretch of steps pass when it is this group's turn.
+    """Runs a stretch of steps when it is this group's turn.
 
     Args:
-        gate: Says when.
-        own: The clocks; ``None`` for a strategy that has none.
+        gate: The worker's gate.
+        own: The clocks; ``None`` for a strategy without any.
 
     """
 
@@ -118,10 +118,10 @@ class Turns(Callback):
 
 
 def main() -> None:
-    """Trains."""
+    """Train."""
     flags = argparse.ArgumentParser(description="a training that takes turns with others")
     flags.add_argument("--strategy", choices=("ddp", "scar_ddp"), required=True)
-    flags.add_argument("--store", required=True, help="host and port of who says whose turn it is")
+    flags.add_argument("--store", required=True, help="host and port of the store that assigns turns")
     flags.add_argument("--width", type=int, required=True)
     options = flags.parse_args()
     own = None

@@ -1,9 +1,9 @@
-"""How long each of several ranks stands still for an eager save: ``python -m benchmarks.stall --ranks 2 --json OUT``.
+"""How long an eager save stalls each of several ranks: ``python -m benchmarks.stall --ranks 2 --json OUT``.
 
-Ranks are processes over gloo on the loopback, with one torch thread each and with the same state, as in DDP. All of
-them save their shares at the same moment, so they compete for the memory. By turns one of them saves everything on its
-own, with one thread, while the others wait. Between two saves every parameter moves, its rows by different amounts.
-A save beside which other processes used the machine is repeated.
+Ranks are processes with gloo on the loopback, each with one torch thread and the same state, as in DDP. All of them
+save their shares at the same moment, so they compete for memory bandwidth. Alternating with this, one rank saves
+everything alone, with one thread, while the others wait. Between two saves every parameter moves, its rows by different
+amounts. A save is repeated if other processes used the machine meanwhile.
 """
 
 import json
@@ -34,13 +34,13 @@ from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeleton import Path as Place
 
 FRACTION = 0.125
-#: Partial saves that do not count: both staging buffers are made.
+#: Partial saves that do not count: they allocate both staging buffers.
 _WARM_UP = 2
-#: Full saves that count, after the first, which also makes the copy of the parameters.
+#: Full saves that count, after the first, which also copies the parameters.
 _FULL_SAVES = 3
 #: Seconds after which a rank gives up waiting for another, and after which all are killed.
 _PATIENCE, _LIMIT = 120, 1800
-#: Disturbed saves that are repeated at most, after so many seconds; after that they count as they are.
+#: At most this many disturbed saves are repeated, after this many seconds; later ones count as they are.
 _REPEATED, _PAUSE = 100, 4
 
 #: Who saves: all ranks their shares, or the first one everything.
@@ -56,7 +56,7 @@ class Turn(NamedTuple):
 
 
 def plan(rounds: int) -> list[Turn]:
-    """Both ways once a round, in changing order; full saves first.
+    """Plan both ways once per round, in changing order; full saves first.
 
     Args:
         rounds: Partial saves of each way that count.
@@ -68,7 +68,7 @@ def plan(rounds: int) -> list[Turn]:
 
 
 class State:
-    """A model and its Adam, equal on all ranks, without a training.
+    """A model and its Adam state, equal on all ranks, without training.
 
     Args:
         size: The model's dimensions.
@@ -87,7 +87,7 @@ class State:
 
     @torch.no_grad()
     def move(self) -> None:
-        """What stands for an optimizer step: it writes to everything, and moves few rows far and many a little."""
+        """Simulate an optimizer step, which writes to everything and moves few rows far and many a little."""
         self.step += 1
         for parameter, moments in self.optimizer.state.items():
             amount = torch.rand(len(parameter), *[1] * (parameter.dim() - 1)).pow_(4).mul_(1e-2)
@@ -96,7 +96,7 @@ class State:
             moments["exp_avg_sq"].mul_(0.999)
 
     def checkpoint(self) -> dict[str, Any]:
-        """The live state as a checkpoint dict of Lightning's shape."""
+        """Return the live state as a checkpoint dict of Lightning's shape."""
         return {
             "state_dict": self.model.state_dict(),
             "optimizer_states": [self.optimizer.state_dict()],
@@ -106,12 +106,12 @@ class State:
 
 @dataclass
 class Sample:
-    """What one save took on one rank.
+    """One save on one rank.
 
     Attributes:
-        way: Who saved.
+        way: Which ranks saved.
         full: Whether it was a full save.
-        blocked: Seconds in which the thread that trains stood still.
+        blocked: Seconds for which the training thread was stalled.
         written: Bytes of the files.
 
     """
@@ -123,12 +123,12 @@ class Sample:
 
 
 class Saver:
-    """One rank's side of a running checkpoint.
+    """One rank's part of a running checkpoint.
 
     Args:
         state: What to save.
-        folder: Where to.
-        ranks: Who saves.
+        folder: Where to save.
+        ranks: The ranks that save.
 
     """
 
@@ -137,7 +137,7 @@ class Saver:
         self._running = RunningCheckpoint(folder, Settings(fraction=FRACTION, staging="eager"), ranks=ranks)
 
     def save(self, turn: Turn) -> Sample:
-        """Saves, and returns when everything is written."""
+        """Save, and wait until everything is written."""
         checkpoint, before = self._state.checkpoint(), self._running.stats.bytes_written
         optimizers: dict[Place, Optimizer] = {("optimizer_states", 0): self._state.optimizer}
         parameters = list(self._state.model.parameters())
@@ -152,21 +152,21 @@ class Saver:
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes of the bases, a copy of the parameters."""
+        """The bytes of the bases, a copy of the parameters."""
         bases = self._running._stager.bases
         values = [bases.values(group) for group in bases.map.groups]
         return sum(each.nbytes for each in values if each is not None)
 
     def close(self) -> None:
-        """Gives the directory back."""
+        """Release the directory."""
         self._running.close()
 
 
 class _Clock:
-    """Tells all ranks alike whether other processes used the machine. Making and asking it are collectives.
+    """Tells all ranks whether other processes used the machine. Constructor and method are collectives.
 
     Args:
-        ranks: All of them.
+        ranks: All ranks.
 
     """
 
@@ -179,7 +179,7 @@ class _Clock:
         return now[0][0], now[0][1] - sum(own for *_, own in now)
 
     def is_disturbed(self) -> bool:
-        """Whether they did, since it was made."""
+        """Return whether they have done so since the construction."""
         now, others = self._read()
         return others - self._others > QUIET * (now - self._started)
 
@@ -213,7 +213,7 @@ def _rank(rank: int, world_size: int, size: Size, folder: Path, rounds: int) -> 
 def _samples(
     state: State, savers: dict[Way, Saver], ranks: Ranks, rounds: int, patience: int
 ) -> tuple[list[Sample], int]:
-    """The saves of one rank that count, and how many were repeated."""
+    """Return the saves of one rank that count, and how many were repeated."""
     samples: list[Sample] = []
     repeated, turns = 0, deque(plan(rounds))
     while turns:
@@ -238,19 +238,19 @@ def _result(folder: Path, rank: int) -> Path:
 
 
 def run(size: Size, world_size: int, folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Runs through the plan on so many processes.
+    """Run the plan on several processes.
 
     Args:
         size: The model.
-        world_size: How many.
+        world_size: The number of processes.
         folder: Where to save.
         rounds: Partial saves of each way that count.
 
     Returns:
-        What each rank measured, by rank.
+        The results of each rank, by rank.
 
     Raises:
-        TimeoutError: If they do not come to an end.
+        TimeoutError: If they do not finish.
 
     """
     arguments = (world_size, size, folder, rounds)
@@ -267,7 +267,7 @@ def run(size: Size, world_size: int, folder: Path, rounds: int) -> list[dict[str
 
 
 def figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians and ratios; of several ranks the one that counts is the slowest, or the one with most bytes."""
+    """Return medians and ratios; the slowest rank, or the one with most bytes, counts."""
     samples = [[Sample(**sample) for sample in result["samples"]] for result in results]
 
     def by_rank(way: Way, what: str, full: bool) -> list[list[float]]:
@@ -283,7 +283,7 @@ def figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     for name, kind in kinds.items():
         ranks, one = by_rank("ranks", *kind), by_rank("one_rank", *kind)
-        # Those of one save stand side by side: it is over when the last rank is done.
+        # Align the ranks' samples of one save: it is over when the last rank is done.
         found[name] = median([max(save) for save in zip(*ranks, strict=True)])
         found[f"{name}_by_rank"] = [median(own) for own in ranks]
         found[f"one_rank_{name}"] = median(one[0])
@@ -297,7 +297,7 @@ def figures(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
-    """The table."""
+    """Return the table."""
     table = []
     for name in ("eager_blocked_s", "full_blocked_s", "copy_bytes", "written_bytes"):
         is_time = name.endswith("_s")
@@ -310,7 +310,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def measure(world_size: int, quick: bool, rounds: int, parent: Path | None, out: str | None) -> None:
-    """Measures, prints and writes JSON.
+    """Measure, print and write JSON.
 
     Args:
         world_size: The number of ranks.
@@ -323,7 +323,7 @@ def measure(world_size: int, quick: bool, rounds: int, parent: Path | None, out:
     with report.scratch(parent) as folder:
         found = figures(run(TINY if quick else GPT2_SMALL, world_size, folder.resolve(), rounds))
     found |= {"ranks": world_size, "settings": {"fraction": FRACTION, "rounds": rounds, "threads_per_rank": 1}}
-    # Half the work, and a little that every rank has to do; more ranks than cores wait for each other.
+    # Half the work, plus a little that every rank has to do; more ranks than cores wait for each other.
     aims = [Target("eager_blocked_over_one_rank", found["eager_blocked_over_one_rank"], 0.65)]
     aims = aims if world_size == 2 and not quick else []
     columns = ["a save", "one rank", *(f"rank {rank} of {world_size}" for rank in range(world_size)), "ratio"]

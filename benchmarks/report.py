@@ -1,4 +1,4 @@
-"""Results: targets, a JSON file, and a table for people."""
+"""Results: targets, a JSON file, and a table."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ _TELL_EVERY = 10.0
 
 @dataclass(frozen=True)
 class Target:
-    """A figure and what it must not exceed."""
+    """A figure and its upper bound."""
 
     name: str
     value: float
@@ -37,12 +37,12 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether it does not."""
+        """Whether the figure is within its bound."""
         return self.value <= self.limit
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on; no date and no name, so that equal runs give equal files."""
+    """Describe the machine, without date and name, so that equal runs give equal files."""
     packages = ("torch", "lightning", "safetensors")
     return {
         "cpus": os.cpu_count(),
@@ -64,21 +64,21 @@ def _processor() -> str:
 
 
 def median(samples: Sequence[float]) -> float:
-    """The median; NaN, which JSON readers of Python understand, when nothing was measured."""
+    """Return the median; NaN, which Python's JSON readers accept, if nothing was measured."""
     return statistics.median(samples) if samples else float("nan")
 
 
 def progress(line: str) -> None:
-    """Says on stderr what is being measured, with the time of day, so that nobody waits in the dark."""
+    """Print progress and the time of day to stderr."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def counted(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Says on stderr how many of them there were, at the end and every few seconds before.
+    """Count items on stderr, every few seconds and at the end.
 
     Args:
-        items: What comes one by one.
-        total: How many there will be.
+        items: The items.
+        total: Their number.
         what: What they are, e.g. ``"mlr_mnist: failures"``.
 
     """
@@ -91,12 +91,12 @@ def counted(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
 
 
 def write(path: str | None, figures: Mapping[str, Any], targets: Sequence[Target]) -> None:
-    """Writes figures, targets and machine as JSON.
+    """Write figures, targets and machine as JSON.
 
     Args:
-        path: Where to; ``None`` for nowhere.
+        path: The file; ``None`` for none.
         figures: Flat: the medians and ratios; nested: samples and settings.
-        targets: What was to be reached.
+        targets: The targets.
 
     """
     if path is None:
@@ -106,7 +106,7 @@ def write(path: str | None, figures: Mapping[str, Any], targets: Sequence[Target
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], targets: Sequence[Target]) -> None:
-    """Prints the figures and how they compare with the targets."""
+    """Print the figures and how they compare with the targets."""
     table = _table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
@@ -116,7 +116,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], targ
 
 
 def show_targets(targets: Sequence[Target]) -> None:
-    """Prints what was to be reached, and whether it was."""
+    """Print the targets, and whether they were met."""
     verdict = _table("target", "measured", "at most", "", title="targets")
     for target in targets:
         verdict.add_row(
@@ -126,29 +126,29 @@ def show_targets(targets: Sequence[Target]) -> None:
 
 
 def _table(*columns: str, title: str) -> Table:
-    """A table; as Markdown where it goes to a file."""
+    """Return a table, in Markdown if the output is a file."""
     return Table(*columns, title=title, box=box.HEAVY_HEAD if _console().is_terminal else box.MARKDOWN)
 
 
 def _console() -> Console:
     console = Console()
     if not console.is_terminal:
-        # Of a file the width is not known; cells should not be cut.
+        # A file has no width; do not truncate cells.
         console.width = 160
     return console
 
 
 def arguments(description: str, rounds: int) -> argparse.ArgumentParser:
-    """The flags that all benchmarks share."""
+    """Return a parser with the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: does it all work?")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds, to check that it works")
     parser.add_argument("--rounds", type=int, help=f"how often each thing is measured (default {rounds}, quick 2)")
     add_places(parser)
     return parser
 
 
 def add_places(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where things go, which are looked at before anything is measured."""
+    """Add the flags for output paths, which are checked before anything is measured."""
     parser.add_argument("--json", type=_output, metavar="OUT", help="write the figures to this file")
     parser.add_argument("--dir", type=_folder, help="where to put a temporary folder (default: the working directory)")
 
@@ -167,7 +167,7 @@ def _output(path: str) -> str:
 
 @contextmanager
 def scratch(parent: Path | None) -> Iterator[Path]:
-    """A folder on a real disk (``/tmp`` may be memory), removed at the end."""
+    """Create a temporary folder on a real disk (``/tmp`` may be memory)."""
     folder = Path(tempfile.mkdtemp(prefix=".benchmark-", dir=parent or Path.cwd()))
     try:
         yield folder

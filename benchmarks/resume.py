@@ -1,10 +1,10 @@
 """How long a restore takes after many partial saves: ``python -m benchmarks.resume --json OUT``.
 
-A running checkpoint of one full and forty partial saves is read and copied into a live model and optimizer, and so is
-the same state from one file of ``torch.save`` and one of safetensors, by turns; with the files in the page cache
-(``*_s``) and after they were dropped from it (``*_cold_s``). SCAR verifies the checksums of all that it reads, the two
-others have none. ``scar`` reads straight into the live tensors, ``scar_dict`` makes a checkpoint dict first, as all the
-others do.
+A running checkpoint of one full and forty partial saves is loaded into a live model and optimizer, alternating with
+loads of the same state from a file of ``torch.save`` and one of safetensors; with the files in the page cache
+(``*_s``) and after they were dropped from it (``*_cold_s``). SCAR verifies the checksums of all that it reads; the two
+others have none. ``scar`` reads directly into the live tensors; ``scar_dict`` makes a checkpoint dict first, like all
+others.
 """
 
 import os
@@ -30,7 +30,7 @@ PARTIAL_SAVES = 40
 
 
 class Live:
-    """A model and its optimizer, as a training would hold them.
+    """A model and its optimizer, as in a training.
 
     Args:
         size: The model's dimensions.
@@ -46,7 +46,7 @@ class Live:
         self.optimizer.zero_grad()
 
     def checkpoint(self, step: int) -> dict[str, Any]:
-        """The state as a checkpoint dict of Lightning's shape."""
+        """Return the state as a checkpoint dict of Lightning's shape."""
         return {
             "state_dict": self.model.state_dict(),
             "optimizer_states": [self.optimizer.state_dict()],
@@ -54,7 +54,7 @@ class Live:
         }
 
     def flat(self) -> dict[str, Tensor]:
-        """The state by name, for safetensors."""
+        """Return the state by name, for safetensors."""
         moments = self.optimizer.state_dict()["state"]
         return dict(self.model.state_dict()) | {
             f"{i}.{word}": value for i, state in moments.items() for word, value in state.items()
@@ -62,14 +62,14 @@ class Live:
 
     @torch.no_grad()
     def copy(self, source: Mapping[str, Tensor]) -> None:
-        """Copies a state by name into the live tensors, where it is not there already."""
+        """Copy a state by name into the live tensors, unless it is there already."""
         for name, tensor in self.flat().items():
             if source[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(source[name])
 
     @torch.no_grad()
     def perturb(self) -> None:
-        """Changes every tensor, some rows much more than others, so that the next save chooses scattered blocks."""
+        """Change every tensor, some rows much more than others, so that the next save chooses scattered blocks."""
         for tensor in self.flat().values():
             if tensor.dim():
                 scale = torch.rand(len(tensor)).pow_(16).mul_(1e-2).add_(1)
@@ -77,7 +77,7 @@ class Live:
 
 
 def flattened(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """A checkpoint dict's tensors by the names that :meth:`Live.flat` gives them."""
+    """Return a checkpoint dict's tensors by the names that :meth:`Live.flat` gives them."""
     moments = checkpoint["optimizer_states"][0]["state"]
     return dict(checkpoint["state_dict"]) | {
         f"{i}.{word}": value for i, state in moments.items() for word, value in state.items()
@@ -85,14 +85,14 @@ def flattened(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def write_running_checkpoint(live: Live, folder: Path) -> int:
-    """One full save and many partial ones, with changes between them.
+    """Make one full save and many partial ones, with changes between them.
 
     Args:
         live: What to save.
-        folder: Where to.
+        folder: Where to save.
 
     Returns:
-        How many saves there were.
+        The number of saves.
 
     """
     with RunningCheckpoint(folder, Settings(fraction=FRACTION)) as running:
@@ -115,9 +115,9 @@ class Source:
     """One way to restore.
 
     Attributes:
-        name: What to call it.
+        name: Its name.
         path: Its file or folder.
-        load: Reads it, as tensors by name.
+        load: Loads it as tensors by name.
 
     """
 
@@ -127,14 +127,14 @@ class Source:
 
 
 def write_sources(live: Live, folder: Path) -> tuple[list[Source], int]:
-    """Writes the running checkpoint, and the state that it holds in the formats of the peers.
+    """Write the running checkpoint, and its state in the formats of the peers.
 
     Args:
         live: What to save.
-        folder: Where to.
+        folder: Where to save.
 
     Returns:
-        The ways to restore, and how many saves the running checkpoint has seen.
+        The ways to restore, and the number of saves in the running checkpoint.
 
     """
     saves = write_running_checkpoint(live, folder / "scar")
@@ -153,12 +153,12 @@ def write_sources(live: Live, folder: Path) -> tuple[list[Source], int]:
 
 
 def files(path: Path) -> list[Path]:
-    """A file, or all files of a folder."""
+    """Return a file, or all files of a folder."""
     return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
 
 
 def evict(path: Path) -> None:
-    """Drops a file, or all files of a folder, from the page cache; they must be on disk already."""
+    """Drop a file, or all files of a folder, from the page cache; they must be on disk already."""
     for file in files(path):
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -166,19 +166,19 @@ def evict(path: Path) -> None:
 
 
 def restore(live: Live, source: Source) -> float:
-    """Reads a source and copies it into the live state; returns the seconds this took."""
+    """Restore the live state from a source; return the seconds this took."""
     started = time.perf_counter()
     live.copy(source.load(source.path))
     return time.perf_counter() - started
 
 
 def measure(live: Live, sources: list[Source], rounds: int) -> dict[str, list[float]]:
-    """Restores from every source by turns, cold and then warm.
+    """Restore from every source in turn, first cold, then warm.
 
     Args:
         live: What to restore into.
-        sources: Where from.
-        rounds: How often.
+        sources: The sources.
+        rounds: How often to restore from each.
 
     """
     samples: dict[str, list[float]] = {}
@@ -187,14 +187,14 @@ def measure(live: Live, sources: list[Source], rounds: int) -> dict[str, list[fl
             report.progress(f"round {number + 1} of {rounds}: {source.name}")
             evict(source.path)
             samples.setdefault(f"{source.name}_cold_s", []).append(restore(live, source))
-            # What was read cold need not all be in the cache: read it once more before it counts as warm.
+            # A cold read may leave gaps in the cache: read once more before it counts as warm.
             restore(live, source)
             samples.setdefault(f"{source.name}_s", []).append(restore(live, source))
     return samples
 
 
 def verify(live: Live, sources: list[Source]) -> None:
-    """Checks that every source restores the same state, bit for bit."""
+    """Check that every source restores the same state, bit for bit."""
     expected = {name: tensor.clone() for name, tensor in live.flat().items()}
     for source in sources:
         live.perturb()
@@ -204,7 +204,7 @@ def verify(live: Live, sources: list[Source]) -> None:
 
 
 def targets(found: dict[str, Any]) -> list[Target]:
-    """What was to be reached."""
+    """Return the targets."""
     return [
         Target("scar_over_torch", found["scar_over_torch"], 0.5),
         Target("scar_cold_over_safetensors", found["scar_cold_over_safetensors"], 1.2),
@@ -212,7 +212,7 @@ def targets(found: dict[str, Any]) -> list[Target]:
 
 
 def run(size: Size, folder: Path, rounds: int) -> dict[str, Any]:
-    """Writes everything, verifies and measures it.
+    """Write everything, verify and measure it.
 
     Args:
         size: The model.
@@ -235,7 +235,7 @@ def run(size: Size, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, prints and writes JSON."""
+    """Measure, print and write JSON."""
     options = report.arguments((__doc__ or "").split("\n")[0], rounds=7).parse_args()
     rounds = options.rounds or (2 if options.quick else 7)
     with report.scratch(options.dir) as folder:

@@ -1,17 +1,16 @@
-"""How far the estimate of the rework cost is off: ``python -m benchmarks.rework --json OUT``.
+"""The error of the estimated rework cost: ``python -m benchmarks.rework --json OUT``.
 
 Trainings on handwritten digits save an eighth of their state every few steps, once with the low-precision refresh of
-the rest (``sgd_refresh``), once without it (``sgd``). Some are killed, right after a save and
-halfway to the next one: a second training begins with what the folder holds and goes on with the batch behind its last
-save. The measured rework cost is the number of steps after which its loss is back where the first training's loss was
-at the kill. Both losses are taken over the training digits and averaged over a window of steps; the first training
-goes on as if nothing had happened, so that its window can be complete.
+the rest (``sgd_refresh``), once without it (``sgd``). Some are killed, right after a save and halfway to the next one:
+a second training resumes from the folder with the batch after its last save. The measured rework cost is the number of
+steps after which its loss is back where the first training's loss was at the kill. Both losses are taken over the
+training digits and averaged over a window of steps; the first training continues, so that its window is complete.
 
-The estimate uses what the save scored anyway, and not the loss. Next to it stands what the paper's bound makes of the
-distance to what the folder holds, with the speed in place of the step length and for slow convergence.
+The estimate uses the scores of the save, not the loss. It is compared with the paper's bound for the distance to the
+folder's state, with the speed in place of the step length and for slow convergence.
 
-Learning rates and batches are chosen such that the loss still falls visibly: in a training whose loss only goes up and
-down, there is no step at which it is back.
+Learning rates and batches are chosen such that the loss still falls visibly: if it only fluctuates, there is no step at
+which it is back.
 """
 
 import math
@@ -37,19 +36,19 @@ from lightning_scar.core.settings import Settings
 from lightning_scar.storage.store import DeltaStore
 
 FRACTION = 0.125
-#: Whether saves hold a refresh, and what is added to the names of tasks then.
+#: Whether saves hold a refresh, by the suffix of the task's name.
 Refresh = Literal["auto"] | None
 KINDS: dict[str, Refresh] = {"": None, "_refresh": "auto"}
-#: Steps to both sides over which a loss is averaged.
+#: Steps on both sides over which a loss is averaged.
 RADIUS = 10
 #: What the figures of an estimate are called.
 ERRORS = ("steps", "off_by_steps", "off_by_at_most_steps", "ratio", "ratio_at_most")
-#: Of a contraction so slow that the bound is its limit: distance over speed.
+#: A contraction so slow that the bound is its limit: distance over speed.
 SLOW = 1 - 1e-6
 
 
 class Regression(nn.Module):
-    """Multinomial logistic regression; a row of its weight is a pixel."""
+    """Multinomial logistic regression; each row of its weight belongs to one pixel."""
 
     def __init__(self, pixels: int = 784) -> None:
         super().__init__()
@@ -61,7 +60,7 @@ class Regression(nn.Module):
 
 
 def cnn() -> nn.Module:
-    """Two convolutions and two linear layers."""
+    """Return two convolutions and two linear layers."""
     return nn.Sequential(
         *(nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 8, 5, stride=2, padding=2), nn.ReLU()),
         *(nn.Conv2d(8, 16, 5, stride=2, padding=2), nn.ReLU()),
@@ -71,17 +70,17 @@ def cnn() -> nn.Module:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and when it is saved and killed.
+    """A training, and when it is saved and killed.
 
     Attributes:
-        name: What to call it.
+        name: Its name.
         model: Makes the model.
         optimizer: Makes its optimizer.
         batch_size: Digits in a batch.
         block_size: Bytes of a block.
-        every: Steps from save to save.
-        saves: The saves after which it is killed, by step; and once more half of ``every`` later.
-        patience: Steps after which a loss that is not back counts as back.
+        every: Steps between saves.
+        saves: The steps of the saves after which it is killed; and once more half of ``every`` later.
+        patience: Steps after which the loss counts as back in any case.
 
     """
 
@@ -115,12 +114,12 @@ SMALL = [
 
 
 class Training:
-    """A training whose every step depends on the seed and the number of the step only.
+    """A training whose steps depend only on the seed and the number of the step.
 
     Args:
-        task: What is trained.
-        digits: What on.
-        seed: Of the initial values and the order of the digits.
+        task: What to train.
+        digits: The training data.
+        seed: The seed of the initial values and the order of the digits.
 
     """
 
@@ -134,7 +133,7 @@ class Training:
         self._seed = seed
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Make one optimizer step."""
         epoch, batch = divmod(self.steps, len(self._digits.labels) // self._batch_size)
         generator = torch.Generator().manual_seed(10_000 * self._seed + epoch)
         order = torch.randperm(len(self._digits.labels), generator=generator)
@@ -146,11 +145,11 @@ class Training:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The mean loss over every fourth digit."""
+        """Return the mean loss over every fourth digit."""
         return float(cross_entropy(self.model(self._digits.pixels[::4]), self._digits.labels[::4]))
 
     def checkpoint(self) -> dict[str, Any]:
-        """The state as a checkpoint dict of Lightning's shape."""
+        """Return the state as a checkpoint dict of Lightning's shape."""
         return {
             "state_dict": self.model.state_dict(),
             "optimizer_states": [self.optimizer.state_dict()],
@@ -158,13 +157,13 @@ class Training:
         }
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """The inverse of :meth:`checkpoint`."""
+        """Load what :meth:`checkpoint` returned."""
         self.model.load_state_dict(checkpoint["state_dict"])
         self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
         self.steps = checkpoint["global_step"]
 
     def save(self, running: RunningCheckpoint) -> None:
-        """Saves, and returns when the save is durable and the next one can build upon it."""
+        """Save, and wait until the save is durable and the next one can build on it."""
         running.save_now(
             self.checkpoint(),
             self.steps,
@@ -175,11 +174,11 @@ class Training:
 
 
 class Scores(NamedTuple):
-    """What every block is like, one element a block.
+    """Measurements of every block, one element per block.
 
     Attributes:
         distance: L2 distance to its base.
-        lag: L2 distance to what a restart would begin with, base and refresh together.
+        lag: L2 distance to what a restart would load, base and refresh together.
         age: Steps since its base.
 
     """
@@ -190,7 +189,7 @@ class Scores(NamedTuple):
 
 
 def score(training: Training, folder: Path) -> Scores:
-    """Compares a live training with a folder, block by block."""
+    """Compare a live training with a folder, block by block."""
     held = restore(DeltaStore(folder), with_bases=True)
     live = {f"state_dict/{name}": value.detach().double() for name, value in training.model.named_parameters()}
     refreshed = {f"state_dict/{name}": value for name, value in held.checkpoint["state_dict"].items()}
@@ -209,16 +208,16 @@ def score(training: Training, folder: Path) -> Scores:
 
 @dataclass
 class Kill:
-    """A moment at which a training was killed, with what was known then, in steps.
+    """A kill of a training, and what was known then, in steps.
 
     Attributes:
-        task: The training's name, with ``_refresh`` where saves held one.
+        task: The training's name, with ``_refresh`` if saves held one.
         seed: Its seed.
-        step: When.
+        step: The step of the kill.
         since_save: Steps since the last save.
         distance: L2 distance between the live parameters and the folder's.
         estimate: The estimated rework cost.
-        bound: What the paper's bound makes of the distance.
+        bound: The paper's bound for the distance.
         measured: The measured rework cost.
 
     """
@@ -234,14 +233,14 @@ class Kill:
 
 
 def killed(task: Task, digits: Images, seed: int, folder: Path, kind: str) -> list[Kill]:
-    """Trains, and again from what the folder holds at the end of some saves.
+    """Train, and train again from the folder's state after some saves.
 
     Args:
         task: What to train.
-        digits: What on.
-        seed: Of the training.
+        digits: The training data.
+        seed: The training's seed.
         folder: Where to save.
-        kind: Of :data:`KINDS`.
+        kind: One of :data:`KINDS`.
 
     """
     training, losses = Training(task, digits, seed), dict[int, float]()
@@ -275,24 +274,24 @@ def killed(task: Task, digits: Images, seed: int, folder: Path, kind: str) -> li
 
 
 def resume(task: Task, digits: Images, seed: int, checkpoint: dict[str, Any]) -> list[float]:
-    """The smoothed loss of a training that begins with a checkpoint, before its first step and after each."""
+    """Return the smoothed loss of a training from a checkpoint, before its first step and after each."""
     training = Training(task, digits, seed)
     training.load(checkpoint)
     losses = {0: training.loss()}
     for step in range(1, task.patience + RADIUS + 1):
         training.step()
         losses[step] = training.loss()
-    # Right after the restart there is less to average over: the loss falls fast there, and shows little noise.
+    # Right after the restart there is less to average over, but there the loss falls fast with little noise.
     return [smooth(losses, step, min(step, RADIUS)) for step in range(task.patience + 1)]
 
 
 def smooth(losses: dict[int, float], step: int, radius: int) -> float:
-    """The mean loss over the steps around one."""
+    """Return the mean loss over the steps around one."""
     return sum(losses[step + i] for i in range(-radius, radius + 1)) / (2 * radius + 1)
 
 
 def first_below(losses: Sequence[float], level: float) -> float:
-    """The step, interpolated, at which a loss first comes down to a level; the last step if it never does."""
+    """Return the interpolated step at which a loss first falls to a level; the last step if it never does."""
     if losses[0] <= level:
         return 0.0
     for step, (before, after) in enumerate(pairwise(losses), start=1):
@@ -302,7 +301,7 @@ def first_below(losses: Sequence[float], level: float) -> float:
 
 
 def summary(kills: Sequence[Kill]) -> dict[str, float]:
-    """Of each task the median steps, how far estimate and bound are off, and their ratio to what was measured."""
+    """Return each task's median steps, the errors of estimate and bound, and their ratios to the measured cost."""
     found = {}
     for name in dict.fromkeys(kill.task for kill in kills):
         own = [kill for kill in kills if kill.task == name]
@@ -319,7 +318,7 @@ def summary(kills: Sequence[Kill]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures, prints and writes JSON."""
+    """Measure, print and write JSON."""
     options = report.arguments((__doc__ or "").split("\n")[0], rounds=3).parse_args()
     rounds = options.rounds or (2 if options.quick else 3)
     digits, kills = mnist(), []

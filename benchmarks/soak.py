@@ -1,9 +1,9 @@
-"""Does a training outlast anything? ``python -m benchmarks.soak --seconds 300 --ranks 4 --every 5``.
+"""Does a training survive everything? ``python -m benchmarks.soak --seconds 300 --ranks 4 --every 5``.
 
-Workers are killed all the time, sometimes two at once, sometimes while a replacement joins, and sometimes one is
-stopped (SIGSTOP) until the others have waited too long for it. At least one rank with the state is always left. The
-training has epochs with a validation at the end. Afterwards must hold: it ended well, with the right number of steps,
-each made once; all ranks have the same bits; no process and no file in memory is left. If not, the exit code is 1.
+Workers are killed again and again, sometimes two at once, sometimes while a replacement joins, and sometimes one is
+stopped (SIGSTOP) until the others time out. At least one rank with the state always survives. The training has epochs
+with a validation at the end. It must succeed with the right number of steps, each made once; all ranks must have
+identical bits; no process and no file in memory may be left. Otherwise the exit code is 1.
 """
 
 import argparse
@@ -31,7 +31,7 @@ _HANG_SECONDS = 5
 
 
 def command(options: argparse.Namespace, folder: Path) -> list[str]:
-    """What starts the training."""
+    """Return the command that starts the training."""
     run = [sys.executable, "-m", "lightning_scar", "run", "--nproc-per-node", str(options.ranks)]
     limits = ["--max-restarts", "100000", "--hang-timeout", str(_HANG_SECONDS)]
     own = ["--folder", str(folder), "--ranks", str(options.ranks), "--steps", str(steps(options))]
@@ -40,7 +40,7 @@ def command(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def steps(options: argparse.Namespace) -> int:
-    """How many steps last at least as long as the kills."""
+    """Return a number of steps that take at least as long as the kills."""
     return int(options.seconds / options.pause)
 
 
@@ -49,8 +49,8 @@ class Killer:
 
     Args:
         run: The training.
-        ranks: How many there are.
-        seed: Of its choices.
+        ranks: The number of ranks.
+        seed: The seed of its choices.
 
     """
 
@@ -59,7 +59,7 @@ class Killer:
         self.counts: Counter[str] = Counter()
 
     def strike(self, every: float) -> None:
-        """Waits, and does something to one or two workers."""
+        """Wait, then kill or stop one or two workers."""
         time.sleep(self._chance.uniform(0.3, 1.7) * every)
         kind = self._chance.choices(["one", "two", "joiner", "stop", "collective"], [5, 2, 2, 1, 2])[0]
         workers = self._run.workers()
@@ -80,12 +80,12 @@ class Killer:
             self._kill(workers, [self._chance.choice(training)], "one")
 
     def _training(self, workers: dict[int, psutil.Process]) -> list[int]:
-        """The ranks whose live workers have made a step: they have the state."""
+        """Return the ranks whose live workers have made a step: they have the state."""
         made = Counter(line.pid for line in self._run.lines())
         found = []
         for rank, process in sorted(workers.items()):
             with suppress(psutil.NoSuchProcess):
-                # One step may be that in which it was taken in.
+                # The first step may be the one in which it joined.
                 if made[process.pid] > 1 and process.status() != psutil.STATUS_STOPPED:
                     found.append(rank)
         return found
@@ -103,12 +103,12 @@ class Killer:
 
 
 def in_memory() -> set[Path]:
-    """What lies in memory-backed storage."""
+    """Return the files in memory-backed storage."""
     return set(_MEMORY.iterdir()) if _MEMORY.exists() else set()
 
 
 def leaked(before: set[Path], run: Run) -> list[Path]:
-    """What the training left in memory: new there, and in no live process's hands."""
+    """Return what the training left in memory: new files that no live process has open."""
     new = in_memory() - before
     held = set(_held()) if new else set()
     return sorted((new - held) | {folder for folder in run.state_folders if folder.exists()})
@@ -125,21 +125,21 @@ def _held() -> Iterator[Path]:
 
 
 def verdict(run: Run, total: int, ranks: int, before: set[Path]) -> list[str]:
-    """What does not hold; nothing if all is well."""
+    """Return what is wrong; an empty list if all is well."""
     wrong = []
     code = run.process.poll()
     if code != 0:
         wrong.append(f"the exit code is {code}")
     wrong += step_log.mistakes(run.lines(), total, ranks)
     finals = {rank: run.folder / f"final-{rank}.json" for rank in range(ranks)}
-    wrong += [f"rank {rank} has not come to the end" for rank, path in finals.items() if not path.exists()]
+    wrong += [f"rank {rank} has not finished" for rank, path in finals.items() if not path.exists()]
     ends = {rank: json.loads(path.read_text()) for rank, path in finals.items() if path.exists()}
     for rank, end in ends.items():
         wrong += [f"rank {rank} counts {end[what]} {what}" for what in ("step", "updates") if end[what] != total]
     hashes = {rank: end["hash"] for rank, end in ends.items()}
     if len(set(hashes.values())) > 1:
         wrong.append(f"the ranks' states differ at the end: {hashes}")
-    # The last processes may be just about to go.
+    # The last processes may be about to end.
     deadline = time.monotonic() + 3
     while (run.survivors() or leaked(before, run)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -149,11 +149,11 @@ def verdict(run: Run, total: int, ranks: int, before: set[Path]) -> list[str]:
 
 
 def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Runs the training, kills, and judges."""
+    """Run the training, kill workers, and check the result."""
     before, total = in_memory(), steps(options)
     with Run(command(options, folder), folder, kills.environment()) as run:
         if not run.wait_until(lambda: run.all_at(5, options.ranks), _START_LIMIT, poll=0.05):
-            raise RuntimeError(f"the training does not begin:\n{run.output[-2000:]}")
+            raise RuntimeError(f"the training does not start:\n{run.output[-2000:]}")
         killer, began = Killer(run, options.ranks, options.seed), time.monotonic()
         while time.monotonic() - began < options.seconds and run.process.poll() is None:
             killer.strike(options.every)
@@ -181,11 +181,11 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=300, help="how long workers are killed (default 300)")
+    parser.add_argument("--seconds", type=float, default=300, help="seconds in which workers are killed (default 300)")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--every", type=float, default=5, help="seconds between two kills, on average (default 5)")
-    parser.add_argument("--epoch-steps", type=int, default=200, help="validate after so many steps; 0 for never")
-    parser.add_argument("--pause", type=float, default=0.05, help="seconds of a step in which a worker only waits")
+    parser.add_argument("--epoch-steps", type=int, default=200, help="validate every N steps; 0 for never")
+    parser.add_argument("--pause", type=float, default=0.05, help="seconds of each step in which a worker only waits")
     parser.add_argument("--on-failure", default="shrink")
     parser.add_argument("--seed", type=int, default=0)
     report.add_places(parser)
@@ -193,7 +193,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Soaks; returns the exit code."""
+    """Run the soak test; return the exit code."""
     options = _options()
     with report.scratch(options.dir) as folder:
         found = soak(options, folder.resolve() / "run")

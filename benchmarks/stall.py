@@ -1,11 +1,10 @@
-"""How long a save holds up training, and what it adds to it: ``python -m benchmarks.stall --json OUT``.
+"""How long a save stalls training, and how much time it adds: ``python -m benchmarks.stall --json OUT``.
 
-One Trainer runs through stretches of a few steps, by turns without a save and with one save of each method, so that
-all methods meet the same model, the same heap and the same neighbours on the machine. A stretch beside which other
-processes used the machine is repeated. A method's ``*_blocked_s`` is
-how much longer the training thread stood still between forward, backward and update (the fence included); its
-``*_added_s`` how much longer the whole stretch took, until everything was written. SCAR, DCP and moonclip fsync, the
-two of Lightning do not.
+One Trainer runs stretches of a few steps, in turn without a save and with one save of each method, so that all methods
+meet the same model, the same heap and the same load on the machine. A stretch is repeated if other processes used the
+machine meanwhile. A method's ``*_blocked_s`` is how much longer the training thread was idle between forward, backward
+and update (including the fence); its ``*_added_s`` how much longer the whole stretch took until everything was written.
+SCAR, DCP and moonclip fsync, Lightning's two do not.
 """
 
 import argparse
@@ -29,15 +28,15 @@ FRACTION = 0.125
 
 
 def plan(methods: list[Method], rounds: int) -> tuple[list[Method | None], int]:
-    """Every method once a round, in changing order, each between two stretches without a save.
+    """Plan every method once per round, in changing order, each between two stretches without a save.
 
     Args:
-        methods: Who saves; each does so some more times at the beginning, where it does not count: the first save of
-            SCAR is full, and all of them make their buffers.
-        rounds: How often.
+        methods: The methods. Each first makes some saves that do not count: SCAR's first save is full, and all of them
+            allocate their buffers.
+        rounds: The number of rounds.
 
     Returns:
-        Who saves in each stretch, and how many of these do not count.
+        The method of each stretch, and how many stretches do not count.
 
     """
     order = random.Random(0)
@@ -51,7 +50,7 @@ def plan(methods: list[Method], rounds: int) -> tuple[list[Method | None], int]:
 
 
 class Floor:
-    """The least that a partial save has to do to memory, done with all cores and nothing else.
+    """The minimal memory traffic of a partial save, on all cores and nothing else.
 
     Args:
         parameters: The live parameters.
@@ -67,7 +66,7 @@ class Floor:
         self.samples: list[float] = []
 
     def measure(self) -> None:
-        """One read of the parameters and of their saved copy, and a copy of a fraction of the state."""
+        """Read the parameters and their saved copy, and copy a fraction of the state."""
         started = time.perf_counter()
         for live, saved in zip(self._live, self._saved, strict=True):
             torch.dot(live, saved)
@@ -78,14 +77,14 @@ class Floor:
 def run(
     size: Size, folder: Path, rounds: int, steps: int, is_patient: bool, moonclip: str | None
 ) -> tuple[list[Stretch], list[SCAR], Floor, dict[str, Any]]:
-    """Trains through the plan.
+    """Train according to the plan.
 
     Args:
         size: The model.
         folder: Where to save.
         rounds: Measurements of each method.
         steps: Optimizer steps of a stretch.
-        is_patient: Whether stretches beside which others used the machine are repeated, a quarter of them at most.
+        is_patient: Whether to repeat stretches during which others used the machine, at most a quarter of them.
         moonclip: As in :func:`~benchmarks.moonclip_peer.methods`.
 
     Returns:
@@ -121,7 +120,7 @@ def run(
 
 
 def figures(stretches: list[Stretch], scars: list[SCAR], floor: Floor) -> dict[str, Any]:
-    """Medians, ratios and samples of a run."""
+    """Return medians, ratios and samples of a run."""
     names = dict.fromkeys(stretch.method for stretch in stretches if stretch.method is not None)
     found: dict[str, Any] = {}
     samples: dict[str, list[float]] = {}
@@ -143,7 +142,7 @@ def figures(stretches: list[Stretch], scars: list[SCAR], floor: Floor) -> dict[s
 
 
 def targets(found: dict[str, Any]) -> list[Target]:
-    """What was to be reached."""
+    """Return the targets."""
     moonclip = [f"scar_{kind}_over_{peer}" for peer in ("moonclip", "moonclip_bf16") for kind in ("blocked", "added")]
     return [
         Target("scar_blocked_s", found["scar_blocked_s"], 0.02),
@@ -159,13 +158,13 @@ def targets(found: dict[str, Any]) -> list[Target]:
 def _options() -> argparse.Namespace:
     parser = report.arguments((__doc__ or "").split("\n")[0], rounds=7)
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of a stretch (default 3)")
-    parser.add_argument("--ranks", type=int, help="instead: so many ranks that save together, beside one alone")
+    parser.add_argument("--ranks", type=int, help="instead: compare N ranks that save together with one alone")
     moonclip_peer.add_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, prints and writes JSON."""
+    """Measure, print and write JSON."""
     options = _options()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     rounds = options.rounds or (2 if options.quick else 7)
@@ -173,10 +172,10 @@ def main() -> None:
         ranks.measure(options.ranks, options.quick, rounds, options.dir, options.json)
         return
     with report.scratch(options.dir) as folder:
-        report.progress("memory, in a process of its own ...")
+        report.progress("memory, in a separate process ...")
         memory = measure_in_child(options.quick, folder)
         size = TINY if options.quick else GPT2_SMALL
-        # A tiny stretch is shorter than the ticks in which the kernel counts who used the machine.
+        # A tiny stretch is shorter than the kernel's ticks for CPU times.
         is_patient = not options.quick
         stretches, scars, floor, facts = run(size, folder, rounds, options.steps, is_patient, options.moonclip)
     found = figures(stretches, scars, floor) | facts | memory

@@ -1,7 +1,7 @@
-"""What a training with failures looks like from outside: lines that workers append, and what a driver makes of them.
+"""A training with failures seen from outside: lines that workers log, and how a driver evaluates them.
 
-Every worker process appends ``time step made`` to a file of its own when a step is over. The times are those of the
-monotonic clock, which all processes of a machine share.
+Every worker process appends ``time step made`` to its own file after each step. The times are from the monotonic clock,
+which all processes of a machine share.
 """
 
 import os
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 
 class Line(NamedTuple):
-    """A step that is over for a worker.
+    """A finished step of a worker.
 
     Attributes:
-        made: Whether it updated the parameters in it; not so when it took another worker's state.
+        made: Whether it updated the parameters; ``False`` if it took another worker's state instead.
 
     """
 
@@ -30,11 +30,11 @@ class Line(NamedTuple):
 
 
 class StepLog:
-    """A worker's file.
+    """A worker's log file.
 
     Args:
         folder: Where it is.
-        rank: The worker's.
+        rank: The worker's rank.
 
     """
 
@@ -43,16 +43,16 @@ class StepLog:
         self._file = os.open(folder / f"steps-{rank}-{os.getpid()}", flags)
 
     def add(self, step: int, made: bool = True) -> None:
-        """A step is over. What is written stays, whatever happens to this process."""
+        """Log a finished step. The line survives the death of this process."""
         os.write(self._file, f"{time.monotonic()} {step} {int(made)}\n".encode())
 
 
 def read(folder: Path) -> list[Line]:
-    """All lines of all workers, in order of time."""
+    """Return all lines of all workers, ordered by time."""
     lines = []
     for path in folder.glob("steps-*"):
         _, rank, pid = path.name.split("-")
-        # A line may be half written.
+        # The last line may be incomplete.
         for text in path.read_text().splitlines(keepends=True):
             if text.endswith("\n"):
                 when, step, made = text.split()
@@ -65,10 +65,10 @@ class Kill:
     """A worker that was killed.
 
     Args:
-        time: When.
-        rank: Which.
+        time: The time of the kill.
+        rank: Its rank.
         pid: Its process.
-        in_collective: Whether it was, while gradients were being reduced.
+        in_collective: Whether it was killed while gradients were being reduced.
 
     """
 
@@ -83,11 +83,10 @@ class Recovery:
     """What followed a kill; ``None`` for what did not happen.
 
     Attributes:
-        survivors_s: Seconds until the slowest of the others had completed its next step. The kill may fall behind the
-            collective of a step, which then ends as if nothing had happened: so of the two steps after the kill the one
-            counts that took longer.
+        survivors_s: Seconds until the slowest of the others had completed its next step. If the kill comes after the
+            collective of a step, that step ends normally; so the longer of the two steps after the kill counts.
         rejoined_s: Seconds until all ranks had completed the same step, the first that the replacement took part in.
-        pause_s: The longest time without a step of a survivor from then on and shortly before.
+        pause_s: The longest time between two steps of a survivor from then on and shortly before.
 
     """
 
@@ -97,12 +96,12 @@ class Recovery:
 
 
 def recovery(lines: Sequence[Line], kill: Kill, ranks: int) -> Recovery:
-    """What followed a kill.
+    """Return what followed a kill.
 
     Args:
-        lines: Up to the next kill at most.
+        lines: The lines, at most up to the next kill.
         kill: The kill.
-        ranks: How many there are.
+        ranks: The number of ranks.
 
     """
     after = [line for line in lines if line.time > kill.time and line.pid != kill.pid]
@@ -137,7 +136,7 @@ def _pause(own: Sequence[Line], rejoined: float) -> float:
 
 
 def redone(lines: Iterable[Line]) -> int:
-    """How many steps were made a second time, by the rank that had to make most again."""
+    """Return the number of repeated steps of the rank that had to repeat most."""
     highest: dict[int, int] = {}
     again: Counter[int] = Counter()
     for line in lines:
@@ -148,12 +147,12 @@ def redone(lines: Iterable[Line]) -> int:
 
 
 def mistakes(lines: Sequence[Line], steps: int, ranks: int) -> list[str]:
-    """Where the steps of a finished training were not counted as they should be.
+    """Return the mistakes in the step counts of a finished training.
 
     Args:
-        lines: All of them.
-        steps: How many steps the training was to have.
-        ranks: How many ranks.
+        lines: All lines.
+        steps: The expected number of steps.
+        ranks: The number of ranks.
 
     Returns:
         A sentence for every mistake.

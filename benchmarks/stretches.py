@@ -1,4 +1,4 @@
-"""A training loop cut into stretches: some with one save, the others without, so that the difference is its price."""
+"""A training loop split into stretches, with one save or with none, so that the difference is the cost of a save."""
 
 import os
 import time
@@ -16,24 +16,24 @@ from benchmarks.gpt import GPTModule
 from benchmarks.methods import Method
 from benchmarks.report import median
 
-#: Cores that other processes may use in a stretch that counts. More, and the wait of torch's threads for each other
-#: makes steps several times longer, whoever saves.
+#: Cores that other processes may use in a stretch that counts. If they use more, torch's threads wait for each other,
+#: and steps take several times longer, regardless of saves.
 QUIET = 0.1
-#: Steps of a stretch in which a save takes far longer than steps differ.
+#: Steps of a stretch with a save that takes far longer than the variation of steps.
 _SHORT = 2
 #: Seconds between two lines of progress, at least.
 _TELL_EVERY = 2.0
 
 
 def user_seconds() -> tuple[float, float]:
-    """What all processes together, and this one, have computed since they began, other machines' share included."""
+    """Return the user time of all processes, including what the hypervisor stole, and of this process."""
     everyone = psutil.cpu_times()
-    # Without system time: the kernel's threads, which write to the disk for us, would count as others.
+    # Without system time: kernel threads that write to the disk for us would count as other processes.
     return everyone.user + everyone.nice + getattr(everyone, "steal", 0.0), psutil.Process().cpu_times().user
 
 
 class _Clocks(NamedTuple):
-    """Seconds, all counted from somewhere."""
+    """Seconds, each from an arbitrary origin."""
 
     wall: float
     computing: float
@@ -48,14 +48,14 @@ class _Clocks(NamedTuple):
 
 @dataclass(frozen=True)
 class Stretch:
-    """What one stretch of the loop took.
+    """Measurements of one stretch of the loop.
 
     Attributes:
-        method: Who saved at its beginning; ``None`` for nobody.
+        method: The method that saved at its beginning; ``None`` for none.
         steps: Its optimizer steps.
-        wall: Seconds from its first to its last step, and on until everything is written.
-        idle: Seconds in which the training thread neither went forward, backward nor updated; without that wait.
-        forward_backward: Seconds of forward and backward of one step, on average.
+        wall: Seconds from its first step until everything is written after its last.
+        idle: Seconds outside forward, backward and update in the training thread, without that wait.
+        forward_backward: Mean seconds of forward and backward per step.
 
     """
 
@@ -67,20 +67,20 @@ class Stretch:
 
 
 class StretchTimer(Callback):
-    """Runs through a plan of saves, one at the beginning of each stretch, and stops the training at its end.
+    """Follows a plan of saves, one at the beginning of each stretch, and stops the training at the end of the plan.
 
-    It works between stretches, and its own time is no part of any: old files are removed there and the disk comes to
-    rest, so that no method pays for the one before it. A stretch in which other processes used the machine is repeated.
+    Between stretches, outside the measured time, it removes old files and lets the disk settle, so that no method pays
+    for the one before it. A stretch during which other processes used the machine is repeated.
 
     Args:
-        plan: Who saves at the beginning of each stretch; ``None`` for nobody.
+        plan: The method that saves at the beginning of each stretch; ``None`` for none.
         steps: Optimizer steps of a stretch.
         between: Called between stretches.
-        warm_up: How many stretches at the beginning do not count. They are as short as can be, and never repeated.
-        patience: How many stretches are repeated at most; after that they count as they are.
+        warm_up: How many stretches at the beginning do not count. They are as short as possible and never repeated.
+        patience: How many stretches are repeated at most; later ones count as they are.
 
     Attributes:
-        stretches: What was measured, but for the warm-up.
+        stretches: The measured stretches, without the warm-up.
         repeated: How many stretches were repeated.
 
     """
@@ -111,7 +111,7 @@ class StretchTimer(Callback):
 
     @property
     def _least(self) -> int:
-        """Steps of the present stretch, at least."""
+        """The minimal steps of the current stretch."""
         if self._started is None:
             return 1
         if self._done < self._warm_up or (self._method is not None and self._method.is_slow):
@@ -143,7 +143,7 @@ class StretchTimer(Callback):
             self._method.save(trainer)
 
     def _goes_on(self) -> bool:
-        """Whether the stretch is longer than its steps."""
+        """Return whether the stretch continues beyond its minimal steps."""
         return False
 
     def _finish(self, module: GPTModule, started: _Clocks) -> None:
@@ -174,13 +174,13 @@ class StretchTimer(Callback):
 
 
 def blocked(stretches: Sequence[Stretch], method: str) -> list[float]:
-    """How much longer the training thread stood still in each stretch with a save of the method than in one without."""
+    """Return how much longer the training thread was idle in each stretch with a save of the method than without."""
     usual = median([stretch.idle / stretch.steps for stretch in stretches if stretch.method is None])
     return [stretch.idle - stretch.steps * usual for stretch in stretches if stretch.method == method]
 
 
 def added(stretches: Sequence[Stretch], method: str) -> list[float]:
-    """How much longer each stretch with a save of the method took than as many steps of its neighbours without one."""
+    """Return how much longer each stretch with a save of the method took than as many steps without one beside it."""
     return [
         here.wall - here.steps * (before.wall + after.wall) / (before.steps + after.steps)
         for before, here, after in zip(stretches, stretches[1:], stretches[2:], strict=False)

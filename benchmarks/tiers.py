@@ -1,17 +1,17 @@
-"""What memory as a tier before the disk brings and costs: ``python -m benchmarks.tiers --json OUT``.
+"""What saving to memory before the disk gains and costs: ``python -m benchmarks.tiers --json OUT``.
 
-- Partial saves to memory and to disk by turns, each alone: ``*_stall_s`` is how long the training thread stood still
-  for an eager one (``*_lazy_stall_s`` a lazy one, beside a forward and backward), ``*_written_s`` how long an eager one
-  took from its beginning until it was written.
+- Partial saves to memory and to disk in turn, each alone: ``*_stall_s`` is how long an eager one stalled the training
+  thread (``*_lazy_stall_s`` a lazy one, beside a forward and backward), ``*_written_s`` how long an eager one took from
+  its beginning until it was written.
 - A restore into live tensors from this host's memory (``own_s``), of what only a neighbour's memory has
-  (``neighbour_s``: it goes to disk and is read there), and from disk with the files in the page cache
+  (``neighbour_s``: it is copied to disk and read there), and from disk with the files in the page cache
   (``disk_warm_s``) and dropped from it (``disk_cold_s``).
-- How fast the files of a rank's memory follow to another process, each in place of an older one as in a training
-  (``replication_bytes_per_s``), beside a plain socket from ready memory to ready memory. And how long the first copy
-  takes (``first_copy_s``), for which that process gets its memory anew from the system, beside just that, a write of as
-  many bytes to a new file in memory (``anew_s``).
-- Training steps with a save to memory at each, by turns with such copies and without. The process that takes them has
-  no cores of its own here, as another host would.
+- How fast the files of a rank's memory are copied to another process, each replacing an older one as in a training
+  (``replication_bytes_per_s``), compared with a plain socket between existing buffers. And how long the first copy
+  takes (``first_copy_s``), for which that process allocates memory, compared with just that: writing as many bytes to a
+  new file in memory (``anew_s``).
+- Training steps with a save to memory at each, in turn with such copies and without. The receiving process has no
+  cores of its own here, as another host would.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from benchmarks.tiers_peers import memory_folder
 from benchmarks.tiers_saves import Samples
 from lightning_scar.storage.host_memory import VARIABLE
 
-#: What all of it takes at most, in states: in the memory of the host, in its files there among that, and on disk.
+#: The most that it needs, in sizes of the state: in the host's memory, of that in files, and on disk.
 _STATES_AT_ALL, _STATES_IN_MEMORY, _STATES_ON_DISK = 9, 5, 5
 
 
 def figures(samples: Samples, facts: dict[str, Any]) -> dict[str, Any]:
-    """Medians and ratios of a run."""
+    """Return medians and ratios of a run."""
     found: dict[str, Any] = {key: median(values) for key, values in samples.items()} | facts
     for kind in ("", "lazy_"):
         ratios = _ratios(samples, f"memory_{kind}stall_s", f"disk_{kind}stall_s")
@@ -61,18 +61,18 @@ def figures(samples: Samples, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ratios(samples: Samples, first: str, second: str) -> list[float]:
-    """Of samples that were taken one right after the other."""
+    """Return the ratios of samples that were taken one right after the other."""
     return [one / other for one, other in zip(samples[first], samples[second], strict=True)]
 
 
 def targets(found: dict[str, Any]) -> list[Target]:
-    """What was to be reached."""
+    """Return the targets."""
     return [
-        # No longer, but for noise.
+        # No longer, except for noise.
         Target("memory_stall_over_disk", found["memory_stall_over_disk"], 1.1),
-        # Half of a cold disk, or as fast as a warm one.
+        # Half the time of a cold disk, or as fast as a warm one.
         Target("own_s", found["own_s"], max(0.5 * found["disk_cold_s"], 1.1 * found["disk_warm_s"])),
-        # At least half of the machine's own copy.
+        # At least half the speed of the machine's own copy.
         Target("socket_over_replication", found["socket_over_replication"], 2.0),
     ]
 
@@ -89,7 +89,7 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
         "first copy to another process against a write to new memory": ("first_copy_s", "anew_s", "socket_s"),
         "training step with copies against one without": ("step_replicated_s", "step_not_replicated_s", None),
     }
-    # Measured one right after the other: the machine is the same within a pair, and not over all of them.
+    # Measured one right after the other: conditions are equal within a pair, but not across pairs.
     paired = {
         "memory_stall_s": "memory_stall_over_disk",
         "memory_lazy_stall_s": "memory_lazy_stall_over_disk",
@@ -103,20 +103,20 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def place_in_memory() -> Path:
-    """Where folders in memory are made; ends the program if there is no such place."""
+    """Return the parent of folders in memory; exit if there is none."""
     parent = Path(os.environ.get(VARIABLE) or "/dev/shm")
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        sys.exit(f"{parent} is no folder that can be written to: set {VARIABLE} to one in memory (tmpfs)")
+        sys.exit(f"{parent} is not a writable folder: set {VARIABLE} to one in memory (tmpfs)")
     return parent
 
 
 def check_room(state: int, parent: Path, folder: Path) -> None:
-    """Ends the program if there is too little room for what is needed, and says where.
+    """Exit if there is too little space, and say where.
 
     Args:
         state: Bytes of the state.
-        parent: Where files in memory are to lie.
-        folder: Where those on disk are to lie.
+        parent: The parent of files in memory.
+        folder: The folder on disk.
 
     """
     room = {
@@ -137,11 +137,11 @@ def check_room(state: int, parent: Path, folder: Path) -> None:
 
 
 def run(size: Size, parent: Path, folder: Path, rounds: int, length: int) -> dict[str, Any]:
-    """Measures everything.
+    """Measure everything.
 
     Args:
         size: The model.
-        parent: Where folders in memory are made.
+        parent: The parent of folders in memory.
         folder: Where to save to disk.
         rounds: How often each thing is measured.
         length: Training steps of a stretch.
@@ -150,9 +150,9 @@ def run(size: Size, parent: Path, folder: Path, rounds: int, length: int) -> dic
     state = State(size)
     facts: dict[str, Any] = {"state_bytes": state_bytes(state.model, state.optimizer)[1]}
     with memory_folder(parent):
-        # Only now: what killed ones have left takes no room any more.
+        # Only now, as files of killed benchmarks are gone.
         check_room(facts["state_bytes"], parent, folder)
-        # They are short, and whatever else runs on the machine makes some of them long.
+        # They are short, and other load on the machine makes some of them long.
         report.progress("saves to memory and to disk ...")
         samples = tiers_saves.stalls(state, size, folder, 3 * rounds)
     with memory_folder(parent) as memory:
@@ -171,9 +171,9 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints and writes JSON."""
+    """Measure, print and write JSON."""
     options = _options()
-    # As Ctrl-C does it: what lies in memory outlives a process that just ends.
+    # As on Ctrl-C: otherwise files in memory would outlive the process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     rounds = options.rounds or (2 if options.quick else 7)

@@ -1,4 +1,4 @@
-"""Other processes for :mod:`benchmarks.tiers`: a server of a folder, a sink of bytes, and what copies there."""
+"""Other processes for :mod:`benchmarks.tiers`: a server of a folder, a sink of bytes, and copies to them."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ from lightning_scar.storage.neighbour import Server
 from lightning_scar.storage.store import names_in, rank_folder
 
 KEY = b"a benchmark's"
-#: Bytes of the buffers that are copied over a plain socket: more than caches hold.
+#: Bytes of the buffers that are copied over a plain socket: more than fits into caches.
 _PIECE = 1 << 28
 #: Seconds after which another process counts as lost.
 PATIENCE = 300.0
@@ -28,9 +28,9 @@ PATIENCE = 300.0
 
 @contextmanager
 def memory_folder(parent: Path) -> Iterator[Path]:
-    """A folder that is this host's memory for running checkpoints made meanwhile, removed at the end.
+    """Make a temporary folder the host's memory for running checkpoints.
 
-    Those of benchmarks that were killed are removed before.
+    Folders of killed benchmarks are removed first.
     """
     before = os.environ.get(VARIABLE)
     with closing(MemoryFolder(parent)) as folder:
@@ -45,11 +45,11 @@ def memory_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def other_process(body: Callable[..., None], *arguments: Any) -> Iterator[Any]:
-    """Runs a function in another process, which ends with the block.
+    """Run a function in another process, which ends with the block.
 
     Args:
-        body: Gets the arguments, and a connection: it sends one object when it is ready, and returns when nobody is at
-            the other end any more.
+        body: Gets the arguments and a connection. It sends one object when it is ready, and returns when the connection
+            is closed.
         arguments: The arguments.
 
     Yields:
@@ -74,7 +74,7 @@ def other_process(body: Callable[..., None], *arguments: Any) -> Iterator[Any]:
 
 
 def _run(body: Callable[..., None], arguments: tuple[Any, ...], connection: Connection) -> None:
-    # Ctrl-C reaches all processes; the one that started this one ends it.
+    # Ctrl-C reaches all processes; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     body(*arguments, connection)
 
@@ -87,7 +87,7 @@ def _wait_for_end(connection: Connection) -> None:
 
 
 def serve(folder: Path, connection: Connection) -> None:
-    """Takes copies in, as another host does; the object is the address."""
+    """Receive copies, as another host does; the object is the address."""
     server = Server(Directory(folder), KEY)
     connection.send(server.address)
     _wait_for_end(connection)
@@ -95,7 +95,7 @@ def serve(folder: Path, connection: Connection) -> None:
 
 
 def sink(size: int, connection: Connection) -> None:
-    """Receives so many bytes into ready memory, again and again, and says so each time; the object is the address."""
+    """Receive ``size`` bytes into a buffer repeatedly, and acknowledge each time; the object is the address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PATIENCE)
         connection.send(listener.getsockname())
@@ -117,41 +117,41 @@ def _receive(peer: socket.socket, into: memoryview) -> bool:
 
 
 class PlainCopy:
-    """The machine's own copy of so many bytes to another process: from ready memory, over a socket, to ready memory.
+    """The machine's own copy of bytes to another process: from one existing buffer over a socket to another.
 
     Args:
-        address: Of the :func:`sink`.
-        size: How many bytes.
+        address: The address of the :func:`sink`.
+        size: The number of bytes.
 
     """
 
     def __init__(self, address: tuple[str, int], size: int) -> None:
         self._peer = socket.create_connection(address, PATIENCE)
-        # Not zeros alone: those would be one page of the system.
+        # Not only zeros: the system would map them to one page.
         self._buffer = memoryview(bytearray(os.urandom(1 << 16)) * -(-min(size, _PIECE) // (1 << 16)))
         self._size = size
 
     def measure(self) -> float:
-        """Seconds for one."""
+        """Return the seconds of one copy."""
         started = time.perf_counter()
         for at in range(0, self._size, _PIECE):
             self._peer.sendall(self._buffer[: min(_PIECE, self._size - at)])
         answer = self._peer.recv(1)
-        assert answer == b".", "the other process is gone"
+        assert answer == b".", "the other process has ended"
         return time.perf_counter() - started
 
     def close(self) -> None:
-        """Hangs up."""
+        """Hang up."""
         self._peer.close()
 
 
 def new_chain(memory: Directory, folder: Path, address: tuple[str, int]) -> Chain:
-    """Return what copies a rank's memory to another host, as a run of two hosts has it.
+    """Return the chain that copies a rank's memory to another host, as in a run of two hosts.
 
     Args:
-        memory: The memory, in which the rank is the first one.
+        memory: The memory; the rank is the first one.
         folder: Where to put the addresses.
-        address: Of the server there.
+        address: The address of the server there.
 
     """
     addresses = Addresses(Directory(folder), "benchmark")
@@ -163,10 +163,10 @@ def new_chain(memory: Directory, folder: Path, address: tuple[str, int]) -> Chai
 
 
 def wait_for_copies(chain: Chain) -> None:
-    """Waits until a chain is up to date.
+    """Wait until a chain is up to date.
 
     Raises:
-        TimeoutError: If it does not come to it.
+        TimeoutError: If it does not get there in time.
 
     """
     deadline = time.monotonic() + PATIENCE

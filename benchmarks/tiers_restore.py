@@ -1,8 +1,8 @@
 """For :mod:`benchmarks.tiers`: how long a restore takes from each tier, and how fast copies go to another host.
 
-A process saves to memory and to disk and kills itself, so that both hold the same state; here it is read into live
-tensors, by turns from its memory, from disk, and as after the loss of a host: what its neighbour's memory alone has
-goes to disk, and is read there.
+A process saves to memory and to disk and kills itself, so that both hold the same state. It is then read into live
+tensors, in turn from its memory, from disk, and as after the loss of a host: what only its neighbour's memory has is
+copied to disk and read there.
 """
 
 import os
@@ -35,14 +35,14 @@ from lightning_scar.storage.places import Places, open_store
 from lightning_scar.storage.store import DeltaStore, rank_folder
 from lightning_scar.storage.write_back import bring_in
 
-#: Saves after the first, each of a part of the state: what is read lies in several files, as after a training.
+#: Partial saves after the first: what is read is spread over several files, as after a training.
 _SAVES = 8
-#: Bytes written at once to memory that is got anew.
+#: Bytes per write to newly allocated memory.
 _PIECE = 1 << 21
 
 
 def checksums(checkpoint: dict[str, Any]) -> dict[str, int]:
-    """One of every tensor."""
+    """Return the checksum of every tensor."""
     return {name: zlib.crc32(tensor.reshape(-1).numpy().data) for name, tensor in flattened(checkpoint).items()}
 
 
@@ -55,7 +55,7 @@ def _move_a_part(state: State, part: int) -> None:
 
 
 def _save_and_die(size: Size, url: Path, connection: Connection) -> None:
-    """Saves to both tiers; the object is what was saved, as checksums."""
+    """Save to both places; the object is the checksums of what was saved."""
     state = State(size)
     running = RunningCheckpoint(url, Settings(fraction=1.0, memory=True, durable_every_n_saves=1))
     for part in range(-1, _SAVES):
@@ -77,7 +77,7 @@ class Restores:
     Args:
         state: The live state to restore into.
         url: The directory.
-        memory: What is left in memory.
+        memory: The files left in memory.
 
     """
 
@@ -93,14 +93,14 @@ class Restores:
         self._ready = [tensor.clone() for tensor in flattened(state.checkpoint()).values()]
 
     def _brought(self) -> DeltaStore:
-        """What only a neighbour's memory has, as the next start finds it."""
+        """Return the store as the next start finds it if only a neighbour's memory has the state."""
         shutil.rmtree(anew := self._url.with_name("brought"), ignore_errors=True)
         bring_in(Places(Directory(anew)), self._memory, 0, 1)
         return DeltaStore(anew)
 
     @torch.no_grad()
     def restore(self, name: str) -> tuple[float, str]:
-        """Reads everything into the live state; returns the seconds this took, and where it all came from."""
+        """Read everything into the live state; return the seconds this took, and the source."""
         live = self._state.checkpoint()
         started = time.perf_counter()
         restored = restore(self._stores[name](), into=live)
@@ -112,7 +112,7 @@ class Restores:
 
     @torch.no_grad()
     def verify(self, expected: dict[str, int]) -> None:
-        """Checks that all restore what was saved, bit for bit, and from where they say."""
+        """Check that all restore what was saved, bit for bit, from the right source."""
         sources = {"own": "this host's memory", "neighbour": "newest versions", "disk": "newest versions"}
         for name, source in sources.items():
             for tensor in flattened(self._state.checkpoint()).values():
@@ -121,11 +121,11 @@ class Restores:
             others = [word for word in sources.values() if word != source and word in plan]
             assert source in plan, f"{name}: {plan}"
             assert not others, f"{name}: {plan}"
-            assert checksums(self._state.checkpoint()) == expected, f"{name} restored something else than was saved"
+            assert checksums(self._state.checkpoint()) == expected, f"{name} restored other values than were saved"
 
     @torch.no_grad()
     def _copy(self) -> float:
-        """The least that a restore from memory has to do: a copy of everything, with all cores."""
+        """Copy everything with all cores, the least that a restore from memory has to do; return the seconds."""
         live = list(flattened(self._state.checkpoint()).values())
         started = time.perf_counter()
         for tensor, ready in zip(live, self._ready, strict=True):
@@ -133,19 +133,19 @@ class Restores:
         return time.perf_counter() - started
 
     def measure(self, samples: Samples) -> None:
-        """Each once; what memory does not hold is dropped from the page cache but for the warm restore."""
+        """Measure each once; before all but the warm restore, drop files on disk from the page cache."""
         for name in ("own", "neighbour", "disk"):
             evict(self._url)
             key = "disk_cold_s" if name == "disk" else f"{name}_s"
             samples.setdefault(key, []).append(self.restore(name)[0])
-        # What was read cold need not all be in the cache: it is read once more before it counts as warm.
+        # A cold read may leave gaps in the cache: read once more before it counts as warm.
         self.restore("disk")
         samples.setdefault("disk_warm_s", []).append(self.restore("disk")[0])
         samples.setdefault("copy_s", []).append(self._copy())
 
 
 def _replicate(memory: Directory, folder: Path, address: tuple[str, int]) -> tuple[float, float]:
-    """Seconds until a host that has nothing holds a copy, and until it has a newer file in place of each."""
+    """Return the seconds of a first copy to another host, and of replacing each of its files by a newer one."""
     chain = new_chain(memory, folder, address)
     files = sorted(Path(memory.file(rank_folder(0))).glob("*.safetensors"))
     try:
@@ -169,7 +169,7 @@ def _follow(chain: Chain) -> float:
 
 
 def _write_anew(folder: Path, size: int) -> float:
-    """Seconds to write so many bytes to memory that has to be got from the system: the least that a first copy does."""
+    """Return the seconds to write ``size`` bytes to newly allocated memory: the least that a first copy does."""
     piece, path = os.urandom(_PIECE), folder / "anew"
     started = time.perf_counter()
     with open(path, "wb", buffering=0) as file:
@@ -181,17 +181,17 @@ def _write_anew(folder: Path, size: int) -> float:
 
 
 def run(state: State, size: Size, folder: Path, memory: Path, rounds: int) -> tuple[Samples, dict[str, Any]]:
-    """Restores and replicates what a dead process has left.
+    """Restore and replicate what a dead process has left.
 
     Args:
         state: A live state.
-        size: Its model's.
+        size: The size of its model.
         folder: Where to save to disk.
         memory: This host's memory.
         rounds: How often each thing is measured.
 
     Returns:
-        The samples, and how many bytes were copied.
+        The samples, and the number of bytes copied.
 
     """
     url = folder / "dead"

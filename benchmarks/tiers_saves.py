@@ -1,4 +1,4 @@
-"""For :mod:`benchmarks.tiers`: what saves to memory cost beside saves to disk, and what copies cost a training."""
+"""For :mod:`benchmarks.tiers`: the cost of saves to memory compared with disk, and of copies during a training."""
 
 import random
 import time
@@ -24,16 +24,16 @@ Samples = dict[str, list[float]]
 Staging = Literal["eager", "lazy"]
 
 _STAGINGS: tuple[Staging, ...] = ("eager", "lazy")
-#: No save goes from memory to the disk on its own while it is measured.
+#: No save is copied from memory to disk during the measurement.
 _NEVER = 1_000_000
 
 
 class Saver:
-    """A running checkpoint of a state in one tier.
+    """A running checkpoint of a state in one place.
 
     Args:
         state: What to save.
-        size: Of its model.
+        size: The size of its model.
         folder: Its directory.
         memory: Whether saves go to memory instead.
 
@@ -48,20 +48,20 @@ class Saver:
         self.running = RunningCheckpoint(folder, in_memory if memory else settings)
 
     def begin(self) -> None:
-        """Begins a save and stages it."""
+        """Begin a save and stage it."""
         optimizers: dict[Place, Optimizer] = {("optimizer_states", 0): self._state.optimizer}
         checkpoint = self._state.checkpoint()
         self.running.save(checkpoint, self._state.step, optimizers=optimizers, parameters=self._parameters)
         self.running.stage()
 
     def forward_backward(self) -> None:
-        """What lazy staging goes on beside."""
+        """Run a forward and backward, beside which lazy staging continues."""
         logits = self._state.model(self._tokens[:, :-1])
         F.cross_entropy(logits.flatten(0, 1), self._tokens[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
 
     def save(self, staging: Staging) -> tuple[float, float]:
-        """One save; returns how long the training thread stood still, and how long it took until it was written."""
-        # In place, although it is frozen: both kinds are to be measured on one store.
+        """Save; return how long the training thread was stalled, and how long it took until it was written."""
+        # In place, although it is frozen, to measure both kinds on one store.
         object.__setattr__(self.running.settings, "staging", staging)
         before = self.running.stats.saves
         started = time.perf_counter()
@@ -72,12 +72,12 @@ class Saver:
         written = time.perf_counter() - started
         assert self.running.stats.saves == before + 1, "the save was skipped"
         trouble = self.running.store.directory.trouble
-        assert trouble is None, f"it found no room in memory: {trouble}"
+        assert trouble is None, f"there was no room in memory: {trouble}"
         self._state.optimizer.zero_grad()
         return self.running.stats.stall_seconds, written
 
     def step(self) -> float:
-        """A training step with a save beside it; returns its seconds."""
+        """Make a training step with a save beside it; return its seconds."""
         started = time.perf_counter()
         self.begin()
         self.forward_backward()
@@ -89,7 +89,7 @@ class Saver:
 
 
 def stalls(state: State, size: Size, folder: Path, rounds: int) -> Samples:
-    """Saves to memory and to disk by turns, eagerly and lazily.
+    """Save to memory and to disk in turn, eagerly and lazily.
 
     Args:
         state: What to save.
@@ -102,10 +102,10 @@ def stalls(state: State, size: Size, folder: Path, rounds: int) -> Samples:
     floor = Floor(list(state.model.parameters()), state_bytes(state.model, state.optimizer)[1])
     order, samples = random.Random(0), dict[str, list[float]]()
     try:
-        # The first save is full; each of two buffers is then made, and made larger by the first lazy save in it.
+        # The first save is full; then both buffers are allocated, and enlarged by their first lazy saves.
         for turn in report.counted(range(-4, rounds), 4 + rounds, "saves to memory and to disk"):
             for staging in order.sample(_STAGINGS, len(_STAGINGS)):
-                # One right after the other: what else the machine does meanwhile comes and goes.
+                # One right after the other, as other load on the machine varies.
                 for tier in order.sample(list(savers), len(savers)):
                     state.move()
                     stall, written = savers[tier].save(staging)
@@ -126,7 +126,7 @@ def stalls(state: State, size: Size, folder: Path, rounds: int) -> Samples:
 def steps(
     state: State, size: Size, folder: Path, memory: Path, rounds: int, length: int
 ) -> tuple[Samples, dict[str, int]]:
-    """Trains through stretches with copies to another process and without, by turns, with a save at each step.
+    """Train in stretches with copies to another process and without, in turn, with a save at each step.
 
     Args:
         state: What to train.
@@ -154,11 +154,11 @@ def steps(
             for turn in report.counted(range(2 * rounds), 2 * rounds, "stretches of training steps"):
                 replicated = turn % 4 in (0, 3)
                 running.flush()
-                # Brings along what the stretch before has left.
+                # Copies what the previous stretch has left.
                 chain.follow()
                 wait_for_copies(chain)
                 store.chain = chain if replicated else None
-                # Beside the first step nothing is written yet: it does not count.
+                # The first step does not count: nothing is written beside it yet.
                 took = [saver.step() for _ in range(1 + length)][1:]
                 late = max(late, chain.behind)
                 samples.setdefault(f"step_{'' if replicated else 'not_'}replicated_s", []).append(median(took))

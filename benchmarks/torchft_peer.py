@@ -1,6 +1,6 @@
-"""torchft beside us: an environment of its own that uses this one's torch, and its kills.
+"""torchft for comparison: its own environment, which uses this one's torch, and its kills.
 
-It is made once, under the user's cache; the torch of this environment is not touched.
+It is created once in the user's cache; the torch of this environment is not modified.
 """
 
 import argparse
@@ -22,21 +22,21 @@ VERSION = "0.2.0"
 _SECONDS = 300
 _RANKS = 3
 _LIMIT = 40.0
-#: torchft names them as what it needs besides torch.
+#: torchft's requirements besides torch.
 _NEEDED = ("opentelemetry-exporter-otlp-proto-http", "opentelemetry-sdk", "opentelemetry-api")
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--torchft``."""
+    """Add ``--torchft``."""
     help_text = "a Python that has torchft, or 'no'; by default one is made under ~/.cache"
     parser.add_argument("--torchft", help=help_text)
 
 
 def python(chosen: str | None) -> str | None:
-    """The Python that has torchft; ``None``, with a line that says so, if it cannot be had.
+    """Return the Python that has torchft; ``None``, with a message, if it is not available.
 
     Args:
-        chosen: What the user gave.
+        chosen: The value of ``--torchft``.
 
     """
     if chosen == "no":
@@ -46,7 +46,7 @@ def python(chosen: str | None) -> str | None:
         subprocess.run([found, "-c", "import torchft"], check=True, capture_output=True, text=True, timeout=_SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
-        print(f"torchft {VERSION} cannot be had, and is left out: {str(reason).strip()[-500:]}", file=sys.stderr)
+        print(f"torchft {VERSION} is not available and is left out: {str(reason).strip()[-500:]}", file=sys.stderr)
         return None
     return found
 
@@ -65,7 +65,7 @@ def _make() -> str:
         ):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
         ready.touch()
-    # Last and each time: torch is this environment's, and pip must not see it.
+    # Last, and each time: torch belongs to this environment, and pip must not see it.
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     link = folder / "lib" / version / "site-packages" / "zz-torch.pth"
     link.write_text(sysconfig.get_path("purelib") + "\n")
@@ -73,18 +73,18 @@ def _make() -> str:
 
 
 def command(program: str, *arguments: str) -> list[str]:
-    """Runs one of its processes."""
+    """Return the command of one of its processes."""
     return [program, "-m", "benchmarks.torchft_training", *arguments]
 
 
 @contextmanager
 def lighthouse(program: str, folder: Path, heartbeat: float) -> Iterator[str]:
-    """The lighthouse of torchft; gives its address.
+    """Run torchft's lighthouse, and yield its address.
 
     Args:
         program: The Python that has torchft.
-        folder: For its output.
-        heartbeat: Seconds without a sign of life after which a worker counts as dead.
+        folder: The folder for its output.
+        heartbeat: Seconds without a heartbeat after which a worker counts as dead.
 
     """
     arguments = ("--kind", "lighthouse", "--heartbeat", str(heartbeat))
@@ -99,16 +99,16 @@ def lighthouse(program: str, folder: Path, heartbeat: float) -> Iterator[str]:
 
 
 def kill_some(folder: Path, chosen: str | None, count: int, seed: int) -> dict[str, Found]:
-    """Kills one of three ranks of torchft so often, each time in a fresh run; a replacement is started at once.
+    """Kill one of torchft's three ranks, each time in a fresh run; start a replacement at once.
 
     Args:
         folder: A scratch folder.
-        chosen: What the user gave for ``--torchft``.
-        count: How many kills.
-        seed: Of victims and moments.
+        chosen: The value of ``--torchft``.
+        count: The number of kills.
+        seed: The seed of victims and moments.
 
     Returns:
-        What was found, under ``"torchft"``; nothing if it cannot be had.
+        The results, under ``"torchft"``; empty if it is not available.
 
     """
     program = python(chosen)
@@ -132,7 +132,7 @@ def _kill_one(program: str, folder: Path, chance: random.Random, found: Found) -
 
         runs = [start(rank, f"rank-{rank}") for rank in range(_RANKS)]
         if not runs[0].wait_until(lambda: _all_at(folder, 10), 90):
-            raise RuntimeError(f"torchft's training does not begin:\n{runs[0].output[-2000:]}")
+            raise RuntimeError(f"torchft's training does not start:\n{runs[0].output[-2000:]}")
         time.sleep(chance.uniform(0.3, 1.5))
         kill = step_log.Kill(time.monotonic(), victim, runs[victim].process.pid)
         runs[victim].process.kill()

@@ -1,6 +1,6 @@
 """A plain training loop on one rank, with torch's DDP or torchft's: run by the Python that has torchft.
 
-Nothing of Lightning is imported, and no other benchmark that does.
+It imports neither Lightning nor a benchmark that does.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.step_log import StepLog
 
 
 def serve(heartbeat: float) -> NoReturn:
-    """Is torchft's lighthouse, and prints its address."""
+    """Run torchft's lighthouse, and print its address."""
     native: Any = importlib.import_module("torchft._torchft")
     lighthouse = native.LighthouseServer(
         bind="127.0.0.1:0", min_replicas=2, join_timeout_ms=1000, heartbeat_timeout_ms=int(heartbeat * 1000)
@@ -75,7 +75,7 @@ class Trained:
         return self.bare
 
     def train(self, batch: torch.Tensor) -> None:
-        """Makes one step."""
+        """Make one step."""
         self.optimizer.zero_grad()
         self.model(batch).square().mean().backward()
         self.optimizer.step()
@@ -83,17 +83,17 @@ class Trained:
 
 
 def main() -> None:
-    """Trains by turns with others (``--store``), or until it is ended (``--folder``)."""
-    flags = argparse.ArgumentParser(description="a training by torchft or by plain torch")
+    """Train in turn with others (``--store``), or until it is terminated (``--folder``)."""
+    flags = argparse.ArgumentParser(description="a training with torchft or plain torch")
     flags.add_argument("--kind", choices=("plain", "torchft", "lighthouse"), required=True)
     flags.add_argument("--rank", type=int, default=0)
     flags.add_argument("--ranks", type=int, default=2)
     flags.add_argument("--width", type=int, default=64)
     flags.add_argument("--lighthouse")
     flags.add_argument("--heartbeat", type=float, default=5.0, help="torchft's own default is 5 seconds")
-    flags.add_argument("--store", help="host and port of who says whose turn it is")
-    flags.add_argument("--folder", type=Path, help="where to write down the steps")
-    flags.add_argument("--pause", type=float, default=0.0, help="seconds of a step in which a worker only waits")
+    flags.add_argument("--store", help="host and port of the store that assigns turns")
+    flags.add_argument("--folder", type=Path, help="where to log the steps")
+    flags.add_argument("--pause", type=float, default=0.0, help="seconds of each step in which a worker only waits")
     options = flags.parse_args()
     if options.kind == "lighthouse":
         serve(options.heartbeat)

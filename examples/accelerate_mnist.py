@@ -1,4 +1,4 @@
-"""Train a CNN on MNIST digits with Accelerate. Kill it whenever you like and run it again: it goes on where it was.
+"""Train a CNN on MNIST digits with Accelerate. Kill it at any time and run it again: it resumes.
 
 python examples/accelerate_mnist.py
 torchrun --nproc-per-node 2 examples/accelerate_mnist.py     # or accelerate launch; each process saves its half
@@ -22,10 +22,10 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", default="runs/accelerate_mnist/scar", help="where to save")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--steps", type=int, help="stop behind so many optimizer steps, as if the time were up")
+    parser.add_argument("--steps", type=int, help="stop after N optimizer steps, as if the time were up")
     options = parser.parse_args()
 
-    # A shuffle with a seed of its own can be repeated in the middle of an epoch.
+    # A shuffle with its own generator can be repeated in the middle of an epoch.
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
     scar = SCARAccelerator(accelerator, options.dir, every_n_steps=25, fraction=0.125)
     set_seed(1)

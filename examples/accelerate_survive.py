@@ -1,4 +1,4 @@
-"""Train on MNIST digits with Accelerate, kill a worker on the way, and see the others take in its replacement.
+"""Train on MNIST digits with Accelerate, kill a worker, and see the others continue with its replacement.
 
 lightning-scar run --nproc-per-node 3 examples/accelerate_survive.py
 """
@@ -21,8 +21,8 @@ from lightning_scar import SCARAccelerator, SCARContinuation
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kill", type=int, default=0, help="which of the workers is killed")
-    parser.add_argument("--step", type=int, default=20, help="behind which step")
+    parser.add_argument("--kill", type=int, default=0, help="the worker to kill")
+    parser.add_argument("--step", type=int, default=20, help="the step after which it is killed")
     parser.add_argument("--on-failure", default="shrink", help="shrink, buffer or wait")
     parser.add_argument("--dir", default="runs/accelerate_survive/scar", help="where to save")
     parser.add_argument("--epochs", type=int, default=3)

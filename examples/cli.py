@@ -10,7 +10,7 @@ from digits import DigitClassifier, Digits
 
 
 def main() -> None:
-    # A run that is started again finds its own config file in the log folder.
+    # A restarted run finds its own config file in the log folder.
     LightningCLI(DigitClassifier, Digits, save_config_kwargs={"overwrite": True})
 
 

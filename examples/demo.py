@@ -1,13 +1,13 @@
-"""What a SIGKILL costs, when every way to save may take the same share of the training time.
+"""What a SIGKILL costs when every way to save may take the same share of the training time.
 
     make demo
 
-One training, three ways to save: Lightning's ModelCheckpoint, the same with AsyncCheckpointIO, and SCARCheckpoint as it
-comes. SCARCheckpoint finds out by itself how often it may save; for the other two a short run measures what a save
-adds to the training, and how often it may come follows from that.
+One training, three ways to save: Lightning's ModelCheckpoint, the same with AsyncCheckpointIO, and SCARCheckpoint with
+its defaults. SCARCheckpoint chooses its own interval; for the other two a short run measures what a save adds to the
+training, which determines their interval.
 
-Each training is killed half way between two of its saves, an average moment, and started again. What counts is how many
-steps it takes until the held-out loss is back where it was at the kill.
+Each training is killed halfway between two of its saves, an average moment, and restarted. What counts is the number of
+steps until the held-out loss is back where it was at the kill.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from demo_plot import plot
 from demo_training import Line
 
 METHODS = ("SCARCheckpoint", "AsyncCheckpointIO", "ModelCheckpoint")
-#: The share of the training time that SCARCheckpoint takes if nothing else is said.
+#: The share of the training time that SCARCheckpoint takes by default.
 SHARE = 0.01
 #: Steps of the short run, and of the time between its saves.
 MEASURED, APART = 100, 20
-#: No training is killed before it saves behind that step, and those of Lightning save no more rarely than so many
-#: steps: the demo would take too long.
+#: No training is killed before it saves after this step. Lightning's save at least once in this many steps, or the demo
+#: would take too long.
 EARLIEST, RAREST = 200, 400
 FOLDER = Path("runs/demo")
 PICTURE = Path("demo.png")
@@ -42,12 +42,12 @@ PICTURE = Path("demo.png")
 
 @dataclass(frozen=True)
 class Run:
-    """A training that was killed and went on.
+    """A training that was killed and resumed.
 
     Attributes:
-        name: What saved.
-        before: A line a step until the kill.
-        after: A line a step from the restart on; the first one is the state that it starts from.
+        name: The way to save.
+        before: A line per step until the kill.
+        after: A line per step from the restart on; the first one is the state that it starts from.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def saves(self) -> list[int]:
-        """The steps behind which saves began."""
+        """The steps after which saves began."""
         return [line.step for line, later in pairwise(self.before) if later.begun > line.begun]
 
     @property
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def share(self) -> float:
-        """By what share saves make the training longer, from the median save but for the first."""
+        """The share by which saves lengthen the training, from the median save without the first."""
         begun = [i for i, (line, later) in enumerate(pairwise(self.before)) if later.begun > line.begun]
         costs = [
             cost_of_saves(self.before[start : stop + 1], self.step_seconds)
@@ -88,23 +88,23 @@ class Run:
 
 
 def step_seconds(lines: list[Line]) -> float:
-    """The median step beside which no save was under way."""
+    """Return the median time of a step without a save under way."""
     return statistics.median(later.clock - line.clock for line, later in pairwise(lines) if not is_busy(line, later))
 
 
 def cost_of_saves(lines: list[Line], usual: float) -> float:
-    """By how many seconds the steps beside which a save was under way took longer than usual."""
+    """Return by how many seconds the steps with a save under way took longer than usual."""
     return sum(later.clock - line.clock - usual for line, later in pairwise(lines) if is_busy(line, later))
 
 
 def is_busy(line: Line, later: Line) -> bool:
-    """Whether a save was under way between two lines."""
+    """Return whether a save was under way between two lines."""
     return later.begun > line.begun or line.begun > line.written
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description="Kill three trainings and start them again.")
-    arguments.add_argument("--quick", action="store_true", help="save more often and kill earlier: does it all work?")
+    arguments = argparse.ArgumentParser(description="Kill three trainings and restart them.")
+    arguments.add_argument("--quick", action="store_true", help="save more often and kill earlier, as a check")
     quick: bool = arguments.parse_args().quick
 
     console = Console()
@@ -114,18 +114,18 @@ def main() -> None:
         kill_from = max(60 if quick else EARLIEST, *every.values())
         runs = []
         for name in METHODS:
-            status.update(f"{name}: a training is killed after about {kill_from} steps and started again ...")
+            status.update(f"{name}: a training is killed after about {kill_from} steps and restarted ...")
             runs.append(kill_and_resume(name, every.get(name), kill_from))
             console.print(f"{name}: {outcome(runs[-1])}")
     console.print(table(runs), "")
     plot(runs, PICTURE)
-    said = "Quick: the intervals are no measured ones, so no figure means anything." if quick else conclusion(runs)
+    said = "Quick: the intervals are not measured, so the figures mean nothing." if quick else conclusion(runs)
     console.print(said, "", soft_wrap=True)
     console.print(f"Loss against steps: {PICTURE.resolve()}", soft_wrap=True)
 
 
 def interval(name: str) -> int:
-    """How often something may save, from what saves add to a short training."""
+    """Return the steps between saves, from what saves add to a short training."""
     folder = FOLDER / f"{name}-measured"
     folder.mkdir(parents=True)
     train([name, str(folder), "--every", str(APART), "--steps", str(MEASURED)], folder / "log", 0)
@@ -163,7 +163,7 @@ def read_journal(folder: Path) -> list[Line]:
 
 
 def outcome(run: Run) -> str:
-    """How many steps a kill cost, in words."""
+    """Describe how many steps a kill cost."""
     return f"{run.rework} steps to regain the loss" if run.rework is not None else "the loss was not regained"
 
 
@@ -186,13 +186,13 @@ def table(runs: list[Run]) -> Table:
 
 
 def conclusion(runs: list[Run]) -> str:
-    """What was measured, and what not."""
+    """Describe what was measured, and what was not."""
     size = f"22 MB of state, steps of {1000 * runs[0].step_seconds:.0f} ms"
     lost = ", ".join(f"{run.name} {run.rework if run.rework is not None else 'never'}" for run in runs)
     return (
-        f"Measured on this machine, with {size}: so many steps it took to regain the loss after one kill, half way "
-        f"between two saves: {lost}. That is one kill of each, and what a save costs differs from run to run and from "
-        "disk to disk; docs/results.md has the means of many failures, and docs/benchmarks.md a larger model."
+        f"Steps to regain the loss after one kill halfway between two saves, on this machine, with {size}: {lost}. "
+        "This is one kill each, and the cost of a save differs between runs and disks; docs/results.md has the means "
+        "of many failures, and docs/benchmarks.md a larger model."
     )
 
 

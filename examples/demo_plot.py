@@ -1,4 +1,4 @@
-"""The picture of the demo: the held-out loss around the kill, and the steps that had to be done again."""
+"""The plot of the demo: the held-out loss around the kill, and the steps that had to be repeated."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ COLORS = ("#00695c", "#5b6abf", "#d17a00")
 
 
 class Run(Protocol):
-    """What the picture shows of a training."""
+    """What the plot needs of a training."""
 
     @property
     def name(self) -> str: ...
@@ -42,22 +42,22 @@ class Run(Protocol):
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    """Draws a panel for each run and writes the picture."""
+    """Draw a panel for each run and write the plot."""
     figure = Figure(figsize=(8, 1 + 1.9 * len(runs)), dpi=150, layout="constrained")
     panels = figure.subplots(len(runs), sharex=True, sharey=True)
     for axes, run, color in zip(panels, runs, COLORS, strict=True):
         draw(axes, run, color)
     longest = max(run.rework if run.rework is not None else AFTER for run in runs)
     left = min(BEFORE, 40 + max(run.every + (run.before[-1].step - run.saves[-1]) for run in runs))
-    # At least so far that the words fit.
+    # At least far enough for the text.
     panels[-1].set_xlim(-left, max(0.7 * left, min(AFTER, longest + 45)))
     highest = max(line.held_out_loss for run in runs for line in run.before[-left:])
     lowest = min(line.held_out_loss for run in runs for line in run.after)
-    # Room for words below what falls.
+    # Room for text below the falling curve.
     panels[-1].set_ylim(lowest - 0.4 * (highest - lowest), highest + 0.05 * (highest - lowest))
-    panels[-1].set_xlabel("steps computed since the kill, those done again included")
+    panels[-1].set_xlabel("steps computed since the kill, including repeated ones")
     figure.supylabel("held-out loss", fontsize="medium")
-    figure.suptitle("What one SIGKILL costs, at the same share of the time for saves", fontweight="bold", color=INK)
+    figure.suptitle("What one SIGKILL costs when saves take the same share of the time", fontweight="bold", color=INK)
     figure.savefig(path)
 
 
@@ -79,5 +79,5 @@ def draw(axes: Axes, run: Run, color: str) -> None:
     top = axes.get_xaxis_transform()
     outcome = f"{rework} steps to regain the loss" if run.rework is not None else "the loss is not regained"
     axes.text(-3, 0.95, f"SIGKILL after step {kill}", transform=top, color=KILL, ha="right", va="top")
-    # Below what falls to the right.
+    # Below the falling curve.
     axes.text(3, 0.04, f"resumed at step {run.after[0].step}:\n{outcome}", transform=top, color=INK, va="bottom")

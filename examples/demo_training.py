@@ -1,4 +1,4 @@
-"""The training that the demo kills: it writes one line a step, and may kill itself half way between two saves."""
+"""The training that the demo kills: it writes one line per step, and may kill itself halfway between two saves."""
 
 import argparse
 import csv
@@ -28,10 +28,10 @@ class Line(NamedTuple):
 
     Attributes:
         step: The optimizer step.
-        clock: Seconds, counted from somewhere.
-        held_out_loss: The loss on digits that are held out.
-        begun: Saves that have begun.
-        written: Saves that are written.
+        clock: Seconds, from an arbitrary origin.
+        held_out_loss: The loss on held-out digits.
+        begun: The number of saves that have begun.
+        written: The number of saves that are written.
     """
 
     step: int
@@ -48,7 +48,7 @@ class Saver(Protocol):
 
 
 class CountingIO(TorchCheckpointIO):
-    """Lightning's own way to write checkpoints; it counts them."""
+    """Lightning's default way to write checkpoints; it counts them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class CountingIO(TorchCheckpointIO):
 
 
 class SCARSaver(SCARCheckpoint):
-    """SCARCheckpoint as it comes; it tells its counts."""
+    """SCARCheckpoint with its defaults; it tells its counts."""
 
     def counts(self) -> tuple[int, int]:
         running, saves = self._running, self.stats.saves
@@ -75,13 +75,13 @@ class SCARSaver(SCARCheckpoint):
 
 
 class Journal(Callback):
-    """Writes a :class:`Line` for every step, and ends the training when it has shown what it is to show.
+    """Writes a :class:`Line` for every step, and ends the training when the loss is regained.
 
     Args:
         path: The file; a restarted process appends to it.
         saver: Whose saves are counted.
-        kill_from: Behind the first save from this step on the process kills itself with SIGKILL, half way to the next.
-        goal: The training ends some steps after the held-out loss is down there.
+        kill_from: The process kills itself with SIGKILL halfway after the first save from this step on.
+        goal: The training ends some steps after the held-out loss has fallen to this.
     """
 
     def __init__(self, path: Path, saver: Saver, kill_from: int | None, goal: float | None) -> None:
@@ -103,7 +103,7 @@ class Journal(Callback):
     ) -> None:
         line = self._write(trainer, pl_module)
         if line.begun > self._begun:
-            # Checkpoint callbacks come after this one: they have saved behind the step before this.
+            # Checkpoint callbacks run after this one, so their last save is after the previous step.
             self._begun = line.begun
             self._saves.append(line.step - 1)
         if self.kill_from is not None and self._is_half_way(line.step, self.kill_from):
@@ -127,7 +127,7 @@ class Journal(Callback):
 
 
 def held_out_loss(trainer: Trainer, module: LightningModule) -> float:
-    """The loss on 50 digits that are held out, always the same."""
+    """Return the loss on 50 held-out digits, always the same."""
     images, labels = trainer.datamodule.held_out[::10]  # type: ignore[attr-defined]
     with torch.no_grad():
         return float(cross_entropy(module(images), labels))
@@ -137,7 +137,7 @@ class Perceptron(DigitClassifier):
     """Three linear layers of 1.9 million parameters: with Adam 22 MB of state, more than the small CNN has."""
 
     def __init__(self) -> None:
-        # So small a learning rate that the loss still falls at the kill: otherwise lost steps would not show.
+        # A learning rate so small that the loss still falls at the kill; otherwise lost steps would not show.
         super().__init__(learning_rate=1e-5)
         width = 1024
         self.layers = nn.Sequential(
@@ -155,11 +155,11 @@ def main() -> None:
     arguments.add_argument("method", choices=["SCARCheckpoint", "ModelCheckpoint", "AsyncCheckpointIO"])
     arguments.add_argument("folder", type=Path)
     arguments.add_argument(
-        "--every", type=int, help="save every so many steps; without it SCARCheckpoint finds out by itself"
+        "--every", type=int, help="save every N steps; by default SCARCheckpoint chooses the interval"
     )
-    arguments.add_argument("--steps", type=int, required=True, help="end after so many steps")
-    arguments.add_argument("--kill-from", type=int, help="kill the process half way behind a save from here on")
-    arguments.add_argument("--goal", type=float, help="end when the held-out loss is down there")
+    arguments.add_argument("--steps", type=int, required=True, help="end after N steps")
+    arguments.add_argument("--kill-from", type=int, help="kill the process halfway after a save from this step on")
+    arguments.add_argument("--goal", type=float, help="end when the held-out loss has fallen to this")
     options = arguments.parse_args()
 
     saved = options.folder / "saved"
@@ -173,7 +173,7 @@ def main() -> None:
         plugins = [AsyncCheckpointIO(io) if options.method == "AsyncCheckpointIO" else io]
         checkpoint = ModelCheckpoint(saved, every_n_train_steps=options.every)
 
-    torch.set_num_threads(1)  # so that all take the same steps, and saves have a core of their own
+    torch.set_num_threads(1)  # so that all make the same steps, and saves have their own core
     seed_everything(1, verbose=False)
     trainer = Trainer(
         accelerator="cpu",

@@ -16,7 +16,7 @@ Batch = tuple[Tensor, Tensor]
 class Digits(LightningDataModule):
     """Every tenth digit is held out; the rest is for training.
 
-    The training loader has a state, so that a resumed run goes on with the batch where it stopped.
+    The training loader is stateful, so that a resumed run continues with the batch where it stopped.
 
     Args:
         batch_size: Digits in a training batch.

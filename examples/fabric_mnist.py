@@ -1,4 +1,4 @@
-"""Train a CNN on MNIST digits with Lightning Fabric. Kill it and run it again: it goes on where it was.
+"""Train a CNN on MNIST digits with Lightning Fabric. Kill it and run it again: it resumes.
 
 python examples/fabric_mnist.py
 """
@@ -43,7 +43,7 @@ def main() -> None:
             with torch.no_grad():
                 accuracy = (model(images).argmax(1) == labels).float().mean().item()
             fabric.print(f"epoch {epoch}: accuracy {accuracy:.3f}, step {scar.steps}")
-            # Beside it, now and then, what Fabric itself saves: here through the same files, one delta each.
+            # Now and then Fabric's own save, too: here through the same files, one delta each.
             fabric.save(f"{options.dir}/epochs", {**state, "step": scar.steps})
 
 

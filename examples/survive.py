@@ -1,7 +1,7 @@
-"""Train on MNIST digits on three CPU ranks, of which one is killed on the way: the others take its replacement in.
+"""Train on MNIST digits on three CPU ranks, kill one, and see the others continue with its replacement.
 
 python examples/survive.py                        # SIGKILL for rank 0 in step 20
-python examples/survive.py --on-failure buffer    # meanwhile weights wait, and gradients are collected
+python examples/survive.py --on-failure buffer    # meanwhile weights are frozen and gradients are collected
 """
 
 import os
@@ -18,7 +18,7 @@ from lightning_scar import SCARDDPStrategy
 
 
 class KillOnce(Callback):
-    """Ends the process of one rank as the kernel would: nothing in it is asked."""
+    """Kills the process of one rank with SIGKILL."""
 
     def __init__(self, strategy: SCARDDPStrategy, rank: int, step: int) -> None:
         self.strategy = strategy
@@ -35,8 +35,8 @@ class KillOnce(Callback):
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=3, help="the number of ranks")
-    parser.add_argument("--kill", type=int, default=0, help="which of them is killed")
-    parser.add_argument("--step", type=int, default=20, help="behind which step")
+    parser.add_argument("--kill", type=int, default=0, help="the rank to kill")
+    parser.add_argument("--step", type=int, default=20, help="the step after which it is killed")
     parser.add_argument("--on-failure", default="shrink", help="shrink, buffer or wait")
     parser.add_argument("--epochs", type=int, default=3)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """Train on MNIST digits on two CPU ranks, each with about half of Adam's state (ZeRO), and resume on any number.
 
-python examples/zero.py --steps 50        # is cut short
-python examples/zero.py                   # goes on where it was, to the end
+python examples/zero.py --steps 50        # stops early
+python examples/zero.py                   # resumes, and runs to the end
 python examples/zero.py --devices 3       # or on another number of ranks
 """
 
@@ -23,7 +23,7 @@ from lightning_scar import SCARCheckpoint
 
 
 class ShardedDigitClassifier(DigitClassifier):
-    """Each rank has Adam's state of some of the parameters only: whole ones, so here are several of about one size."""
+    """Each rank has Adam's state of some whole parameters only, so here are several of about the same size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ShardedDigitClassifier(DigitClassifier):
 
 
 class SharedDigits(Digits):
-    """Every rank sees a share of its own, in an order that follows from the epoch alone."""
+    """Every rank sees its own share, in an order that depends only on the epoch."""
 
     @override
     def train_dataloader(self) -> StatefulDataLoader[Batch]:
@@ -61,7 +61,7 @@ class CutShort(Callback):
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, default=2, help="the number of ranks")
-    parser.add_argument("--steps", type=int, help="cut training short after so many steps")
+    parser.add_argument("--steps", type=int, help="stop training early, after N steps")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--dir", type=Path, default=Path("runs/zero/scar"))
     options = parser.parse_args()

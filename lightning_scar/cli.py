@@ -1,4 +1,4 @@
-"""The command ``lightning-scar``: run scripts that outlive their workers; look at, verify, export checkpoints."""
+"""The command ``lightning-scar``: run scripts that survive lost workers; inspect, verify, export checkpoints."""
 
 import math
 import os
@@ -27,12 +27,12 @@ from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of, retry
 
 
 def run() -> int:
-    """Runs a script in several workers, and replaces those that die; see ``lightning-scar run --help``."""
+    """Run a script in several workers, and replace those that die; see ``lightning-scar run --help``."""
     raise NotImplementedError("main() reads its command line")
 
 
 def inspect(dir: str, storage_options: dict[str, Any] | None = None) -> int:
-    """Shows what a running checkpoint holds: blocks, ages, bytes, steps.
+    """Show what a running checkpoint holds: blocks, ages, bytes, steps.
 
     Args:
         dir: The running checkpoint's directory, a path or any fsspec URL.
@@ -50,7 +50,7 @@ def inspect(dir: str, storage_options: dict[str, Any] | None = None) -> int:
 
 
 def verify(dir: str, storage_options: dict[str, Any] | None = None) -> int:
-    """Reads every block that counts and checks its checksum; exits with 1 if any is damaged.
+    """Read every block that counts and check its checksum; exit with 1 if any is damaged.
 
     Args:
         dir: The running checkpoint's directory, a path or any fsspec URL.
@@ -78,13 +78,13 @@ def export(
     overwrite: bool = False,
     storage_options: dict[str, Any] | None = None,
 ) -> int:
-    """Writes a running checkpoint as one file.
+    """Write a running checkpoint as one file.
 
     Args:
         dir: The running checkpoint's directory, a path or any fsspec URL.
         out: ``*.ckpt`` for a checkpoint that plain Lightning loads, ``*.safetensors`` for the model's weights.
         consistent: Take the newest full save, all blocks of one step, instead of the newest version of every block.
-        weights_only: Refuse a skeleton that holds other than plain values; ``false`` only for what you trust.
+        weights_only: Refuse a skeleton with anything but plain values; ``false`` only for a checkpoint you trust.
         overwrite: Replace ``out`` if it exists.
         storage_options: Passed to the file system of ``dir``.
 
@@ -105,13 +105,13 @@ def export(
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     commands: Any = {"run": run, "inspect": inspect, "verify": verify, "export": export}
     try:
         if sys.argv[1:2] == ["run"]:
             if (refusal := supervisor_refusal()) is not None:
                 sys.exit(f"lightning-scar: {refusal}")
-            # The script's own arguments follow, which are nobody else's to read.
+            # Its arguments include the script's own, which jsonargparse must not parse.
             from lightning_scar.elastic.supervisor.command_line import main as run_main
 
             sys.exit(run_main(sys.argv[2:]))
@@ -145,7 +145,7 @@ def _torch_file(checkpoint: dict[str, Any]) -> bytes:
 
 def _weights_file(checkpoint: dict[str, Any]) -> bytes:
     weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-    # The format has no shared tensors: tied weights are written under each of their names.
+    # The format has no shared tensors: write tied weights under each of their names.
     return safetensors.torch.save({name: value.clone().contiguous() for name, value in weights.items()})
 
 
@@ -177,7 +177,7 @@ def _summary(store: DeltaStore) -> Table:
 
 
 def _refresh(store: DeltaStore) -> str:
-    """How far it is off, and what it takes."""
+    """Describe the refresh: its share of the bytes and what it does for the distance."""
     by_age = sorted(store.deltas, key=lambda delta: delta.head.recency)
     newest = {delta.head.rank: delta for delta in by_age if delta.head.kind != "compacted"}
     deltas = [delta for delta in newest.values() if delta.refreshes]

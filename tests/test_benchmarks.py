@@ -132,7 +132,7 @@ def test_without_moonclip_the_others_are_compared(tmp_path: Path, capsys: pytest
     assert moonclip_peer.methods("no", tmp_path) == []
     sys.modules.pop("moonclip", None)
     assert moonclip_peer.methods(str(tmp_path), tmp_path) == []
-    assert "moonclip 0.3.1 cannot be had, and is left out: No module named 'moonclip'" in capsys.readouterr().err
+    assert "moonclip 0.3.1 is not available and is left out: No module named 'moonclip'" in capsys.readouterr().err
 
 
 def test_every_method_is_measured_between_two_stretches_without_a_save(tmp_path: Path) -> None:

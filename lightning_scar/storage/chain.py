@@ -1,8 +1,8 @@
-"""What only a rank's memory has, copied to the memory of the hosts that come next, beside the training.
+"""Copies of what only a rank's memory has, in the memory of the next hosts, made in the background.
 
 Chain replication (van Renesse and Schneider, OSDI 2004) as far as a running checkpoint needs it: files are immutable,
 and any newest version will do, so a copy is a place that follows another one, file by file in their order, each
-acknowledged. Whatever a slow network does not carry in time is superseded and never sent.
+acknowledged. What a slow network does not carry in time is superseded and never sent.
 """
 
 import json
@@ -20,13 +20,13 @@ from lightning_scar.storage.store import rank_folder
 _FILE = "address.json"
 #: Seconds after which a host that could not be reached is tried again, and addresses are read again.
 _RETRY_SECONDS = 5.0
-#: Seconds that the end may take.
+#: Seconds that closing may take.
 _CLOSE_SECONDS = 10.0
 _TIMEOUT = 10.0
 
 
 class Address(NamedTuple):
-    """Where a rank takes in copies.
+    """Where a rank receives copies.
 
     Attributes:
         rank: The rank.
@@ -97,7 +97,7 @@ def _file(rank: int) -> str:
 
 
 class Chain:
-    """Keeps copies of what one rank has in memory only on the next hosts.
+    """Keeps copies, on the next hosts, of what one rank has only in memory.
 
     The hosts are in the order of their first ranks, and the chain begins behind this one. A host that cannot be reached
     is passed over, and the next one brought up to date instead.
@@ -105,15 +105,15 @@ class Chain:
     Args:
         memory: This host's memory.
         folders: The folders in it that are the rank's.
-        names: Gives the names of the files that are to be copied.
+        names: Returns the names of the files to copy.
         own: This rank's own address.
-        addresses: Those of all ranks.
-        key: That of the servers.
+        addresses: The addresses of all ranks.
+        key: The key of the servers.
         world_size: The number of ranks.
-        replicas: On how many hosts to keep a copy.
+        replicas: The number of hosts to keep a copy on.
 
     Attributes:
-        trouble: Why the last copy did not succeed, if so.
+        trouble: Why the last copy failed, if it did.
 
     """
 
@@ -236,13 +236,13 @@ class Chain:
             link.copies.look()
             with suppress(NoRoomError):
                 return link.copies.update()
-            # It lags so far behind that old and new together are too much.
+            # It lags so far behind that old and new files together do not fit.
             link.copies.delete_unwanted()
             return link.copies.update()
         except ConnectionError:
             raise
         except OSError as error:
-            # It is there, but does not take it.
+            # The host is there, but refuses.
             self.trouble = error
             return False
 

@@ -29,7 +29,7 @@ def _as_connection_errors() -> Iterator[None]:
     except EOFError:
         raise ConnectionError("the connection was closed") from None
     except (BlockingIOError, TimeoutError):
-        raise ConnectionError("nothing has moved for too long") from None
+        raise ConnectionError("the connection timed out") from None
     except (OSError, ValueError, AssertionError) as error:
         # Older Pythons answer a peer that speaks another protocol with an assertion.
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
@@ -40,7 +40,7 @@ class Channel:
 
     Args:
         peer: The connected socket, which belongs to the channel from here on.
-        timeout: Seconds in which something has to move when it is the other end's turn.
+        timeout: Seconds that the other end may be silent when it is its turn.
 
     Raises:
         ConnectionError: From every method, if the other end is gone or does not keep to the protocol.
@@ -100,7 +100,7 @@ class Channel:
             raise TimeoutError
         message = orjson.loads(self._connection.recv_bytes(_LONGEST_MESSAGE))
         if not isinstance(message, dict):
-            raise ValueError(f"{message!r} is no message")
+            raise ValueError(f"{message!r} is not a message")
         return message
 
     @_as_connection_errors()
@@ -114,7 +114,7 @@ class Channel:
         return self._connection.recv_bytes(PIECE)
 
     def cut(self) -> None:
-        """End the conversation from another thread: whoever waits for something gets an error, at both ends."""
+        """End the connection from another thread: both ends get an error if they are waiting."""
         with socket.socket(fileno=self._connection.fileno()) as peer:
             try:
                 peer.shutdown(socket.SHUT_RDWR)

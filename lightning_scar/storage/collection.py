@@ -1,4 +1,4 @@
-"""Python's garbage collector, out of the way."""
+"""Pausing Python's garbage collector."""
 
 import gc
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Keeps the cyclic collector from running while tens of thousands of small objects are made.
+    """Pause the cyclic garbage collector while tens of thousands of small objects are made.
 
-    They hold no cycles, and every few thousand of them would have it walk over all of torch: most of the time that it
-    takes to read the headers of a directory.
+    They hold no cycles, but every few thousand of them would make it walk over all of torch. That takes most of the
+    time of reading a directory's headers.
     """
     was_on = gc.isenabled()
     gc.disable()

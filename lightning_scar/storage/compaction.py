@@ -7,13 +7,13 @@ from typing import NamedTuple
 MAX_FILES = 64
 #: Merging begins here, so that the bound holds while a merge and the saves beside it are under way.
 _MERGE_FROM_FILES = 48
-#: What is merged at once is at most this share of the state, if it is more than a few files. So much is kept free, too.
+#: One merge of more than a few files takes at most this share of the state. As much is kept free.
 _SHARE = 1 / 8
-#: A file with less to give is not rewritten for the sake of bytes.
+#: A file with a smaller share of dead bytes is not rewritten to gain bytes.
 _LEAST_DEAD = 0.1
 
 
-#: The bound on bytes at rest, in states: two versions of every block, and what is to be merged.
+#: The bound on stored bytes, in sizes of the state: two versions of every block, and what is to be merged.
 STATES = 3
 
 
@@ -21,11 +21,11 @@ class Usage(NamedTuple):
     """How much of a delta is still needed.
 
     Attributes:
-        nbytes: Bytes in all.
+        nbytes: Its size.
         live: Bytes of blocks that are kept.
         newest: The share of these blocks that are the newest version, not one to fall back to.
         age: Saves since it was written.
-        may_merge: Whether it may be replaced at all.
+        may_merge: Whether it may be replaced.
 
     """
 
@@ -37,19 +37,19 @@ class Usage(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """Bytes to copy for each byte gained; more for a file that empties soon by itself.
+        """Bytes to copy for each byte gained, weighted; higher for a file that will soon be empty anyway.
 
-        An older version lives until its block is saved next, a newest one for twice as long, and either dies the
-        sooner the older it is. The numbers are from simulations of saves in turn and of saves of the furthest blocks.
+        An older version lives until its block's next save, a newest one twice as long; the older either is, the sooner
+        it dies. The constants come from simulations of saves in turn and of saves of the furthest blocks.
         """
         return self.live / (self.nbytes - self.live) * float((1 + self.age) ** 0.25) / (0.2 + self.newest)
 
 
 def worth_merging(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> list[int]:
-    """Which deltas to replace by one or two that hold only what they still have to offer.
+    """Return which deltas to replace by one or two that hold only their live blocks.
 
     Args:
-        usage: Every delta of the rank, none of them wholly dead.
+        usage: Every delta of the rank that has live blocks.
         state_bytes: Bytes of the rank's share of the training state.
         save_bytes: Bytes of one partial save, kept free for the next.
 
@@ -57,7 +57,7 @@ def worth_merging(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> 
         Indices into ``usage``; empty when the store is within its bounds.
 
     Example:
-        Three states' worth of bytes, of which the first file needs the fewest::
+        Three files as large as the state; the first has the fewest live bytes::
 
             >>> worth_merging([Usage(100, 20), Usage(100, 90), Usage(100, 95)], state_bytes=100, save_bytes=10)
             [0]
@@ -76,9 +76,9 @@ def worth_merging(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> 
 def _limit(usage: Sequence[Usage], state_bytes: int, save_bytes: int) -> float:
     live = sum(each.live for each in usage)
     if live > STATES * state_bytes:
-        # What is kept breaks the bound by itself (headers of tiny blocks), and merging at every save would not help.
+        # The live bytes alone exceed the bound (headers of tiny blocks); merging at every save would not help.
         return live / 0.75
-    # A full save is as large as the state: to keep that free would leave no room for anything dead.
+    # A full save is as large as the state; keeping that free would leave no room for dead bytes.
     return STATES * state_bytes - min(save_bytes, state_bytes * _SHARE)
 
 

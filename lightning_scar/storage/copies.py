@@ -1,4 +1,4 @@
-"""Blocks on their way from one delta into another one."""
+"""Copying blocks from one delta into another."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -9,7 +9,7 @@ from lightning_scar.storage.delta import WHOLE, Column, DamagedError, Delta, Ent
 from lightning_scar.storage.delta_file import read_entries
 from lightning_scar.storage.source import Source
 
-#: Bytes that are read before they are written.
+#: Bytes read before they are written.
 _AT_ONCE = 1 << 21
 
 
@@ -19,7 +19,7 @@ class Copy(NamedTuple):
     Attributes:
         delta: Where it is.
         block: Which block.
-        source: That delta's file. Open, it stays readable even if it is deleted meanwhile.
+        source: That delta's open file, which stays readable even if it is deleted meanwhile.
 
     """
 
@@ -29,7 +29,7 @@ class Copy(NamedTuple):
 
 
 class DamagedCopyError(DamagedError):
-    """A block that was to be copied is damaged where it is.
+    """A block to be copied is damaged in its source.
 
     Attributes:
         copy: The block.
@@ -42,9 +42,9 @@ class DamagedCopyError(DamagedError):
 
 
 def as_sections(copies: Iterable[Copy]) -> list[Section]:
-    """The sections of a new delta, whose bytes are read and verified when their turn to be written comes.
+    """Return the sections of a new delta; their bytes are read and verified when they are written.
 
-    A block that is found damaged then raises :class:`DamagedCopyError`.
+    A damaged block then raises :class:`DamagedCopyError`.
     """
     alike: dict[Any, list[Copy]] = {}
     for number, copy in enumerate(copies):
@@ -53,7 +53,7 @@ def as_sections(copies: Iterable[Copy]) -> list[Section]:
 
 
 def _kind(block: StoredBlock, number: int) -> Any:
-    """What blocks of one section have in common."""
+    """Return what blocks of one section have in common."""
     if block.span == WHOLE:
         return number
     rows = block.span[1] - block.span[0]
@@ -93,6 +93,6 @@ def _read_together(places: Sequence[tuple[Copy, Entry]]) -> memoryview:
     except DamagedError as error:
         if len(places) == 1:
             raise DamagedCopyError(places[0][0], error) from None
-        # One by one, to find out which.
+        # One by one, to find the damaged one.
         return memoryview(b"".join(_read_together([place]) for place in places))
     return memory

@@ -1,6 +1,6 @@
-"""A delta, what one save writes: what goes into the file, and what is found there.
+"""A delta, the file of one save: what goes into it, and what is found in it.
 
-The blocks of one group stand together, in a *section*, and so does its *refresh*.
+The blocks of one group are stored together, in a *section*; so is its *refresh*.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,13 +16,13 @@ from lightning_scar.storage.head import Head, Version
 
 SUFFIX = ".safetensors"
 
-#: First row, row behind the last. ``(0, 0)`` for what is not cut into rows: its key is the name of its group.
+#: First row, row after the last. ``(0, 0)`` for what is not divided into rows; its key is the name of its group.
 Span = tuple[int, int]
 WHOLE: Span = (0, 0)
 
 
 class StorageError(RuntimeError):
-    """Something on disk is not what it should be."""
+    """What is on disk is not as it should be."""
 
 
 class DamagedError(StorageError):
@@ -34,7 +34,7 @@ class NewerFormatError(StorageError):
 
 
 def block_key(group: str, span: Span) -> str:
-    """The name of a block.
+    """Return the name of a block.
 
     Example::
 
@@ -46,12 +46,12 @@ def block_key(group: str, span: Span) -> str:
 
 
 def _memory(nbytes: int) -> memoryview:
-    # Zeros would be written for nothing.
+    # Unlike a bytearray, it is not filled with zeros first.
     return np.empty(nbytes, np.uint8).data
 
 
 def checksum(data: bytes | memoryview) -> int:
-    """The checksum of some bytes: XXH3 with 64 bits.
+    """Return the checksum of some bytes: XXH3 with 64 bits.
 
     Example::
 
@@ -64,14 +64,14 @@ def checksum(data: bytes | memoryview) -> int:
 
 @dataclass(frozen=True)
 class Column:
-    """One slot of a section on its way into a file.
+    """One slot of a section to be written.
 
     Attributes:
         dtype: The safetensors name of the data type.
         row_shape: The shape of one row.
         nbytes: Bytes of all rows.
-        checksums: That of each block.
-        data: Gives the bytes piece by piece, block after block, when their turn has come.
+        checksums: The checksum of each block.
+        data: Yields the bytes in pieces, block after block; called when they are written.
 
     """
 
@@ -84,7 +84,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks of one group that have the same slots, on their way into a file.
+    """Blocks of one group with the same slots, to be written.
 
     Attributes:
         group: The name of the group.
@@ -111,7 +111,7 @@ class Section:
 
 
 class Encoded(NamedTuple):
-    """One slot of a group's refresh on its way into a file.
+    """One slot of a group's refresh, to be written.
 
     Attributes:
         codec: How it is encoded, e.g. ``"linear4"``.
@@ -131,8 +131,8 @@ class _Refreshed:
 
     Attributes:
         group: The name of the group.
-        rows: A row for each block, in the order of their codes: its span, and the base against which it was made
-            (incarnation, sequence). An array, since a directory has hundreds of thousands of which few are looked at.
+        rows: A row for each block, in the order of their codes: its span, and the base that it was made against
+            (incarnation, sequence). An array, because a directory has hundreds of thousands, of which few are used.
 
     """
 
@@ -168,12 +168,12 @@ class Refresh(_Refreshed):
 
 
 class Entry(NamedTuple):
-    """Where some bytes lie in a file.
+    """The place of some bytes in a file.
 
     Attributes:
         dtype: The safetensors name of their data type.
         start: Offset of the first byte in the file.
-        stop: Offset behind the last byte.
+        stop: Offset after the last byte.
         checksum: XXH3 of the bytes.
         row_shape: The shape of one row, if they are rows.
 
@@ -187,7 +187,7 @@ class Entry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """How many bytes there are."""
+        """The number of bytes."""
         return self.stop - self.start
 
 
@@ -198,7 +198,7 @@ class StoredBlock:
         group: The name of its group.
         span: Its rows.
         version: Which version.
-        slots: Gives its slots, when they are asked for: of tens of thousands in a directory few are read.
+        slots: Returns its slots; called only if they are needed, because a directory has tens of thousands of blocks.
 
     """
 
@@ -211,11 +211,11 @@ class StoredBlock:
 
     @cached_property
     def slots(self) -> dict[str, Entry]:
-        """Where each of its slots lies."""
+        """The place of each of its slots."""
         return self._slots()
 
     def new_memory(self) -> dict[str, memoryview]:
-        """Memory to read the block into."""
+        """Return memory to read the block into."""
         return {slot: _memory(entry.nbytes) for slot, entry in self.slots.items()}
 
     @cached_property
@@ -249,7 +249,7 @@ class StoredRefresh(_Refreshed):
         return sum(slot.codes.nbytes + slot.scales.nbytes for slot in self.slots.values())
 
     def new_memory(self) -> dict[str, tuple[memoryview, memoryview]]:
-        """Memory to read it into: codes and scales of each slot."""
+        """Return memory to read it into: codes and scales of each slot."""
         entries = ((slot, found.codes, found.scales) for slot, found in self.slots.items())
         return {slot: (_memory(codes.nbytes), _memory(scales.nbytes)) for slot, codes, scales in entries}
 
@@ -259,12 +259,12 @@ class Delta:
     """A delta file whose header is intact.
 
     Attributes:
-        directory: Where it lies; the same name may mean another file elsewhere.
+        directory: Its directory; in another one the same name may be another file.
         name: Its name there.
         nbytes: Its size.
-        head: What it says about itself.
-        blocks: What it holds exactly.
-        refreshes: What it holds in low precision.
+        head: Its metadata.
+        blocks: Its exact blocks.
+        refreshes: Its low-precision refreshes.
 
     """
 
@@ -282,12 +282,12 @@ class Delta:
 
     @property
     def folder(self) -> str:
-        """The folder of a rank that it lies in, relative to the directory."""
+        """Its rank's folder, relative to the directory."""
         return self.name.partition("/")[0]
 
     @cached_property
     def oldest_incarnation(self) -> int:
-        """The start that wrote the oldest of its blocks."""
+        """The incarnation of its oldest block."""
         return min((block.version.incarnation for block in self.blocks), default=self.head.incarnation)
 
     @cached_property

@@ -1,7 +1,7 @@
-"""The file of a delta: safetensors that check themselves.
+"""The file of a delta: safetensors with checksums.
 
 ``safetensors.safe_open`` reads it: 8 bytes with the header's length, a JSON header, the data. The header's own checksum
-(XXH3, 64 bits) decides whether the file counts at all; those of the data are verified when they are read.
+(XXH3, 64 bits) decides whether the file counts; those of the data are verified when they are read.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -37,11 +37,11 @@ _HEADER_READAHEAD = 1 << 17
 
 @dataclass(frozen=True)
 class DeltaFile(Iterable[bytes | memoryview]):
-    """A delta on its way into a file: its bytes, piece by piece, as often as they are asked for.
+    """A delta to be written: its bytes in pieces, which may be iterated more than once.
 
     Attributes:
         front: Header and tables: all that :func:`read_delta` reads.
-        data: Gives the rest.
+        data: Yields the rest.
         nbytes: Bytes of both.
 
     """
@@ -52,11 +52,11 @@ class DeltaFile(Iterable[bytes | memoryview]):
 
     @override
     def __iter__(self) -> Iterator[bytes | memoryview]:
-        """Go through all of it, from the beginning."""
+        """Iterate over all bytes from the beginning."""
         return chain((self.front,), self.data())
 
     def write(self, directory: Directory, name: str) -> Delta:
-        """Write it, durably; what lies there is known without reading it back.
+        """Write it durably, and return the delta without reading it back.
 
         Raises:
             OSError: If it cannot be written.
@@ -67,12 +67,12 @@ class DeltaFile(Iterable[bytes | memoryview]):
 
 
 def encode(head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> DeltaFile:
-    """Lays out the file of a delta.
+    """Lay out the file of a delta.
 
     Args:
-        head: What the delta says about itself.
-        sections: The blocks to put in.
-        refreshes: The refresh, at most one of each group.
+        head: The delta's metadata.
+        sections: The blocks.
+        refreshes: The refreshes, at most one per group.
 
     """
     about, entries, tables, data = format_2.encode(sections, refreshes)
@@ -92,14 +92,14 @@ def _end(entries: dict[str, Any]) -> int:
 
 
 def read_delta(directory: Directory, name: str) -> Delta:
-    """Reads a delta's header and checks it.
+    """Read and verify a delta's header.
 
     Args:
-        directory: Where the file lies.
+        directory: The file's directory.
         name: The file's name.
 
     Raises:
-        DamagedError: If the header does not match its checksum, or the file ends before its data do.
+        DamagedError: If the header does not match its checksum, or the file is truncated.
         NewerFormatError: If a newer version of this library wrote the file.
         FileNotFoundError: If the file is gone.
 
@@ -116,7 +116,7 @@ def read_delta(directory: Directory, name: str) -> Delta:
 
 
 def _parse(directory: Directory, name: str, file: IO[bytes], size: int) -> Delta:
-    # A damaged length may be any number; what is cut short here fails its checksum below.
+    # A damaged length may be any number; a truncated header fails its checksum below.
     text = file.read(min(int.from_bytes(file.read(8), "little"), size))
     try:
         metadata, entries = _checked_header(text)
@@ -126,20 +126,20 @@ def _parse(directory: Directory, name: str, file: IO[bytes], size: int) -> Delta
     except NewerFormatError as error:
         raise NewerFormatError(f"{directory.file(name)} {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{directory.file(name)} is damaged: its header does not hold ({error!r})") from None
+        raise DamagedError(f"{directory.file(name)} is damaged: its header is invalid ({error!r})") from None
     end = start + _end(entries)
     if end > size:
-        raise DamagedError(f"{directory.file(name)} is damaged: {size} bytes long, its data end at {end}")
+        raise DamagedError(f"{directory.file(name)} is damaged: it has {size} bytes, but its data end at {end}")
     return Delta(directory, name, size, head, tuple(blocks), tuple(refreshes))
 
 
 def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
     entries = orjson.loads(text)
     metadata = entries.pop("__metadata__")
-    # Before the checksum: a newer format may well compute it in another way.
+    # Before the checksum, which a newer format may compute differently.
     if int(metadata["format"]) > FORMAT_VERSION:
         raise NewerFormatError(
-            f"has format {metadata['format']}, this version of lightning-scar reads up to {FORMAT_VERSION}: "
+            f"has format {metadata['format']}, but this version of lightning-scar reads up to {FORMAT_VERSION}: "
             "upgrade lightning-scar"
         )
     expected = metadata["header_checksum"]
@@ -149,26 +149,26 @@ def _checked_header(text: bytes) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def read_blocks(source: Source, blocks: Iterable[tuple[StoredBlock, Mapping[str, memoryview], Container[str]]]) -> None:
-    """Reads blocks into ready memory and verifies their checksums.
+    """Read blocks into given memory and verify their checksums.
 
     Args:
         source: The open delta.
         blocks: Which blocks, writable bytes for each of their slots, and the slots to leave out.
 
     Raises:
-        DamagedError: If an entry cannot be read, or a block has other slots.
+        DamagedError: If an entry cannot be read, or a block has different slots.
 
     """
     entries: list[tuple[Entry, memoryview]] = []
     for block, into, left_out in blocks:
         if block.slots.keys() != into.keys():
-            raise DamagedError("its slots are not those of the block map")
+            raise DamagedError("its slots differ from those of the block map")
         entries += [(entry, into[slot]) for slot, entry in block.slots.items() if slot not in left_out]
     read_entries(source, entries)
 
 
 def read_refresh(source: Source, stored: StoredRefresh) -> Refresh:
-    """Reads the refresh of a group and verifies its checksums.
+    """Read the refresh of a group and verify its checksums.
 
     Args:
         source: The open delta.
@@ -186,19 +186,19 @@ def read_refresh(source: Source, stored: StoredRefresh) -> Refresh:
 
 
 def read_entries(source: Source, entries: Sequence[tuple[Entry, memoryview]]) -> None:
-    """Reads entries into ready memory and verifies their checksums.
+    """Read entries into given memory and verify their checksums.
 
     Args:
         source: The open delta.
         entries: Which entries, and writable bytes for each.
 
     Raises:
-        DamagedError: If the file ends too early, the bytes do not match their checksum, or there are not as many.
+        DamagedError: If the file ends too early, or the bytes do not match their checksum or the memory's size.
 
     """
     if any(len(into) != entry.nbytes for entry, into in entries):
-        raise DamagedError("its size is not that of the block map")
-    # Blocks that follow each other have their rows side by side in each slot: by place they are few long reads.
+        raise DamagedError("its size differs from that of the block map")
+    # Consecutive blocks have adjacent rows in each slot: in order of offset they make few, long reads.
     if not source.fill([(entry.start, into) for entry, into in sorted(entries, key=lambda item: item[0].start)]):
         raise DamagedError("the file ends too early")
     if any(checksum(into) != entry.checksum for entry, into in entries):

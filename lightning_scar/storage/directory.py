@@ -1,4 +1,4 @@
-"""A folder on any fsspec file system: durable atomic writes, fresh listings, reads into ready memory."""
+"""A folder on any fsspec file system: durable atomic writes, uncached listings, reads into given memory."""
 
 import os
 import threading
@@ -19,14 +19,14 @@ from lightning_scar.storage.locks import IS_POSIX, lock_alone, unlock
 from lightning_scar.storage.source import Source
 
 _TEMPORARY = ".tmp"
-#: Smaller pieces than this are gathered before they are written.
+#: Pieces smaller than this are buffered before they are written.
 _BUFFER = 1 << 18
-#: What is handed at once to a file that collects all it gets in memory until that is enough for a part of an upload.
+#: Bytes per write to a remote file, which buffers in memory until it has enough for one part of an upload.
 _SLICE = 1 << 23
 
 
 def _is_locked(descriptor: int) -> bool:
-    """Whether a file could be locked, or never can be."""
+    """Return whether the lock is taken, or the file system has none."""
     try:
         lock_alone(descriptor)
     except BlockingIOError:
@@ -36,8 +36,8 @@ def _is_locked(descriptor: int) -> bool:
     return True
 
 
-#: The packages with which the file systems for S3, Google, Azure, HTTP and others reach a server. Most of their errors
-#: are no ``OSError``.
+#: The packages through which the file systems for S3, Google, Azure, HTTP and others reach a server. Most of their
+#: errors are not ``OSError``.
 _CLIENTS = {
     "adlfs",
     "aiobotocore",
@@ -60,14 +60,14 @@ _CLIENTS = {
 
 
 def _is_of_store(error: Exception) -> bool:
-    # What a file system has no method for, such as writing, is not implemented.
+    # A read-only file system raises NotImplementedError on a write.
     is_of_client = any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
     return is_of_client or isinstance(error, NotImplementedError)
 
 
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """Turns the errors that object stores raise in words of their own into ``OSError``; mistakes stay what they are."""
+    """Convert object stores' own exceptions to ``OSError``; leave programming errors as they are."""
     try:
         yield
     except OSError:
@@ -79,7 +79,7 @@ def _as_os_errors() -> Iterator[None]:
 
 
 def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
-    """An instance that no user has, who may want listings to be remembered; another one takes long to make."""
+    """Return an instance that users do not share, as they may want cached listings; it is reused, as making is slow."""
     try:
         return url_to_fs(url, **{**options, "use_listings_cache": False})  # type: ignore[no-any-return]
     except TypeError:
@@ -87,7 +87,7 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 class Tier(IntEnum):
-    """How near a file is, the nearest first."""
+    """Where a file is, the nearest place first."""
 
     MEMORY = 0
     NEIGHBOUR = 1
@@ -117,43 +117,43 @@ class Directory:
     ) -> None:
         self.url = os.fspath(url)
         self.fs, path = _file_system(self.url, storage_options or {})
-        # A remembered listing hides what other processes, and other threads, have written or deleted since.
+        # A cached listing hides what other processes and threads have written or deleted since.
         self.fs.dircache = DirCache(use_listings_cache=False)
         self.path = str(path).rstrip("/")
-        #: Whether it is a path of this machine.
+        #: Whether the file system is local.
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
     def __str__(self) -> str:
         return self.url
 
     def file(self, name: str) -> str:
-        """The full path of the file ``name``, for messages and for the file system."""
+        """Return the full path of the file ``name``."""
         return f"{self.path}/{name}"
 
     def tier(self, name: str) -> Tier:
-        """How near the file ``name`` is."""
+        """Return where the file ``name`` is."""
         return Tier.STORAGE
 
     def further(self, name: str) -> "Directory | None":
-        """Where else the file ``name`` lies, for a reader who found it damaged here."""
+        """Return the next place of the file ``name``, for a reader that found it damaged here."""
         return None
 
     @_as_os_errors()
     def names(self, folder: str = "") -> list[str]:
-        """Return what lies here now, or in a folder below, sorted; empty when there is no such folder."""
+        """Return the names in this folder, or in a subfolder, sorted; empty if there is no such folder."""
         path = self.file(folder) if folder else self.path
         try:
             found = self.fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except KeyError:
-            # MemoryFileSystem stumbles over a file that is deleted while it lists.
+            # MemoryFileSystem fails when a file is deleted during the listing.
             return self.names(folder)
         names = (str(found).rstrip("/").rsplit("/", 1)[-1] for found in found if str(found).rstrip("/") != path)
         return sorted(name for name in names if not name.endswith(_TEMPORARY))
 
     def bytes_in(self, folder: str) -> int:
-        """Return the bytes of all files in a folder."""
+        """Return the total size of the files in a folder."""
         found = 0
         for name in self.names(folder):
             with suppress(FileNotFoundError), _as_os_errors():
@@ -162,10 +162,10 @@ class Directory:
 
     @_as_os_errors()
     def create(self) -> None:
-        """Makes the folder and its parents, where the file system has folders.
+        """Create the folder and its parents, if the file system has folders.
 
         Raises:
-            OSError: If the folder cannot be made or written to.
+            OSError: If the folder cannot be created or written to.
 
         """
         self.fs.makedirs(self.path, exist_ok=True)
@@ -174,10 +174,10 @@ class Directory:
 
     @contextmanager
     def alone(self, patience: float) -> Iterator[None]:
-        """Lets no other process of this host into the same ``with`` block, where the file system knows such locks.
+        """Exclude other processes of this host from the same ``with`` block, if the file system has locks.
 
         Args:
-            patience: Seconds to wait for another one. It may not be in such a block at all: users lock folders, too.
+            patience: Seconds to wait for the lock before going on without it, as users may lock folders, too.
 
         """
         if not (self.is_local and IS_POSIX):
@@ -194,10 +194,10 @@ class Directory:
             os.close(lock)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """Write a file so that a reader sees all of it or none, and a power cut after the return loses nothing.
+        """Write a file atomically and durably: readers see all of it or none, and a later power cut loses nothing.
 
         Args:
-            name: The file's name in this folder, or in a folder below, which is made if need be.
+            name: The file's name in this folder, or in a subfolder, which is created if necessary.
             pieces: What to write, in order.
 
         Raises:
@@ -210,13 +210,13 @@ class Directory:
         if self.is_local:
             self._write_local(Path(self.file(name)), pieces)
         elif isinstance(self.fs, MemoryFileSystem):
-            # A file that is open for writing is seen there already.
+            # Readers would see a file that is still open for writing.
             self.fs.pipe_file(self.file(name), b"".join(pieces))
         else:
             self._write_remote(self.file(name), pieces)
 
     def _write_remote(self, path: str, pieces: Iterable[bytes | memoryview]) -> None:
-        # In parts if it is large: object stores show an object at the end, as a whole.
+        # Object stores show an object only when it is complete, even if it is uploaded in parts.
         with _as_os_errors():
             file = self.fs.open(path, "wb")
             try:
@@ -225,7 +225,7 @@ class Directory:
                         file.write(piece[start : start + _SLICE])
                 file.close()
             except BaseException:
-                # Closing it, as its end does too, would complete the object with what there is.
+                # Closing it, as its finalizer does too, would complete the object with partial data.
                 with suppress(AttributeError):
                     file.closed = True
                 with suppress(Exception):
@@ -256,12 +256,12 @@ class Directory:
 
     @_as_os_errors()
     def open(self, name: str, readahead: int | None = None) -> IO[bytes]:
-        """Opens a file for reading.
+        """Open a file for reading.
 
         Args:
             name: The file's name.
-            readahead: How many bytes a remote file system may fetch beyond those asked for; by default its own choice,
-                often many megabytes.
+            readahead: Bytes that a remote file system may fetch beyond those requested; its own default is often many
+                megabytes.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -270,12 +270,12 @@ class Directory:
         if self.is_local:
             return open(self.file(name), "rb", buffering=0)
         if isinstance(self.fs, MemoryFileSystem):
-            # It has one file object a file, whose position all its readers would share.
+            # It has one file object per file, so readers would share its position.
             return BytesIO(self.read(name))
         return cast(IO[bytes], self.fs.open(self.file(name), "rb", block_size=readahead))
 
     def source(self, name: str) -> Source:
-        """Opens a file for reading entries.
+        """Open a file for reading entries.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -285,7 +285,7 @@ class Directory:
 
     @_as_os_errors()
     def read(self, name: str) -> bytes:
-        """All bytes of a small file.
+        """Return all bytes of a small file.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -295,12 +295,12 @@ class Directory:
 
     @_as_os_errors()
     def delete(self, name: str) -> None:
-        """Deletes a file; one that is already gone is no error."""
+        """Delete a file; one that is already gone is no error."""
         with suppress(FileNotFoundError, NotADirectoryError):
             self.fs.rm_file(self.file(name))
 
     def sweep(self, folder: str) -> None:
-        """Delete what writes cut short by a crash left behind in a folder. Only its one writer may call it."""
+        """Delete the temporary files that a crash left in a folder. Only the folder's writer may call this."""
         if self.is_local:
             for path in Path(self.file(folder)).glob(f".*{_TEMPORARY}"):
                 with suppress(OSError):

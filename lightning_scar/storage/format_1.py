@@ -1,4 +1,4 @@
-"""Format 1 of the delta, as it was written before there was a refresh: an entry for each slot of each block."""
+"""Format 1 of the delta, from before the refresh: an entry for each slot of each block."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from lightning_scar.storage.head import Version
 def contents(
     read: Callable[[int], bytes], metadata: dict[str, str], entries: dict[str, Any], data_start: int
 ) -> tuple[list[StoredBlock], list[StoredRefresh]]:
-    """What a delta holds; see :func:`lightning_scar.storage.format_2.contents`."""
+    """Return the contents of a delta; see :func:`lightning_scar.storage.format_2.contents`."""
     found = []
     for key, incarnation, sequence, step, checksums in orjson.loads(metadata["blocks"]):
         version = Version(incarnation, sequence, step)

@@ -1,8 +1,8 @@
 """Format 2 of the delta: a section of rows for each group, and its refresh.
 
-One entry for each slot (``param``, ``exp_avg``, ...) of a section holds the rows of its blocks, one block after the
-other. Of the refresh there is one entry of codes and one of scales for each slot, one group after the other. Tables of
-numbers at the beginning of the data say which rows these are, in which versions, with a checksum for each block.
+Each slot (``param``, ``exp_avg``, ...) of a section has one entry with the rows of its blocks, one block after the
+other. Each slot of the refresh has one entry of codes and one of scales, one group after the other. Tables at the
+beginning of the data hold the rows, version and checksum of each block.
 """
 
 import math
@@ -32,15 +32,14 @@ from lightning_scar.storage.head import Version
 def encode(
     sections: Sequence[Section], refreshes: Sequence[Refresh]
 ) -> tuple[dict[str, str], dict[str, Any], bytes, Callable[[], Iterator[memoryview]]]:
-    """Lays a delta out.
+    """Lay out a delta.
 
     Args:
-        sections: The blocks to put in.
-        refreshes: The refresh, at most one of each group.
+        sections: The blocks.
+        refreshes: The refreshes, at most one per group.
 
     Returns:
-        What the header says about them, the header's entries, the tables, and what gives the other data, piece by
-        piece.
+        The header's metadata, its entries, the tables, and a function that yields the other data in pieces.
 
     """
     layout = _Layout()
@@ -55,10 +54,10 @@ def encode(
         + layout.table("refreshed", _narrow(refreshed))
         + layout.table("encoded", np.array(places, dtype="<u8").reshape(-1, 4))
     )
-    # Names are given in the order of the header, whatever the order of the data.
+    # Names are assigned in the order of the header, not of the data.
     columns = [(layout.name(s.group, slot), column) for s in sections for slot, column in s.columns.items()]
     slots = [(layout.name("refresh", slot), slot) for slot in dict.fromkeys(slot for slot, _ in encoded)]
-    # Larger elements first: without gaps, every entry is then aligned to its element's size.
+    # Larger elements first: every entry is then aligned to its element size without gaps.
     for name, column in sorted(columns, key=lambda entry: _itemsize(entry[1].dtype), reverse=True):
         layout.rows(name, column)
     for name, slot in slots:
@@ -77,12 +76,12 @@ def encode(
 
 
 def _narrow(table: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """The largest of the tables in half as many bytes, if its numbers allow that."""
+    """Return a table as 32-bit integers, if its values fit: this one is the largest."""
     return table.astype("<i4") if table.size and table.max() <= np.iinfo("<i4").max else table
 
 
 def _place(pieces: Iterable[memoryview]) -> tuple[int, int]:
-    """How many bytes, and their checksum."""
+    """Return the number of bytes and their checksum."""
     digest, nbytes = xxhash.xxh3_64(), 0
     for piece in pieces:
         digest.update(piece)
@@ -94,7 +93,7 @@ _TABLES = {"<i4": "I32", "<i8": "I64", "<u8": "U64"}
 
 
 class _Layout:
-    """The entries of a file, one behind the other, and what gives their bytes."""
+    """The entries of a file, one after the other, and functions that yield their bytes."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Any] = {}
@@ -139,7 +138,7 @@ def _itemsize(dtype: str) -> int:
 
 
 class _Tables(NamedTuple):
-    """The numbers behind the header."""
+    """The tables after the header."""
 
     blocks: "np.ndarray[Any, Any]"
     checksums: "np.ndarray[Any, Any]"
@@ -166,13 +165,13 @@ class _Tables(NamedTuple):
 def contents(
     read: Callable[[int], bytes], metadata: dict[str, str], entries: dict[str, Any], data_start: int
 ) -> tuple[list[StoredBlock], list[StoredRefresh]]:
-    """What a delta holds.
+    """Return the contents of a delta.
 
     Args:
-        read: Reads on behind the header.
+        read: Reads on after the header.
         metadata: The strings in the header.
         entries: The entries in the header, by name.
-        data_start: Where the data begin in the file.
+        data_start: The offset of the data in the file.
 
     Raises:
         ValueError: If the tables do not match their checksum.
@@ -239,7 +238,7 @@ class _StoredSection:
         self._rows = list(accumulate((last - first for first, last in spans), initial=0))
 
     def slots(self, i: int) -> dict[str, Entry]:
-        """Where the slots of its block ``i`` lie."""
+        """Return the places of the slots of block ``i``."""
         found = {}
         for (slot, raw), sums in zip(self._columns.items(), self._checksums, strict=True):
             start, stop = raw["data_offsets"]

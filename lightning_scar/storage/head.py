@@ -1,4 +1,4 @@
-"""What a delta says about itself, and the words that it says it in."""
+"""The metadata of a delta."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ import orjson
 
 
 class Mark(NamedTuple):
-    """A moment of a training at which every rank saved all that it owns.
+    """A step at which every rank saved all that it owns.
 
     Attributes:
         incarnation: Which start of the training.
@@ -24,8 +24,8 @@ class Version(NamedTuple):
     """When a block was saved. Ordered by incarnation and sequence; the step is for people.
 
     Attributes:
-        incarnation: Which start of the training wrote it; grows by one at every start.
-        sequence: Which save of that incarnation; those count that a rank skips, so that all count alike.
+        incarnation: The start of the training that wrote it; grows by one at every start.
+        sequence: The save of that incarnation. Saves that a rank skips count too, so that all ranks agree.
         step: The optimizer step of that save.
 
     """
@@ -36,13 +36,13 @@ class Version(NamedTuple):
 
     @property
     def mark(self) -> Mark:
-        """The same without the sequence, in which ranks may differ."""
+        """The version without its sequence, in which ranks may differ."""
         return Mark(self.incarnation, self.step)
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a delta says about itself.
+    """The metadata of a delta.
 
     Attributes:
         incarnation: The incarnation that wrote the file.
@@ -53,9 +53,9 @@ class Head:
         world_size: The number of ranks that write.
         kind: ``"full"``, ``"partial"`` or ``"compacted"``.
         whole: Whether every rank had finished its first save, as far as the writer knew.
-        consistent: The full saves of which the rank can serve every block that it owns.
-        state_bytes: Bytes of the training state that the rank owns, of which the delta holds a part.
-        info: Small facts of the writer's, e.g. ``{"finished": True}``.
+        consistent: The full saves for which the rank still has every block that it owns.
+        state_bytes: Bytes of the training state that the rank owns.
+        info: Further values of the writer, e.g. ``{"finished": True}``.
 
     """
 
@@ -73,19 +73,19 @@ class Head:
 
     @property
     def recency(self) -> tuple[int, int]:
-        """What saves are ordered by."""
+        """The sort key of saves."""
         return self.incarnation, self.sequence
 
     def to_json(self) -> str:
-        """As text, for the header."""
+        """Return it as JSON, for the header."""
         return orjson.dumps({**asdict(self), "consistent": [list(mark) for mark in self.consistent]}).decode()
 
     @classmethod
     def from_json(cls, text: str) -> "Head":
-        """The inverse of :meth:`to_json`.
+        """Parse the result of :meth:`to_json`.
 
         Raises:
-            ValueError: If it is none.
+            ValueError: If the text is not JSON.
             TypeError: If something is missing.
             KeyError: If something is missing.
 
@@ -96,7 +96,7 @@ class Head:
 
 
 def newest_heads(heads: Iterable[Head]) -> dict[int, Head]:
-    """The newest head of every rank that has written in the newest incarnation, by rank."""
+    """Return the newest head of every rank that has written in the newest incarnation, by rank."""
     newest: dict[int, Head] = {}
     for head in sorted(heads, key=lambda head: head.recency):
         if newest and next(iter(newest.values())).incarnation < head.incarnation:
@@ -106,7 +106,7 @@ def newest_heads(heads: Iterable[Head]) -> dict[int, Head]:
 
 
 def newest_consistent(heads: Mapping[int, Head]) -> Mark | None:
-    """The newest full save that all ranks have finished; ``None`` where there is none.
+    """Return the newest full save that all ranks have finished; ``None`` if there is none.
 
     Args:
         heads: From :func:`newest_heads`.
@@ -117,6 +117,6 @@ def newest_consistent(heads: Mapping[int, Head]) -> Mark | None:
     common = set.intersection(*(set(head.consistent) for head in heads.values()))
     any_head = next(iter(heads.values()))
     if len(heads) < any_head.world_size:
-        # Who has written nothing yet since the start serves what was there at the start.
+        # A rank that has written nothing since the start has what was there at the start.
         common = {mark for mark in common if mark.incarnation < any_head.incarnation}
     return max(common, default=None)

@@ -1,7 +1,7 @@
 """This host's memory: the folder of a run on tmpfs, which outlives the processes that write to it.
 
 The folder belongs to a directory and to the run that its lease names. A directory that was begun anew names another
-run, so nobody takes what an old one left for fresh.
+run, so files of an old run are never taken for new ones.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.locks import IS_POSIX, lock_alone, lock_shared, unlock
 from lightning_scar.storage.store import retry_vanished
 
-#: Where users may say which folder is in memory.
+#: The environment variable that names a folder in memory.
 VARIABLE = "LIGHTNING_SCAR_MEMORY"
 _MEMORY = Path("/dev/shm")
 #: Not what supervisors sweep.
 _PREFIX = "scar-memory-"
-#: How long what a dead run left stays for its next start, if another run of the user starts here.
+#: How long a dead run's files are kept for its next start when another run of the user starts here.
 _KEPT_SECONDS = 24 * 3600.0
 
 
@@ -38,13 +38,13 @@ class LimitError(OSError):
 class HostMemory(Directory):
     """The folder of a run on this host, as one rank writes to it, held by a lock as long as one of its processes lives.
 
-    It is the user's alone. Making one removes what other runs have left in memory: earlier runs of the same directory,
-    and runs that nobody has touched for a day.
+    Only the user can access it. Making one removes what other runs have left in memory: earlier runs of the same
+    directory, and runs that nobody has touched for a day.
 
     Args:
         directory: The directory of the run.
-        run: What its lease calls the run.
-        limit: Bytes that the rank may take; ``None`` for what there is.
+        run: The run's name in its lease.
+        limit: Bytes that the rank may take; ``None`` for no limit.
 
     Attributes:
         folder: The folder.
@@ -63,12 +63,12 @@ class HostMemory(Directory):
         _sweep(self.folder)
 
     def _made_and_locked(self) -> int:
-        # Whoever ends at the same time removes what is empty.
+        # A process that ends at the same time removes empty folders.
         for folder in (self.folder.parents[1], self.folder.parent, self.folder):
             with suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
         if not _is_private(self.folder.parents[1]):
-            raise PermissionError(f"{self.folder.parents[1]} is not this user's alone any more")
+            raise PermissionError(f"{self.folder.parents[1]} is no longer this user's alone")
         return _locked(self.folder)
 
     def renew(self) -> None:
@@ -87,7 +87,7 @@ class HostMemory(Directory):
         """Write a file.
 
         Raises:
-            LimitError: If the rank would have more than it may.
+            LimitError: If the rank would exceed its limit.
             OSError: If the file cannot be written.
 
         """
@@ -99,23 +99,23 @@ class HostMemory(Directory):
         for piece in pieces:
             nbytes += len(piece)
             if nbytes > limit:
-                raise LimitError(f"memory_limit={limit} bytes may be taken, and with this file it would be more")
+                raise LimitError(f"this file would exceed memory_limit={limit} bytes")
             yield piece
 
     @property
     def name(self) -> str:
-        """What tells it from the memory of other hosts, and of containers whose hosts have the same name."""
+        """A name that differs from those of other hosts, and of containers with the same host name."""
         return f"{socket.gethostname()}-{os.fstat(self._lock).st_dev}:{self.folder}"
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that are free there."""
-        # Whatever has become of the folder by now, the lock is open.
+        """Bytes that are free in memory."""
+        # The lock stays open whatever happens to the folder.
         status = os.fstatvfs(self._lock)
         return status.f_frsize * status.f_bavail
 
     def leave(self) -> None:
-        """Let go of the folder. What is in it stays; an empty one is removed."""
+        """Release the folder. What is in it stays; an empty one is removed."""
         _let_go(self._lock)
         for folder in _paths(self.folder, "rank-*"):
             with suppress(OSError):
@@ -135,7 +135,7 @@ def left_in_memory(directory: Directory, run: str | None) -> Path | None:
 
     Args:
         directory: The directory of the run.
-        run: What its lease calls the run.
+        run: The run's name in its lease.
 
     """
     if run is None:
@@ -166,11 +166,11 @@ def _user_folder() -> Path:
         return found[0]
     parent = _memory()
     try:
-        # Everybody can write to /dev/shm, and take a name there; but nobody can take all of them.
+        # Anybody can take a name in /dev/shm, but nobody can take all of them.
         return next(folder for number in count() if (folder := _private_folder(parent, number)))
     except OSError as error:
         raise FileNotFoundError(
-            f"memory=True needs a folder in memory, and {parent} is none that can be written to ({error.strerror}). "
+            f"memory=True needs a folder in memory, and {parent} cannot be written to ({error.strerror}). "
             f"Set {VARIABLE} to a tmpfs folder, or leave memory out."
         ) from error
 
@@ -195,7 +195,7 @@ def _name(directory: Directory) -> str:
 
 
 def _digest(text: str) -> str:
-    # Of what a lease says too, which somebody else may have written: it is no path.
+    # Somebody else may have written the lease: never use its contents as a path.
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
@@ -222,7 +222,7 @@ def _locked(folder: Path) -> int:
     lock = os.open(folder, os.O_RDONLY)
     lock_shared(lock)
     if not _is_at(folder, lock):
-        # Whoever removed it held the lock until then.
+        # The process that removed it held the lock until then.
         os.close(lock)
         raise FileNotFoundError(folder)
     return lock
@@ -242,7 +242,7 @@ def _is_at(folder: Path, descriptor: int) -> bool:
 
 @contextmanager
 def _unless_held(folder: Path) -> Iterator[None]:
-    """Keep everybody else from holding a folder meanwhile.
+    """Prevent others from holding a folder within the block.
 
     Raises:
         OSError: If somebody holds it, or it is gone.

@@ -15,7 +15,7 @@ class Located(NamedTuple):
 
 
 class Refreshed(NamedTuple):
-    """The refresh of one block: in which delta, in which group's refresh, and its place there."""
+    """The refresh of one block: its delta, its group's refresh, and its position there."""
 
     delta: Delta
     refresh: StoredRefresh
@@ -27,7 +27,7 @@ _Base = tuple[str, Span, tuple[int, int]]
 
 
 class _Live:
-    """The blocks for whose sake a file is kept."""
+    """The blocks that a file is kept for."""
 
     def __init__(self) -> None:
         self.blocks: dict[tuple[str, Version], StoredBlock] = {}
@@ -50,16 +50,16 @@ class _Live:
 
     def _note(self, block: StoredBlock, is_newest: bool, sign: int) -> None:
         self.newest += sign * is_newest
-        # Only where somebody has asked: it would look up every block of every file at a start.
+        # Only if it was needed before: at a start it would look up every block of every file.
         if self._nbytes is not None:
             self._nbytes += sign * block.nbytes
 
 
 def newest_lineage(deltas: Iterable[Delta]) -> tuple[int, ...]:
-    """The incarnations whose blocks make up the running checkpoint; empty where there is none.
+    """Return the incarnations whose blocks make up the running checkpoint; empty if there is none.
 
-    A fresh incarnation counts once every rank has finished its first save, so that two trainings never mix, and goes on
-    to count when a rank's deltas are lost later; one that resumed counts at once, since it continues the blocks it
+    A fresh incarnation counts when every rank has finished its first save, so that two trainings never mix; it still
+    counts if a rank's deltas are lost later. A resumed one counts at once, because it continues the blocks that it
     restored.
 
     Args:
@@ -81,9 +81,9 @@ def _counts(heads: Sequence[Head]) -> bool:
 class Index:
     """The versions of every block that are kept: the newest, and an older one to fall back to.
 
-    The older one is the version of the newest full save where there is one, so that a state of one single step can be
-    read at any time; else the version before the newest. While some rank has still to finish the newest full save,
-    the versions of the full save before are kept too.
+    The older one is the version of the newest full save if there is one, so that a state of a single step can be read
+    at any time; otherwise the version before the newest. Until every rank has finished the newest full save, the
+    versions of the previous full save are kept too.
 
     Args:
         lineage: The incarnations that count.
@@ -117,7 +117,7 @@ class Index:
         return newest_consistent(self.heads)
 
     def add(self, delta: Delta) -> None:
-        """Takes a delta in; of equal versions the one added last is kept."""
+        """Add a delta; of equal versions the one added last is kept."""
         self._take([delta])
 
     def _take(self, deltas: Iterable[Delta]) -> None:
@@ -139,14 +139,14 @@ class Index:
             self._settle(key, sorted((known | by_version).values(), key=recency, reverse=True))
 
     def remove(self, delta: Delta) -> None:
-        """Forgets a file that was deleted."""
+        """Remove a delta whose file was deleted."""
         for block in self.live(delta):
             self._settle(block.key, [at for at in self._versions[block.key] if at.delta.name != delta.name])
         if self._refreshing.pop(delta.name, None):
             self._refreshes = None
 
     def discard(self, located: Located) -> None:
-        """Drops a version that turned out to be damaged, lest it take the place of a good one."""
+        """Drop a damaged version, so that it does not displace a good one."""
         key, version = located.block.key, located.block.version
         remaining = [
             at for at in self.versions(key) if (at.delta.name, at.block.version) != (located.delta.name, version)
@@ -163,7 +163,7 @@ class Index:
         if not located:
             self._versions.pop(key, None)
             return
-        # Never without an entry in between: the training thread looks blocks up meanwhile.
+        # Replaced in one step: the training thread looks up blocks meanwhile.
         self._versions[key] = kept = self._kept(located)
         for i, (delta, block) in enumerate(kept):
             self._live.setdefault(delta.name, _Live()).add(block, i == 0)
@@ -176,41 +176,41 @@ class Index:
         return kept if len(kept) > 1 else [newest, *older[:1]]
 
     def keys(self) -> Iterator[str]:
-        """The blocks that have a version."""
+        """Return the keys of the blocks that have a version."""
         return iter(self._versions)
 
     def versions(self, key: str) -> list[Located]:
-        """The kept versions of a block, newest first; empty for an unknown block."""
+        """Return the kept versions of a block, newest first; empty for an unknown block."""
         return self._versions.get(key, [])
 
     def newest(self, key: str) -> StoredBlock | None:
-        """The newest version of a block, or ``None`` for an unknown block."""
+        """Return the newest version of a block, or ``None`` for an unknown block."""
         located = self._versions.get(key)
         return located[0].block if located else None
 
     def live(self, delta: Delta) -> list[StoredBlock]:
-        """The blocks for whose sake a delta is still needed."""
+        """Return the blocks that a delta is still needed for."""
         live = self._live.get(delta.name)
         return list(live.blocks.values()) if live is not None else []
 
     def is_live(self, delta: Delta) -> bool:
-        """Whether a delta is still needed for the sake of any block."""
+        """Return whether a delta is still needed for any block."""
         return delta.name in self._live
 
     def live_bytes(self, delta: Delta) -> int:
-        """Bytes of these blocks."""
+        """Return the bytes of a delta's live blocks."""
         live = self._live.get(delta.name)
         return live.nbytes if live is not None else 0
 
     def newest_share(self, delta: Delta) -> float:
-        """The share of these blocks that are the newest version of theirs."""
+        """Return the share of a delta's live blocks that are the newest version."""
         live = self._live.get(delta.name)
         return live.newest / len(live.blocks) if live is not None else 0.0
 
     def refreshes(self, block: StoredBlock) -> list[Refreshed]:
-        """The refreshes that were made against exactly this version of a block, the newest first.
+        """Return the refreshes that were made against exactly this version of a block, newest first.
 
-        The first call after a change looks at all of them; a save asks for none.
+        The first call after a change indexes all of them; a save never calls this.
         """
         # Another thread may add a delta meanwhile.
         by_base = self._refreshes
@@ -230,6 +230,6 @@ def _by_base(deltas: Iterable[Delta]) -> dict[_Base, list[Refreshed]]:
 
 
 def recency(located: Located) -> tuple[int, int]:
-    """What versions are ordered by."""
+    """Return the sort key of versions."""
     version = located.block.version
     return version.incarnation, version.sequence

@@ -21,11 +21,11 @@ from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.directory import Directory
 
 FILE = "lease.json"
-#: Seconds between two beats, and how long a beat of another host may stand still before its holder counts as dead.
+#: Seconds between two beats, and how long a beat of another host may stop before its holder counts as dead.
 BEAT_SECONDS = 5.0
 WATCH_SECONDS = 20.0
 _FIRST_BEAT_SECONDS = 0.5
-#: How long others of this host that begin at the same moment are waited for.
+#: How long to wait for other processes of this host that start at the same moment.
 _ALONE_SECONDS = 2.0
 
 _held_here: set[str] = set()
@@ -48,9 +48,9 @@ class Lease:
         self._directory = directory
         self._memory = memory
         self.token = uuid.uuid4().hex
-        #: What the run is called, from its first start to its last: its folders in memory go by it.
+        #: The run's name, the same at all of its starts; its folders in memory are named after it.
         self.run = self.token
-        #: The number of this start. The one before is known even if all that it saved lies where nobody finds it.
+        #: The number of this start. The previous one is known even if none of its saves can be found.
         self.incarnation = 0
         #: Whether earlier starts may have left in memory what storage does not have.
         self.left_unstored = False
@@ -60,7 +60,7 @@ class Lease:
         self.lost = False
 
     def acquire(self) -> None:
-        """Takes the directory, from a dead holder if need be.
+        """Take the directory, if necessary from a dead holder.
 
         Raises:
             DirectoryInUseError: If the holder lives.
@@ -73,10 +73,10 @@ class Lease:
             if holder is not None and self._lives(holder):
                 raise DirectoryInUseError(
                     f"{self._directory} is in use by process {holder['pid']} on {holder['host']}. Give this run "
-                    f"another dirpath, or end that process; if it is gone for certain, delete "
+                    f"another dirpath, or end that process; if you are sure that it is gone, delete "
                     f"{self._directory.file(FILE)}."
                 )
-            # It may have said more before it ended.
+            # It may have written more before it ended.
             holder = _holder(self._directory)
             self._go_on_from(holder)
             self._write()
@@ -84,7 +84,7 @@ class Lease:
         self._start(self._keep_beating)
 
     def succeed(self, token: str) -> None:
-        """Goes on holding the lease of a process of the same run that died.
+        """Take over the lease of a process of the same run that died.
 
         Args:
             token: Its token.
@@ -121,14 +121,14 @@ class Lease:
 
         Args:
             token: Its token.
-            run: What it calls the run.
+            run: The run's name.
 
         """
         self.token, self.run = token, run
         self._start(self._keep_watching)
 
     def is_visible(self, token: str) -> bool:
-        """Whether this process sees the lease file that another one wrote."""
+        """Return whether this process sees the lease file that another one wrote."""
         return token_of(self._directory) == token
 
     def _start(self, loop: Callable[[], None]) -> None:
@@ -136,7 +136,7 @@ class Lease:
         self._thread.start()
 
     def release(self, is_stored: bool = True, has_memory: bool = False) -> None:
-        """Gives the directory back. Never raises: a file that stays behind names a process that is gone.
+        """Release the directory. Never raises: a file that is left behind names a process that is gone.
 
         Args:
             is_stored: Whether all that this holder saved is in storage.
@@ -158,11 +158,11 @@ class Lease:
         _held_here.discard(self.token)
 
     def _keep_beating(self) -> None:
-        # Who took the directory on another host at the same moment is met at once.
+        # If another host took the directory at the same moment, notice it at once.
         pause = min(_FIRST_BEAT_SECONDS, BEAT_SECONDS)
         while not self._stop.wait(pause):
             pause = BEAT_SECONDS
-            # A full or vanished disk is the writer's to report; the beat goes on when it is back.
+            # The writer reports a full or missing disk; the beat continues when it is back.
             with suppress(OSError):
                 if self._is_lost():
                     return
@@ -202,7 +202,7 @@ class Lease:
         if holder["pid"] == os.getpid():
             return holder["token"] in _held_here
         try:
-            # A process that was killed but not yet waited for writes nothing any more.
+            # A killed process that its parent has not waited for yet no longer writes.
             is_dead = psutil.Process(holder["pid"]).status() == psutil.STATUS_ZOMBIE
             return not is_dead and _start_of(holder["pid"]) == holder["started"]
         except psutil.NoSuchProcess:
@@ -221,7 +221,7 @@ class Lease:
 
 
 def _start_of(pid: int) -> str:
-    """When a process of this host began, in words that stay the same when the clock is set.
+    """Return when a process of this host started, as text that does not change when the clock is set.
 
     Raises:
         psutil.NoSuchProcess: If there is none.
@@ -229,7 +229,7 @@ def _start_of(pid: int) -> str:
     """
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # Behind the name, which may hold anything: proc_pid_stat(5), field 22.
+        # After the name, which may contain anything: proc_pid_stat(5), field 22.
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         return f"{boot} {ticks}"
     return str(psutil.Process(pid).create_time())
@@ -242,7 +242,7 @@ def token_of(directory: Directory) -> str | None:
 
 
 def run_of(directory: Directory) -> str | None:
-    """Return what the run of the directory is called; ``None`` if there is none."""
+    """Return the name of the directory's run; ``None`` if there is none."""
     holder = _holder(directory)
     return None if holder is None or "run" not in holder else str(holder["run"])
 

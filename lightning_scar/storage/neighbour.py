@@ -1,4 +1,4 @@
-"""The memory of another host as a place of files: this end puts copies there, the other end takes them in."""
+"""The memory of another host as a place of files: this end puts copies there, the other end receives them."""
 
 import errno
 import re
@@ -14,16 +14,16 @@ from lightning_scar.storage.delta import SUFFIX
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.store import is_rank_folder
 
-#: Seconds that a caller may take to prove that it knows the key, or to go on in the middle of a file.
+#: Seconds that a caller may take to prove that it knows the key, or to continue in the middle of a file.
 PATIENCE = 30.0
 #: Seconds until the next try when the system has no descriptor or thread left for a caller.
 _PAUSE = 0.1
-#: What may be reached: deltas of ranks, and nothing else.
+#: Only deltas of ranks are accessible.
 _NAME = re.compile(rf"[\w.-]+{re.escape(SUFFIX)}")
 
 
 class NoRoomError(OSError):
-    """The memory of another host takes no more."""
+    """The memory of another host is full."""
 
 
 class Neighbour:
@@ -33,10 +33,10 @@ class Neighbour:
         host: Where its :class:`Server` listens.
         port: The port.
         key: The key that both ends know.
-        timeout: Seconds in which something has to move.
+        timeout: Seconds that the server may be silent.
 
     Raises:
-        ConnectionError: From every method, if the server cannot be reached or is lost. It is gone for good then.
+        ConnectionError: From every method, if the server cannot be reached or is lost. The object is unusable then.
         OSError: From every method, if the server refuses.
 
     """
@@ -61,7 +61,7 @@ class Neighbour:
         return found
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """Put a file there; it is seen when all of it is there.
+        """Put a file there; it becomes visible when it is complete.
 
         Args:
             name: The folder of the rank, and the name of the file.
@@ -91,7 +91,7 @@ class Neighbour:
         return answer
 
     def cut(self) -> None:
-        """End what another thread does with it."""
+        """Abort another thread's call."""
         with suppress(OSError):
             self._channel.cut()
 
@@ -101,15 +101,15 @@ class Neighbour:
 
 
 class Server:
-    """Takes in what ranks of other hosts put into this host's memory, in threads of its own.
+    """Receives what ranks of other hosts put into this host's memory, in its own threads.
 
-    Who knows the key may list, put and delete deltas; both ends prove that they know it. Nothing is encrypted.
+    Clients that know the key may list, put and delete deltas; both ends prove that they know it. Nothing is encrypted.
 
     Args:
         memory: The folder in memory.
-        key: What callers have to know.
+        key: The key that clients must know.
         host: The interface to listen on.
-        limit: Bytes that one rank may take; ``None`` for what there is.
+        limit: Bytes that one rank may take; ``None`` for no limit.
 
     Attributes:
         address: Where it listens: the interface, and a port that was free.
@@ -144,7 +144,7 @@ class Server:
         self._thread.start()
 
     def close(self) -> None:
-        """Hang up on all callers, also in the middle of a file, and end the threads. What was taken in stays."""
+        """Close all connections, even in the middle of a file, and end the threads. Received files stay."""
         with self._lock:
             self._closing.set()
             threads = [self._thread, *self._callers.values()]
@@ -171,7 +171,7 @@ class Server:
             self._closing.wait(_PAUSE)
 
     def _serve(self, channel: Channel) -> None:
-        # Whoever hangs up, or has another key, is done.
+        # The client has hung up, or has another key.
         with suppress(ConnectionError, AuthenticationError):
             channel.admit(self._key)
             while not self._closing.is_set():
@@ -188,7 +188,7 @@ class Server:
         except OSError as error:
             answer = {"errno": error.errno or errno.EIO, "reason": error.strerror or str(error)}
         except (KeyError, TypeError, ValueError) as error:
-            reason = f"the request is not understood ({error!r}): do all workers run the same version?"
+            reason = f"invalid request ({error!r}): do all workers run the same version?"
             answer = {"errno": errno.EINVAL, "reason": reason}
         channel.send(answer)
 
@@ -198,7 +198,7 @@ class Server:
     def _put(self, channel: Channel, request: dict[str, Any]) -> dict[str, Any]:
         name, size = _file(request), int(request["size"])
         self._check_room(name, size)
-        # The caller waits for this: what is refused is not even sent.
+        # The client waits for this answer, so that refused data is not sent.
         channel.send({})
         pieces = _received(channel, size)
         try:
@@ -232,12 +232,12 @@ def _received(channel: Channel, size: int) -> Iterator[bytes]:
 def _folder(request: dict[str, Any]) -> str:
     folder = str(request["name"])
     if not is_rank_folder(folder):
-        raise PermissionError(errno.EACCES, "only the folders of ranks can be reached")
+        raise PermissionError(errno.EACCES, "only rank folders are accessible")
     return folder
 
 
 def _file(request: dict[str, Any]) -> str:
     folder, _, name = str(request["name"]).partition("/")
     if not is_rank_folder(folder) or not _NAME.fullmatch(name):
-        raise PermissionError(errno.EACCES, "only the deltas of ranks can be reached")
+        raise PermissionError(errno.EACCES, "only deltas of ranks are accessible")
     return f"{folder}/{name}"

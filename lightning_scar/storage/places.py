@@ -1,4 +1,4 @@
-"""A directory whose new files lie in this host's memory until storage has them, too."""
+"""A directory whose new files are in this host's memory until storage has them, too."""
 
 import mmap
 import os
@@ -19,10 +19,10 @@ _ATTEMPTS = 5
 
 
 class Place(Protocol):
-    """Where files of ranks may lie: host memory, the memory of another host, storage."""
+    """Where files of ranks may be: host memory, the memory of another host, storage."""
 
     def names(self, folder: str) -> list[str]:
-        """Return what lies in a folder."""
+        """Return the names in a folder."""
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
         """Write a file."""
@@ -32,7 +32,7 @@ class Place(Protocol):
 
 
 class Places(Directory):
-    """The union of this host's memory and storage. A file's name is unique, so the nearest one that is intact serves.
+    """The union of this host's memory and storage. A file's name is unique, so the nearest intact one is read.
 
     Without memory it is storage.
 
@@ -44,10 +44,10 @@ class Places(Directory):
         storage: The directory.
         memory: The folder in memory.
         stored: The names of files that are known to be in storage.
-        brought: Those of them that came there out of memory when this start began, and whether out of this host's.
+        brought: Those that were copied there from memory at this start, and whether from this host's.
         stored_bytes: Bytes written to storage.
-        trouble: Why a file did not go to memory, if ever. It went to storage instead.
-        is_short: Whether that was the last file.
+        trouble: Why a file went to storage instead of memory, if one did.
+        is_short: Whether the last file did.
 
     Example::
 
@@ -109,7 +109,7 @@ class Places(Directory):
 
         Args:
             name: Its name.
-            pieces: Its bytes, which may be gone through twice.
+            pieces: Its bytes, which may be iterated twice.
 
         """
         if self.memory is not None:
@@ -129,7 +129,7 @@ class Places(Directory):
 
     @override
     def delete(self, name: str) -> None:
-        """Delete a file in the nearest place. What is further away follows when it has what replaces the file."""
+        """Delete a file in the nearest place. Further places follow when they have its replacement."""
         (self.memory or self.storage).delete(name)
 
     @override
@@ -139,7 +139,7 @@ class Places(Directory):
 
 
 def open_store(url: str | os.PathLike[str], storage_options: dict[str, Any] | None = None) -> DeltaStore:
-    """Open a running checkpoint to read: its directory, and what its run has in this host's memory.
+    """Open a running checkpoint for reading: its directory, and what its run has in this host's memory.
 
     Args:
         url: The directory, any fsspec URL.
@@ -160,11 +160,11 @@ class Copies:
     """Copies in a further place of the files that a nearer one has.
 
     Args:
-        source: Where the files lie.
+        source: Where the files are.
         place: Where the copies go.
-        folders: The folders that they lie in.
-        wanted: Gives the names of the files that are to be there.
-        only_own: Whether whatever else lies there is not to be deleted.
+        folders: The folders that they are in.
+        wanted: Returns the names of the files that should be there.
+        only_own: Whether to keep other files there.
 
     Attributes:
         there: The names of the files that are there.
@@ -189,7 +189,7 @@ class Copies:
         self.nbytes = 0
 
     def look(self) -> None:
-        """List what is there: somebody may have removed some of it.
+        """List what is there, as somebody may have removed files.
 
         Raises:
             OSError: If the place cannot be read.
@@ -199,7 +199,7 @@ class Copies:
         self.there = {name for name in found if name.endswith(SUFFIX)}
 
     def update(self) -> bool:
-        """Copy what is not there, in the order in which it was written, then delete what is not wanted any more.
+        """Copy what is not there, in the order in which it was written, then delete what is no longer wanted.
 
         Returns:
             Whether everything is there; ``False`` if a file has vanished that is still wanted. Nothing is deleted then.
@@ -219,7 +219,7 @@ class Copies:
         return False
 
     def delete_unwanted(self) -> None:
-        """Delete what is not wanted any more.
+        """Delete what is no longer wanted.
 
         Raises:
             OSError: If the place cannot be written to.
@@ -243,7 +243,7 @@ class Copies:
 
 
 def written_order(name: str) -> tuple[str, str]:
-    """What the names of a rank's files are sorted by: incarnation and sequence.
+    """Return the sort key of a rank's file names: incarnation and sequence.
 
     Example::
 

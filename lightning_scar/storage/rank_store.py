@@ -1,4 +1,4 @@
-"""The delta store as one rank writes to it: commit a delta, delete and merge what nobody needs any more."""
+"""The delta store as one rank writes to it: commit a delta, delete and merge what is no longer needed."""
 
 import os
 import warnings
@@ -26,7 +26,7 @@ from lightning_scar.storage.write_back import WriteBack, drop
 class RankStore(DeltaStore):
     """The deltas of a directory, for one rank of the one live run.
 
-    A rank writes to its own folder only. It deletes and merges there, and in the folders of ranks that are no more.
+    A rank writes to its own folder only. It deletes and merges there and in folders of ranks that no longer exist.
 
     Args:
         url: The directory, any fsspec URL.
@@ -36,11 +36,11 @@ class RankStore(DeltaStore):
 
     Attributes:
         directory: Storage, and this host's memory if there is a :attr:`write_back`.
-        write_back: Brings to storage what lies in memory; ``None`` without memory.
+        write_back: Copies memory to storage; ``None`` without memory.
         chain: Copies the memory to other hosts; ``None`` if there are none.
         host: The name of this host's memory; ``None`` without memory.
         local_ranks: The ranks of this host.
-        is_hollow: Whether somebody has removed files from memory, and no full save has followed.
+        is_hollow: Whether somebody else has removed files from memory, and no full save has followed.
 
     """
 
@@ -77,27 +77,27 @@ class RankStore(DeltaStore):
     def is_whole(self) -> bool:
         """Whether all ranks have finished their first save, as far as this one knows."""
         if self._whole != self.index.lineage and newest_lineage(self.deltas) == self.index.lineage:
-            # For good: no other start begins beside this one.
+            # This stays true: no other start runs beside this one.
             self._whole = self.index.lineage
         return self._whole == self.index.lineage
 
     @property
     def _is_settled(self) -> bool:
-        """Whether nothing that an older training left is needed any more: all ranks have saved since the start."""
+        """Whether an older training's files are no longer needed: all ranks have saved since the start."""
         return self.is_whole and len(self.index.heads) == self.world_size
 
     def sweep(self) -> None:
-        """Deletes what writes of the rank, and of ranks that are no more, left behind when a crash cut them short."""
+        """Delete the temporary files that a crash left in this rank's folders."""
         for folder in self.own_folders():
             self.directory.sweep(folder)
 
     @override
     def _names_in(self, folder: str) -> list[str]:
-        # What others have saved counts when it is in storage: only then may what it replaces go.
+        # Other ranks' saves count when they are in storage: only then may the files that they replace be deleted.
         return names_in(self.directory if self.is_own(folder) else self.directory.storage, folder)
 
     def own_folders(self) -> list[str]:
-        """Return the folders that are this rank's to write to and to tidy up."""
+        """Return the folders that this rank writes to or tidies up."""
         return sorted({self.folder, *filter(self.is_own, self.folders())})
 
     def is_local(self, folder: str) -> bool:
@@ -105,18 +105,18 @@ class RankStore(DeltaStore):
         return rank_of(folder) % self.world_size in self.local_ranks
 
     def use_memory(self, memory: HostMemory, every: int) -> None:
-        """Let saves go to memory first, from :meth:`open` on.
+        """Save to memory first, from :meth:`open` on.
 
         Args:
             memory: The folder there.
-            every: Every Nth save storage is brought up to date.
+            every: Storage is brought up to date at every Nth save.
 
         """
         self.directory.memory = memory
         self._every = every
 
     def open(self) -> None:
-        """Read what there is, and begin to write."""
+        """Read the directory and prepare to write."""
         self.refresh()
         self.sweep()
         if isinstance(memory := self.directory.memory, HostMemory):
@@ -124,12 +124,12 @@ class RankStore(DeltaStore):
             self.write_back = WriteBack(self.directory, memory, self.own_folders(), self.own_names, self._every)
 
     def drain(self) -> None:
-        """Wait for what is on its way to storage."""
+        """Wait for copies to storage that are under way."""
         if self.write_back is not None:
             self.write_back.drain()
 
     def take_errors(self) -> list[Exception]:
-        """Return what went wrong beside the training since the last call; those saves are still in memory."""
+        """Return the errors of background copies since the last call; those saves are still in memory."""
         return self.write_back.take_errors() if self.write_back is not None else []
 
     @property
@@ -138,7 +138,7 @@ class RankStore(DeltaStore):
         return self.write_back.nbytes if self.write_back is not None else 0
 
     def bring_to_storage(self) -> None:
-        """Bring to storage what memory alone has.
+        """Copy to storage what only memory has.
 
         Raises:
             OSError: If it cannot be written to.
@@ -149,15 +149,15 @@ class RankStore(DeltaStore):
             self.write_back.finish()
 
     def drop_copies(self) -> None:
-        """Delete from memory what ranks of other hosts have there."""
+        """Delete the copies that ranks of other hosts have in memory."""
         if self.write_back is not None:
             drop(self.write_back.memory, self.is_local)
 
     def leave_memory(self, is_stored: bool) -> None:
-        """End writing to memory.
+        """Stop writing to memory.
 
         Args:
-            is_stored: Whether what this rank has there is not needed any more; else it waits for the next start.
+            is_stored: Whether this rank's files there are no longer needed; otherwise they stay for the next start.
 
         """
         if self.write_back is not None:
@@ -166,11 +166,10 @@ class RankStore(DeltaStore):
             self.directory.memory.leave()
 
     def look_around(self, others: bool = False) -> None:
-        """Takes in what has changed behind this rank's back; what cannot be read now is left for later.
+        """Take in changes that others have made; what cannot be read now is left for later.
 
         Args:
-            others: Whether to look at what the other ranks have written and deleted since, too. That takes the longer
-                the more there are.
+            others: Whether to read what other ranks have written and deleted, too; its time grows with their number.
 
         """
         if self.write_back is not None:
@@ -198,20 +197,20 @@ class RankStore(DeltaStore):
             self.count(self.index.lineage)
 
     def take_lost(self) -> set[str]:
-        """Return the keys of the blocks that somebody has removed since the last call."""
+        """Return the keys of blocks that somebody else has removed since the last call."""
         lost, self._lost = self._lost, set()
         return lost
 
     def commit(self, head: Head, sections: Sequence[Section], refreshes: Sequence[Refresh] = ()) -> int:
-        """Write one delta; when this returns, it is part of the running checkpoint, a full one durably so.
+        """Write one delta, which is part of the running checkpoint when this returns.
 
-        Afterwards deltas that nobody needs any more are deleted, and mostly dead ones are merged. Without memory every
-        delta is durable.
+        A full save is durable then; without memory every save is. Deltas that are no longer needed are deleted, and
+        mostly dead ones are merged.
 
         Args:
-            head: What the delta says about itself.
-            sections: The blocks, in the order in which they are to lie in the file.
-            refreshes: The refresh of blocks that it does not hold exactly.
+            head: The delta's metadata.
+            sections: The blocks, in file order.
+            refreshes: The refreshes of the other blocks.
 
         Returns:
             Bytes of all files written, merged ones included.
@@ -229,25 +228,25 @@ class RankStore(DeltaStore):
             self.write_back.follow(is_full=head.kind == "full", is_urgent=self.is_hollow)
         self.is_hollow &= head.kind != "full"
         if self.chain is not None and not self.is_hollow:
-            # What somebody has removed here, other hosts keep until a full save has followed.
+            # Other hosts keep what somebody has removed here until a full save has followed.
             self.chain.follow()
         return written
 
     def _depends_on_others(self, head: Head) -> bool:
-        """Whether what others have saved since makes anything of this rank's obsolete."""
+        """Return whether other ranks' saves may have made files of this rank obsolete."""
         if not self._is_settled:
             return True
         own = self.own_deltas
         if not any(delta.oldest_incarnation < head.incarnation for delta in own):
             return False
-        # Another rank may own, since this start, blocks that lie in this one's files. Each time it is less likely to
-        # have saved them only now; and more than two versions of what a rank owns are not its own.
+        # Since this start another rank may own blocks in this rank's files. It becomes ever less likely that it has
+        # saved them only now, so checks get rarer. More than two versions of a rank's share include others' blocks.
         is_time = self._saves & (self._saves - 1) == 0
         return is_time or sum(map(self.index.live_bytes, own)) > (STATES - 1) * head.state_bytes
 
     def _new_name(self, kind: str, head: Head) -> str:
         name = f"{self.folder}/{kind}-{head.incarnation:05d}-{head.sequence:08d}"
-        # Nothing is written over, whoever asks for it.
+        # Never overwrite a file.
         again = sum(delta.name.startswith(name) for delta in self.own_deltas)
         return f"{name}-{again:04d}{SUFFIX}" if again else f"{name}{SUFFIX}"
 
@@ -258,7 +257,7 @@ class RankStore(DeltaStore):
         delta = file.write(self.directory, name)
         self._take(delta)
         if self.directory.is_short:
-            # Not before the file is known to be this rank's: what storage has and nobody wants is deleted there.
+            # Only after the file is known to be this rank's: unwanted files are deleted from storage.
             self.directory.stored.add(name)
         if head.lineage != self.index.lineage:
             self.count(head.lineage)
@@ -268,17 +267,17 @@ class RankStore(DeltaStore):
 
     @property
     def own_deltas(self) -> list[Delta]:
-        """Those of this rank."""
+        """This rank's deltas."""
         own = [folder for folder in self._deltas.copy() if self.is_own(folder)]
         return [delta for folder in own for delta in self._deltas[folder].copy().values()]
 
     def own_names(self) -> set[str]:
-        """Return the names of these."""
+        """Return the names of this rank's deltas."""
         return {delta.name for delta in self.own_deltas}
 
     def is_own(self, name: str) -> bool:
-        """Whether a folder, or the file in it, is this rank's to delete and merge."""
-        # The folders of ranks that are no more are shared out among those that are.
+        """Return whether this rank deletes and merges in a folder, or in the folder of a file."""
+        # Folders of ranks that no longer exist are divided among the present ranks.
         return rank_of(name) % self.world_size == self.rank
 
     def _tidy(self, head: Head, save_bytes: int) -> int:
@@ -292,12 +291,12 @@ class RankStore(DeltaStore):
         return merged_bytes
 
     def _disposable(self) -> list[Delta]:
-        # What an older training left is still needed as long as not all ranks have finished their first save.
+        # An older training's files are needed until all ranks have finished their first save.
         is_settled, lineage = self._is_settled, self.index.lineage
         return [delta for delta in self.own_deltas if is_settled or delta.head.incarnation in lineage]
 
     def _refreshing(self) -> set[str]:
-        """The files whose refresh counts, by name: each rank's newest, until all have saved since the start."""
+        """Return the files whose refresh counts, by name: each rank's newest, until all have saved since the start."""
         newest: dict[str, Delta] = {}
         for delta in sorted(self._disposable(), key=lambda delta: delta.head.recency):
             is_obsolete = self._is_settled and delta.head.incarnation < self.index.lineage[-1]
@@ -315,7 +314,7 @@ class RankStore(DeltaStore):
             return Usage(delta.nbytes, delta.nbytes, may_merge=False)
         live = self.index.live_bytes(delta)
         if live:
-            # With their share of the header, which outweighs the data of tiny blocks.
+            # With their share of the header, which is larger than the data of tiny blocks.
             header = delta.nbytes - delta.block_bytes - delta.refresh_bytes
             live += header * live // delta.block_bytes
         is_of_this_start = delta.head.incarnation == head.incarnation
@@ -346,9 +345,9 @@ class RankStore(DeltaStore):
         return written
 
     def _apart(self, copies: Sequence[Copy]) -> list[list[Copy]]:
-        """A file for newest versions and one for older ones: no block falls back on the file it falls back from.
+        """Split copies into newest and older versions, for two files: a fallback must not be in the damaged file.
 
-        Besides, what is older dies sooner.
+        Older versions also die sooner.
         """
         parts: tuple[list[Copy], list[Copy]] = [], []
         for copy in copies:

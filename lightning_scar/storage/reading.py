@@ -16,9 +16,9 @@ from lightning_scar.storage.source import Source
 
 #: Threads that read.
 READERS = max(2, min(8, os.cpu_count() or 2))
-#: Blocks that are not worth a reader of their own.
+#: A reader gets at least this many blocks.
 _SMALLEST_BATCH = 64
-#: Bytes that are read before they are checked: many blocks in one request, and still in the processor's cache.
+#: Bytes read before they are verified: many blocks in one request, and still in the CPU cache.
 _AT_ONCE = 1 << 21
 
 T = TypeVar("T")
@@ -29,8 +29,8 @@ class Reading:
     """One version of a block to read.
 
     Attributes:
-        located: Where it lies.
-        into: Gives the memory for each of its slots, when its turn has come.
+        located: Where it is.
+        into: Returns memory for each of its slots; called when they are read.
         left_out: The slots that are not needed.
 
     """
@@ -41,25 +41,25 @@ class Reading:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """Where the slots that are needed lie."""
+        """The places of the slots that are needed."""
         return [entry for slot, entry in self.located.block.slots.items() if slot not in self.left_out]
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of these."""
+        """Bytes of these slots."""
         return sum(entry.nbytes for entry in self.entries)
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A place where the bytes on disk are not what was written.
+    """Bytes on disk that differ from what was written.
 
     Attributes:
         file: Its full path.
         reason: What is wrong.
-        block: The block, if it is one.
+        block: The damaged block, if it is one.
         step: The step of its version.
-        refresh: The group whose refresh it is, if so. That costs precision only.
+        refresh: The group whose refresh is damaged, if it is one; this costs precision only.
 
     """
 
@@ -77,7 +77,7 @@ class Damage:
 
 
 def fill(readings: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
-    """Reads blocks into ready memory, in parallel, and verifies every checksum.
+    """Read blocks into given memory in parallel, and verify every checksum.
 
     Args:
         readings: What to read and where to.
@@ -119,13 +119,13 @@ def _read_from(directory: Directory, batch: Sequence[Reading]) -> list[tuple[Rea
 
 
 def read_refreshes(wanted: Sequence[tuple[Delta, StoredRefresh]]) -> list[Refresh | Damage]:
-    """Reads refreshes of groups, in parallel, and verifies every checksum.
+    """Read refreshes of groups in parallel, and verify every checksum.
 
     Args:
         wanted: Which ones, in which deltas.
 
     Returns:
-        Each of them with its codes and scales in memory, or what is wrong with it. That costs precision only.
+        Each refresh with its codes and scales in memory, or its damage, which costs precision only.
 
     Raises:
         FileNotFoundError: If a compaction has replaced a file; refresh the store and ask again.
@@ -153,7 +153,7 @@ def _read_refresh(delta: Delta, stored: StoredRefresh) -> Refresh | Damage:
 
 
 def _stretches(batch: Iterable[Reading]) -> Iterator[list[Reading]]:
-    """Cuts a list into stretches that are read before they are checked."""
+    """Split a batch into stretches that are read before they are verified."""
     stretch: list[Reading] = []
     nbytes = 0
     for reading in batch:
@@ -166,7 +166,7 @@ def _stretches(batch: Iterable[Reading]) -> Iterator[list[Reading]]:
 
 
 def _read_stretch(source: Source, stretch: Sequence[Reading]) -> list[tuple[Reading, Damage]]:
-    """Reads blocks of one file together, and one by one if something is wrong with any of them."""
+    """Read blocks of one file together, or one by one if any of them is damaged."""
     try:
         read_blocks(source, [(reading.located.block, reading.into(), reading.left_out) for reading in stretch])
     except FileNotFoundError:
@@ -184,6 +184,6 @@ def _damage(reading: Reading, error: Exception) -> Damage:
 
 
 def _shared_out(items: list[T]) -> list[list[T]]:
-    """Cuts a list into stretches, so that one large file does not keep a single reader busy."""
+    """Split a list, so that several readers share a large file."""
     size = max(_SMALLEST_BATCH, -(-len(items) // READERS))
     return [items[i : i + size] for i in range(0, len(items), size)]

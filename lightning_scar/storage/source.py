@@ -1,4 +1,4 @@
-"""Where entries are read from: one open file of any file system."""
+"""An open file on any file system, from which entries are read."""
 
 import io
 import os
@@ -9,41 +9,41 @@ from typing import IO
 
 #: Spans no further apart than this are fetched as one.
 _GAP = 64 * 1024
-#: More pieces than this are not read in one call, as most systems have it.
+#: The most pieces read in one call: the limit of most systems.
 _MANY = min(1024, os.sysconf("SC_IOV_MAX") if hasattr(os, "sysconf") else 16)
 
 
 class Source(AbstractContextManager["Source"]):
-    """Bytes of one delta, read into ready memory.
+    """The open file of one delta, read into given memory.
 
     Args:
-        file: The open file; closed at the end.
+        file: The open file; closed on exit.
 
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._is_local = isinstance(file, io.FileIO) and hasattr(os, "preadv")
-        #: As ``os.preadv`` without its first argument, where the file system has it.
+        #: ``os.preadv`` without its first argument, if the file system has it.
         self._preadv: Callable[[Sequence[memoryview], int], int] | None = getattr(file, "preadv", None)
         if self._is_local:
             self._preadv = partial(os.preadv, file.fileno())
 
     def expect(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Says what will be read, in order of its place: a local file is fetched ahead from there, and nowhere else.
+        """Announce what will be read, in order of offset, so that only this part of a local file is prefetched.
 
-        Most of an old delta may be dead. Other file systems read ahead as they see fit.
+        Most of an old delta may be dead. Other file systems choose their own readahead.
         """
         if self._is_local and hasattr(os, "posix_fadvise"):
             for start, stop in _joined(spans):
                 os.posix_fadvise(self._file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def fill(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
-        """Fills memories, each with the bytes from its offset on; ``False`` where the file ends too early."""
+        """Fill each piece of memory from its offset; return ``False`` if the file ends too early."""
         return all(self._fill_together(stretch) for stretch in _stretches(pieces))
 
     def _fill_together(self, pieces: Sequence[tuple[int, memoryview]]) -> bool:
-        """In one call: each is a round trip, or gives the interpreter to another thread and has to win it back."""
+        """Read in one call: each costs a round trip, or releases the GIL and has to reacquire it."""
         if len(pieces) == 1:
             return self._fill(*pieces[0])
         start, memories = pieces[0][0], [into for _, into in pieces]
@@ -67,12 +67,12 @@ class Source(AbstractContextManager["Source"]):
         return True
 
     def __exit__(self, *exception: object) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
 def _stretches(pieces: Sequence[tuple[int, memoryview]]) -> Iterator[Sequence[tuple[int, memoryview]]]:
-    """Pieces that follow each other in the file, as many as one call takes."""
+    """Yield runs of pieces that are contiguous in the file, as many as one call takes."""
     first = 0
     for i, (start, into) in enumerate(pieces, start=1):
         if i == len(pieces) or i - first == _MANY or pieces[i][0] != start + len(into):
@@ -81,7 +81,7 @@ def _stretches(pieces: Sequence[tuple[int, memoryview]]) -> Iterator[Sequence[tu
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Neighbouring spans as one."""
+    """Merge neighbouring spans."""
     spans = iter(spans)
     start, stop = next(spans, (0, 0))
     for next_start, next_stop in spans:

@@ -1,4 +1,4 @@
-"""The delta store: what the deltas of a directory add up to, read by anyone at any time."""
+"""The delta store: what the deltas of a directory add up to, readable at any time."""
 
 import os
 import re
@@ -15,19 +15,19 @@ from lightning_scar.storage.index import Index, Located, newest_lineage
 from lightning_scar.storage.reading import READERS, Damage, Reading, fill, read_refreshes
 
 _RANK_FOLDER = re.compile(r"rank-(\d{4}|[1-9]\d{4,})")
-#: How often a reader lists again when files vanish under it; each time means that a whole compaction came between.
+#: Attempts of a reader whose files vanish; each takes another compaction in between.
 _ATTEMPTS = 20
 
 T = TypeVar("T")
 
 
 def rank_folder(rank: int) -> str:
-    """The folder that a rank writes to, relative to the directory."""
+    """Return the folder that a rank writes to, relative to the directory."""
     return f"rank-{rank:04d}"
 
 
 def rank_of(name: str) -> int:
-    """The rank whose folder this is, or whose folder a file lies in.
+    """Return the rank of a folder, or of a file in it.
 
     Example::
 
@@ -39,14 +39,14 @@ def rank_of(name: str) -> int:
 
 
 def is_rank_folder(name: str) -> bool:
-    """Return whether it is a rank's; a copy that somebody has made of one, ``rank-0000.bak``, is nobody's."""
+    """Return whether it is a rank's folder; a user's copy of one, ``rank-0000.bak``, is not."""
     return _RANK_FOLDER.fullmatch(name) is not None
 
 
 class DeltaStore:
     """What the deltas of a directory add up to.
 
-    Reading needs no lock: deltas are immutable, and whoever meets a vanished file lists again.
+    Reading needs no lock: deltas are immutable, and a reader whose file has vanished lists again.
 
     Args:
         directory: The directory, or its fsspec URL.
@@ -76,11 +76,11 @@ class DeltaStore:
         return sorted(found, key=lambda delta: delta.name)
 
     def is_empty(self) -> bool:
-        """Whether there is no file of a rank at all."""
+        """Return whether no rank has any file."""
         return not any(map(self._names_in, self.folders()))
 
     def refresh(self) -> None:
-        """List what there is and read the headers that are new.
+        """List the directory and read new headers.
 
         Raises:
             NewerFormatError: If a delta was written by a newer version of this library.
@@ -91,10 +91,10 @@ class DeltaStore:
             self.count(newest_lineage(self.deltas))
 
     def count(self, lineage: Sequence[int]) -> None:
-        """Let the deltas of some starts of the training make up the running checkpoint, and no others.
+        """Let only the deltas of some incarnations make up the running checkpoint.
 
         Args:
-            lineage: The numbers of the starts, oldest first.
+            lineage: The incarnations, oldest first.
 
         """
         self.index = Index(lineage, self.deltas)
@@ -104,22 +104,22 @@ class DeltaStore:
         return list(filter(is_rank_folder, self.directory.names()))
 
     def foreign_names(self) -> list[str]:
-        """Return what lies in the directory although it is no running checkpoint."""
+        """Return the names in a directory that is not a running checkpoint."""
         names = self.directory.names()
         ours = any(is_rank_folder(name) or name == "lease.json" for name in names)
         return [] if ours else names
 
     def missing_folders(self) -> list[str]:
-        """Return the folders of ranks of the newest start of which no intact delta is left."""
+        """Return the folders of the newest start's ranks that have no intact delta."""
         world_size = max((head.world_size for head in self.index.heads.values()), default=0)
         present = {rank_of(delta.name) for delta in self.deltas}
         return [rank_folder(rank) for rank in range(world_size) if rank not in present]
 
     def verify(self) -> list[Damage]:
-        """Read everything that counts and check it.
+        """Read and verify everything that counts.
 
         Returns:
-            Every damaged header, and every damaged version of a block that is kept, or refresh of one.
+            Every damaged header, kept version of a block, and newest refresh.
 
         """
 
@@ -162,7 +162,7 @@ class DeltaStore:
         self.damaged = [damage for damage in found if isinstance(damage, Damage)]
 
     def _headers(self, names: Iterable[str]) -> Iterator[Delta | Damage | OSError]:
-        """Reads headers in parallel; for each the delta, or why there is none."""
+        """Read headers in parallel; yield each delta, or why it cannot be read."""
 
         def header(name: str) -> Delta | Damage | OSError:
             try:
@@ -182,7 +182,7 @@ def names_in(directory: Directory, folder: str) -> list[str]:
 
 
 def retry_vanished(read: Callable[[], T]) -> T:
-    """Calls ``read`` again when a file that it was about to read has been replaced by a compaction.
+    """Call ``read``, and again when a compaction has replaced a file that it needs.
 
     Raises:
         FileNotFoundError: If files keep vanishing.

@@ -1,4 +1,4 @@
-"""What lies in memory goes to storage, beside the training: memory is a cache that is written back."""
+"""Copying memory to storage in the background: memory is a write-back cache."""
 
 import shutil
 from collections.abc import Callable, Collection, Iterable
@@ -11,7 +11,7 @@ from lightning_scar.storage.places import Copies, Places, written_order
 from lightning_scar.storage.store import is_rank_folder
 from lightning_scar.storage.writer import BackgroundWriter
 
-#: Memory holds at most so many times the rank's share of the state, and one save.
+#: Memory holds at most this many times the rank's share of the state, plus one save.
 STATES = 2
 
 
@@ -19,17 +19,17 @@ class WriteBack:
     """Keeps storage at most some saves behind memory.
 
     Storage is a running checkpoint by itself at any time: files come in the order in which they were written, and what
-    they replace is deleted when all of them are there. What storage has may leave memory when room is needed.
+    they replace is deleted when all of them are there. What storage has may be deleted from memory for room.
 
     Args:
         places: Memory and storage.
         memory: The memory.
         folders: The folders that are the rank's.
-        names: Gives the names of the rank's files.
-        every: Every Nth save storage is brought up to date.
+        names: Returns the names of the rank's files.
+        every: Storage is brought up to date at every Nth save.
 
     Attributes:
-        loss: Where somebody has removed files, if so.
+        loss: Where somebody has removed files, if they have.
 
     """
 
@@ -53,11 +53,11 @@ class WriteBack:
         self._writer = BackgroundWriter()
 
     def follow(self, is_full: bool, is_urgent: bool = False) -> None:
-        """Bring storage up to date after a save if it is time, in a thread of its own.
+        """Bring storage up to date after a save if it is due, in a background thread.
 
         Args:
             is_full: Whether it was a full save. It is in storage when this returns.
-            is_urgent: Whether it is time whatever the number of saves.
+            is_urgent: Whether it is due regardless of the number of saves.
 
         Raises:
             OSError: If a full save cannot be written to storage.
@@ -68,7 +68,7 @@ class WriteBack:
         if is_full:
             self.finish()
         elif is_due and not self._writer.depth:
-            # Else the update after the next save brings along what this one would have.
+            # Otherwise the update after the next save includes this one.
             self._saves = 0
             self._writer.reserve(wait=True)
             self._writer.submit(self._update)
@@ -91,11 +91,11 @@ class WriteBack:
             self._places.stored_bytes += self._copies.nbytes - before
 
     def drain(self) -> None:
-        """Wait for what is on its way to storage."""
+        """Wait for copies to storage that are under way."""
         self._writer.drain()
 
     def leave(self, remove: bool) -> None:
-        """End it.
+        """Stop copying.
 
         Args:
             remove: Whether to delete what the rank has in memory.
@@ -108,16 +108,16 @@ class WriteBack:
         self.memory.leave()
 
     def take_errors(self) -> list[Exception]:
-        """Return what went wrong beside the training since the last call; those saves are still in memory."""
+        """Return the errors of background copies since the last call; those saves are still in memory."""
         return self._writer.take_errors()
 
     @property
     def unstored(self) -> set[str]:
-        """The names of files that lie in memory only."""
+        """The names of files that are only in memory."""
         return set(self._names()) - self._places.stored
 
     def vanished(self) -> set[str]:
-        """Return the names of files that somebody has removed from memory, and that storage does not have."""
+        """Return the names of files that somebody has removed from memory and that storage does not have."""
         try:
             gone = self.unstored.difference(self._in_memory())
         except OSError:
@@ -133,7 +133,7 @@ class WriteBack:
         return sum(map(self.memory.bytes_in, self._folders))
 
     def make_room(self, nbytes: int, state_bytes: int) -> None:
-        """Delete from memory what storage has, the oldest first, until a file fits in.
+        """Delete from memory what storage has, oldest first, until a file fits.
 
         Args:
             nbytes: The file's size.
@@ -184,11 +184,11 @@ def bring_in(places: Places, memory: HostMemory, share: int, shares: int) -> set
 
 
 def drop(memory: HostMemory, is_kept: Callable[[str], bool]) -> None:
-    """Delete from memory what ranks of other hosts have there. Storage has it.
+    """Delete the copies that ranks of other hosts have in memory. Storage has them.
 
     Args:
         memory: The memory.
-        is_kept: Tells of a folder whether a rank of this host writes to it.
+        is_kept: Returns whether a rank of this host writes to a folder.
 
     """
     for folder in filter(is_rank_folder, memory.names()):

@@ -4,12 +4,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-#: One write under way and one waiting: what two staging buffers can hold.
+#: One write in progress and one waiting, as there are two staging buffers.
 DEPTH = 2
 
 
 class BackgroundWriter:
-    """Runs writes one after the other, in the order given.
+    """Runs writes one after the other, in order of submission.
 
     Example::
 
@@ -31,35 +31,35 @@ class BackgroundWriter:
 
     @property
     def depth(self) -> int:
-        """Writes that are under way or waiting."""
+        """The number of writes in progress or waiting."""
         self._pending = [future for future in self._pending if not future.done()]
         return len(self._pending)
 
     def reserve(self, wait: bool) -> bool:
-        """Takes a place in the queue, for one :meth:`submit` or :meth:`give_back`.
+        """Reserve a place in the queue for one :meth:`submit` or :meth:`give_back`.
 
         Args:
             wait: Whether to wait for a place when the queue is full.
 
         Returns:
-            Whether there is one.
+            Whether a place was reserved.
 
         """
         return self._room.acquire(blocking=wait)
 
     def give_back(self) -> None:
-        """Returns a reserved place that is not needed after all."""
+        """Release a reserved place that is not needed."""
         self._room.release()
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Queues a write in a reserved place.
+        """Queue a write in a reserved place.
 
         Args:
-            write: What to run. Its exception, if any, waits for :meth:`take_errors`.
+            write: What to run. :meth:`take_errors` returns its exception, if any.
 
         """
         if self._executor is None:
-            # The interpreter joins an executor's threads at its end, so a queued write is never cut off by exit.
+            # The interpreter joins an executor's threads at exit, so that no queued write is lost.
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="scar-writer")
         self._pending.append(self._executor.submit(self._run, write))
 
@@ -72,12 +72,12 @@ class BackgroundWriter:
             self._room.release()
 
     def take_errors(self) -> list[Exception]:
-        """The errors since the last call, oldest first."""
+        """Return the errors since the last call, oldest first."""
         errors, self._errors = self._errors, []
         return errors
 
     def drain(self) -> None:
-        """Waits until everything queued is written, and ends the thread."""
+        """Wait for all queued writes, and end the thread."""
         if self._executor is not None:
             self._executor.shutdown(wait=True)
             self._executor = None

@@ -234,7 +234,7 @@ def test_nobody_else_can_read_it(url: str, host: Path) -> None:
 @pytest.mark.parametrize("place", ["/nowhere", "/proc", __file__])
 def test_a_host_without_memory_is_told(place: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, place)
-    with pytest.raises(FileNotFoundError, match=f"{place} is none that can be written to .* Set {VARIABLE} to"):
+    with pytest.raises(FileNotFoundError, match=f"{place} cannot be written to .* Set {VARIABLE} to"):
         opened(url, **MEMORY)
 
 

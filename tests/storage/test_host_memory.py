@@ -83,7 +83,7 @@ def test_what_is_not_the_users_alone_any_more_is_not_renewed(host: Path, directo
     memory = HostMemory(directory, "a")
     memory.folder.rmdir()
     memory.folder.parents[1].chmod(0o755)
-    with pytest.raises(PermissionError, match="not this user's alone any more"):
+    with pytest.raises(PermissionError, match="no longer this user's alone"):
         memory.renew()
 
 

@@ -119,9 +119,9 @@ def test_many_may_write_at_once(server: Server, there: Directory) -> None:
 def test_only_deltas_of_ranks_can_be_reached(neighbour: Neighbour, there: Directory, name: str) -> None:
     Path(there.path).parent.joinpath("escape.safetensors").write_bytes(b"mine")
     for ask in (lambda: neighbour.write(name, [b"1"]), lambda: neighbour.delete(name)):
-        with pytest.raises(PermissionError, match="only the deltas of ranks"):
+        with pytest.raises(PermissionError, match="only deltas of ranks"):
             ask()
-    with pytest.raises(PermissionError, match="only the folders of ranks"):
+    with pytest.raises(PermissionError, match="only rank folders"):
         neighbour.names(name)
     assert Path(there.path).parent.joinpath("escape.safetensors").read_bytes() == b"mine"
     assert files_below(there) == []
@@ -222,7 +222,7 @@ def test_a_caller_that_stops_in_the_middle_is_let_go_of(there: Directory, monkey
 def test_a_server_that_stops_in_the_middle_is_an_error_in_time(there: Directory) -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         started = time.monotonic()
-        with pytest.raises(ConnectionError, match="nothing has moved"):
+        with pytest.raises(ConnectionError, match="timed out"):
             Neighbour(*deaf.getsockname(), KEY, timeout=0.5)
         assert time.monotonic() - started < 20
 
