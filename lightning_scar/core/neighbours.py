@@ -6,7 +6,7 @@ import socket
 import time
 from contextlib import suppress
 
-from lightning_scar.core.claim import Seat
+from lightning_scar.core.membership import ReplacementTicket
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.settings import Settings
 from lightning_scar.storage.chain import Address, Addresses, Chain
@@ -20,14 +20,14 @@ _CLOSE_SECONDS = 10.0
 class Neighbours:
     """Copies of what one rank has in memory only, on other hosts, and theirs on this one.
 
-    Making one is a collective, except with a seat.
+    The constructor is a collective, except with a ticket.
 
     Args:
         store: The running checkpoint.
         ranks: All ranks of the run.
         settings: Whether there is memory, and how many copies of it.
         token: Of the run's lease; ``None`` if the directory cannot be written to.
-        seat: That of a rank that died.
+        ticket: For the replacement of a dead rank.
 
     Attributes:
         key: Of all servers of the run; ``None`` if there is no other host, or nothing is copied.
@@ -36,7 +36,12 @@ class Neighbours:
     """
 
     def __init__(
-        self, store: RankStore, ranks: Ranks, settings: Settings, token: str | None, seat: Seat | None = None
+        self,
+        store: RankStore,
+        ranks: Ranks,
+        settings: Settings,
+        token: str | None,
+        ticket: ReplacementTicket | None = None,
     ) -> None:
         self._store = store
         self._ranks = ranks
@@ -45,10 +50,10 @@ class Neighbours:
         self._server: Server | None = None
         self._addresses: Addresses | None = None
         self.trouble: OSError | None = None
-        self.key = seat.key if seat is not None else self._agree()
+        self.key = ticket.key if ticket is not None else self._agree()
         if token is not None and self.key is not None:
             try:
-                self._join_chain(Addresses(store.directory.storage, token), self.key, seat)
+                self._join_chain(Addresses(store.directory.storage, token), self.key, ticket)
             except OSError as error:
                 # Training goes on without copies.
                 self.trouble = error
@@ -63,7 +68,7 @@ class Neighbours:
             self._address = _own_address(others[0]) if others else self._address
         return keys[0] if None not in hosts and len(set(hosts)) > 1 else None
 
-    def _join_chain(self, addresses: Addresses, key: bytes, seat: Seat | None) -> None:
+    def _join_chain(self, addresses: Addresses, key: bytes, ticket: ReplacementTicket | None) -> None:
         """Take in what other hosts copy, and have this rank's own copied to the next hosts."""
         write_back, host = self._store.write_back, self._store.host
         assert write_back is not None
@@ -73,7 +78,7 @@ class Neighbours:
         own = Address(rank, host, *self._server.address)
         addresses.write(own)
         self._addresses = addresses
-        if seat is not None:
+        if ticket is not None:
             known = addresses.read(self._ranks.world_size)
             self._store.local_ranks = {rank, *(address.rank for address in known if address.memory == host)}
         self._store.chain = Chain(

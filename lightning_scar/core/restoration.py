@@ -15,8 +15,8 @@ from lightning_scar.core.reader import Reader, initial_value
 from lightning_scar.core.recovery import IncompleteError, RecoveryPlan
 from lightning_scar.core.skeleton import Path, put_together, take_apart
 from lightning_scar.core.skeletons import Skeletons, Stored, describe, put_shards_together, union
-from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.delta import StorageError
+from lightning_scar.storage.garbage import no_garbage_collection
 from lightning_scar.storage.head import Mark
 from lightning_scar.storage.index import Located
 from lightning_scar.storage.places import open_store
@@ -169,7 +169,7 @@ def restore(
             found.reader.refresh()
         return found.put_together(bases)
 
-    with no_collection():
+    with no_garbage_collection():
         # A live run may delete a file while another process reads.
         restored = retry_vanished(attempt)
     if members.rank == 0:

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightning_scar.core.claim import Claim, Seat
+from lightning_scar.core.at_exit import write_back_at_exit
 from lightning_scar.core.committer import Committer
 from lightning_scar.core.devices import HostBuffer, HostBuffers
-from lightning_scar.core.farewell import at_exit
 from lightning_scar.core.healing import heal, non_finite_blocks
 from lightning_scar.core.live_state import Dissection
+from lightning_scar.core.membership import ReplacementTicket, RunMembership
 from lightning_scar.core.memory_use import tell_of_memory, warn_of_lost_memory, warn_of_memory, warn_of_unread_memory
 from lightning_scar.core.neighbours import Neighbours
 from lightning_scar.core.notices import Notices
@@ -47,7 +47,7 @@ class RunningCheckpoint:
         storage_options: Passed to the file system.
         ranks: The processes that save together, each the blocks that it owns; by default this one alone. With several
             ranks, the constructor is a collective, with the same arguments on all.
-        seat: The :attr:`seat` of another rank, for the replacement of a dead process. The constructor is then no
+        ticket: The :attr:`ticket` of another rank, for the replacement of a dead process. The constructor is then no
             collective, and the first save is full.
 
     Raises:
@@ -75,7 +75,7 @@ class RunningCheckpoint:
         settings: Settings | None = None,
         storage_options: dict[str, Any] | None = None,
         ranks: Ranks | None = None,
-        seat: Seat | None = None,
+        ticket: ReplacementTicket | None = None,
     ) -> None:
         self.settings = settings or Settings()
         self.ranks = ranks or Ranks()
@@ -83,23 +83,23 @@ class RunningCheckpoint:
         self.stats = Stats()
         self._notices = Notices()
         self.settings.warn_of_unused(self._notices, self.ranks.rank)
-        self._claim = Claim(self.store, self.ranks, self.settings, seat)
-        self._take_note_of(self._claim.trouble)
-        self._neighbours = Neighbours(self.store, self.ranks, self.settings, self._claim.token, seat)
-        self._sequence = seat.sequence if seat is not None else 0
+        self._membership = RunMembership(self.store, self.ranks, self.settings, ticket)
+        self._take_note_of(self._membership.trouble)
+        self._neighbours = Neighbours(self.store, self.ranks, self.settings, self._membership.token, ticket)
+        self._sequence = ticket.sequence if ticket is not None else 0
         #: A summary of the last :meth:`restore`, and the number of ranks that had saved.
         self.recovery, self.restored_ranks = "", self.ranks.world_size
         self._has_base = False
         self._save: Save | None = None
         self._dissection = Dissection(self.ranks, self.settings.block_size)
-        self._committer = Committer(self.store, self.stats, self.ranks, self._claim.incarnation)
+        self._committer = Committer(self.store, self.stats, self.ranks, self._membership.incarnation)
         self._stager = Stager(self.settings, self._committer.negative)
-        if seat is not None:
-            self._committer.go_on_from(seat.lineage)
+        if ticket is not None:
+            self._committer.go_on_from(ticket.lineage)
         self._buffers = HostBuffers(DEPTH)
         self._writer = BackgroundWriter()
         self._late_errors: list[Exception] = []
-        self._call_off_exit = at_exit(self.store, self._claim)
+        self._call_off_exit = write_back_at_exit(self.store, self._membership)
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -113,7 +113,7 @@ class RunningCheckpoint:
         if trouble is None:
             return
         if self.settings.on_write_error == "raise":
-            self._claim.release()
+            self._membership.release()
             raise trouble
         self._notices.warn(
             "write_error", f"{self.store.directory} cannot be written to: {trouble!r}. Training continues"
@@ -132,10 +132,10 @@ class RunningCheckpoint:
 
         """
         restored = restore(self.store, weights_only=weights_only, initial=initial, ranks=self.ranks, with_bases=True)
-        warn_of_unread_memory(self._notices, self._claim.unread, self.ranks.rank)
-        if self._claim.memory_is_lost:
+        warn_of_unread_memory(self._notices, self._membership.unread, self.ranks.rank)
+        if self._membership.memory_is_lost:
             warn_of_lost_memory(self._notices, self.store)
-            self._claim.forget_lost_memory()
+            self._membership.forget_lost_memory()
         self._committer.go_on_from(self.store.index.lineage)
         for located, _ in restored.damages:
             self.store.index.discard(located)
@@ -144,7 +144,7 @@ class RunningCheckpoint:
         bases, self._dissection.block_size = self._stager.bases, restored.map.block_size
         bases.adopt(restored.map, restored.bases, restored.plan.versions)
         self._committer.negative |= restored.negative
-        self._has_base = not self._claim.unread
+        self._has_base = not self._membership.unread
         self.settings.warn_of_block_size(self._notices, restored.map.block_size, str(self.store.directory))
         return restored
 
@@ -185,11 +185,13 @@ class RunningCheckpoint:
         return heal(self.store, state, self.ranks, lost)
 
     @property
-    def seat(self) -> Seat:
+    def ticket(self) -> ReplacementTicket:
         """The ticket with which a replacement takes the place of a dead rank."""
         lineage = self.store.index.lineage[:-1]
-        claim = self._claim
-        return Seat(claim.incarnation, lineage, self._sequence, claim.token, claim.run, self._neighbours.key)
+        membership = self._membership
+        return ReplacementTicket(
+            membership.incarnation, lineage, self._sequence, membership.token, membership.run, self._neighbours.key
+        )
 
     # -- a save --------------------------------------------------------------------------------------------------
 
@@ -226,7 +228,7 @@ class RunningCheckpoint:
         """
         self.fence()
         self._settle_failures()
-        if self._claim.is_lost:
+        if self._membership.is_lost:
             raise StorageError(f"another run has taken over {self.store.directory}; this one no longer saves")
         full = full or not self._has_base or self.store.is_hollow
         # Skipped saves count, too: blocks change owners, so a number must mean the same save on all ranks.
@@ -242,7 +244,7 @@ class RunningCheckpoint:
             skeleton, small = state.pack()
             state.warn_of_heavy(self._notices)
             parts = list(map(Part, state.own.groups, live))
-            version = Version(self._claim.incarnation, self._sequence - 1, step)
+            version = Version(self._membership.incarnation, self._sequence - 1, step)
             # A full save gets a temporary buffer: keeping one for the whole state would waste memory.
             buffer = HostBuffer() if full else self._buffers.next()
             self._save = Save(version, full, skeleton, parts, small, dict(info or {}), buffer)
@@ -312,15 +314,15 @@ class RunningCheckpoint:
     def _give_back(self) -> None:
         self._call_off_exit()
         try:
-            if not self._claim.is_lost:
+            if not self._membership.is_lost:
                 self.store.bring_to_storage()
         except Exception as error:
             # The lease tells the next start to look in memory.
             self._late_errors.append(error)
-        is_stored = not self._late_errors and not self._claim.is_lost
+        is_stored = not self._late_errors and not self._membership.is_lost
         self._neighbours.close(is_stored)
         self.store.leave_memory(is_stored)
-        self._claim.release(is_stored)
+        self._membership.release(is_stored)
         self.stats.bytes_written = self.store.directory.stored_bytes
 
     def _hand_over(self, save: Save) -> None:

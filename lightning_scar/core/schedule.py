@@ -124,8 +124,8 @@ class Schedule:
         self._last_time = time.monotonic()
         self._saves = self._told = 0
         self._overhead = Overhead()
-        seat = running.seat
-        self._agreement = Agreement(f"{seat.token or running.store.directory}/{seat.incarnation}", step)
+        ticket = running.ticket
+        self._agreement = Agreement(f"{ticket.token or running.store.directory}/{ticket.incarnation}", step)
         if known is not None:
             self._saves, self._last_step, elapsed, self._told, measured, agreed = known
             self._last_time -= elapsed

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_scar.core.claim import Seat
+from lightning_scar.core.membership import ReplacementTicket
 from lightning_scar.core.options import Options
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
@@ -185,12 +185,12 @@ class SCARCheckpoint(Checkpoint):
 
     def hand_over(self) -> Any:
         """Return what this callback needs in a replacement."""
-        return (self._running.seat, self._schedule.hand_over()) if self._running is not None else None
+        return (self._running.ticket, self._schedule.hand_over()) if self._running is not None else None
 
-    def take_over(self, trainer: pl.Trainer, seat: Any) -> None:
-        """Continue the saves of a dead rank; ``seat`` is another rank's :meth:`hand_over`."""
-        if seat is not None:
-            self._open(trainer, *seat)
+    def take_over(self, trainer: pl.Trainer, ticket: Any) -> None:
+        """Continue the saves of a dead rank; ``ticket`` is another rank's :meth:`hand_over`."""
+        if ticket is not None:
+            self._open(trainer, *ticket)
 
     def fence(self) -> None:
         """Wait until the current save is copied. Call it before anything but an optimizer changes weights."""
@@ -211,10 +211,12 @@ class SCARCheckpoint(Checkpoint):
         rank_zero_info(f"Optimizer states from the running checkpoint {self.dirpath}: {self._running.recovery}")
         return states
 
-    def _open(self, trainer: pl.Trainer, seat: Seat | None = None, known: Any = None) -> RunningCheckpoint:
+    def _open(
+        self, trainer: pl.Trainer, ticket: ReplacementTicket | None = None, known: Any = None
+    ) -> RunningCheckpoint:
         assert self._io is not None
-        ranks = Ranks.of_default_group() if seat is None else Ranks(trainer.global_rank, trainer.world_size)
-        running = RunningCheckpoint(self.dirpath, self._settings, self._options.storage_options, ranks, seat)
+        ranks = Ranks.of_default_group() if ticket is None else Ranks(trainer.global_rank, trainer.world_size)
+        running = RunningCheckpoint(self.dirpath, self._settings, self._options.storage_options, ranks, ticket)
         self._running, self.stats = running, running.stats
         self._schedule.begin(self._step(trainer), running, known)
         self._io.attach(running)

@@ -40,7 +40,7 @@ def has_sharded_optimizer(trainer: pl.Trainer) -> bool:
 def live_state(trainer: pl.Trainer) -> dict[str, Any]:
     """Return what a replacement needs beside the checkpoint dict."""
     return {
-        "seats": [callback.hand_over() for callback in scar_checkpoints(trainer)],
+        "tickets": [callback.hand_over() for callback in scar_checkpoints(trainer)],
         "metrics": private.metrics(trainer),
         "should_stop": trainer.should_stop,
     }
@@ -61,8 +61,8 @@ def load_state(trainer: pl.Trainer, checkpoint: dict[str, Any], live: dict[str, 
     rank_zero_only.rank = utils_rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
     loggers.append_to_files(trainer)
     _show_progress(trainer)
-    for callback, seat in zip(scar_checkpoints(trainer), live["seats"], strict=True):
-        callback.take_over(trainer, seat)
+    for callback, ticket in zip(scar_checkpoints(trainer), live["tickets"], strict=True):
+        callback.take_over(trainer, ticket)
     private.reset_results(trainer)
 
 

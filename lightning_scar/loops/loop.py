@@ -8,7 +8,7 @@ from typing import Any
 
 from typing_extensions import Self, Unpack
 
-from lightning_scar.core.claim import Seat
+from lightning_scar.core.membership import ReplacementTicket
 from lightning_scar.core.options import Options
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
@@ -188,8 +188,10 @@ class SCARLoop:
         if training is not None:
             training.start(restart_state)
 
-    def _open(self, seat: Seat | None = None) -> RunningCheckpoint:
-        running = RunningCheckpoint(self.dirpath, self._settings, self._options.storage_options, self.state.ranks, seat)
+    def _open(self, ticket: ReplacementTicket | None = None) -> RunningCheckpoint:
+        running = RunningCheckpoint(
+            self.dirpath, self._settings, self._options.storage_options, self.state.ranks, ticket
+        )
         self._running, self.stats = running, running.stats
         return running
 
@@ -198,7 +200,7 @@ class SCARLoop:
         if self._options.resume:
             return 0
         # After a restart of all workers, the saves of this same job still count.
-        return self._training.first_incarnation(running.seat.incarnation) if self._training is not None else None
+        return self._training.first_incarnation(running.ticket.incarnation) if self._training is not None else None
 
     def close(self) -> None:
         """Save everything, wait until it is written, and mark the run as finished.
@@ -372,8 +374,8 @@ class SCARLoop:
 
     def hand_over(self) -> Any:
         """Return what a replacement needs to continue the saves of a dead worker."""
-        return (self._running.seat, self._schedule.hand_over()) if self._running is not None else None
+        return (self._running.ticket, self._schedule.hand_over()) if self._running is not None else None
 
-    def take_over(self, seat: Any) -> None:
-        """Continue the saves of a dead worker; ``seat`` is another rank's :meth:`hand_over`."""
-        self._schedule.begin(self.steps, self._open(seat[0]), seat[1])
+    def take_over(self, ticket: Any) -> None:
+        """Continue the saves of a dead worker; ``ticket`` is another rank's :meth:`hand_over`."""
+        self._schedule.begin(self.steps, self._open(ticket[0]), ticket[1])

@@ -39,7 +39,7 @@ class ContinuedLoop(Protocol):
     def hand_over(self) -> Any:
         """Return what a replacement needs to continue the saves of a dead worker."""
 
-    def take_over(self, seat: Any) -> None:
+    def take_over(self, ticket: Any) -> None:
         """Continue the saves of a dead worker."""
 
     def load_step(self, checkpoint: dict[str, Any]) -> None:
@@ -236,9 +236,9 @@ class LoopTraining:
 
     def load_state(self, state: Any) -> None:
         """Load another member's state and data position, after its step."""
-        checkpoint, seat = state
+        checkpoint, ticket = state
         self._loop.state.load(checkpoint)
-        self._loop.take_over(seat)
+        self._loop.take_over(ticket)
         self._framework.on_join()
 
     def load_weights(self, state: Any) -> None:

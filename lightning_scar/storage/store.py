@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from lightning_scar.storage.collection import no_collection
 from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta, StoredRefresh
 from lightning_scar.storage.delta_file import read_delta
 from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.garbage import no_garbage_collection
 from lightning_scar.storage.index import Index, Located, newest_lineage
 from lightning_scar.storage.reading import READERS, Damage, Reading, fill, read_refreshes
 
@@ -86,7 +86,7 @@ class DeltaStore:
             NewerFormatError: If a delta was written by a newer version of this library.
 
         """
-        with no_collection():
+        with no_garbage_collection():
             retry_vanished(self._read_headers)
             self.count(newest_lineage(self.deltas))
 

@@ -32,7 +32,7 @@ from memory_helpers import (
 from ranks import Failure, run_ranks
 from shared_helpers import copied, make_training, opened, quietly
 
-from lightning_scar.core import claim
+from lightning_scar.core import membership
 from lightning_scar.core.restoration import load
 from lightning_scar.storage.delta import Delta
 from lightning_scar.storage.host_memory import VARIABLE
@@ -293,7 +293,7 @@ def test_copies_that_somebody_removes_are_made_again(url: str, host: Path) -> No
 def resumed_where_a_host_cannot_write(rank: int, hosts: list[Path], url: str) -> tuple[dict[str, Any], str, list[str]]:
     os.environ[VARIABLE] = str(hosts[rank])
     if rank == 1:
-        claim.bring_in = unwritable
+        membership.bring_in = unwritable
     training = make_training()
     with warned() as said, opened(url, fraction=1.0, **MEMORY) as running:
         training.load(running.restore().checkpoint)

@@ -12,13 +12,13 @@ from memory_helpers import MEMORY, folders, kill, lose, resumed, state_at, steps
 from ranks import run_ranks
 from shared_helpers import copied, make_training, opened, quietly
 
-from lightning_scar.core.claim import Claim
+from lightning_scar.core.membership import RunMembership
 from lightning_scar.core.restoration import load
 from lightning_scar.storage.host_memory import VARIABLE
 
 pytestmark = pytest.mark.usefixtures("host")
 
-IS_LOST = "none of these hosts has any of it"
+IS_LOST = "none of these hosts has that memory"
 
 
 def said_on_resuming(url: str | Path, **options: object) -> list[str]:
@@ -134,7 +134,7 @@ def test_the_loss_of_what_storage_did_not_take_is_told(url: str, host: Path) -> 
 
 def dies_on_its_way_in(rank: int, host: Path, url: str) -> None:
     os.environ[VARIABLE] = str(host)
-    Claim._follow = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    RunMembership._follow = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     opened(url, fraction=1.0, **MEMORY)
 
 

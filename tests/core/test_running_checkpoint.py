@@ -554,7 +554,7 @@ def test_a_second_run_on_the_same_directory_is_refused(tmp_path: Path) -> None:
 def test_a_run_that_lost_its_directory_saves_nothing_any_more(tmp_path: Path) -> None:
     with opened(tmp_path) as running:
         save_tensors(running, 1, x=torch.zeros(4))
-        running._claim._lease.lost = True
+        running._membership._lease.lost = True
         with pytest.raises(StorageError, match="another run has taken"):
             running.save({"state_dict": {"x": torch.ones(4)}}, 2)
     assert load(tmp_path)["state_dict"]["x"].tolist() == [0, 0, 0, 0]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def no_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Pause the cyclic garbage collector while tens of thousands of small objects are made.
 
     They hold no cycles, but every few thousand of them would make it walk over all of torch. That takes most of the

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
-from lightning_scar.core.claim import Claim
+from lightning_scar.core.membership import RunMembership
 from lightning_scar.storage.rank_store import RankStore
 
 
-def at_exit(store: RankStore, claim: Claim) -> Callable[[], None]:
+def write_back_at_exit(store: RankStore, membership: RunMembership) -> Callable[[], None]:
     """Register the copy for the exit of the interpreter, normal or by an exception. Runs no collective.
 
     Memory is kept for the next start, and with it the lease that refers to it. Nothing happens in a process that is
@@ -18,19 +18,19 @@ def at_exit(store: RankStore, claim: Claim) -> Callable[[], None]:
 
     Args:
         store: The store to copy.
-        claim: The claim on its directory.
+        membership: The right to write to its directory.
 
     Returns:
         A function that cancels it.
 
     """
-    leave = atexit.register(partial(_leave, store, claim, os.getpid()))
+    leave = atexit.register(partial(_leave, store, membership, os.getpid()))
     return partial(atexit.unregister, leave)
 
 
-def _leave(store: RankStore, claim: Claim, process: int) -> None:
+def _leave(store: RankStore, membership: RunMembership, process: int) -> None:
     # Forked child processes run exit handlers, too.
-    if os.getpid() != process or claim.is_lost:
+    if os.getpid() != process or membership.is_lost:
         return
     is_stored = True
     try:
@@ -38,4 +38,4 @@ def _leave(store: RankStore, claim: Claim, process: int) -> None:
     except Exception as error:
         is_stored = False
         warnings.warn(f"lightning-scar: the last saves are in this host's memory only: {error!r}", stacklevel=1)
-    claim.release(is_stored)
+    membership.release(is_stored)

@@ -13,7 +13,7 @@ from lightning_scar.storage.rank_store import RankStore
 from lightning_scar.storage.write_back import bring_in, drop
 
 
-class Seat(NamedTuple):
+class ReplacementTicket(NamedTuple):
     """What a process must know to take the place of a rank that died, in the middle of a run.
 
     Attributes:
@@ -34,17 +34,17 @@ class Seat(NamedTuple):
     key: bytes | None = None
 
 
-class Claim:
-    """The right of a run to write to a directory. The first rank holds its lease, the others follow it.
+class RunMembership:
+    """The right of the ranks of one run to write to a directory. The first rank holds its lease, the others follow it.
 
-    Making one is a collective, except with a seat: on an error of any rank all raise. What earlier starts have left in
-    the memory of these hosts is in storage then.
+    The constructor is a collective, except with a ticket: on an error of any rank all raise. It brings to storage what
+    earlier starts have left in the memory of these hosts.
 
     Args:
         store: The directory, as this rank writes to it.
         ranks: All ranks of the run.
         settings: Whether saves go to memory.
-        seat: That of a rank that died, to be taken without the others.
+        ticket: For the replacement of a dead rank, which does not wait for the others.
 
     Attributes:
         incarnation: The number of this start of the training.
@@ -58,7 +58,9 @@ class Claim:
 
     """
 
-    def __init__(self, store: RankStore, ranks: Ranks, settings: Settings, seat: Seat | None = None) -> None:
+    def __init__(
+        self, store: RankStore, ranks: Ranks, settings: Settings, ticket: ReplacementTicket | None = None
+    ) -> None:
         self._store = store
         self._ranks = ranks
         self._settings = settings
@@ -67,8 +69,8 @@ class Claim:
         self.trouble: OSError | None = None
         self.unread: dict[int, str] = {}
         try:
-            if seat is not None:
-                self._sit_down(seat)
+            if ticket is not None:
+                self._take_over(ticket)
                 return
             token, run, host, trouble = ranks.gather(ranks.together(self._take))[0]
             if trouble is not None and self.trouble is None:
@@ -111,14 +113,14 @@ class Claim:
         """Note that the loss of what earlier starts had in memory has been told."""
         self._lease.left_unstored = False
 
-    def _sit_down(self, seat: Seat) -> None:
-        self.incarnation = seat.incarnation
-        if seat.token is None:
+    def _take_over(self, ticket: ReplacementTicket) -> None:
+        self.incarnation = ticket.incarnation
+        if ticket.token is None:
             self.trouble = OSError("the run could not write to it before")
         elif self._ranks.rank == 0:
-            self._lease.succeed(seat.token)
+            self._lease.succeed(ticket.token)
         else:
-            self._lease.watch(seat.token, seat.run)
+            self._lease.watch(ticket.token, ticket.run)
         if (memory := self._open_memory()) is not None:
             self._store.use_memory(memory, self._settings.durable_every_n_saves)
         self._store.open()
