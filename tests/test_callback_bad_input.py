@@ -202,6 +202,10 @@ class _FullFrom(Callback):
         self.first, self.last = first, last
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        # On a busy machine a save might be written when the limit is gone again.
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SCARCheckpoint) and callback._running is not None:
+                callback._running.flush()
         done = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024 if self.first <= done < self.last else most, most))

@@ -109,9 +109,10 @@ class HostMemory(Directory):
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that are free in memory."""
-        # The lock stays open whatever happens to the folder.
-        status = os.fstatvfs(self._lock)
+        """Bytes that are free there."""
+        # Somebody may have removed the folder.
+        place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        status = os.statvfs(place)
         return status.f_frsize * status.f_bavail
 
     def leave(self) -> None:
