@@ -56,6 +56,7 @@ class Lease:
         self.left_unstored = False
         self._beat = 0
         self._stop = threading.Event()
+        self._writing = threading.Lock()
         self._thread: threading.Thread | None = None
         self.lost = False
 
@@ -181,18 +182,20 @@ class Lease:
         return self.lost
 
     def _write(self, released: bool = False, is_stored: bool = False) -> None:
-        holder = {
-            "token": self.token,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": _start_of(os.getpid()),
-            "beat": self._beat,
-            "run": self.run,
-            "incarnation": self.incarnation,
-            "unstored": (self._memory and not is_stored) or self.left_unstored,
-            "released": released,
-        }
-        self._directory.write(FILE, [json.dumps(holder).encode()])
+        # What the beat writes must not be older than what another thread has just written.
+        with self._writing:
+            holder = {
+                "token": self.token,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": _start_of(os.getpid()),
+                "beat": self._beat,
+                "run": self.run,
+                "incarnation": self.incarnation,
+                "unstored": (self._memory and not is_stored) or self.left_unstored,
+                "released": released,
+            }
+            self._directory.write(FILE, [json.dumps(holder).encode()])
 
     def _lives(self, holder: dict[str, Any]) -> bool:
         if holder.get("released"):
