@@ -89,6 +89,8 @@ def _rank(
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n, timeout=timedelta(seconds=60)
         )
+        # Else one rank might leave the group while another is still connecting to it.
+        dist.barrier()
         content = pickle.dumps(function(rank, *args, **kwargs))
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -52,7 +52,7 @@ def tell_of_memory(notices: Notices, store: RankStore, settings: Settings, share
         )
     elif store.rank == 0:
         ranks = f"{local} ranks" if local > 1 else "a rank"
-        of_others = f" and copies of {copies} ranks of other hosts" if copies else ""
+        of_others = f" and {copies} copies for other hosts" if copies else ""
         notices.tell(
             f"saves go to memory first, {memory.path}: at most {readable(need)} per host for {ranks}{of_others}; "
             f"{readable(free)} are free. {store.directory} is updated every "

@@ -49,7 +49,7 @@ def saves_on_hosts(rank: int, hosts: list[Path], url: str) -> tuple[str, int]:
 
 def stated(said: str) -> float:
     """Bytes at most."""
-    (number, unit), *others = re.findall(r"at most ([\d.]+) (\w+) on a host", said)
+    (number, unit), *others = re.findall(r"at most ([\d.]+) (\w+) per host", said)
     assert not others
     return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
 
@@ -65,7 +65,7 @@ def test_what_is_stated_once_holds_for_all_ranks_of_a_host(n: int, url: str, hos
 
 def test_copies_for_other_hosts_are_stated_too(url: str, host: Path) -> None:
     (said, found), (other, _) = run_ranks(saves_on_hosts, 2, hosts_of(host, 2), url)
-    assert "copies of 1 of other hosts" in said
+    assert "and 1 copies for other hosts" in said
     assert stated(said) < found * 2
     assert found < stated(said) * HEADERS
     assert not other
