@@ -217,6 +217,7 @@ def _copies(source: Directory, addresses: Path, memory: Path, rounds: int, sampl
         for counts in [False] + [True] * rounds:
             # Just before the first copy, so that both get pages of the same kind.
             took = {"anew_s": _write_anew(memory, size)}
+            shutil.rmtree(there / rank_folder(0), ignore_errors=True)
             took["first_copy_s"], took["replication_s"] = _replicate(source, addresses, server)
             took["socket_s"] = plain.measure()
             for key, seconds in took.items() if counts else ():

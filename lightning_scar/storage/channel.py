@@ -4,6 +4,7 @@ A request is a message ``{"do": ..., "name": ...}``. The answer has ``errno`` in
 that arrives is unpickled.
 """
 
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -15,8 +16,6 @@ import orjson
 
 #: A list of a hundred thousand files is shorter.
 _LONGEST_MESSAGE = 1 << 24
-#: Bytes of a file that are sent in one piece.
-PIECE = 1 << 20
 
 
 @contextmanager
@@ -104,14 +103,20 @@ class Channel:
         return message
 
     @_as_connection_errors()
-    def send_piece(self, piece: bytes | memoryview) -> None:
-        """Send some bytes of a file, at most :data:`PIECE`."""
-        self._connection.send_bytes(piece)
+    def send_data(self, data: memoryview) -> None:
+        """Send bytes of a file, without a message around them."""
+        while data:
+            data = data[os.write(self._connection.fileno(), data) :]
 
     @_as_connection_errors()
-    def receive_piece(self) -> bytes:
-        """Wait for some bytes of a file."""
-        return self._connection.recv_bytes(PIECE)
+    def receive_data(self, into: memoryview) -> None:
+        """Fill a buffer with bytes of a file."""
+        while into:
+            # As os.read, but straight into its place.
+            count = os.readv(self._connection.fileno(), [into])
+            if not count:
+                raise EOFError
+            into = into[count:]
 
     def cut(self) -> None:
         """End the connection from another thread: both ends get an error if they are waiting."""

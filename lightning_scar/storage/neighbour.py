@@ -9,7 +9,7 @@ from contextlib import suppress
 from multiprocessing import AuthenticationError
 from typing import Any
 
-from lightning_scar.storage.channel import PIECE, Channel
+from lightning_scar.storage.channel import Channel
 from lightning_scar.storage.delta import SUFFIX
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.store import is_rank_folder
@@ -18,6 +18,8 @@ from lightning_scar.storage.store import is_rank_folder
 PATIENCE = 30.0
 #: Seconds until the next try when the system has no descriptor or thread left for a caller.
 _PAUSE = 0.1
+#: Bytes of a file that are received before they are written.
+PIECE = 1 << 21
 #: Only deltas of ranks are accessible.
 _NAME = re.compile(rf"[\w.-]+{re.escape(SUFFIX)}")
 
@@ -71,8 +73,7 @@ class Neighbour:
         pieces = list(pieces)
         self._ask(do="put", name=name, size=sum(map(len, pieces)))
         for piece in pieces:
-            for start in range(0, len(piece), PIECE):
-                self._channel.send_piece(piece[start : start + PIECE])
+            self._channel.send_data(memoryview(piece))
         self._answer()
 
     def delete(self, name: str) -> None:
@@ -222,9 +223,10 @@ class Server:
             raise OSError(errno.ENOSPC, reason)
 
 
-def _received(channel: Channel, size: int) -> Iterator[bytes]:
+def _received(channel: Channel, size: int) -> Iterator[memoryview]:
     while size > 0:
-        piece = channel.receive_piece()
+        piece = memoryview(bytearray(min(size, PIECE)))
+        channel.receive_data(piece)
         size -= len(piece)
         yield piece
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from lightning_scar.storage import neighbour as neighbour_module
-from lightning_scar.storage.channel import PIECE, Channel
+from lightning_scar.storage.channel import Channel
 from lightning_scar.storage.directory import Directory
-from lightning_scar.storage.neighbour import Neighbour, NoRoomError, Server
+from lightning_scar.storage.neighbour import PIECE, Neighbour, NoRoomError, Server
 
 KEY = b"a secret of this test"
 NAME = "rank-0001/delta-00001-00000000.safetensors"
@@ -211,7 +211,7 @@ def test_a_caller_that_stops_in_the_middle_is_let_go_of(there: Directory, monkey
         stopped = raw(server)
         stopped.send({"do": "put", "name": NAME, "size": 10 * PIECE})
         assert stopped.receive() == {}
-        stopped.send_piece(bytes(PIECE))
+        stopped.send_data(memoryview(bytes(PIECE)))
         with pytest.raises(ConnectionError):
             stopped.receive(patient=True)
         wait_for(lambda: not server._callers)
