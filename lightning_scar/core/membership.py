@@ -77,8 +77,7 @@ class RunMembership:
                 self.trouble = OSError(trouble)
             ranks.together(lambda: self._follow(token, run, host))
             self._take_in_memory()
-            seen = max(ranks.gather(ranks.together(self._look)))
-            self.incarnation = 1 + max(seen, ranks.gather(self._lease.incarnation)[0])
+            self.incarnation = 1 + max(ranks.gather(ranks.together(self._newest_incarnation)))
             self._lease.begin(self.incarnation)
         except BaseException:
             self._store.leave_memory(is_stored=False)
@@ -121,9 +120,8 @@ class RunMembership:
             self._lease.succeed(ticket.token)
         else:
             self._lease.watch(ticket.token, ticket.run)
-        if (memory := self._open_memory()) is not None:
-            self._store.use_memory(memory, self._settings.durable_every_n_saves)
-        self._store.open()
+        self._store.directory.memory = self._open_memory(self._is_left_here)
+        self._store.open(self._settings.durable_every_n_saves)
 
     def _take(self) -> tuple[str | None, str, str, str | None]:
         if foreign := self._store.foreign_names():
@@ -155,10 +153,11 @@ class RunMembership:
 
     def _take_in_memory(self) -> None:
         """Bring to storage what lies in the memory of these hosts, so that all ranks see the same. A collective."""
-        left = self._ranks.gather(self._is_left_here)
-        is_unstored = self._ranks.gather(self._lease.left_unstored)[0]
-        self.memory_is_lost = self.trouble is None and is_unstored and not any(left)
-        memory = self._ranks.together(self._open_memory)
+        is_left_here = self._is_left_here
+        left, unstored = zip(*self._ranks.gather((is_left_here, self._lease.left_unstored)), strict=True)
+        # The first rank has read the lease.
+        self.memory_is_lost = self.trouble is None and unstored[0] and not any(left)
+        memory = self._ranks.together(lambda: self._open_memory(is_left_here))
         hosts = self._ranks.gather(memory.name if memory is not None else None)
         here = [rank for rank, host in enumerate(hosts) if host == hosts[self._ranks.rank]]
         brought = self._ranks.gather(self._bring_in(memory, here.index(self._ranks.rank), len(here)))
@@ -181,7 +180,7 @@ class RunMembership:
             drop(memory, lambda folder: self._settings.memory and store.is_local(folder))
             self._lease.left_unstored &= self.memory_is_lost
         if self._settings.memory or self.unread:
-            store.use_memory(memory, self._settings.durable_every_n_saves)
+            store.directory.memory = memory
         else:
             memory.leave()
 
@@ -189,9 +188,9 @@ class RunMembership:
     def _is_left_here(self) -> bool:
         return self.trouble is None and left_in_memory(self._store.directory.storage, self._lease.run) is not None
 
-    def _open_memory(self) -> HostMemory | None:
+    def _open_memory(self, is_left_here: bool) -> HostMemory | None:
         """Return the run's folder in this host's memory, if saves go there or earlier ones did."""
-        if self.trouble is not None or not (self._settings.memory or self._is_left_here):
+        if self.trouble is not None or not (self._settings.memory or is_left_here):
             return None
         return HostMemory(self._store.directory.storage, self._lease.run, self._settings.memory_limit)
 
@@ -202,6 +201,8 @@ class RunMembership:
         except OSError as error:
             return repr(error)
 
-    def _look(self) -> int:
-        self._store.open()
-        return max((delta.head.incarnation for delta in self._store.deltas), default=0)
+    def _newest_incarnation(self) -> int:
+        """Return the newest start that has saved anything, or that the lease knows of."""
+        self._store.open(self._settings.durable_every_n_saves)
+        # Only the first rank has read the lease; it is 0 on the others.
+        return max([self._lease.incarnation, *(delta.head.incarnation for delta in self._store.deltas)])

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from enum import IntEnum
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 from fsspec.core import url_to_fs
 from fsspec.dircache import DirCache
@@ -92,6 +92,19 @@ class Tier(IntEnum):
     MEMORY = 0
     NEIGHBOUR = 1
     STORAGE = 2
+
+
+class Place(Protocol):
+    """Where files of ranks may be: host memory, the memory of another host, storage."""
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names in a folder."""
+
+    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
+        """Write a file."""
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
 
 
 class Directory:

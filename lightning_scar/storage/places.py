@@ -4,31 +4,17 @@ import mmap
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from typing_extensions import override
 
-from lightning_scar.storage.delta import SUFFIX
-from lightning_scar.storage.directory import Directory, Tier
+from lightning_scar.storage.directory import Directory, Place, Tier
 from lightning_scar.storage.host_memory import has_memory, left_in_memory
 from lightning_scar.storage.lease import run_of
-from lightning_scar.storage.store import DeltaStore
+from lightning_scar.storage.store import DeltaStore, names_in
 
 #: How often in a row files may be merged away while they are copied.
 _ATTEMPTS = 5
-
-
-class Place(Protocol):
-    """Where files of ranks may be: host memory, the memory of another host, storage."""
-
-    def names(self, folder: str) -> list[str]:
-        """Return the names in a folder."""
-
-    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """Write a file."""
-
-    def delete(self, name: str) -> None:
-        """Delete a file."""
 
 
 class Places(Directory):
@@ -72,19 +58,19 @@ class Places(Directory):
 
     @override
     def file(self, name: str) -> str:
-        if self.memory is not None and os.path.exists(self.memory.file(name)):
-            return self.memory.file(name)
-        return self.storage.file(name)
+        return self._in_memory(name) or self.storage.file(name)
 
     @override
     def tier(self, name: str) -> Tier:
-        if self.memory is not None and os.path.exists(self.memory.file(name)):
-            return Tier.MEMORY
-        return self.brought.get(name, Tier.STORAGE)
+        return Tier.MEMORY if self._in_memory(name) else self.brought.get(name, Tier.STORAGE)
+
+    def _in_memory(self, name: str) -> str | None:
+        path = self.memory.file(name) if self.memory is not None else None
+        return path if path is not None and os.path.exists(path) else None
 
     @override
     def further(self, name: str) -> Directory | None:
-        return self.storage if self.tier(name) is Tier.MEMORY else None
+        return self.storage if self._in_memory(name) else None
 
     @override
     def names(self, folder: str = "") -> list[str]:
@@ -195,8 +181,7 @@ class Copies:
             OSError: If the place cannot be read.
 
         """
-        found = (f"{folder}/{name}" for folder in self._folders for name in self._place.names(folder))
-        self.there = {name for name in found if name.endswith(SUFFIX)}
+        self.there = {name for folder in self._folders for name in names_in(self._place, folder)}
 
     def update(self) -> bool:
         """Copy what is not there, in the order in which it was written, then delete what is no longer wanted.

@@ -61,7 +61,6 @@ class RankStore(DeltaStore):
         self.host: str | None = None
         self.local_ranks = {rank}
         self.is_hollow = False
-        self._every = 1
         self._lost: set[str] = set()
         self._whole: tuple[int, ...] = ()
         self._unmergeable: set[str] = set()
@@ -104,24 +103,18 @@ class RankStore(DeltaStore):
         """Return whether a rank of this host writes to a folder."""
         return rank_of(folder) % self.world_size in self.local_ranks
 
-    def use_memory(self, memory: HostMemory, every: int) -> None:
-        """Save to memory first, from :meth:`open` on.
+    def open(self, every: int = 1) -> None:
+        """Read the directory and prepare to write, to memory first if the directory has one.
 
         Args:
-            memory: The folder there.
-            every: Storage is brought up to date at every Nth save.
+            every: With memory, storage is brought up to date at every Nth save.
 
         """
-        self.directory.memory = memory
-        self._every = every
-
-    def open(self) -> None:
-        """Read the directory and prepare to write."""
         self.refresh()
         self.sweep()
         if isinstance(memory := self.directory.memory, HostMemory):
             self.host = memory.name
-            self.write_back = WriteBack(self.directory, memory, self.own_folders(), self.own_names, self._every)
+            self.write_back = WriteBack(self.directory, memory, self.own_folders(), self.own_names, every)
 
     def drain(self) -> None:
         """Wait for copies to storage that are under way."""

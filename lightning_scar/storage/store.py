@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from lightning_scar.storage.delta import SUFFIX, DamagedError, Delta, StoredRefresh
 from lightning_scar.storage.delta_file import read_delta
-from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.directory import Directory, Place
 from lightning_scar.storage.garbage import no_garbage_collection
 from lightning_scar.storage.index import Index, Located, newest_lineage
 from lightning_scar.storage.reading import READERS, Damage, Reading, fill, read_refreshes
@@ -176,9 +176,9 @@ class DeltaStore:
             yield from pool.map(header, names)
 
 
-def names_in(directory: Directory, folder: str) -> list[str]:
-    """Return the names of the deltas in a folder."""
-    return [f"{folder}/{name}" for name in directory.names(folder) if name.endswith(SUFFIX)]
+def names_in(place: Place, folder: str) -> list[str]:
+    """Return the names of the deltas in a folder, with the folder."""
+    return [f"{folder}/{name}" for name in place.names(folder) if name.endswith(SUFFIX)]
 
 
 def retry_vanished(read: Callable[[], T]) -> T:

@@ -5,10 +5,9 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from zlib import crc32
 
-from lightning_scar.storage.delta import SUFFIX
 from lightning_scar.storage.host_memory import HostMemory
 from lightning_scar.storage.places import Copies, Places, written_order
-from lightning_scar.storage.store import is_rank_folder
+from lightning_scar.storage.store import is_rank_folder, names_in
 from lightning_scar.storage.writer import BackgroundWriter
 
 #: Memory holds at most this many times the rank's share of the state, plus one save.
@@ -145,15 +144,15 @@ class WriteBack:
             bound = min(bound, self.memory.limit)
         with suppress(OSError):
             excess = max(self.nbytes + nbytes - bound, nbytes - self.memory.free_bytes)
-            for name in sorted(self._in_memory(), key=written_order):
-                if excess <= 0:
-                    return
+            for name in sorted(self._in_memory(), key=written_order) if excess > 0 else ():
                 if name in self._places.stored:
                     excess -= self.memory.fs.size(self.memory.file(name))
                     self.memory.delete(name)
+                if excess <= 0:
+                    return
 
     def _in_memory(self) -> list[str]:
-        return [f"{folder}/{name}" for folder in self._folders for name in self.memory.names(folder)]
+        return [name for folder in self._folders for name in names_in(self.memory, folder)]
 
 
 def bring_in(places: Places, memory: HostMemory, share: int, shares: int) -> set[str]:
@@ -174,8 +173,7 @@ def bring_in(places: Places, memory: HostMemory, share: int, shares: int) -> set
     """
     found: set[str] = set()
     for folder in filter(is_rank_folder, memory.names()):
-        names = {f"{folder}/{name}" for name in memory.names(folder) if name.endswith(SUFFIX)}
-        own = {name for name in names if crc32(name.encode()) % shares == share}
+        own = {name for name in names_in(memory, folder) if crc32(name.encode()) % shares == share}
         copies = Copies(memory, places.storage, [folder], own.copy, only_own=True)
         found |= own - copies.there
         copies.update()

@@ -185,8 +185,8 @@ def test_what_is_written_beside_an_update_is_not_taken_for_unwanted(
 ) -> None:
     """A save finds no room in memory while a thread deletes in storage what nobody wants."""
     store = RankStore(tmp_path / "scar")
-    store.use_memory(HostMemory(store.directory.storage, "a run", limit=100), every=1000)
-    store.open()
+    store.directory.memory = HostMemory(store.directory.storage, "a run", limit=100)
+    store.open(every=1000)
     parse = delta_file._parse
 
     def updating(*arguments: Any) -> Delta:

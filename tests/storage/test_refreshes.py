@@ -229,8 +229,8 @@ def test_the_refresh_of_a_rank_that_is_no_more_is_kept_until_all_have_saved(memo
 
 def opened(url: str, every: int) -> RankStore:
     store = RankStore(url)
-    store.use_memory(HostMemory(store.directory.storage, "a run"), every)
-    store.open()
+    store.directory.memory = HostMemory(store.directory.storage, "a run")
+    store.open(every)
     return store
 
 
