@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from zoo import ZOO, Way, WithValidation
+from zoo import ZOO, StepsInItsHook, Way, WithValidation
 
 from lightning_scar import SCARCheckpoint, SCARCheckpointIO, load
 from lightning_scar.core.compatibility import ModelMismatchError
@@ -77,6 +77,13 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_with_workers(tmp_path: Path)
     whole = in_one_go(ZOO["Adam"], str(tmp_path / "whole"), data())
     resumed = in_two_goes(ZOO["Adam"], str(tmp_path / "cut"), data(), after=5)
     assert_same_end(resumed, whole)
+
+
+def test_no_step_of_a_modules_own_hook_is_lost(memory_url: str) -> None:
+    whole = in_one_go(lambda: (StepsInItsHook(), [], {}), f"{memory_url}/whole", stateful())
+    for after in (1, 5):
+        resumed = in_two_goes(lambda: (StepsInItsHook(), [], {}), f"{memory_url}/{after}", stateful(), after)
+        assert_same_end(resumed, whole)
 
 
 def test_a_plain_loader_resumes_exactly_at_an_epochs_end(tmp_path: Path) -> None:

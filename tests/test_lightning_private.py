@@ -67,6 +67,48 @@ def test_dump_checkpoint() -> None:
     assert checked
 
 
+def test_after_batches() -> None:
+    calls: list[str] = []
+
+    class Notes(Callback):
+        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            private.after_batches(trainer, lambda: self.note(trainer, "first"))
+            private.after_batches(trainer, lambda: self.note(trainer, "second"))
+
+        def note(self, trainer: pl.Trainer, name: str) -> None:
+            progress = trainer.fit_loop.epoch_loop.batch_progress.current
+            # Lightning takes this for a checkpoint of `on_train_batch_end`: the batch is done, but not completed.
+            assert (progress.ready, progress.processed, progress.completed) == (batches, batches, batches - 1)
+            calls.append(name)
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            calls.append("callback")
+
+        def on_validation_start(self, *args: Any) -> None:
+            calls.append("validation")
+
+    class Counts(TinyModel):
+        def on_train_batch_end(self, *args: Any) -> None:
+            nonlocal batches
+            batches += 1
+            calls.append("module")
+
+    batches, options = 0, {"max_steps": 2, "enable_checkpointing": False, "num_sanity_val_steps": 1}
+    trainer = make_trainer(Notes(), val_check_interval=1, **options)
+    trainer.fit(Counts(), loader(), loader(1))
+    of_a_batch = ["callback", "module", "second", "first", "validation"]
+    assert calls == ["validation", *of_a_batch, *of_a_batch]
+
+
+def test_end_after_batches() -> None:
+    trainer = make_trainer(enable_checkpointing=False)
+    for _ in range(2):
+        private.after_batches(trainer, lambda: None)
+    private.end_after_batches(trainer)
+    private.end_after_batches(trainer)
+    assert "on_batch_end" not in vars(trainer._logger_connector)
+
+
 def test_intercept_resume(tmp_path: Path) -> None:
     seen: list[Any] = []
 

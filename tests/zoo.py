@@ -89,6 +89,40 @@ class Raw(Alternating):
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
+class CountsInItsHook(TinyModel):
+    """State of both kinds, large and 0-d, that changes behind every callback's hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(3))
+        self.register_buffer("batches", torch.tensor(0))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.total += 1
+        self.batches += 1
+        super().on_train_batch_end(*args)
+
+
+class StepsInItsHook(TinyModel):
+    """Manual optimization whose step comes behind every callback's hook; Lightning does not count it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+        super().on_train_batch_end(*args)
+
+    def steps_done(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
 class ChangesWeights(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         for parameter in pl_module.parameters():
@@ -109,6 +143,7 @@ ZOO: dict[str, Way] = {
     "BatchNorm": lambda: (WithBatchNorm(), [], {}),
     "Embedding(max_norm)": lambda: (WithRenormalisedEmbedding(), [], {}),
     "a module that changes its weights": lambda: (ChangesItsWeights(), [], {}),
+    "a module that counts in its hook": lambda: (CountsInItsHook(), [], {}),
     "a callback that changes weights": lambda: (TinyModel(), [ChangesWeights()], {}),
     "weight averaging": lambda: (TinyModel(), [EMAWeightAveraging(decay=0.9)], {"val_check_interval": 3}),
     "accumulated gradients": lambda: (WithBatchNorm(), [], {"accumulate_grad_batches": 2}),

@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -149,9 +150,10 @@ class SCARCheckpoint(Checkpoint):
         self._io: SCARCheckpointIO | None = None
         self._sigterm: TrainerSigterm | None = None
         self._step_watch: RemovableHandle | None = None
-        self._global_step = 0
+        self._seen_step = 0
         self._outside_steps = 0
         self._stepped_outside = False
+        self._is_batch_over = False
         self._logged_saves = 0
         self._finished_here = False
 
@@ -221,6 +223,7 @@ class SCARCheckpoint(Checkpoint):
         self._schedule.begin(self._step(trainer), running, known)
         self._io.attach(running)
         self._logged_saves = 0
+        private.after_batches(trainer, partial(self._after_batch, trainer))
         others = [c for c in trainer.callbacks if c is not self and not isinstance(c, Fences)]  # type: ignore[attr-defined]
         # A new list, because Lightning iterates over the present one.
         trainer.callbacks = [Fences(running, self._schedule.pause), *others, self]  # type: ignore[attr-defined]
@@ -230,7 +233,7 @@ class SCARCheckpoint(Checkpoint):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the data position, and set the signal handler. Lightning has set its own and restored its loops."""
-        self._global_step = trainer.global_step
+        self._seen_step = self._step(trainer)
         if self._running is None:
             return
         if self._start is not None:
@@ -279,6 +282,7 @@ class SCARCheckpoint(Checkpoint):
 
     def _close(self, trainer: pl.Trainer) -> None:
         private.end_interception(trainer)
+        private.end_after_batches(trainer)
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Fences)]  # type: ignore[attr-defined]
         running, self._running, self._start = self._running, None, None
         if running is None:
@@ -297,17 +301,20 @@ class SCARCheckpoint(Checkpoint):
     # -- saves ---------------------------------------------------------------------------------------------------
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Note that a batch is over. A save that is due follows the LightningModule's hook, which may change state."""
+        self._count_outside_step(trainer)
+        self._is_batch_over = self._running is not None
+
+    def _after_batch(self, trainer: pl.Trainer) -> None:
         """Start a save if one is due; :class:`~lightning_scar.lightning.fences.Fences` completes it."""
-        if self._running is None:
-            return
+        if not self._is_batch_over:
+            return  # The batch is of another one's training in this fit, such as the search for a learning rate.
+        assert self._running is not None
+        self._is_batch_over = False
         self._log(trainer)
-        if self._stepped_outside and trainer.global_step == self._global_step:
-            self._outside_steps += 1
-        self._stepped_outside, self._global_step = False, trainer.global_step
-        step = self._step(trainer)
+        self._count_outside_step(trainer)
+        step = self._seen_step = self._step(trainer)
         if not self._schedule.is_new(step):
             return
         if self._sigterm is not None and self._sigterm.received:
@@ -328,6 +335,7 @@ class SCARCheckpoint(Checkpoint):
         info = {"finished": finished, "global_step": trainer.global_step, "epoch": trainer.current_epoch}
         checkpoint = private.dump_checkpoint(trainer)
         self._running.save(checkpoint, step, **_live_parts(trainer), full=full, info=info)
+        self._running.stage()
 
     def heal(self, trainer: pl.Trainer) -> bool:
         """Restore the blocks of the live run that became NaN or Inf, with their optimizer state, and warn about it.
@@ -351,6 +359,11 @@ class SCARCheckpoint(Checkpoint):
 
     def _step(self, trainer: pl.Trainer) -> int:
         return trainer.global_step + self._outside_steps
+
+    def _count_outside_step(self, trainer: pl.Trainer) -> None:
+        if self._stepped_outside and self._step(trainer) == self._seen_step:
+            self._outside_steps += 1
+        self._stepped_outside = False
 
     def _before_outside_step(self, optimizer: Optimizer) -> None:
         self._stepped_outside = True

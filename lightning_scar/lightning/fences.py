@@ -1,4 +1,4 @@
-"""The hooks at which a lazily staged save starts and must end, beside ``SCARCheckpoint`` in a Trainer."""
+"""The hooks at which a lazily staged save must end, beside ``SCARCheckpoint`` in a Trainer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +14,10 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 
 
 class Fences(Callback):
-    """Starts staging at the first hook after a batch, and waits for it before anything changes the state.
+    """Waits until the current save is copied, before anything changes the state.
 
-    ``SCARCheckpoint`` is the last callback, so that it saves what the others have changed. This one is the first, so
-    that the current save is copied before another callback changes the weights.
+    ``SCARCheckpoint`` is the last callback, and saves what the others and the LightningModule have changed. This one is
+    the first, so that the save is copied before another callback changes the weights.
 
     Args:
         running: The running checkpoint.
@@ -28,11 +28,6 @@ class Fences(Callback):
     def __init__(self, running: RunningCheckpoint, pause: Callable[[], None]) -> None:
         self._running = running
         self._pause = pause
-
-    @override
-    def on_train_batch_start(self, *args: Any) -> None:
-        """Start staging, after the LightningModule's ``on_train_batch_end``, whose changes belong to the save."""
-        self._running.stage()
 
     @override
     def on_before_optimizer_step(self, *args: Any) -> None:

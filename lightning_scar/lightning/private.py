@@ -79,6 +79,34 @@ def end_interception(trainer: pl.Trainer) -> None:
     vars(trainer._checkpoint_connector).pop("resume_start", None)
 
 
+def after_batches(trainer: pl.Trainer, hook: Callable[[], None]) -> None:
+    """Call a function after every training batch, right behind the LightningModule's ``on_train_batch_end``.
+
+    Lightning calls the callbacks' hook of that name before the module's. The next hook of a callback comes too late: by
+    then a validation may have begun, or the loader and the loops have moved on to the next batch.
+
+    Args:
+        trainer: The trainer.
+        hook: The function.
+
+    """
+    connector = trainer._logger_connector
+    on_batch_end = connector.on_batch_end
+
+    def then() -> None:
+        # Batches of a validation end here, too.
+        if trainer.training:
+            hook()
+        on_batch_end()
+
+    connector.on_batch_end = then  # type: ignore[method-assign]
+
+
+def end_after_batches(trainer: pl.Trainer) -> None:
+    """Undo all :func:`after_batches`."""
+    vars(trainer._logger_connector).pop("on_batch_end", None)
+
+
 def loader_states(checkpoint: dict[str, Any]) -> list[Any]:
     """Return the states of loaders that have a ``state_dict``."""
     states: list[Any] = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
