@@ -235,7 +235,7 @@ class Patient(Callback):
 class Run:
     """What one rank saw of a training.
 
-    ``start`` and ``final`` are checkpoint dicts, ``live`` has one for every step.
+    ``start`` and ``final`` are checkpoint dicts, ``live`` has one for every step; ``weights`` is what ``fit`` leaves.
     """
 
     error: tuple[str, str] | None = None
@@ -246,6 +246,7 @@ class Run:
     warned: list[str] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
     logged: list[dict[str, float]] = field(default_factory=list)
+    weights: dict[str, Any] = field(default_factory=dict)
     tested: Any = None
 
 
@@ -304,6 +305,7 @@ def train(
                 callback, *callbacks, watch, *stop, **{"max_epochs": 2, "logger": notes, **launched, **options}
             )
             trainer.fit(module, data(), ckpt_path=ckpt_path)
+            run.weights = copy.deepcopy(module.state_dict())
             if test:
                 for parameter in module.parameters():
                     parameter.data.zero_()

@@ -237,6 +237,7 @@ def main() -> None:
     begin()
     loop = OfFabric() if asked["door"] == "Fabric" else Loop()
     loop.run()
+    place("end", 0)
     loop.write_result()
 
 

@@ -25,14 +25,14 @@ from helpers import (
     saver,
 )
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 from zoo import Alternating, Raw, WithValidation
 
 from lightning_scar import SCARCheckpoint, load
+from lightning_scar.core.compatibility import ModelMismatchError
 from lightning_scar.core.selection import Candidates, distance
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeletons import is_skeleton
@@ -194,64 +194,6 @@ def test_an_exception_in_validation_keeps_the_older_save(tmp_path: Path) -> None
     assert assert_blocks_as_lived(tmp_path, model.live) == {5}
 
 
-# -- the end -------------------------------------------------------------------------------------------------------
-
-
-def test_a_finished_run_is_not_resumed_by_accident(tmp_path: Path) -> None:
-    fit(saver(tmp_path))
-    before = files(tmp_path)
-    with pytest.raises(MisconfigurationException, match=r"finished run \(16 steps\).*ckpt_path=.*resume=False"):
-        fit(saver(tmp_path), max_epochs=3)
-    assert files(tmp_path) == before
-
-
-def test_a_finished_run_goes_on_when_asked(tmp_path: Path) -> None:
-    fit(saver(tmp_path))
-    model = fit(saver(tmp_path), ckpt_path=str(tmp_path), max_epochs=3)
-    assert list(model.live) == list(range(17, 25))
-    assert load(tmp_path)["global_step"] == 24
-
-
-def test_a_finished_run_is_replaced_when_asked(tmp_path: Path) -> None:
-    fit(saver(tmp_path))
-    model = fit(saver(tmp_path, resume=False), max_epochs=1)
-    assert list(model.live) == list(range(1, 9))
-    assert load(tmp_path)["global_step"] == 8
-
-
-def test_a_run_replaced_and_cut_short_resumes_as_the_new_one(tmp_path: Path) -> None:
-    fit(saver(tmp_path))
-    cut_short(saver(tmp_path, resume=False, full_every_n_saves=1), after=3)
-    model = fit(saver(tmp_path))
-    assert min(model.live) == 4
-
-
-def test_a_run_whose_time_is_up_is_not_finished(tmp_path: Path) -> None:
-    class Slow(TinyModel):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            time.sleep(0.03)
-            return super().training_step(batch, batch_idx)
-
-    model = fit(saver(tmp_path), model=Slow(), max_time=timedelta(seconds=0.15))
-    done = max(model.live)
-    assert done < 8
-    model = fit(saver(tmp_path))
-    assert min(model.live) == done + 1
-    assert load(tmp_path)["global_step"] == 16
-
-
-def test_a_timer_with_time_left_does_not_keep_a_run_from_finishing(tmp_path: Path) -> None:
-    fit(saver(tmp_path), Timer(timedelta(hours=1)))
-    with pytest.raises(MisconfigurationException, match="finished run"):
-        fit(saver(tmp_path))
-
-
-def test_a_run_that_early_stopping_ended_is_finished(tmp_path: Path) -> None:
-    fit(saver(tmp_path), EarlyStopping("loss", patience=1, min_delta=100, check_on_train_epoch_end=True), max_epochs=9)
-    with pytest.raises(MisconfigurationException, match="finished run"):
-        fit(saver(tmp_path))
-
-
 # -- beside others -------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +253,7 @@ def test_a_sweep_keeps_its_directories_apart(tmp_path: Path) -> None:
 
 def test_a_sweep_over_one_directory_is_told_so(tmp_path: Path) -> None:
     fit(saver(tmp_path), model=TinyModel(8))
-    with pytest.raises(MisconfigurationException, match="finished run"):
+    with pytest.raises(ModelMismatchError, match="another model"):
         fit(saver(tmp_path), model=TinyModel(16))
 
 

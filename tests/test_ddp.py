@@ -197,14 +197,13 @@ def test_loaders_without_a_state_resume_on_another_number_of_ranks(tmp_path: Pat
     assert second[0].final["global_step"] == 6 + 1 + 4
 
 
-def test_a_finished_run_is_refused_and_goes_on_when_asked(tmp_path: Path) -> None:
-    calls = [call(tmp_path), call(tmp_path, max_epochs=3), call(tmp_path, max_epochs=3, ckpt_path=str(tmp_path))]
+def test_a_finished_run_is_loaded_and_goes_on_to_higher_limits(tmp_path: Path) -> None:
     replaced = call(tmp_path, max_epochs=1, scar={"resume": False})
-    first, refused, more, anew = trained(2, *calls, replaced)
-    for run in refused:
-        assert run.error is not None
-        assert run.error[0] == "MisconfigurationException"
-        assert "finished run (16 steps)" in run.error[1]
+    first, again, more, anew = trained(2, call(tmp_path), call(tmp_path), call(tmp_path, max_epochs=3), replaced)
+    assert_done(*again)
+    for run, before in zip(again, first, strict=True):
+        assert run.seen == []
+        assert_same(dict(run.weights), dict(before.final["state_dict"]))
     assert_resumed(more)
     assert_same(of(more[0].start), of(first[0].final))
     assert list(more[0].live) == list(range(17, 25))

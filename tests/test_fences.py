@@ -29,7 +29,7 @@ from torch.optim import SGD, Adam
 from zoo import ZOO, WithBatchNorm, WithRenormalisedEmbedding, WithValidation
 
 from lightning_scar import SCARCheckpoint, load
-from lightning_scar.lightning.fences import before_optimizer_steps
+from lightning_scar.lightning.step_count import before_optimizer_steps
 
 
 @pytest.mark.parametrize("refresh", ["auto", None])
@@ -206,11 +206,11 @@ def test_the_fence_comes_first_and_the_saver_last_and_neither_stays(memory_url: 
 def test_the_watch_of_optimizers_ends_with_the_fit(memory_url: str) -> None:
     scar = saver(memory_url)
     fit(scar, max_steps=2)
-    before = scar._outside_steps, scar._stepped_outside
+    before = vars(scar._steps).copy()
     weight = torch.nn.Parameter(torch.ones(1))
     weight.grad = torch.ones(1)
     SGD([weight], lr=1.0).step()
-    assert (scar._outside_steps, scar._stepped_outside) == before
+    assert vars(scar._steps) == before
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,35 @@ def test_end_after_batches() -> None:
     assert "on_batch_end" not in vars(trainer._logger_connector)
 
 
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_epochs": 2},
+        {"max_epochs": 3},
+        {"max_epochs": -1, "max_steps": 16},
+        {"max_epochs": -1, "max_steps": 17},
+        {"max_epochs": 9, "min_epochs": 2},
+        {"max_epochs": 9, "min_epochs": 3},
+        {"max_epochs": 9, "min_steps": 17},
+    ],
+)
+def test_is_over(limits: dict[str, Any], stops: bool, tmp_path: Path) -> None:
+    first = make_trainer(enable_checkpointing=False, max_epochs=2)
+    first.fit(TinyModel(), loader())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    expected: list[bool] = []
+
+    class Asks(Callback):
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.should_stop = stops
+            expected.append(private.is_over(trainer, torch.load(tmp_path / "a.ckpt")))
+
+    model = TinyModel()
+    make_trainer(Asks(), enable_checkpointing=False, **limits).fit(model, loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert expected == [not model.seen]
+
+
 def test_intercept_resume(tmp_path: Path) -> None:
     seen: list[Any] = []
 

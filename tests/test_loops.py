@@ -69,6 +69,46 @@ def test_blocks_are_as_they_were_at_their_steps(tmp_path: Path) -> None:
     assert len(assert_blocks_as_lived(tmp_path, loop.live)) > 1
 
 
+def test_a_finished_loop_started_again_is_loaded_and_left_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = train(0, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    capfd.readouterr()
+    for _ in range(2):
+        again = train(0, tmp_path)
+        assert_done(again)
+        assert (again.seen, again.live) == ([], {})
+        assert_same(of(again.final, "random"), of(first.final, "random"))
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(f"lightning-scar: {tmp_path} holds a finished run: step 32, ")
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_a_finished_loop_trains_on_and_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole = train(0, tmp_path / "whole", epochs=3)
+    first = train(0, tmp_path / "cut")
+    capfd.readouterr()
+    second = train(0, tmp_path / "cut", epochs=3)
+    assert first.seen + second.seen == whole.seen
+    assert_same(of(second.final), of(whole.final))
+    assert f"lightning-scar: the finished run in {tmp_path / 'cut'} trains on\n" in capfd.readouterr().err
+    assert_same(of(load(tmp_path / "cut")), of(load(tmp_path / "whole")))
+
+
+def test_a_loop_that_ended_early_can_stay_finished(tmp_path: Path) -> None:
+    accelerator, model, optimizer, _ = small(tmp_path)
+    for begins_finished in (False, True):
+        with SCARAccelerator(accelerator, tmp_path / "scar", every_n_steps=2) as scar:
+            done = scar.resume()
+            assert (scar.finished, done) == (begins_finished, 3 * begins_finished)
+            while not scar.finished and scar.steps < 3:
+                step(accelerator, model, optimizer)
+                scar.step()
+            assert scar.finished == begins_finished
+        assert scar.finished
+
+
 # -- what is beside it ---------------------------------------------------------------------------------------------
 
 

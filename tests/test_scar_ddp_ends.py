@@ -74,6 +74,29 @@ def test_when_every_worker_dies_the_running_checkpoint_is_what_is_left(tmp_path:
     assert "esuming from the running checkpoint" in training.console
 
 
+def test_a_job_that_dies_behind_its_training_makes_only_the_rest_again(tmp_path: Path) -> None:
+    """In the same job, in which nobody is left with a state in memory, and when it is put in the queue again."""
+    faults = [("test", 0, 0, "kill"), ("test", 0, 1, "kill")]
+    first = train(tmp_path, *faults, scar=SCAR, test=True)
+    again = train(tmp_path, *faults, scar=SCAR, test=True)
+    for training in (first, again):
+        assert_done(training, steps=24)
+        assert "holds a finished run: step 24" in training.console
+        assert_same(saved_state(training), training.state)
+        assert_same(dict(training.results[0]["fitted"]), dict(training.state["state_dict"]))
+        assert training.results[0]["tested"] == first.results[1]["tested"]
+
+
+@pytest.mark.slow
+def test_a_job_that_dies_behind_its_loop_makes_only_the_rest_again(tmp_path: Path) -> None:
+    faults = [("end", 0, 0, "kill"), ("end", 0, 1, "kill")]
+    for _ in range(2):
+        training = train(tmp_path, *faults, scar=SCAR, door="Accelerate")
+        assert_done(training, steps=24)
+        assert "holds a finished run: step 24" in training.console
+        assert_same(saved_state(training), training.state)
+
+
 @in_each_door
 def test_a_single_worker_is_started_again(tmp_path: Path, door: str) -> None:
     faults = [("training_step", 10, 0, "kill")]

@@ -13,8 +13,6 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_scar.core.membership import ReplacementTicket
@@ -26,11 +24,12 @@ from lightning_scar.core.settings import PolicyName
 from lightning_scar.core.stats import Stats
 from lightning_scar.lightning import private, replacement
 from lightning_scar.lightning.checkpoint_io import SCARCheckpointIO, installed_io
-from lightning_scar.lightning.fences import Fences, before_optimizer_steps
+from lightning_scar.lightning.fences import Fences
 from lightning_scar.lightning.fit_start import FitStart
 from lightning_scar.lightning.refusals import as_misconfiguration, check_strategy
 from lightning_scar.lightning.restart import trainer_calls
 from lightning_scar.lightning.sigterm import TrainerSigterm
+from lightning_scar.lightning.step_count import StepCount
 from lightning_scar.storage.places import open_store
 
 
@@ -39,7 +38,8 @@ class SCARCheckpoint(Checkpoint):
 
     The first save is full. Later ones write the fraction of the state that moved furthest since it was saved (SCAR,
     ICML 2019, section 4.2). If ``dirpath`` holds the running checkpoint of an interrupted run when ``fit`` starts,
-    training resumes from it. At the end of ``fit``, one full save marks the run as finished.
+    training resumes from it. At the end of ``fit``, one full save marks the run as finished: started again, it is
+    loaded, and trains on only if the limits are higher.
 
     Args:
         dirpath: The running checkpoint's directory, a path or any fsspec URL.
@@ -149,10 +149,7 @@ class SCARCheckpoint(Checkpoint):
         self._start: FitStart | None = None
         self._io: SCARCheckpointIO | None = None
         self._sigterm: TrainerSigterm | None = None
-        self._step_watch: RemovableHandle | None = None
-        self._seen_step = 0
-        self._outside_steps = 0
-        self._stepped_outside = False
+        self._steps = StepCount()
         self._is_batch_over = False
         self._logged_saves = 0
         self._finished_here = False
@@ -220,25 +217,31 @@ class SCARCheckpoint(Checkpoint):
         ranks = Ranks.of_default_group() if ticket is None else Ranks(trainer.global_rank, trainer.world_size)
         running = RunningCheckpoint(self.dirpath, self._settings, self._options.storage_options, ranks, ticket)
         self._running, self.stats = running, running.stats
-        self._schedule.begin(self._step(trainer), running, known)
+        self._schedule.begin(self._steps.of(trainer), running, known)
         self._io.attach(running)
         self._logged_saves = 0
         private.after_batches(trainer, partial(self._after_batch, trainer))
         others = [c for c in trainer.callbacks if c is not self and not isinstance(c, Fences)]  # type: ignore[attr-defined]
         # A new list, because Lightning iterates over the present one.
         trainer.callbacks = [Fences(running, self._schedule.pause), *others, self]  # type: ignore[attr-defined]
-        self._step_watch = before_optimizer_steps(trainer, self._before_outside_step)
+        self._steps.watch(trainer, before_outside_step=self.fence)
         return running
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say whether a finished run trains on. Lightning has restored the callbacks, which may stop it."""
+        if self._start is not None:
+            self._finished_here = self._start.is_over()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the data position, and set the signal handler. Lightning has set its own and restored its loops."""
-        self._seen_step = self._step(trainer)
+        self._steps.start_batch(trainer)
         if self._running is None:
             return
         if self._start is not None:
             self._start.restore_data_position()
-        self._schedule.begin(self._step(trainer), self._running)
+        self._schedule.begin(self._steps.of(trainer), self._running)
         if threading.current_thread() is threading.main_thread():
             self._sigterm = TrainerSigterm(trainer)
 
@@ -250,7 +253,7 @@ class SCARCheckpoint(Checkpoint):
         was_stopped = self._sigterm is not None and self._sigterm.received
         self._finished_here = not was_stopped and not private.time_is_up(trainer)
         # A run whose time is up was saved in the middle of its epoch, which Lightning has since closed.
-        if self._finished_here or self._step(trainer) != self._schedule.last_full_step:
+        if self._finished_here or self._steps.of(trainer) != self._schedule.last_full_step:
             self._save(trainer, full=True, finished=self._finished_here)
             self._running.fence()
         self._log(trainer)
@@ -267,7 +270,7 @@ class SCARCheckpoint(Checkpoint):
             if (
                 self._options.save_on_exception
                 and trainer.training
-                and self._step(trainer) != self._schedule.last_full_step
+                and self._steps.of(trainer) != self._schedule.last_full_step
             ):
                 self._save(trainer, full=True)
             self._close(trainer)
@@ -283,14 +286,14 @@ class SCARCheckpoint(Checkpoint):
     def _close(self, trainer: pl.Trainer) -> None:
         private.end_interception(trainer)
         private.end_after_batches(trainer)
+        if self._start is not None:
+            self._start.end()
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Fences)]  # type: ignore[attr-defined]
         running, self._running, self._start = self._running, None, None
         if running is None:
             return
         self._schedule.end()
-        if self._step_watch is not None:
-            self._step_watch.remove()
-            self._step_watch = None
+        self._steps.end()
         if self._sigterm is not None:
             self._sigterm.restore()
             self._sigterm = None
@@ -303,7 +306,7 @@ class SCARCheckpoint(Checkpoint):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Note that a batch is over. A save that is due follows the LightningModule's hook, which may change state."""
-        self._count_outside_step(trainer)
+        self._steps.count_batch(trainer)
         self._is_batch_over = self._running is not None
 
     def _after_batch(self, trainer: pl.Trainer) -> None:
@@ -313,8 +316,9 @@ class SCARCheckpoint(Checkpoint):
         assert self._running is not None
         self._is_batch_over = False
         self._log(trainer)
-        self._count_outside_step(trainer)
-        step = self._seen_step = self._step(trainer)
+        self._steps.count_batch(trainer)
+        self._steps.start_batch(trainer)
+        step = self._steps.of(trainer)
         if not self._schedule.is_new(step):
             return
         if self._sigterm is not None and self._sigterm.received:
@@ -330,9 +334,10 @@ class SCARCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, full: bool, finished: bool = False) -> None:
         assert self._running is not None
-        step = self._step(trainer)
+        step = self._steps.of(trainer)
         self._schedule.note(step, full)
         info = {"finished": finished, "global_step": trainer.global_step, "epoch": trainer.current_epoch}
+        info["stopped"] = finished and trainer.should_stop
         checkpoint = private.dump_checkpoint(trainer)
         self._running.save(checkpoint, step, **_live_parts(trainer), full=full, info=info)
         self._running.stage()
@@ -354,21 +359,8 @@ class SCARCheckpoint(Checkpoint):
 
         """
         assert self._running is not None, "call heal() during fit"
-        checkpoint, step = private.dump_checkpoint(trainer), self._step(trainer)
+        checkpoint, step = private.dump_checkpoint(trainer), self._steps.of(trainer)
         return self._healer.heal(self._running, checkpoint, step, **_live_parts(trainer))
-
-    def _step(self, trainer: pl.Trainer) -> int:
-        return trainer.global_step + self._outside_steps
-
-    def _count_outside_step(self, trainer: pl.Trainer) -> None:
-        if self._stepped_outside and self._step(trainer) == self._seen_step:
-            self._outside_steps += 1
-        self._stepped_outside = False
-
-    def _before_outside_step(self, optimizer: Optimizer) -> None:
-        self._stepped_outside = True
-        if self._running is not None:
-            self._running.fence()
 
     def _log(self, trainer: pl.Trainer) -> None:
         if self.stats.saves == self._logged_saves:
@@ -381,12 +373,12 @@ class SCARCheckpoint(Checkpoint):
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the number of optimizer steps that Lightning does not count."""
-        return {"outside_steps": self._outside_steps}
+        return {"outside_steps": self._steps.outside}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a :meth:`state_dict`."""
-        self._outside_steps = state_dict["outside_steps"]
+        self._steps.outside = state_dict["outside_steps"]
 
 
 def _live_parts(trainer: pl.Trainer) -> dict[str, Any]:

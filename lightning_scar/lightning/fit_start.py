@@ -1,10 +1,10 @@
 """What a ``fit`` with a ``SCARCheckpoint`` resumes from."""
 
 import os
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -13,6 +13,14 @@ from lightning_scar.core.resumption import check_not_all_damaged, newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.lightning import private
 from lightning_scar.storage.directory import Directory
+
+
+class _Finished(NamedTuple):
+    """A finished run that was loaded: its checkpoint dict, a summary, and whether something stopped it early."""
+
+    checkpoint: dict[str, Any]
+    summary: str
+    was_stopped: bool
 
 
 class FitStart:
@@ -43,6 +51,8 @@ class FitStart:
         self._dirpath = str(running.store.directory)
         self._loader_states: list[Any] = []
         self._are_other_ranks = False
+        self._finished: _Finished | None = None
+        self._sanity_steps: int | float | None = None
 
     @property
     def newest_step(self) -> int:
@@ -60,35 +70,41 @@ class FitStart:
 
     def _choose(self, asked_for: str | os.PathLike[str] | None, weights_only: bool | None) -> Any:
         check_ranks_agree(self._running.ranks, self._trainer.lightning_module.state_dict())
-        goes_on = self._is_own(asked_for) if asked_for else self._resumes and self._is_unfinished()
-        return self._restore(weights_only) if goes_on else asked_for
+        is_asked_for = bool(asked_for)
+        if not (self._is_own(asked_for) if asked_for else self._resumes):
+            return asked_for
+        found = self._newest_infos(may_be_damaged=is_asked_for)
+        if not found and not is_asked_for:
+            return None
+        checkpoint = self._restore(weights_only)
+        summary = f"step {checkpoint['global_step']}, {self._running.recovery}"
+        if found and all(info.get("finished") for info in found):
+            self._finished = _Finished(checkpoint, summary, any(info.get("stopped") for info in found))
+            # What stopped the run, such as EarlyStopping, is over: only who asks for it trains on.
+            self._trainer.should_stop = self._finished.was_stopped and not is_asked_for
+        else:
+            rank_zero_info(f"Resuming from the running checkpoint {self._dirpath}: {summary}")
+        return checkpoint
 
     def _is_own(self, path: str | os.PathLike[str]) -> bool:
         return Directory(path, self._storage_options).path == self._running.store.directory.path
 
-    def _is_unfinished(self) -> bool:
-        """Return whether there is an interrupted run. A collective.
+    def _newest_infos(self, may_be_damaged: bool) -> list[Mapping[str, Any]]:
+        """Return what the writers of the newest saves noted. A collective: the first rank decides.
 
         Raises:
-            MisconfigurationException: If the run is finished, so that resuming requires ``ckpt_path``.
             NoCheckpointError: If only damaged files are left.
 
         """
+
+        def look() -> list[Mapping[str, Any]]:
+            if not may_be_damaged:
+                check_not_all_damaged(self._running)
+            return [head.info for head in newest_heads(self._running).values()]
+
         ranks = self._running.ranks
-
-        def look() -> bool:
-            check_not_all_damaged(self._running)
-            heads = newest_heads(self._running).values()
-            if heads and all(head.info.get("finished") for head in heads):
-                raise MisconfigurationException(
-                    f"{self._dirpath} holds a finished run ({max(head.step for head in heads)} steps). To continue it, "
-                    f"pass `ckpt_path={self._dirpath!r}` to fit. To start a new run, choose another dirpath, or set "
-                    "`resume=False`, which overwrites it."
-                )
-            return bool(heads)
-
-        is_unfinished: bool = ranks.gather(ranks.together(look))[0]
-        return is_unfinished
+        infos: list[Mapping[str, Any]] = ranks.gather(ranks.together(look))[0]
+        return infos
 
     def _restore(self, weights_only: bool | None) -> dict[str, Any]:
         trainer, running = self._trainer, self._running
@@ -102,11 +118,33 @@ class FitStart:
         self._are_other_ranks = restored.world_size != trainer.world_size
         if self._are_other_ranks:
             private.share_out_epoch(checkpoint, restored.world_size, trainer.world_size)
-        rank_zero_info(
-            f"Resuming from the running checkpoint {self._dirpath}: step {checkpoint['global_step']}, "
-            f"{running.recovery}"
-        )
         return checkpoint
+
+    def is_over(self) -> bool:
+        """Return whether a finished run has nothing left to train, so that ``fit`` returns at once; say what follows.
+
+        Call it once, when Lightning has restored the callbacks, any of which may stop the training.
+        """
+        trainer, finished, self._finished = self._trainer, self._finished, None
+        if finished is None:
+            return False
+        ends = private.is_over(trainer, finished.checkpoint)
+        if not ends:
+            follows = f"It trains on: max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}"
+        elif finished.was_stopped:
+            follows = f"It was stopped early, so fit only loads it; to train on, pass ckpt_path={self._dirpath!r}"
+        else:
+            follows = "Nothing is left to train, so fit only loads it"
+        rank_zero_info(f"lightning-scar: {self._dirpath} holds a finished run: {finished.summary} {follows}.")
+        if ends:
+            # There is no training that Lightning's sanity check would protect.
+            self._sanity_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0
+        return ends
+
+    def end(self) -> None:
+        """Undo what was changed in the trainer for this ``fit`` only."""
+        if self._sanity_steps is not None:
+            self._trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
 
     def restore_data_position(self) -> None:
         """Restore the data position, after Lightning has restored loops and loaders."""

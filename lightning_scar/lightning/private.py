@@ -184,6 +184,21 @@ def restore_data_position(trainer: pl.Trainer, states: list[Any], skip: bool = F
         next(loop._combined_loader)
 
 
+def is_over(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> bool:
+    """Return whether ``fit`` will return at once when its loops are restored from a checkpoint dict.
+
+    Args:
+        trainer: The trainer; ``should_stop`` counts as in its loops.
+        checkpoint: The checkpoint dict.
+
+    """
+    steps, epochs = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    limits = (steps, trainer.max_steps), (epochs, trainer.max_epochs)
+    if any(limit not in (None, -1) and done >= limit for done, limit in limits):
+        return True
+    return trainer.should_stop and epochs >= (trainer.min_epochs or 0) and steps >= (trainer.min_steps or 0)
+
+
 def logger_step(trainer: pl.Trainer) -> int:
     """Return the step that Lightning passes to loggers; they require steps that never decrease."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,6 +1,7 @@
 """``SCARLoop``: priority checkpoints for a training written as a loop, in plain PyTorch or in Lightning Fabric."""
 
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -108,6 +109,7 @@ class SCARLoop:
         self._running: RunningCheckpoint | None = None
         self._watch: OptimizerWatch | None = None
         self._sigterm: DeferredSigterm | None = None
+        self._is_finished = False
         if continuation is not None:
             continuation.prepare(framework)
 
@@ -120,6 +122,14 @@ class SCARLoop:
     def steps(self) -> int:
         """The number of these calls in which an optimizer had stepped."""
         return self.state.steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is finished: :meth:`resume` found it so, and no batch has followed, or it was closed.
+
+        A loop that a criterion of its own has ended early asks this after :meth:`resume`, and stays finished.
+        """
+        return self._is_finished
 
     def __enter__(self) -> Self:
         """Return the loop itself, which is closed at the end of the block."""
@@ -183,7 +193,8 @@ class SCARLoop:
             self.state.ranks = Ranks.of_default_group()
             self.state.record_position()
             running = self._open()
-            self.state.resume(running, restart_state, self._first_incarnation(running), weights_only)
+            first = self._first_incarnation(running)
+            self._is_finished = self.state.resume(running, restart_state, first, weights_only)
             self._schedule.begin(self.steps, running)
         if training is not None:
             training.start(restart_state)
@@ -203,7 +214,7 @@ class SCARLoop:
         return self._training.first_incarnation(running.ticket.incarnation) if self._training is not None else None
 
     def close(self) -> None:
-        """Save everything, wait until it is written, and mark the run as finished.
+        """Save everything, wait until it is written, and mark the run as finished, unless it was already.
 
         With a continuation, it waits for the complete group, because what follows the loop may require all workers.
 
@@ -216,7 +227,9 @@ class SCARLoop:
         try:
             if self._training is not None:
                 self._training.finish()
-            self._save(full=True, finished=True)
+            if not self._is_finished:
+                self._save(full=True, finished=True)
+                self._is_finished = True
         except BaseException as error:
             self._abandon(error)
             raise
@@ -305,6 +318,10 @@ class SCARLoop:
 
         """
         running = self._check_open()
+        if self._is_finished:
+            self._is_finished = False
+            if self.state.ranks.rank == 0:
+                print(f"lightning-scar: the finished run in {self.dirpath} trains on", file=sys.stderr, flush=True)
         self.state.framework.record_batch()
         self.state.batches += 1
         has_stepped = self._watch is not None and self._watch.pop()

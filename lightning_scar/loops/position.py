@@ -99,7 +99,7 @@ class LoopState:
         restart_state: dict[str, Any] | None,
         first_incarnation: int | None,
         weights_only: bool | None,
-    ) -> None:
+    ) -> bool:
         """Resume from a restart state in memory, or from disk if that is newer. A collective.
 
         Args:
@@ -107,6 +107,9 @@ class LoopState:
             restart_state: The state in memory, if there is one.
             first_incarnation: The first incarnation whose saves on disk count; ``None`` to ignore all.
             weights_only: As in ``torch.load``.
+
+        Returns:
+            Whether the run on disk is finished.
 
         Raises:
             ModelMismatchError: If another model wrote it, or a Trainer, or the ranks' models differ.
@@ -118,13 +121,17 @@ class LoopState:
             self.ranks.together(lambda: check_not_all_damaged(running))
         # The first rank decides, because the hosts have different files in memory.
         heads = self.ranks.gather(newest_heads(running) if first_incarnation is not None else {})[0].values()
-        newest = max((head.step for head in heads if head.incarnation >= (first_incarnation or 0)), default=-1)
+        heads = [head for head in heads if head.incarnation >= (first_incarnation or 0)]
+        newest = max((head.step for head in heads), default=-1)
         if restart_state is not None and restart_state["global_step"] >= newest:
             self.load(restart_state)
-        elif newest >= 0:
-            self._restore(running, weights_only)
+            return False
+        is_finished = bool(heads) and all(head.info.get("finished") for head in heads)
+        if heads:
+            self._restore(running, weights_only, is_finished)
+        return is_finished
 
-    def _restore(self, running: RunningCheckpoint, weights_only: bool | None) -> None:
+    def _restore(self, running: RunningCheckpoint, weights_only: bool | None, is_finished: bool) -> None:
         live = self.parts.state_dict()
         restored = running.restore(weights_only, initial={"state_dict": live})
         checkpoint = restored.checkpoint
@@ -138,5 +145,6 @@ class LoopState:
         if restored.own is not None and restored.world_size == self.ranks.world_size:
             set_random_generators(restored.own["random"])
         if self.ranks.rank == 0:
-            said = f"resuming from the running checkpoint {self._dirpath}: step {self.steps}, {running.recovery}"
-            print(f"lightning-scar: {said}", file=sys.stderr, flush=True)
+            path = self._dirpath
+            found = f"{path} holds a finished run" if is_finished else f"resuming from the running checkpoint {path}"
+            print(f"lightning-scar: {found}: step {self.steps}, {running.recovery}", file=sys.stderr, flush=True)
