@@ -174,8 +174,37 @@ def test_intercept_resume(tmp_path: Path) -> None:
         assert "resume_start" not in vars(loop._checkpoint_connector), "an interception is for one call"
 
 
+def test_intercept_loading(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class Intercepts(Callback):
+        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            private.intercept_loading(trainer, self.model, self.optimizers)
+
+        def model(self, load: Any, checkpoint: dict[str, Any], strict: bool) -> None:
+            state = {**checkpoint["state_dict"], "net.2.bias": torch.full((1,), 7.0)}
+            seen.append(f"model, {strict=}")
+            load({**checkpoint, "state_dict": state}, strict=strict)
+
+        def optimizers(self, load: Any, checkpoint: dict[str, Any]) -> None:
+            seen.append(f"{len(checkpoint['optimizer_states'])} optimizers")
+            load(checkpoint)
+
+    source = make_trainer(enable_checkpointing=False, max_steps=1)
+    source.fit(TinyModel(), loader())
+    source.save_checkpoint(tmp_path / "a.ckpt")
+    model = TinyModel()
+    loop = make_trainer(Intercepts(), enable_checkpointing=False, max_steps=1)
+    loop.fit(model, loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert seen == ["model, strict=True", "1 optimizers"], "Lightning loads in another way"
+    assert float(model.net[2].bias) == 7
+    assert "load_model_state_dict" not in vars(loop.strategy)
+    assert "load_optimizer_state_dict" not in vars(loop.strategy)
+
+
 def test_end_interception() -> None:
     loop = make_trainer(enable_checkpointing=False)
+    private.intercept_loading(loop, lambda *a: pytest.fail("intercepted"), lambda *a: pytest.fail("intercepted"))
     private.end_interception(loop)  # without one, nothing
     private.intercept_resume(loop, lambda asked_for, weights_only: pytest.fail("still intercepted"))
     private.end_interception(loop)

@@ -28,7 +28,7 @@ class Reader:
         plan: The source of every block; :meth:`read` changes it when it finds damage.
         ranks: The ranks that each read a share.
         into: Live tensors to fill in place, by their place in the checkpoint.
-        initial: Initial values, by their place in the checkpoint.
+        initial: Initial values, by their :func:`uncompiled` place in the checkpoint.
         only: The keys of the blocks to fill; ``None`` for all.
 
     """
@@ -259,9 +259,20 @@ def _chosen(only: Container[str] | None, group: Group) -> _Part:
 
 
 def initial_value(group: Group, initial: Mapping[Path, Tensor]) -> Tensor | None:
-    """Return the initial value of a group's first slot, if there is one of its shape."""
-    found = next((initial[path] for path in group.slots[0].paths if path in initial), None)
+    """Return the initial value of a group's first slot, if there is one of its shape.
+
+    Args:
+        group: The group.
+        initial: Initial values, by their :func:`uncompiled` places.
+
+    """
+    found = next((initial[place] for place in map(uncompiled, group.slots[0].paths) if place in initial), None)
     return found if found is not None and tuple(found.shape) == group.shape else None
+
+
+def uncompiled(path: Path) -> Path:
+    """Return a place without what ``torch.compile`` adds to names; a model may load what it saved when compiled."""
+    return tuple(part.replace("_orig_mod.", "") if isinstance(part, str) else part for part in path)
 
 
 class _Target(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_scar.core.blocks import BlockMap
 from lightning_scar.core.ranks import Ranks
-from lightning_scar.core.reader import Reader, initial_value
+from lightning_scar.core.reader import Reader, initial_value, uncompiled
 from lightning_scar.core.recovery import IncompleteError, RecoveryPlan
 from lightning_scar.core.skeleton import Path, put_together, take_apart
 from lightning_scar.core.skeletons import Skeletons, Stored, describe, put_shards_together, union
@@ -227,7 +227,7 @@ def _look(
     newest = skeletons.newest()
     all_ranks = _shards(store, skeletons, newest, ranks) if newest.sharded else []
     block_map = union([newest.map, *(stored.map for stored in all_ranks)])
-    start = _tensors(initial)
+    start = {uncompiled(path): tensor for path, tensor in _tensors(initial).items()}
     known = {group.name for group in block_map.groups if initial_value(group, start) is not None}
     plan = RecoveryPlan(block_map, store.index, initial=known, limit=limit)
     reader = Reader(store, block_map, plan, ranks, into=_tensors(into), initial=start)

@@ -29,6 +29,8 @@ class Leaf(NamedTuple):
 def identity(tensor: Tensor) -> tuple[Any, ...]:
     """Return a key that is equal for references to the same values, such as tied weights and views by ``detach``.
 
+    What has no storage, such as sparse tensors, equals nothing but itself.
+
     Example::
 
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -36,6 +38,8 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
         (True, False)
 
     """
+    if is_lazy(tensor) or tensor.layout != torch.strided:
+        return "without storage", id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
 
 

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_scar.core.compatibility import ModelMismatchError
+from lightning_scar.core.loading import load_model
+from lightning_scar.core.optimizer_loading import NO_OWNERS, Owners, load_optimizers
 from lightning_scar.core.skeleton import Path
 from lightning_scar.core.zero import is_sharded, shard_state
 
@@ -99,23 +101,37 @@ class TrainingState:
     @property
     def module(self) -> Module:
         """The only module, unwrapped; or a ``ModuleDict`` of all."""
-        plain = {name: unwrapped(module) for name, module in self.modules.items()}
-        return next(iter(plain.values())) if len(plain) == 1 else ModuleDict(plain)
+        plain = self._plain_modules
+        return plain[""] if "" in plain else ModuleDict({prefix[:-1]: module for prefix, module in plain.items()})
+
+    @property
+    def _plain_modules(self) -> dict[str, Module]:
+        """The unwrapped modules, by the prefix of their names in the checkpoint."""
+        is_only = len(self.modules) == 1
+        return {"" if is_only else f"{name}.": unwrapped(module) for name, module in self.modules.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ``state_dict`` of :attr:`module`."""
         return self.module.state_dict()
 
-    def load(self, checkpoint: Mapping[str, Any], path: str = "the checkpoint", strict: bool = True) -> None:
+    def load(
+        self,
+        checkpoint: Mapping[str, Any],
+        path: str = "the checkpoint",
+        strict: bool = True,
+        owners: Owners = NO_OWNERS,
+    ) -> None:
         """Load a checkpoint dict.
 
         Args:
             checkpoint: From :meth:`dump`.
             path: Its path, for errors.
-            strict: Whether it must match this training.
+            strict: Whether it must fit this training; else what fits is loaded.
+            owners: Which parameters the optimizers' states belong to, for ``strict=False``.
 
         Raises:
-            ModelMismatchError: If ``strict`` and numbers of optimizers or schedulers, or names of objects differ.
+            ModelMismatchError: If ``strict`` and a model or an optimizer refuses its state, or numbers of optimizers or
+                schedulers, or names of objects differ; or if nothing of the models was loaded.
 
         """
         states, schedules = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
@@ -126,14 +142,26 @@ class TrainingState:
                 f"{path} has no state of {', '.join(missing)}, which this training has. Use another dirpath, or "
                 "`strict=False` to load what fits."
             )
-        self.module.load_state_dict(checkpoint["state_dict"], strict=strict)
-        for optimizer, state in zip(self.inner_optimizers, states, strict=False):
-            optimizer.load_state_dict(state)
+        is_same_model = load_model(path, self._plain_modules, checkpoint["state_dict"], strict)
+        load_optimizers(
+            path,
+            self.inner_optimizers,
+            states,
+            self._load_optimizers,
+            owners=owners,
+            live=self.state_dict(),
+            strict=strict,
+            is_same_model=is_same_model,
+        )
         for scheduler, state in zip(self.schedulers, schedules, strict=False):
             scheduler.load_state_dict(state)
         for name, value in self.objects.items():
             if name in checkpoint["objects"]:
                 value.load_state_dict(checkpoint["objects"][name])
+
+    def _load_optimizers(self, states: Sequence[Any]) -> None:
+        for optimizer, state in zip(self.inner_optimizers, states, strict=False):
+            optimizer.load_state_dict(state)
 
     # -- its live parts ------------------------------------------------------------------------------------------
 

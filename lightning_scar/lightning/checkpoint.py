@@ -268,7 +268,9 @@ class SCARCheckpoint(Checkpoint):
             return self._close(trainer)
         try:
             if (
-                self._options.save_on_exception
+                # Before the training starts, the state may be restored in part only.
+                (self._start is None or self._start.has_started)
+                and self._options.save_on_exception
                 and trainer.training
                 and self._steps.of(trainer) != self._schedule.last_full_step
             ):

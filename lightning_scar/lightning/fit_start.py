@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_scar.core.compatibility import ModelMismatchError, check_fit, check_ranks_agree
+from lightning_scar.core.compatibility import check_ranks_agree
 from lightning_scar.core.resumption import check_not_all_damaged, newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.lightning import private
+from lightning_scar.lightning.model_loading import ModelLoading, check_is_of_a_trainer
 from lightning_scar.storage.directory import Directory
 
 
@@ -33,6 +33,9 @@ class FitStart:
         strict: Whether a running checkpoint of another model is an error.
         storage_options: Arguments of its file system.
 
+    Attributes:
+        has_started: Whether all is restored, and the training has started.
+
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class FitStart:
         strict: bool,
         storage_options: dict[str, Any] | None,
     ) -> None:
+        self.has_started = False
         self._trainer = trainer
         self._running = running
         self._resumes = resumes
@@ -112,7 +116,8 @@ class FitStart:
         initial = {"state_dict": trainer.lightning_module.state_dict()}
         restored = running.restore(weights_only, initial)
         checkpoint = restored.checkpoint
-        check_fits_model(self._dirpath, checkpoint, trainer.lightning_module, self._strict)
+        check_is_of_a_trainer(self._dirpath, checkpoint)
+        ModelLoading(trainer, self._dirpath, self._strict, restored.map).intercept()
         private.use_own_loader_states(checkpoint, restored.own)
         self._loader_states = private.loader_states(checkpoint)
         self._are_other_ranks = restored.world_size != trainer.world_size
@@ -148,33 +153,7 @@ class FitStart:
 
     def restore_data_position(self) -> None:
         """Restore the data position, after Lightning has restored loops and loaders."""
+        self.has_started = True
         if self._loader_states:
             private.restore_data_position(self._trainer, self._loader_states, skip=self._are_other_ranks)
             self._loader_states = []
-
-
-def check_fits_model(path: str, checkpoint: dict[str, Any], module: pl.LightningModule, strict: bool) -> None:
-    """Check that a running checkpoint fits a model.
-
-    Args:
-        path: The path of the checkpoint.
-        checkpoint: The checkpoint dict; what does not fit is removed from it unless ``strict``.
-        module: The model.
-        strict: Whether a difference is an error.
-
-    Raises:
-        ModelMismatchError: If it does not fit, with a list of all differences, or if a loop wrote it.
-
-    """
-    if "loop" in checkpoint:
-        raise ModelMismatchError(
-            f"{path} was written by a loop, so a Trainer cannot resume from it. Use another dirpath. To start from its "
-            f"weights, `model.load_state_dict(lightning_scar.load({path!r})['state_dict'])`."
-        )
-    if is_overridden("on_load_checkpoint", module):
-        return  # The user's hook may make it fit.
-    live = module.state_dict()
-    # Without strict loading, keys may be missing, but shapes must match.
-    kinds = ("",) if module.strict_loading else ("reshaped",)
-    if not check_fit(path, checkpoint, live, strict, kinds):
-        module.strict_loading = False

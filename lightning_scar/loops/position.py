@@ -3,7 +3,8 @@
 import sys
 from typing import Any
 
-from lightning_scar.core.compatibility import ModelMismatchError, check_fit, check_ranks_agree
+from lightning_scar.core.compatibility import ModelMismatchError, check_ranks_agree
+from lightning_scar.core.optimizer_loading import NO_OWNERS, Owners, owners_of_states
 from lightning_scar.core.random_generators import random_generators, set_random_generators
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.resumption import check_not_all_damaged, newest_heads
@@ -79,9 +80,9 @@ class LoopState:
             "random": random_generators(),
         }
 
-    def load(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    def load(self, checkpoint: dict[str, Any], strict: bool = True, owners: Owners = NO_OWNERS) -> None:
         """Load a checkpoint dict and its data position, but not its random state."""
-        self.load_step(checkpoint, strict)
+        self.load_step(checkpoint, strict, owners)
         position, now = checkpoint["loop"], self.ranks.world_size
         self.steps = checkpoint["global_step"]
         self.batches = self.framework.restore_data_position(
@@ -89,9 +90,9 @@ class LoopState:
         )
         self.record_position()
 
-    def load_step(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    def load_step(self, checkpoint: dict[str, Any], strict: bool = True, owners: Owners = NO_OWNERS) -> None:
         """Load only what a step changes from a checkpoint dict."""
-        self.parts.load(checkpoint, self._dirpath, strict)
+        self.parts.load(checkpoint, self._dirpath, strict, owners)
 
     def resume(
         self,
@@ -132,16 +133,14 @@ class LoopState:
         return is_finished
 
     def _restore(self, running: RunningCheckpoint, weights_only: bool | None, is_finished: bool) -> None:
-        live = self.parts.state_dict()
-        restored = running.restore(weights_only, initial={"state_dict": live})
+        restored = running.restore(weights_only, initial={"state_dict": self.parts.state_dict()})
         checkpoint = restored.checkpoint
         if "loop" not in checkpoint:
             raise ModelMismatchError(
                 f"{self._dirpath} was written by a Trainer, so a loop cannot resume from it. Use another dirpath. To "
                 f"start from its weights, `model.load_state_dict(lightning_scar.load({self._dirpath!r})['state_dict'])`"
             )
-        fits = check_fit(self._dirpath, checkpoint, live, self._strict)
-        self.load(checkpoint, strict=self._strict and fits)
+        self.load(checkpoint, self._strict, owners_of_states(restored.map))
         if restored.own is not None and restored.world_size == self.ranks.world_size:
             set_random_generators(restored.own["random"])
         if self.ranks.rank == 0:
