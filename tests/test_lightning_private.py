@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_scar.lightning import private
+from lightning_scar.lightning.model_loading import intercept_loading
 
 #: They make a process a replacement: ``test_lightning_joining.py`` compares it with the one that it replaces.
 TESTED_BY_A_JOINER = {"metrics", "set_metrics", "reset_results", "restore", "restore_step", "seek_data"}
@@ -179,7 +180,7 @@ def test_intercept_loading(tmp_path: Path) -> None:
 
     class Intercepts(Callback):
         def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-            private.intercept_loading(trainer, self.model, self.optimizers)
+            intercept_loading(trainer, self.model, self.optimizers)
 
         def model(self, load: Any, checkpoint: dict[str, Any], strict: bool) -> None:
             state = {**checkpoint["state_dict"], "net.2.bias": torch.full((1,), 7.0)}
@@ -204,7 +205,6 @@ def test_intercept_loading(tmp_path: Path) -> None:
 
 def test_end_interception() -> None:
     loop = make_trainer(enable_checkpointing=False)
-    private.intercept_loading(loop, lambda *a: pytest.fail("intercepted"), lambda *a: pytest.fail("intercepted"))
     private.end_interception(loop)  # without one, nothing
     private.intercept_resume(loop, lambda asked_for, weights_only: pytest.fail("still intercepted"))
     private.end_interception(loop)

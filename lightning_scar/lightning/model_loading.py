@@ -1,6 +1,6 @@
 """How the model and the optimizers of a ``fit`` load a running checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +9,6 @@ from lightning_scar.core.blocks import BlockMap
 from lightning_scar.core.compatibility import ModelMismatchError
 from lightning_scar.core.loading import load_model
 from lightning_scar.core.optimizer_loading import load_optimizers, owners_of_states
-from lightning_scar.lightning import private
 
 
 class ModelLoading:
@@ -32,7 +31,7 @@ class ModelLoading:
 
     def intercept(self) -> None:
         """Take part when Lightning loads the model and the optimizers."""
-        private.intercept_loading(self._trainer, self._load_model, self._load_optimizers)
+        intercept_loading(self._trainer, self._load_model, self._load_optimizers)
 
     def _load_model(self, load: Any, checkpoint: Mapping[str, Any], strict: bool) -> None:
         def attempt(module: Any, state_dict: Mapping[str, Any], leniently: bool) -> None:
@@ -73,3 +72,33 @@ def check_is_of_a_trainer(path: str, checkpoint: Mapping[str, Any]) -> None:
             f"{path} was written by a loop, so a Trainer cannot resume from it. Use another dirpath. To start from its "
             f"weights, `model.load_state_dict(lightning_scar.load({path!r})['state_dict'])`."
         )
+
+
+def intercept_loading(trainer: pl.Trainer, model: Callable[..., None], optimizers: Callable[..., None]) -> None:
+    """Let someone take part when the strategy next loads the model, and the optimizers.
+
+    Args:
+        trainer: The trainer, before the checkpoint is loaded.
+        model: Receives the strategy's method that loads the model, and its arguments.
+        optimizers: The same for the optimizers.
+
+    """
+    strategy = trainer.strategy
+    of_model, of_optimizers = strategy.load_model_state_dict, strategy.load_optimizer_state_dict
+
+    def load_model_state_dict(checkpoint: Any, strict: bool = True) -> None:
+        del strategy.load_model_state_dict
+        model(of_model, checkpoint, strict)
+
+    def load_optimizer_state_dict(checkpoint: Any) -> None:
+        del strategy.load_optimizer_state_dict
+        optimizers(of_optimizers, checkpoint)
+
+    strategy.load_model_state_dict = load_model_state_dict  # type: ignore[method-assign]
+    strategy.load_optimizer_state_dict = load_optimizer_state_dict  # type: ignore[method-assign]
+
+
+def end_interception(trainer: pl.Trainer) -> None:
+    """Undo :func:`intercept_loading`, if a call failed before all was loaded."""
+    for name in ("load_model_state_dict", "load_optimizer_state_dict"):
+        vars(trainer.strategy).pop(name, None)

@@ -75,34 +75,8 @@ def _resume_start(connector: Any, path: Any, weights_only: bool | None) -> None:
 
 
 def end_interception(trainer: pl.Trainer) -> None:
-    """Undo :func:`intercept_resume` and :func:`intercept_loading`, if a call failed before they were over."""
+    """Undo :func:`intercept_resume`, if a call failed before the checkpoint was read."""
     vars(trainer._checkpoint_connector).pop("resume_start", None)
-    for name in ("load_model_state_dict", "load_optimizer_state_dict"):
-        vars(trainer.strategy).pop(name, None)
-
-
-def intercept_loading(trainer: pl.Trainer, model: Callable[..., None], optimizers: Callable[..., None]) -> None:
-    """Let someone take part when the strategy next loads the model, and the optimizers.
-
-    Args:
-        trainer: The trainer, before the checkpoint is loaded.
-        model: Receives the strategy's method that loads the model, and its arguments.
-        optimizers: The same for the optimizers.
-
-    """
-    strategy = trainer.strategy
-    of_model, of_optimizers = strategy.load_model_state_dict, strategy.load_optimizer_state_dict
-
-    def load_model_state_dict(checkpoint: Any, strict: bool = True) -> None:
-        del strategy.load_model_state_dict
-        model(of_model, checkpoint, strict)
-
-    def load_optimizer_state_dict(checkpoint: Any) -> None:
-        del strategy.load_optimizer_state_dict
-        optimizers(of_optimizers, checkpoint)
-
-    strategy.load_model_state_dict = load_model_state_dict  # type: ignore[method-assign]
-    strategy.load_optimizer_state_dict = load_optimizer_state_dict  # type: ignore[method-assign]
 
 
 def after_batches(trainer: pl.Trainer, hook: Callable[[], None]) -> None:
