@@ -22,7 +22,7 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName
 from lightning_scar.core.stats import Stats
-from lightning_scar.lightning import model_loading, private, replacement
+from lightning_scar.lightning import private, replacement
 from lightning_scar.lightning.checkpoint_io import SCARCheckpointIO, installed_io
 from lightning_scar.lightning.fences import Fences
 from lightning_scar.lightning.fit_start import FitStart
@@ -287,7 +287,6 @@ class SCARCheckpoint(Checkpoint):
 
     def _close(self, trainer: pl.Trainer) -> None:
         private.end_interception(trainer)
-        model_loading.end_interception(trainer)
         private.end_after_batches(trainer)
         if self._start is not None:
             self._start.end()

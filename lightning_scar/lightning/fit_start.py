@@ -11,7 +11,7 @@ from lightning_scar.core.compatibility import check_ranks_agree
 from lightning_scar.core.resumption import check_not_all_damaged, newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.lightning import private
-from lightning_scar.lightning.model_loading import ModelLoading, check_is_of_a_trainer
+from lightning_scar.lightning.model_loading import ModelLoading, check_is_of_a_trainer, end_interception
 from lightning_scar.storage.directory import Directory
 
 
@@ -148,6 +148,7 @@ class FitStart:
 
     def end(self) -> None:
         """Undo what was changed in the trainer for this ``fit`` only."""
+        end_interception(self._trainer)
         if self._sanity_steps is not None:
             self._trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
 
