@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_scar.lightning import private
+from lightning_scar.lightning import private, private_paths
 from lightning_scar.lightning.model_loading import intercept_loading
 
 #: They make a process a replacement: ``test_lightning_joining.py`` compares it with the one that it replaces.
@@ -42,8 +42,9 @@ def in_training(hook: Any, **options: Any) -> TinyModel:
 def test_every_private_part_has_a_test() -> None:
     functions = {
         name
-        for name, function in inspect.getmembers(private, inspect.isfunction)
-        if function.__module__ == private.__name__ and not name.startswith("_")
+        for module in (private, private_paths)
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not name.startswith("_")
     }
     texts = [path.read_text() for path in Path(__file__).parent.glob("test_lightning_*.py")]
     tested = {name for text in texts for name in re.findall(r"^def test_(\w+)", text, re.MULTILINE)}
@@ -66,6 +67,43 @@ def test_dump_checkpoint() -> None:
     checked: list[bool] = []
     in_training(check)
     assert checked
+
+
+def test_select_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connector = private_paths._CheckpointConnector
+    monkeypatch.setattr(connector, "_select_ckpt_path", connector._select_ckpt_path)
+    asked: list[Any] = []
+
+    def select(trainer: pl.Trainer, ckpt_path: Any, is_model_given: bool, choose: Any) -> Any:
+        assert not hasattr(trainer.lightning_module, "set_up")
+        asked.append((trainer.state.fn, ckpt_path, is_model_given, choose(ckpt_path), choose("other")))
+        return tmp_path / "a.ckpt"
+
+    class SetUp(TinyModel):
+        def setup(self, stage: str) -> None:
+            self.set_up = True
+
+    trainer = make_trainer(enable_checkpointing=False, max_steps=1)
+    trainer.fit(TinyModel(), loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    private_paths.select_paths(select)
+    trainer = make_trainer(enable_checkpointing=False, max_steps=3)
+    trainer.fit(SetUp(), loader(), ckpt_path="b")
+    assert trainer.global_step == 3
+    for call in (trainer.validate, trainer.test, trainer.predict):
+        call(TinyModel(), loader())
+    expected = [("fit", "b", "b"), *((name, None, None) for name in ("validate", "test", "predict"))]
+    assert asked == [(name, path, True, chosen, "other") for name, path, chosen in expected]
+
+
+def test_slurm_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(enable_checkpointing=False, default_root_dir=tmp_path)
+    for version in (1, 12, 3):
+        (tmp_path / f"hpc_ckpt_{version}.ckpt").touch()
+    assert private_paths.slurm_checkpoint(trainer) is None
+    for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train"}.items():
+        monkeypatch.setenv(name, value)
+    assert private_paths.slurm_checkpoint(trainer) == str(tmp_path / "hpc_ckpt_12.ckpt")
 
 
 def test_after_batches() -> None:

@@ -22,7 +22,7 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName
 from lightning_scar.core.stats import Stats
-from lightning_scar.lightning import private, replacement
+from lightning_scar.lightning import paths, private, private_paths, replacement
 from lightning_scar.lightning.checkpoint_io import SCARCheckpointIO, installed_io
 from lightning_scar.lightning.fences import Fences
 from lightning_scar.lightning.fit_start import FitStart
@@ -163,6 +163,11 @@ class SCARCheckpoint(Checkpoint):
     def best_model_path(self, path: str) -> None:
         """Do nothing. Launchers set the path from their processes, but here the directory itself tells."""
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a ``fit`` without ``ckpt_path`` resumes: not from a run that this process itself has finished."""
+        return self._options.resume and not self._finished_here
+
     # -- start and end of a fit ----------------------------------------------------------------------------------
 
     @override
@@ -175,9 +180,9 @@ class SCARCheckpoint(Checkpoint):
         if stage != "fit" or replacement.is_joiner(trainer):
             return
         running = self._open(trainer)
-        # A run that this process has finished itself is not resumed.
-        resumes = self._options.resume and not self._finished_here
-        start = self._start = FitStart(trainer, running, resumes, self._options.strict, self._options.storage_options)
+        start = self._start = FitStart(
+            trainer, running, self.resumes, self._options.strict, self._options.storage_options
+        )
         restart_state = trainer_calls.restart_state()
         if restart_state is None or restart_state.step < start.newest_step:
             start.intercept()
@@ -389,3 +394,6 @@ def _live_parts(trainer: pl.Trainer) -> dict[str, Any]:
         "optimizers": {("optimizer_states", i): optimizer for i, optimizer in enumerate(trainer.optimizers)},
         "parameters": trainer.lightning_module.parameters(),
     }
+
+
+private_paths.select_paths(paths.select)

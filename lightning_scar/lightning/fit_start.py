@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_scar.core.compatibility import check_ranks_agree
 from lightning_scar.core.resumption import check_not_all_damaged, newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
-from lightning_scar.lightning import private
+from lightning_scar.lightning import paths, private
 from lightning_scar.lightning.model_loading import ModelLoading, check_is_of_a_trainer, end_interception
 from lightning_scar.storage.directory import Directory
 
@@ -74,12 +74,15 @@ class FitStart:
 
     def _choose(self, asked_for: str | os.PathLike[str] | None, weights_only: bool | None) -> Any:
         check_ranks_agree(self._running.ranks, self._trainer.lightning_module.state_dict())
-        is_asked_for = bool(asked_for)
-        if not (self._is_own(asked_for) if asked_for else self._resumes):
+        is_of_slurm = paths.is_chosen_on_slurm(self._trainer, asked_for)
+        is_asked_for = bool(asked_for) and not is_of_slurm
+        if not (self._is_own(asked_for) if asked_for and not is_of_slurm else self._resumes):
             return asked_for
         found = self._newest_infos(may_be_damaged=is_asked_for)
         if not found and not is_asked_for:
-            return None
+            return asked_for
+        if is_of_slurm and self._is_newer(str(asked_for), found, weights_only):
+            return asked_for
         checkpoint = self._restore(weights_only)
         summary = f"step {checkpoint['global_step']}, {self._running.recovery}"
         if found and all(info.get("finished") for info in found):
@@ -109,6 +112,28 @@ class FitStart:
         ranks = self._running.ranks
         infos: list[Mapping[str, Any]] = ranks.gather(ranks.together(look))[0]
         return infos
+
+    def _is_newer(self, path: str, found: list[Mapping[str, Any]], weights_only: bool | None) -> bool:
+        """Return whether Lightning's checkpoint on SLURM is newer than the running checkpoint, and say so."""
+
+        def read() -> tuple[int, str]:
+            try:
+                return paths.step_of(path, weights_only), ""
+            except Exception as error:
+                return -1, repr(error)
+
+        ranks, newest = self._running.ranks, max(info["global_step"] for info in found)
+        step, error = ranks.gather(read() if ranks.rank == 0 else None)[0]
+        ours = f"the running checkpoint {self._dirpath} (step {newest})"
+        theirs = f"Lightning's checkpoint {path} (step {step})"
+        if error:
+            rank_zero_warn(f"lightning-scar: {path} cannot be read: {error}. Resuming from {ours}")
+        elif step > newest:
+            rank_zero_info(f"lightning-scar: {theirs} is newer than {ours}: resuming from the first")
+        else:
+            word = "newer than" if newest > step else "as new as"
+            rank_zero_info(f"lightning-scar: {ours} is {word} {theirs}: resuming from the first")
+        return bool(step > newest)
 
     def _restore(self, weights_only: bool | None) -> dict[str, Any]:
         trainer, running = self._trainer, self._running
