@@ -57,12 +57,17 @@ def _run_out_of_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
+def _disconnect() -> None:
+    raise RuntimeError("gloo: this rank alone has lost the connection")
+
+
 WAYS: dict[str, Callable[[], Any]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "error": _raise,
     "exit": lambda: os._exit(3),
     "memory": _run_out_of_memory,
+    "disconnect": _disconnect,
     "terminate the job": lambda: os.kill(os.getppid(), signal.SIGTERM),
     "interrupt the job": lambda: os.kill(os.getppid(), signal.SIGINT),
     # Somebody else takes the host or the supervisor away meanwhile.

@@ -31,6 +31,8 @@ class Generations:
         self.substeps = 0
         #: Whether a member of the current generation entered it with ``ready=True``.
         self.some_are_ready = False
+        #: Whether a member was a step behind when the current generation formed.
+        self.some_were_behind = False
 
     def enter_first(self) -> None:
         """Join the first generation, in which all workers start."""
@@ -56,8 +58,7 @@ class Generations:
             self.leave()
             try:
                 self._enter(boundary or was_behind, waited)
-                if self._synchronize(closure, ready):
-                    was_behind = True
+                was_behind |= self._synchronize(closure, ready, was_behind)
                 if dist.is_initialized():
                     self._training.wrap()
                     return was_behind
@@ -77,14 +78,16 @@ class Generations:
         else:
             self._member.enter_next(self.steps, boundary, waited, **options)
 
-    def _synchronize(self, closure: Callable[[], Any] | None, ready: bool) -> bool:
+    def _synchronize(self, closure: Callable[[], Any] | None, ready: bool, was_behind: bool) -> bool:
         """Send the state of the member with the most completed steps to those behind it."""
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (self.steps, self.substeps, ready))
-        self.some_are_ready = any(ready for *_, ready in gathered)
-        progress = [(steps, substeps) for steps, substeps, _ in gathered]
+        dist.all_gather_object(gathered, (self.steps, self.substeps, ready, was_behind))
+        self.some_are_ready = any(ready for *_, ready, _ in gathered)
+        progress = [(steps, substeps) for steps, substeps, *_ in gathered]
         source = progress.index(max(progress))
         behind = [rank for rank, completed in enumerate(progress) if completed < progress[source]]
+        are_late = any(was_behind for *_, was_behind in gathered)
+        self.some_were_behind = are_late or any(progress[rank][0] >= 0 for rank in behind)
         if dist.get_rank() == source and behind:
             send([self._training.state(), self._outages.list], behind)
         if dist.get_rank() not in behind:

@@ -59,12 +59,19 @@ class StepSnapshot:
         self._gradients = [_clone(p.grad) for p in self._module.parameters()] if gradients else []
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Restore the copied values."""
+    def restore(self, gradients: bool = True) -> None:
+        """Restore the copied values.
+
+        Args:
+            gradients: Whether the gradients change, too; to ``None`` where none were copied.
+
+        """
         assert self._module is not None
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._copies)
         set_random_state(self._random)
+        if not gradients:
+            return
         parameters = list(self._module.parameters())
         for parameter, gradient in zip(parameters, self._gradients or [None] * len(parameters), strict=True):
             parameter.grad = _clone(gradient)

@@ -57,6 +57,8 @@ class Continuation:
         self._stale_gradients: StaleGradients | None = None
         #: Whether this worker made the last step itself, and must still read what was announced for after it.
         self._checks_announcement = False
+        #: The seconds for which this worker was blocked when it left its group between two steps; else ``None``.
+        self._left_alone: float | None = None
         #: The state of the random generators after the last step.
         self._random_state = random_state()
 
@@ -124,6 +126,8 @@ class Continuation:
         """
         started = time.monotonic()
         self._snapshot.save(gradients=self._training.accumulates)
+        if self._left_alone is not None and self._recover(closure, self._left_alone):
+            return None
         while True:
             try:
                 self._announce()
@@ -138,6 +142,35 @@ class Continuation:
                 return output
             if self._recover(closure, self._waited(started)):
                 return None
+
+    def accumulate(self, compute: Closure, gradients: bool) -> Any:
+        """Compute a batch that makes no step, without a group from where another worker dies meanwhile.
+
+        Such a batch runs collectives if it logs with ``sync_dist``, or if DDP gives all ranks the same buffers. From
+        then on this worker computes its batches alone, up to the next step, where the survivors come together.
+
+        Args:
+            compute: Computes the batch, or the part of it that may run collectives.
+            gradients: Whether that adds to the gradients.
+
+        Returns:
+            What it returned.
+
+        """
+        if not dist.is_initialized():
+            return compute()
+        started = time.monotonic()
+        self._snapshot.save(gradients)
+        try:
+            return compute()
+        except Exception as error:
+            if not self._can_survive(error):
+                raise
+        self._left_alone = self._waited(started)
+        self._generations.leave()
+        self._snapshot.restore(gradients)
+        self.outages.record_failure(self._generations.steps)
+        return compute()
 
     def _waited(self, started: float) -> float:
         seconds = time.monotonic() - started
@@ -181,6 +214,8 @@ class Continuation:
             CutOffError: If the supervisor is gone.
 
         """
+        if self._left_alone is not None:
+            return
         checks, self._checks_announcement = self._checks_announcement, False
         word = self._member.announced(self._generations.steps) if checks else ""
         if word == _STOP:
@@ -201,6 +236,9 @@ class Continuation:
             CutOffError: If the supervisor is gone.
 
         """
+        if self._left_alone is not None:
+            self._left_alone = None
+            self._generations.enter_next(boundary=True)
         while not self._member.is_full:
             self._member.wait_for_joiners()
             if self._member.is_stopping:
@@ -222,6 +260,7 @@ class Continuation:
 
         """
         self._generations.leave()
+        self._left_alone = None
         self._snapshot.restore()
         self.outages.record_failure(self._generations.steps)
         is_done = self._stale_gradients is not None and self._stale_gradients.applied > 0
@@ -231,6 +270,13 @@ class Continuation:
         is_done |= self._generations.enter_next(boundary=is_done, closure=closure, waited=waited)
         self.outages.regrouped()
         self._check_size()
+        while self._generations.some_were_behind:
+            if is_done:
+                # The others are in the next step already. This worker runs alone up to there, and they wait for it.
+                self._generations.leave()
+                self._left_alone = 0.0
+                return True
+            is_done = self._generations.enter_next(boundary=False, closure=closure)
         if not is_done and not self._member.is_full and self.outages.policy.on_failure != "shrink":
             self._wait_for_joiners(closure)
         return is_done

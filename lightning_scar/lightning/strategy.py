@@ -1,7 +1,8 @@
 """``SCARDDPStrategy``: DDP whose workers survive the death of others."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -76,6 +77,8 @@ class SCARDDPStrategy(DDPStrategy):
         self._max_restarts = max_restarts
         self._member: Member | None = None
         self._training: TrainerTraining | None = None
+        self._starts_workers = False
+        self._accumulates = False
 
     @property
     def outages(self) -> list[Outage]:
@@ -101,6 +104,7 @@ class SCARDDPStrategy(DDPStrategy):
                 "strategy='scar_ddp' runs without lightning-scar's supervisor, so it works as 'ddp', and a worker that "
                 "dies is not replaced. Use `lightning-scar run` instead of torchrun."
             )
+        self._starts_workers = options is not None
         self._launcher = SupervisedLauncher(options, self._on_call, self._on_error)
 
     def _run_options(self) -> list[str]:
@@ -204,12 +208,32 @@ class SCARDDPStrategy(DDPStrategy):
         return self._training.step(lambda closure: step(optimizer, closure, model, **kwargs), closure)
 
     @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Mark a batch that makes no step, because gradients accumulate."""
+        self._accumulates = True
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._accumulates = False
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._training is None or not self._accumulates:
+            return super().training_step(*args, **kwargs)
+        step = super().training_step
+        return self._training.continuation.accumulate(lambda: step(*args, **kwargs), gradients=False)
+
+    @override
     def on_train_end(self) -> None:
         super().on_train_end()
         if self._training is not None:
             self._training.continuation.finish()
 
     def _on_call(self, trainer: "pl.Trainer") -> None:
+        if self._starts_workers:
+            check_is_first(self.local_rank)
         if trainer.state.fn == TrainerFn.FITTING:
             check_module(trainer.lightning_module)
         if self._member is not None:
@@ -227,6 +251,21 @@ class SCARDDPStrategy(DDPStrategy):
             self._training.continuation.restart()
         elif isinstance(error, SIGTERMException | KeyboardInterrupt):
             self._member.end()
+
+
+def check_is_first(local_rank: int) -> None:
+    """Raise an error in a process that something else started, but whose environment says the opposite.
+
+    Raises:
+        MisconfigurationException: If this is not the first process of its node.
+
+    """
+    if local_rank > 0:
+        raise MisconfigurationException(
+            f"strategy='scar_ddp' starts its workers from the first process of a node, but this one has local rank "
+            f"{local_rank}. Unset LOCAL_RANK, start the script with `lightning-scar run`, or let your "
+            "ClusterEnvironment return True as `creates_processes_externally`."
+        )
 
 
 def check_module(module: "pl.LightningModule") -> None:

@@ -172,7 +172,7 @@ class LoopTraining:
             self.engine.step(attempt, gradients)
         else:
             with self._wrappers.no_sync():
-                gradients()
+                self.engine.accumulate(gradients, gradients=True)
             update()
         return losses[-1]
 
