@@ -33,11 +33,20 @@ from lightning_scar import SCARCheckpoint, SCARDDPStrategy
 
 
 class Stream(IterableDataset[Any]):
-    """Every rank has its share of the samples; a replacement has that of the slot."""
+    """Every rank has its share of the samples; a replacement has that of the slot.
+
+    Args:
+        batches: How many batches each rank has at most.
+
+    """
+
+    def __init__(self, batches: list[int] | None = None) -> None:
+        self.batches = batches
 
     def __iter__(self) -> Iterator[Any]:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        for i in range(slot, SAMPLES, world_size):
+        mine = range(slot, SAMPLES, world_size)
+        for i in mine if self.batches is None else mine[: self.batches[slot] * BATCH_SIZE]:
             yield samples()[i]
 
 
@@ -129,12 +138,13 @@ class Model(pl.LightningModule):
 
 
 class Data(pl.LightningDataModule):
-    def __init__(self, iterable: bool = False) -> None:
+    def __init__(self, iterable: bool = False, batches: list[int] | None = None) -> None:
         super().__init__()
         self.iterable = iterable
+        self.batches = batches
 
     def train_dataloader(self) -> Any:
-        data = Stream() if self.iterable else samples()
+        data = Stream(self.batches) if self.iterable else samples()
         return DataLoader(data, batch_size=BATCH_SIZE, shuffle=None if self.iterable else True)
 
     def val_dataloader(self) -> Any:

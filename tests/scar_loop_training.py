@@ -64,6 +64,9 @@ class Loop:
         self.clip = trainer.get("gradient_clip_val")
         self.validates = trainer.get("limit_val_batches", 1) > 0
         self.micro_batches = trainer.get("accumulate_grad_batches", 1)
+        batches = asked["data"].get("batches")
+        #: Of an epoch; all if ``None``.
+        self.batches = batches[slot] if batches else None
         self.now: list[int] = []
         self.used: list[list[int]] = []
         model = Net(**asked["model"])
@@ -147,7 +150,7 @@ class Loop:
         with self.scar:
             epoch, skip = divmod(self.scar.resume(), len(self.loader))
             while epoch < self.epochs:
-                for batch in self.epoch(epoch, skip):
+                for batch in itertools.islice(self.epoch(epoch, skip), self.batches):
                     with self.accumulating():
                         self.train(batch)
                 epoch, skip = epoch + 1, 0

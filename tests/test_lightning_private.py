@@ -319,6 +319,13 @@ def test_logger_step() -> None:
     assert sorted(set(ours)) == sorted(set(theirs)), "Lightning gives its loggers other steps now"
 
 
+def test_validates_by_time() -> None:
+    assert not private.validates_by_time(make_trainer())
+    assert private.validates_by_time(make_trainer(val_check_interval=timedelta(minutes=1))), (
+        "Lightning says it otherwise"
+    )
+
+
 def test_mark_sigterm() -> None:
     with pytest.raises(SIGTERMException):
         in_training(private.mark_sigterm)

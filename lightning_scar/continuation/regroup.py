@@ -29,6 +29,8 @@ class Generations:
         self.steps = 0
         #: Completed steps from stale gradients since then.
         self.substeps = 0
+        #: How many times this worker had no more batches: at the ends of epochs, and before validations.
+        self.epochs = 0
         #: Whether a member of the current generation entered it with ``ready=True``.
         self.some_are_ready = False
         #: Whether a member was a step behind when the current generation formed.
@@ -89,12 +91,12 @@ class Generations:
         are_late = any(was_behind for *_, was_behind in gathered)
         self.some_were_behind = are_late or any(progress[rank][0] >= 0 for rank in behind)
         if dist.get_rank() == source and behind:
-            send([self._training.state(), self._outages.list], behind)
+            send([self._training.state(), self._outages.list, self.epochs], behind)
         if dist.get_rank() not in behind:
             return False
-        state, outages = receive(source)
+        state, outages, epochs = receive(source)
         if self.steps < 0:
-            self._outages.list = outages
+            self._outages.list, self.epochs = outages, epochs
             self._training.load_state(state)
         else:
             self._run_alone(closure)

@@ -21,7 +21,7 @@ from lightning_scar.continuation.restart_state import pop_random_state, save_ran
 from lightning_scar.continuation.snapshot import StepSnapshot, random_state, set_random_state
 from lightning_scar.continuation.stale_gradients import StaleGradients, feasible
 from lightning_scar.elastic.protocol.messages import RESTART_EXIT_CODE
-from lightning_scar.elastic.worker.errors import RestartError
+from lightning_scar.elastic.worker.errors import RestartError, UnevenDataError
 from lightning_scar.elastic.worker.member import Member
 
 #: What the leader announces before the collectives of a step, so that all members know it after that step.
@@ -59,6 +59,8 @@ class Continuation:
         self._checks_announcement = False
         #: The seconds for which this worker was blocked when it left its group between two steps; else ``None``.
         self._left_alone: float | None = None
+        #: The number of completed steps after which this worker had no more batches, for the last time.
+        self._left_after = -1
         #: The state of the random generators after the last step.
         self._random_state = random_state()
 
@@ -89,6 +91,8 @@ class Continuation:
         """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda signum, frame: self._member.ask_to_stop(signum))
+        self._member.trainings += 1
+        self._left_after, self._generations.epochs = -1, 0
         self._snapshot = StepSnapshot(self._training.module)
         self.outages.policy = feasible(self.outages.policy, self._training, warns=self._member.is_leader)
         if self.is_joiner:
@@ -124,7 +128,7 @@ class Continuation:
             What ``attempt`` returned; ``None`` if this worker received the completed step from another one.
 
         """
-        started = time.monotonic()
+        started = self._begin_batch()
         self._snapshot.save(gradients=self._training.accumulates)
         if self._left_alone is not None and self._recover(closure, self._left_alone):
             return None
@@ -159,7 +163,7 @@ class Continuation:
         """
         if not dist.is_initialized():
             return compute()
-        started = time.monotonic()
+        started = self._begin_batch()
         self._snapshot.save(gradients)
         try:
             return compute()
@@ -171,6 +175,29 @@ class Continuation:
         self._snapshot.restore(gradients)
         self.outages.record_failure(self._generations.steps)
         return compute()
+
+    def _begin_batch(self) -> float:
+        self._member.goes_on_after = self.steps, self._generations.epochs
+        return time.monotonic()
+
+    def leave_steps(self) -> None:
+        """Note that this worker has no more batches for now: its epoch or its training ends, or a validation follows.
+
+        All others must have none, either. One that goes on finds out, and raises an error.
+        """
+        self._member.goes_on_after = None
+        if self._left_after != self.steps >= 0:
+            self._left_after = self.steps
+            self._generations.epochs += 1
+            self._member.leave_steps(self.steps, self._generations.epochs)
+
+    def _check_not_left_behind(self, error: Exception) -> None:
+        ahead = self._member.left_behind_by() if self._member.caused_by_peer_loss(error) else None
+        if ahead is not None:
+            slot, step = ahead
+            reason = f"rank {slot} has no more batches after step {step}, but rank {self._member.slot} has"
+            self._member.give_up(reason)
+            raise UnevenDataError(reason) from error
 
     def _waited(self, started: float) -> float:
         seconds = time.monotonic() - started
@@ -240,6 +267,8 @@ class Continuation:
             self._left_alone = None
             self._generations.enter_next(boundary=True)
         while not self._member.is_full:
+            # Otherwise one that goes on would wait for this worker, and this one for replacements.
+            self._member.leave_steps(self.steps, self._generations.epochs + (self.steps != self._left_after))
             self._member.wait_for_joiners()
             if self._member.is_stopping:
                 return
@@ -248,6 +277,7 @@ class Continuation:
     # -- an outage -----------------------------------------------------------------------------------------------
 
     def _can_survive(self, error: Exception) -> bool:
+        self._check_not_left_behind(error)
         is_possible = self._training.is_first and self._training.can_admit
         return is_possible and self._member.caused_by_peer_loss(error)
 
@@ -322,12 +352,16 @@ class Continuation:
         return isinstance(error, RestartError) or self._member.caused_by_peer_loss(error)
 
     def restart(self) -> None:
-        """Exit this process with the code that makes the supervisor restart all workers with the present state."""
+        """Exit this process with the code that makes the supervisor restart all workers with the present state.
+
+        Return if the job ends instead.
+        """
         self._training.unwrap()
         self._training.prepare_restart()
         self.outages.record_failure(self._generations.steps)
         try:
             self._member.strand(self._generations.steps)
+            return
         except RestartError as restart:
             self.outages.restarting(restart.deaths)
             if restart.keeper == self._member.slot:

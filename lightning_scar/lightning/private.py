@@ -330,6 +330,11 @@ def leaves_training_next(trainer: pl.Trainer) -> bool:
     return is_last or trainer.should_stop or loop._num_ready_batches_reached() or loop._should_check_val_fx(fetcher)
 
 
+def validates_by_time(trainer: pl.Trainer) -> bool:
+    """Return whether the clock says when a validation follows. Lightning 2.5 cannot do that."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
 def undo_unfinished_step(checkpoint: dict[str, Any], accumulated: int) -> None:
     """Reset the counters of a checkpoint dict from the middle of a step to the start of that step.
 

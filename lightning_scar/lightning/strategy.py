@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lightning_scar.continuation.outages import FlushMode, OnFailure, Outage, OutagePolicy
 from lightning_scar.elastic.worker.member import Member, hang_timeout
-from lightning_scar.lightning import replacement
+from lightning_scar.lightning import private, replacement
 from lightning_scar.lightning.launcher import SupervisedLauncher
 from lightning_scar.lightning.restart import trainer_calls
 from lightning_scar.lightning.training import TrainerTraining
@@ -226,9 +226,20 @@ class SCARDDPStrategy(DDPStrategy):
         return self._training.continuation.accumulate(lambda: step(*args, **kwargs), gradients=False)
 
     @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        is_in_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        # By the clock the ranks need not agree.
+        if self._training is not None and is_in_fit and not private.validates_by_time(trainer):
+            self._training.continuation.leave_steps()
+
+    @override
     def on_train_end(self) -> None:
         super().on_train_end()
         if self._training is not None:
+            self._training.continuation.leave_steps()
             self._training.continuation.finish()
 
     def _on_call(self, trainer: "pl.Trainer") -> None:
@@ -249,6 +260,7 @@ class SCARDDPStrategy(DDPStrategy):
             return
         if self._training.continuation.caused_by_peer_loss(error):
             self._training.continuation.restart()
+            raise SIGTERMException from error
         elif isinstance(error, SIGTERMException | KeyboardInterrupt):
             self._member.end()
 

@@ -19,15 +19,23 @@ from lightning_scar.lightning import loggers, private, replacement
 from lightning_scar.lightning.restart import trainer_calls
 
 
-class _BatchEnd(Callback):
-    """Raises an error of a completed step after the loops have counted it; else the step would be repeated."""
+class _Ends(Callback):
+    """Raises an error of a completed step after the loops have counted it; else the step would be repeated.
 
-    def __init__(self, raise_pending: Callable[[], None]) -> None:
+    It also notes the end of an epoch.
+    """
+
+    def __init__(self, raise_pending: Callable[[], None], leave_steps: Callable[[], None]) -> None:
         self._raise_pending = raise_pending
+        self._leave_steps = leave_steps
 
     @override
     def on_train_batch_end(self, *args: Any) -> None:
         self._raise_pending()
+
+    @override
+    def on_train_epoch_end(self, *args: Any) -> None:
+        self._leave_steps()
 
 
 class GroupStrategy(Protocol):
@@ -87,8 +95,8 @@ class TrainerTraining:
         """Prepare for the first step, when the training loop starts."""
         private.silence_sigterm_broadcast(self._trainer)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, _BatchEnd) for callback in callbacks):
-            callbacks.insert(0, _BatchEnd(self._raise_pending))
+        if not any(isinstance(callback, _Ends) for callback in callbacks):
+            callbacks.insert(0, _Ends(self._raise_pending, self.continuation.leave_steps))
         if not self.continuation.is_joiner:
             loggers.share_versions(self._trainer)
             if trainer_calls.resumed is not None:

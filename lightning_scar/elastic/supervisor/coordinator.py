@@ -291,7 +291,7 @@ class Coordinator:
 
     def _restart_stranded(self, members: list[Worker]) -> None:
         if self._phase is Phase.STOPPING:
-            self._kill_all()
+            # They were told, and exit. The others come together when they are gone.
             return
         stranded = next(worker.slot for worker in members if isinstance(worker.left, Stranded))
         if not self._may_restart(is_new=False):

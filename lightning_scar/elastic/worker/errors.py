@@ -15,6 +15,21 @@ class GroupLostError(RuntimeError):
         super().__init__("lightning-scar: the process group was lost")
 
 
+class UnevenDataError(RuntimeError):
+    """Another worker has no more batches where this one has, so nobody answers its collectives.
+
+    Args:
+        reason: Who has none, and after which step.
+
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"lightning-scar: {reason}. Give all ranks the same number of batches in an epoch: repeat or cut what an "
+            "iterable dataset yields, or set limit_train_batches, drop_last=True, or Accelerate's even_batches=True."
+        )
+
+
 class RestartError(RuntimeError):
     """All workers will be started again.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.protocol.log import Events
 from lightning_scar.elastic.protocol.messages import (
@@ -27,7 +27,7 @@ from lightning_scar.elastic.protocol.messages import (
     Stranded,
     Waiting,
 )
-from lightning_scar.elastic.worker.errors import CutOffError, GroupLostError, RestartError
+from lightning_scar.elastic.worker.errors import CutOffError, GroupLostError, RestartError, UnevenDataError
 from lightning_scar.elastic.worker.notices import History, acknowledgements_key
 from lightning_scar.elastic.worker.sockets import Connections
 
@@ -63,9 +63,14 @@ class Member:
         self._store = self._connect()
         self._events = Events(self._store)
         self._connections = Connections()
+        #: The number of trainings that this process has begun.
+        self.trainings = 0
+        #: The number of completed steps after which this worker has begun another batch, and how many times it had no
+        #: more batches before; ``None`` if it is elsewhere.
+        self.goes_on_after: tuple[int, int] | None = None
         self._has_announced = False
         self._excepthook = sys.excepthook
-        self._history = History(self._connect, slot, spawn, self._wake)
+        self._history = History(self._connect, slot, spawn, self._wake, self._wake_if_left_behind)
         # As Lightning does: a group's threads that return while the interpreter exits may crash the process.
         atexit.register(_destroy_group)
         self._report(Registered(slot, spawn))
@@ -140,6 +145,8 @@ class Member:
     def strand(self, step: int) -> None:
         """Wait to learn who saves the state, after a failure that cannot be repaired in this process.
 
+        Return if the job ends instead.
+
         Args:
             step: How many optimizer steps this worker has completed; -1 if it has no state.
 
@@ -151,7 +158,7 @@ class Member:
         number = self._number
         self.leave()
         self._report(Stranded(self.slot, self._spawn, number, step))
-        self._history.wait_until(lambda: False)
+        self._history.wait_until(lambda: self.is_stopping)
 
     def check_health(self) -> None:
         """Raise if the group broke without an error from the device: NCCL kernels that are aborted leave garbage.
@@ -231,7 +238,7 @@ class Member:
 
     def caused_by_peer_loss(self, error: BaseException) -> bool:
         """Return whether an error comes from the loss of another worker, not from the program."""
-        if isinstance(error, CutOffError | RestartError) or not isinstance(error, Exception):
+        if isinstance(error, CutOffError | RestartError | UnevenDataError) or not isinstance(error, Exception):
             return False
         if isinstance(error, GroupLostError | dist.DistError):
             return True
@@ -314,6 +321,55 @@ class Member:
     def _all_have_acknowledged(self) -> bool:
         assert self.generation is not None
         return self._store.add(acknowledgements_key(self._number), 0) == len(self.generation.spawns)
+
+    # -- uneven data ---------------------------------------------------------------------------------------------
+
+    def leave_steps(self, step: int, times: int) -> None:
+        """Tell the others that this worker has no more batches for now, before any collective that follows.
+
+        Args:
+            step: The number of completed steps.
+            times: How many times this worker had no more batches in this training.
+
+        Raises:
+            CutOffError: If the supervisor is gone.
+
+        """
+        try:
+            self._store.set(self._steps_over_key(times), f"{step} {self.slot}")
+            # The store does not confirm a set.
+            self._store.check([self._steps_over_key(times)])
+        except dist.DistError as error:
+            raise CutOffError from error
+
+    def left_behind_by(self) -> tuple[int, int] | None:
+        """Return the slot of a worker that has no more batches where this one has, and its step; else ``None``.
+
+        Raises:
+            CutOffError: If the supervisor is gone.
+
+        """
+        try:
+            return self._left_behind_by(self._store)
+        except dist.DistError as error:
+            raise CutOffError from error
+
+    def _left_behind_by(self, store: Store) -> tuple[int, int] | None:
+        if self.goes_on_after is None:
+            return None
+        done, times = self.goes_on_after
+        key = self._steps_over_key(times + 1)
+        if not store.check([key]):
+            return None
+        step, slot = map(int, store.get(key).decode().split())
+        return (slot, step) if done >= step else None
+
+    def _wake_if_left_behind(self, store: Store) -> None:
+        if self._left_behind_by(store) is not None:
+            self._wake(None)
+
+    def _steps_over_key(self, times: int) -> str:
+        return f"steps_over/{self._number}/{self.trainings}/{times}"
 
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Report before the process exits that it was not the program's fault, if another worker was lost."""

@@ -18,6 +18,8 @@ from lightning_scar.elastic.protocol.messages import (
 )
 from lightning_scar.elastic.worker.errors import CutOffError, RestartError
 
+#: The number of reads between two calls of ``on_tick``.
+_READS_A_TICK = 25
 #: Seconds between two reads. A blocking wait could only be ended by breaking its connection.
 _POLL_SECONDS = 0.02
 
@@ -36,11 +38,17 @@ class History:
         spawn: Its spawn number.
         on_break: Called in that thread with the number of a generation that broke; with ``None`` if the supervisor is
             gone.
+        on_tick: Called in that thread twice a second with its store.
 
     """
 
     def __init__(
-        self, connect: Callable[[], Store], slot: int, spawn: int, on_break: Callable[[int | None], None]
+        self,
+        connect: Callable[[], Store],
+        slot: int,
+        spawn: int,
+        on_break: Callable[[int | None], None],
+        on_tick: Callable[[Store], None],
     ) -> None:
         #: Whether the supervisor is gone.
         self.is_cut_off = False
@@ -52,6 +60,7 @@ class History:
         self._slot = slot
         self._spawn = spawn
         self._on_break = on_break
+        self._on_tick = on_tick
         self._acknowledged = -1
         self._broken: set[int] = set()
         self._joining: Joining | None = None
@@ -106,10 +115,14 @@ class History:
                 self._apply(notice)
             self._acknowledge(store)
             has_read.set()
+            reads = 0
             while not self._has_ended.wait(_POLL_SECONDS):
                 for notice in notices.news():
                     self._handle(notice)
                     self._acknowledge(store)
+                reads += 1
+                if reads % _READS_A_TICK == 0:
+                    self._on_tick(store)
         except Exception:
             with self._changed:
                 self.is_cut_off = True
