@@ -91,7 +91,7 @@ class Continuation:
         """
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda signum, frame: self._member.ask_to_stop(signum))
-        self._member.trainings += 1
+        self._member.epochs.trainings += 1
         self._left_after, self._generations.epochs = -1, 0
         self._snapshot = StepSnapshot(self._training.module)
         self.outages.policy = feasible(self.outages.policy, self._training, warns=self._member.is_leader)
@@ -177,19 +177,19 @@ class Continuation:
         return compute()
 
     def _begin_batch(self) -> float:
-        self._member.goes_on_after = self.steps, self._generations.epochs
+        self._member.epochs.goes_on_after = self.steps, self._generations.epochs
         return time.monotonic()
 
-    def leave_steps(self) -> None:
+    def end_epoch(self) -> None:
         """Note that this worker has no more batches for now: its epoch or its training ends, or a validation follows.
 
         All others must have none, either. One that goes on finds out, and raises an error.
         """
-        self._member.goes_on_after = None
+        self._member.epochs.goes_on_after = None
         if self._left_after != self.steps >= 0:
             self._left_after = self.steps
             self._generations.epochs += 1
-            self._member.leave_steps(self.steps, self._generations.epochs)
+            self._member.end_epoch(self.steps, self._generations.epochs)
 
     def _check_not_left_behind(self, error: Exception) -> None:
         ahead = self._member.left_behind_by() if self._member.caused_by_peer_loss(error) else None
@@ -268,7 +268,7 @@ class Continuation:
             self._generations.enter_next(boundary=True)
         while not self._member.is_full:
             # Otherwise one that goes on would wait for this worker, and this one for replacements.
-            self._member.leave_steps(self.steps, self._generations.epochs + (self.steps != self._left_after))
+            self._member.end_epoch(self.steps, self._generations.epochs + (self.steps != self._left_after))
             self._member.wait_for_joiners()
             if self._member.is_stopping:
                 return

@@ -233,13 +233,13 @@ class SCARDDPStrategy(DDPStrategy):
         is_in_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         # By the clock the ranks need not agree.
         if self._training is not None and is_in_fit and not private.validates_by_time(trainer):
-            self._training.continuation.leave_steps()
+            self._training.continuation.end_epoch()
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
         if self._training is not None:
-            self._training.continuation.leave_steps()
+            self._training.continuation.end_epoch()
             self._training.continuation.finish()
 
     def _on_call(self, trainer: "pl.Trainer") -> None:
@@ -261,7 +261,7 @@ class SCARDDPStrategy(DDPStrategy):
         if self._training.continuation.caused_by_peer_loss(error):
             self._training.continuation.restart()
             raise SIGTERMException from error
-        elif isinstance(error, SIGTERMException | KeyboardInterrupt):
+        if isinstance(error, SIGTERMException | KeyboardInterrupt):
             self._member.end()
 
 

@@ -25,9 +25,9 @@ class _Ends(Callback):
     It also notes the end of an epoch.
     """
 
-    def __init__(self, raise_pending: Callable[[], None], leave_steps: Callable[[], None]) -> None:
+    def __init__(self, raise_pending: Callable[[], None], end_epoch: Callable[[], None]) -> None:
         self._raise_pending = raise_pending
-        self._leave_steps = leave_steps
+        self._end_epoch = end_epoch
 
     @override
     def on_train_batch_end(self, *args: Any) -> None:
@@ -35,7 +35,7 @@ class _Ends(Callback):
 
     @override
     def on_train_epoch_end(self, *args: Any) -> None:
-        self._leave_steps()
+        self._end_epoch()
 
 
 class GroupStrategy(Protocol):
@@ -96,7 +96,7 @@ class TrainerTraining:
         private.silence_sigterm_broadcast(self._trainer)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, _Ends) for callback in callbacks):
-            callbacks.insert(0, _Ends(self._raise_pending, self.continuation.leave_steps))
+            callbacks.insert(0, _Ends(self._raise_pending, self.continuation.end_epoch))
         if not self.continuation.is_joiner:
             loggers.share_versions(self._trainer)
             if trainer_calls.resumed is not None:

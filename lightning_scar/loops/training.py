@@ -128,7 +128,7 @@ class LoopTraining:
 
     def finish(self) -> None:
         """Wait for the complete group after the last batch, because what follows may require it."""
-        self.engine.leave_steps()
+        self.engine.end_epoch()
         self.engine.after_step()
         self.engine.complete_group()
         self.engine.after_step()

@@ -4,8 +4,8 @@ import atexit
 import functools
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,7 @@ from lightning_scar.elastic.protocol.messages import (
     Stranded,
     Waiting,
 )
+from lightning_scar.elastic.worker.epochs import Epochs
 from lightning_scar.elastic.worker.errors import CutOffError, GroupLostError, RestartError, UnevenDataError
 from lightning_scar.elastic.worker.notices import History, acknowledgements_key
 from lightning_scar.elastic.worker.sockets import Connections
@@ -63,11 +64,7 @@ class Member:
         self._store = self._connect()
         self._events = Events(self._store)
         self._connections = Connections()
-        #: The number of trainings that this process has begun.
-        self.trainings = 0
-        #: The number of completed steps after which this worker has begun another batch, and how many times it had no
-        #: more batches before; ``None`` if it is elsewhere.
-        self.goes_on_after: tuple[int, int] | None = None
+        self.epochs = Epochs(slot, lambda: self._number)
         self._has_announced = False
         self._excepthook = sys.excepthook
         self._history = History(self._connect, slot, spawn, self._wake, self._wake_if_left_behind)
@@ -286,14 +283,12 @@ class Member:
             step: The number of the step.
 
         """
-        try:
+        with _or_cut_off():
             if not self._has_announced and self._all_have_acknowledged():
                 self._has_announced = True
                 self._store.set(self._announcement_key, f"{step} {word}")
                 # The store does not confirm a set. When it answers a question after it, everybody can read it.
                 self._store.check([self._announcement_key])
-        except dist.DistError as error:
-            raise CutOffError from error
 
     def announced(self, step: int) -> str:
         """Return what the leader announced to follow a step whose collectives this worker has completed, or "".
@@ -309,12 +304,10 @@ class Member:
             raise CutOffError
         if not (self.joiners_are_ready() or self.is_stopping):
             return ""
-        try:
+        with _or_cut_off():
             if not self._store.check([self._announcement_key]):
                 return ""
             number, word = self._store.get(self._announcement_key).decode().split()
-        except dist.DistError as error:
-            raise CutOffError from error
         # The leader may be a step ahead when this worker reads.
         return word if int(number) <= step else ""
 
@@ -322,54 +315,19 @@ class Member:
         assert self.generation is not None
         return self._store.add(acknowledgements_key(self._number), 0) == len(self.generation.spawns)
 
-    # -- uneven data ---------------------------------------------------------------------------------------------
-
-    def leave_steps(self, step: int, times: int) -> None:
-        """Tell the others that this worker has no more batches for now, before any collective that follows.
-
-        Args:
-            step: The number of completed steps.
-            times: How many times this worker had no more batches in this training.
-
-        Raises:
-            CutOffError: If the supervisor is gone.
-
-        """
-        try:
-            self._store.set(self._steps_over_key(times), f"{step} {self.slot}")
-            # The store does not confirm a set.
-            self._store.check([self._steps_over_key(times)])
-        except dist.DistError as error:
-            raise CutOffError from error
+    def end_epoch(self, step: int, times: int) -> None:
+        """Tell the others that this worker has no more batches for now; see :meth:`Epochs.end`."""
+        with _or_cut_off():
+            self.epochs.end(self._store, step, times)
 
     def left_behind_by(self) -> tuple[int, int] | None:
-        """Return the slot of a worker that has no more batches where this one has, and its step; else ``None``.
-
-        Raises:
-            CutOffError: If the supervisor is gone.
-
-        """
-        try:
-            return self._left_behind_by(self._store)
-        except dist.DistError as error:
-            raise CutOffError from error
-
-    def _left_behind_by(self, store: Store) -> tuple[int, int] | None:
-        if self.goes_on_after is None:
-            return None
-        done, times = self.goes_on_after
-        key = self._steps_over_key(times + 1)
-        if not store.check([key]):
-            return None
-        step, slot = map(int, store.get(key).decode().split())
-        return (slot, step) if done >= step else None
+        """Return who has no more batches where this worker has; see :meth:`Epochs.left_behind_by`."""
+        with _or_cut_off():
+            return self.epochs.left_behind_by(self._store)
 
     def _wake_if_left_behind(self, store: Store) -> None:
-        if self._left_behind_by(store) is not None:
+        if self.epochs.left_behind_by(store) is not None:
             self._wake(None)
-
-    def _steps_over_key(self, times: int) -> str:
-        return f"steps_over/{self._number}/{self.trainings}/{times}"
 
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Report before the process exits that it was not the program's fault, if another worker was lost."""
@@ -403,10 +361,17 @@ class Member:
         self._connections.cut()
 
     def _report(self, event: Event) -> None:
-        try:
+        with _or_cut_off():
             self._events.append(event)
-        except dist.DistError as error:
-            raise CutOffError from error
+
+
+@contextmanager
+def _or_cut_off() -> Iterator[None]:
+    """Raise :class:`CutOffError` where the supervisor's store does not answer."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise CutOffError from error
 
 
 def _destroy_group() -> None:

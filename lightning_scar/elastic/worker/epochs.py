@@ -1,0 +1,67 @@
+"""Which worker has no more batches where another one goes on: nobody would answer the collectives of that one."""
+
+from collections.abc import Callable
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+
+class Epochs:
+    """What a worker tells of the ends of its epochs, and what it learns of those of the others.
+
+    Args:
+        slot: This worker's slot.
+        generation: Returns the number of its present generation.
+
+    Example::
+
+        >>> from torch.distributed import HashStore
+        >>> store = HashStore()
+        >>> first, second = Epochs(0, lambda: 0), Epochs(1, lambda: 0)
+        >>> second.goes_on_after = (6, 0)
+        >>> second.left_behind_by(store)
+        >>> first.end(store, step=6, times=1)
+        >>> second.left_behind_by(store)
+        (0, 6)
+
+    """
+
+    def __init__(self, slot: int, generation: Callable[[], int]) -> None:
+        self._slot = slot
+        self._generation = generation
+        #: The number of trainings that this process has begun.
+        self.trainings = 0
+        #: The number of completed steps after which this worker has begun another batch, and how many times it had no
+        #: more batches before; ``None`` if it is elsewhere.
+        self.goes_on_after: tuple[int, int] | None = None
+
+    def end(self, store: Store, step: int, times: int) -> None:
+        """Tell the others that this worker has no more batches for now, before any collective that follows.
+
+        Args:
+            store: The supervisor's.
+            step: The number of completed steps.
+            times: How many times this worker had no more batches in this training.
+
+        """
+        store.set(self._key(times), f"{step} {self._slot}")
+        # The store does not confirm a set.
+        store.check([self._key(times)])
+
+    def left_behind_by(self, store: Store) -> tuple[int, int] | None:
+        """Return the slot of a worker that has no more batches where this one has, and its step; else ``None``.
+
+        Args:
+            store: The supervisor's.
+
+        """
+        if self.goes_on_after is None:
+            return None
+        done, times = self.goes_on_after
+        key = self._key(times + 1)
+        if not store.check([key]):
+            return None
+        step, slot = map(int, store.get(key).decode().split())
+        return (slot, step) if done >= step else None
+
+    def _key(self, times: int) -> str:
+        return f"epochs/{self._generation()}/{self.trainings}/{times}"
