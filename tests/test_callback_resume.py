@@ -4,6 +4,7 @@ import logging
 import warnings
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -177,16 +178,32 @@ def test_a_run_begun_from_another_ckpt_path_resumes_as_itself(tmp_path: Path) ->
     assert min(second.live) == max(first.live) + 1
 
 
-def test_arguments_of_fit_reach_the_loading(tmp_path: Path) -> None:
-    class Hyper(TinyModel):
-        def __init__(self, where: Path) -> None:
-            super().__init__()
-            self.save_hyperparameters()
+class Hyper(TinyModel):
+    def __init__(self, where: Path) -> None:
+        super().__init__()
+        self.save_hyperparameters()
 
+
+def test_arguments_of_fit_reach_the_loading(tmp_path: Path) -> None:
     cut_short(saver(tmp_path, **EXACT), after=3, model=Hyper(Path("a")))
     model = Hyper(Path("a"))
     make_trainer(saver(tmp_path, **EXACT), max_epochs=1).fit(model, loader(), weights_only=False)
     assert min(model.live) == 4
+
+
+def test_what_the_next_fit_will_not_load_is_told_at_the_first_save(tmp_path: Path) -> None:
+    def told(path: Path, **options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer(saver(path, **EXACT), max_steps=3).fit(Hyper(Path("a")), loader(), **options)
+        return [str(warning.message) for warning in caught if "weights_only" in str(warning.message)]
+
+    (text,) = told(tmp_path / "a")
+    assert "refuses hyper_parameters/where (pathlib" in text
+    with pytest.raises(UnpicklingError):
+        told(tmp_path / "a")
+    assert told(tmp_path / "b", weights_only=False) == []
+    assert told(tmp_path / "b", weights_only=False) == []
 
 
 # -- ckpt_path=dirpath ---------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from lightning_scar.core.memory_use import tell_of_memory, warn_of_lost_memory, 
 from lightning_scar.core.neighbours import Neighbours
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.read_back import ReadBack
 from lightning_scar.core.recovery import RecoveryPlan
 from lightning_scar.core.restoration import Restored, restore
 from lightning_scar.core.save import Part, Save
@@ -98,6 +99,8 @@ class RunningCheckpoint:
             self._committer.go_on_from(ticket.lineage)
         self._buffers = HostBuffers(DEPTH)
         self._writer = BackgroundWriter()
+        #: Whether what is saved can be loaded.
+        self.read_back = ReadBack(str(self.store.directory), self.ranks.rank)
         self._late_errors: list[Exception] = []
         self._call_off_exit = write_back_at_exit(self.store, self._membership)
 
@@ -333,7 +336,7 @@ class RunningCheckpoint:
         state_bytes = self._stager.bases.map.state_bytes
         # Before the writer, which adds to these counters, starts.
         self.stats.note(save)
-        self._writer.submit(lambda: self._committer.commit(save, state_bytes))
+        self._writer.submit(lambda: self._commit(save, state_bytes))
         # An interrupt before this line cancels the save, although it may be written; its blocks are then written again.
         self._save = None
         self.stats.warn_of_non_finite(self._notices)
@@ -341,9 +344,14 @@ class RunningCheckpoint:
             tell_of_memory(self._notices, self.store, self.settings, state_bytes)
         self.stats.queue_depth = self._writer.depth
 
+    def _commit(self, save: Save, state_bytes: int) -> None:
+        self._committer.commit(save, state_bytes)
+        self.read_back.check(save.skeleton)
+
     def _settle_failures(self) -> None:
         """Raise or warn about failed writes, and let the next save write their blocks again."""
         self._take_unwritten()
+        self.read_back.warn(self._notices)
         self.stats.warn_of_non_finite(self._notices)
         self.stats.bytes_written = self.store.directory.stored_bytes
         late = [*self.store.take_errors(), *self._late_errors]

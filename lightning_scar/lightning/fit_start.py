@@ -74,6 +74,7 @@ class FitStart:
 
     def _choose(self, asked_for: str | os.PathLike[str] | None, weights_only: bool | None) -> Any:
         check_ranks_agree(self._running.ranks, self._trainer.lightning_module.state_dict())
+        self._running.read_back.expect(weights_only)
         is_of_slurm = paths.is_chosen_on_slurm(self._trainer, asked_for)
         is_asked_for = bool(asked_for) and not is_of_slurm
         if not (self._is_own(asked_for) if asked_for and not is_of_slurm else self._resumes):

@@ -118,6 +118,7 @@ class LoopState:
 
         """
         check_ranks_agree(self.ranks, self.parts.state_dict())
+        running.read_back.expect(weights_only)
         if first_incarnation is not None:
             self.ranks.together(lambda: check_not_all_damaged(running))
         # The first rank decides, because the hosts have different files in memory.
