@@ -68,7 +68,7 @@ def test_arguments_for_plain_files_reach_the_wrapped_io(tmp_path: Path) -> None:
     io.remove_checkpoint(path)
     io.teardown()
     assert spy.calls == [
-        ("save", (checkpoint, path, {"x": 1}), {}),
+        ("save", (checkpoint, path), {"storage_options": {"x": 1}}),
         ("load", (path,), {}),
         ("load", (path,), {"map_location": "meta", "weights_only": True}),
         ("remove", (path,)),

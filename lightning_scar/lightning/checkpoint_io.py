@@ -83,7 +83,7 @@ class SCARCheckpointIO(CheckpointIO):
                 f"all {running.ranks.world_size} ranks save to {path}, so a single rank cannot; use another path"
             )
         if running is None and not self._is_running(path):
-            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
         else:
             (running or self._open(path)).save_now(checkpoint, _step(checkpoint))
 
