@@ -87,20 +87,6 @@ def test_no_step_of_a_modules_own_hook_is_lost(memory_url: str) -> None:
         assert_same_end(resumed, whole)
 
 
-def test_a_plain_loader_resumes_exactly_at_an_epochs_end(tmp_path: Path) -> None:
-    whole = in_one_go(ZOO["Adam"], str(tmp_path / "whole"), loader())
-    resumed = in_two_goes(ZOO["Adam"], str(tmp_path / "cut"), loader(), after=8)
-    assert_same_end(resumed, whole)
-
-
-def test_a_plain_loader_in_the_middle_of_an_epoch_warns_once(tmp_path: Path) -> None:
-    cut_short(saver(tmp_path), after=5)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(saver(tmp_path))
-    assert sum("not resumable" in str(warning.message) for warning in caught) == 1
-
-
 def test_random_numbers_go_on_if_the_user_saves_their_state(tmp_path: Path) -> None:
     """What rides in the skeleton is the user's own: here the state of torch's generator."""
 

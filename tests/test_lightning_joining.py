@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_scar.lightning import loggers, private, replacement
+from lightning_scar.lightning.data import TrainingData
 
 
 class Stream(IterableDataset[Any]):
@@ -67,7 +68,7 @@ class Joiner(SingleDeviceStrategy):
         closure()
         trainer = self.lightning_module.trainer
         replacement.load_state(trainer, *self.handed_over)
-        private.seek_data(trainer)
+        TrainingData.of(trainer).seek()
         self.lightning_module.zero_grad()
         self.handed_over = None
         return None
@@ -89,9 +90,11 @@ def test_a_joiner_goes_on_as_the_one_that_its_state_comes_from(data: str, place:
     step = a_epoch + (a_epoch // 2 if place == "the middle of an epoch" else a_epoch)
     source, model, other = Source(step), TinyModel(), TinyModel()
     trainer = make_trainer(strategy=source, **options)
+    TrainingData.of(trainer)
     trainer.fit(model, DATA[data](), DATA["map"]())
     torch.nn.init.zeros_(other.net[0].weight)
     joiner = make_trainer(strategy=Joiner(source.handed_over), **options)
+    TrainingData.of(joiner)
     replacement.prepare_joiner(joiner)
     joiner.fit(other, DATA[data](), DATA["map"]())
     # Of what it took its state from, it sees and makes all that comes later.

@@ -3,7 +3,6 @@
 When one of these fails after an upgrade, the function of the same name in ``lightning/private.py`` is what to look at.
 """
 
-import copy
 import inspect
 import re
 from datetime import timedelta
@@ -13,17 +12,16 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import BATCH_SIZE, TinyModel, loader, make_trainer, samples
+from helpers import TinyModel, loader, make_trainer
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_scar.lightning import private, private_paths
 from lightning_scar.lightning.model_loading import intercept_loading
 
 #: They make a process a replacement: ``test_lightning_joining.py`` compares it with the one that it replaces.
-TESTED_BY_A_JOINER = {"metrics", "set_metrics", "reset_results", "restore", "restore_step", "seek_data"}
+TESTED_BY_A_JOINER = {"metrics", "set_metrics", "reset_results", "restore", "restore_step"}
 
 
 def in_training(hook: Any, **options: Any) -> TinyModel:
@@ -249,60 +247,6 @@ def test_end_interception() -> None:
     loop.validate(TinyModel(), loader())
 
 
-def test_loader_states() -> None:
-    states: list[Any] = []
-    data = StatefulDataLoader(samples(), batch_size=BATCH_SIZE)
-    in_training(lambda trainer: states.append(private.loader_states(private.dump_checkpoint(trainer))), data=data)
-    assert all(len(of_all_loaders) == 1 for of_all_loaders in states), "loaders' states lie elsewhere in the dict"
-    plain: list[Any] = []
-    in_training(lambda trainer: plain.append(private.loader_states(private.dump_checkpoint(trainer))))
-    assert plain == [[]] * len(plain)
-
-
-def test_restore_data_position() -> None:
-    """See ``test_callback_resume`` for what it is good for."""
-    data = StatefulDataLoader(samples(), batch_size=BATCH_SIZE)
-    states: list[Any] = []
-    whole = in_training(
-        lambda trainer: states.append(private.loader_states(private.dump_checkpoint(trainer))), data=data
-    )
-
-    class Places(Callback):
-        def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-            trainer.fit_loop._restarting = True
-            private.restore_data_position(trainer, states[4])
-            trainer.fit_loop._restarting = False
-
-    model = TinyModel()
-    make_trainer(Places(), max_epochs=1, enable_checkpointing=False).fit(model, data)
-    assert model.seen == whole.seen[5:], "the data do not continue behind the fifth batch"
-
-
-def test_share_out_epoch() -> None:
-    """What two ranks have left of an epoch after five batches each is one rank's rest after ten."""
-    data = StatefulDataLoader(samples(12), batch_size=BATCH_SIZE)
-    saved: list[dict[str, Any]] = []
-    whole = in_training(lambda trainer: saved.append(copy.deepcopy(private.dump_checkpoint(trainer))), data=data)
-
-    def rest(checkpoint: dict[str, Any]) -> list[Any]:
-        private.share_out_epoch(checkpoint, before=2, now=1)
-        assert private.loader_states(checkpoint) == []
-
-        class Places(Callback):
-            def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-                trainer.fit_loop.load_state_dict(checkpoint["loops"]["fit_loop"])
-
-            def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-                private.restore_data_position(trainer, [None], skip=True)
-
-        model = TinyModel()
-        make_trainer(Places(), max_epochs=1, enable_checkpointing=False).fit(model, data)
-        return model.seen
-
-    assert rest(saved[4]) == whole.seen[10:]
-    assert rest(saved[11]) == []
-
-
 def test_logger_step() -> None:
     class Steps(DummyLogger):
         def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -329,24 +273,6 @@ def test_validates_by_time() -> None:
 def test_mark_sigterm() -> None:
     with pytest.raises(SIGTERMException):
         in_training(private.mark_sigterm)
-
-
-def test_use_own_loader_states(tmp_path: Path) -> None:
-    saved: dict[str, Any] = {}
-
-    def dump(trainer: pl.Trainer) -> None:
-        batch = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        saved[f"after {batch}"] = private.dump_checkpoint(trainer)
-
-    in_training(dump, data=StatefulDataLoader(samples(), batch_size=BATCH_SIZE))
-    checkpoint, other, own = saved["after 2"], saved["after 5"], copy.deepcopy(saved["after 2"])
-    states = copy.deepcopy(private.loader_states(checkpoint))
-    private.loader_states(own)[0]["dataset_state"] = "of its own"
-    private.use_own_loader_states(checkpoint, None)
-    private.use_own_loader_states(checkpoint, other)
-    assert private.loader_states(checkpoint) == states, "all ranks must go on with the same batch"
-    private.use_own_loader_states(checkpoint, own)
-    assert private.loader_states(checkpoint) == private.loader_states(own) != states
 
 
 def test_time_is_up() -> None:

@@ -24,6 +24,7 @@ from lightning_scar.core.settings import PolicyName
 from lightning_scar.core.stats import Stats
 from lightning_scar.lightning import paths, private, private_paths, replacement
 from lightning_scar.lightning.checkpoint_io import SCARCheckpointIO, installed_io
+from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.fences import Fences
 from lightning_scar.lightning.fit_start import FitStart
 from lightning_scar.lightning.refusals import as_misconfiguration, check_strategy
@@ -147,6 +148,7 @@ class SCARCheckpoint(Checkpoint):
         self.stats = Stats()
         self._running: RunningCheckpoint | None = None
         self._start: FitStart | None = None
+        self._data: TrainingData | None = None
         self._io: SCARCheckpointIO | None = None
         self._sigterm: TrainerSigterm | None = None
         self._steps = StepCount()
@@ -177,7 +179,10 @@ class SCARCheckpoint(Checkpoint):
             return
         check_strategy(trainer)
         self._io = installed_io(trainer, self._options.storage_options)
-        if stage != "fit" or replacement.is_joiner(trainer):
+        if stage != "fit":
+            return
+        self._data = TrainingData.of(trainer)
+        if replacement.is_joiner(trainer):
             return
         running = self._open(trainer)
         start = self._start = FitStart(
@@ -240,12 +245,10 @@ class SCARCheckpoint(Checkpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore the data position, and set the signal handler. Lightning has set its own and restored its loops."""
+        """Set the signal handler. Lightning has set its own and restored its loops."""
         self._steps.start_batch(trainer)
         if self._running is None:
             return
-        if self._start is not None:
-            self._start.restore_data_position()
         self._schedule.begin(self._steps.of(trainer), self._running)
         if threading.current_thread() is threading.main_thread():
             self._sigterm = TrainerSigterm(trainer)
@@ -293,6 +296,8 @@ class SCARCheckpoint(Checkpoint):
     def _close(self, trainer: pl.Trainer) -> None:
         private.end_interception(trainer)
         private.end_after_batches(trainer)
+        if self._data is not None:
+            self._data.remove()
         if self._start is not None:
             self._start.end()
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Fences)]  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from lightning_scar.core.compatibility import check_ranks_agree
 from lightning_scar.core.resumption import check_not_all_damaged, newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.lightning import paths, private
+from lightning_scar.lightning.data import use_own_loader_states
 from lightning_scar.lightning.model_loading import ModelLoading, check_is_of_a_trainer, end_interception
 from lightning_scar.storage.directory import Directory
 
@@ -24,7 +25,7 @@ class _Finished(NamedTuple):
 
 
 class FitStart:
-    """Decides what a ``fit`` resumes from, and restores it and the data position.
+    """Decides what a ``fit`` resumes from.
 
     Args:
         trainer: The trainer.
@@ -53,8 +54,6 @@ class FitStart:
         self._strict = strict
         self._storage_options = storage_options
         self._dirpath = str(running.store.directory)
-        self._loader_states: list[Any] = []
-        self._are_other_ranks = False
         self._finished: _Finished | None = None
         self._sanity_steps: int | float | None = None
 
@@ -144,11 +143,7 @@ class FitStart:
         checkpoint = restored.checkpoint
         check_is_of_a_trainer(self._dirpath, checkpoint)
         ModelLoading(trainer, self._dirpath, self._strict, restored.map).intercept()
-        private.use_own_loader_states(checkpoint, restored.own)
-        self._loader_states = private.loader_states(checkpoint)
-        self._are_other_ranks = restored.world_size != trainer.world_size
-        if self._are_other_ranks:
-            private.share_out_epoch(checkpoint, restored.world_size, trainer.world_size)
+        use_own_loader_states(checkpoint, restored.own)
         return checkpoint
 
     def is_over(self) -> bool:
@@ -177,10 +172,3 @@ class FitStart:
         end_interception(self._trainer)
         if self._sanity_steps is not None:
             self._trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
-
-    def restore_data_position(self) -> None:
-        """Restore the data position, after Lightning has restored loops and loaders."""
-        self.has_started = True
-        if self._loader_states:
-            private.restore_data_position(self._trainer, self._loader_states, skip=self._are_other_ranks)
-            self._loader_states = []

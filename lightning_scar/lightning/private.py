@@ -4,7 +4,6 @@ Each use is in one function here, and each function has a test that fails when L
 """
 
 import inspect
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +11,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_scar.core.zero import is_sharded, shard_state
 
@@ -105,83 +102,6 @@ def after_batches(trainer: pl.Trainer, hook: Callable[[], None]) -> None:
 def end_after_batches(trainer: pl.Trainer) -> None:
     """Undo all :func:`after_batches`."""
     vars(trainer._logger_connector).pop("on_batch_end", None)
-
-
-def loader_states(checkpoint: dict[str, Any]) -> list[Any]:
-    """Return the states of loaders that have a ``state_dict``."""
-    states: list[Any] = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
-    return states
-
-
-def use_own_loader_states(checkpoint: dict[str, Any], own: Any) -> None:
-    """Replace the loader states of another rank by those that this rank has saved, if they are of the same batch.
-
-    A rank that was stopped in the middle of a batch has loaded one batch more than a rank that finished its step. All
-    ranks must continue with the same batch, or the first one whose epoch ends leaves the others waiting.
-
-    Args:
-        checkpoint: The checkpoint dict, changed in place.
-        own: The dict as this rank saved it; ``None`` if it saved none at that step.
-
-    """
-    if own is None or "loops" not in own:
-        return
-    loop, own_loop = checkpoint["loops"]["fit_loop"], own["loops"]["fit_loop"]
-    epoch, own_epoch = (of["epoch_progress"]["current"]["ready"] for of in (loop, own_loop))
-    batch, own_batch = (of["epoch_loop.batch_progress"]["current"]["ready"] for of in (loop, own_loop))
-    if "combined_loader" in own_loop["state_dict"] and (epoch, batch) == (own_epoch, own_batch):
-        loop["state_dict"]["combined_loader"] = own_loop["state_dict"]["combined_loader"]
-
-
-def share_out_epoch(checkpoint: dict[str, Any], before: int, now: int) -> None:
-    """Convert a checkpoint's position in its epoch to another number of ranks, which divide the data differently.
-
-    The states of loaders are removed, because they no longer apply.
-
-    Args:
-        checkpoint: The checkpoint dict, changed in place.
-        before: The number of ranks that wrote it.
-        now: The number of ranks that resume.
-
-    """
-    loop = checkpoint["loops"]["fit_loop"]
-    loop["state_dict"].pop("combined_loader", None)
-    progress = loop["epoch_loop.batch_progress"]
-    current = progress["current"]
-    done = current["processed"]
-    # An exception in the last batch is saved before the epoch is over.
-    progress["is_last_batch"] &= done == current["ready"]
-    # At the end, a batch after the end for any number of ranks; else samples may repeat but are never skipped.
-    shared_out = (done + 1) * before if progress["is_last_batch"] else done * before // now
-    completed = shared_out + current["completed"] - done
-    progress["current"] = dict.fromkeys(current, shared_out) | {"completed": completed}
-
-
-def restore_data_position(trainer: pl.Trainer, states: list[Any], skip: bool = False) -> None:
-    """Restore the data position in the middle, or at the end, of an epoch.
-
-    Lightning restores loaders before it sets the epoch of their samplers, so the rest of a shuffled epoch would have
-    the order of epoch 0. And it keeps an exhausted iterator, so the next epoch would have no batches.
-
-    Args:
-        trainer: The trainer, after its loops are restored.
-        states: From :func:`loader_states`.
-        skip: Whether to load the batches before the position again and discard them, because the states are of another
-            number of ranks.
-
-    """
-    loop = trainer.fit_loop
-    if not loop.restarting or loop._combined_loader is None or loop._data_fetcher is None:
-        return
-    for loader in loop._combined_loader.flattened:
-        _set_sampler_epoch(loader, loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-    # At the end of an epoch, Lightning's iterator has used the states; the next iterator starts the next epoch.
-    progress = loop.epoch_loop.batch_progress
-    if not (progress.is_last_batch or skip):
-        loop._combined_loader._load_state_dicts(states)
-    iter(loop._data_fetcher)
-    for _ in range(progress.current.ready) if skip and not progress.is_last_batch else ():
-        next(loop._combined_loader)
 
 
 def is_over(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> bool:
@@ -271,54 +191,6 @@ def _forget_the_restart(trainer: pl.Trainer) -> None:
     loop.restarting = False
     for each in (loop, loop.epoch_loop, loop.epoch_loop.automatic_optimization, loop.epoch_loop.val_loop):
         each._loaded_from_state_dict = each._resuming_from_checkpoint = False
-
-
-def seek_data(trainer: pl.Trainer) -> None:
-    """Load or skip the training data up to the loops' current batch."""
-    loop = trainer.fit_loop
-    combined, fetcher = loop._combined_loader, loop._data_fetcher
-    assert combined is not None
-    assert fetcher is not None
-    done = loop.epoch_loop.batch_progress.current.ready
-    for loader in combined.flattened:
-        _set_sampler_epoch(loader, loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-    if fetcher.length is not None and len(combined.flattened) == 1 and _can_skip(combined.flattened[0]):
-        with _skipping(combined.flattened[0], done):
-            iter(fetcher)
-        fetcher.fetched = done
-        fetcher.done = done >= fetcher.length
-    else:
-        iter(fetcher)
-        for _ in range(done):
-            next(fetcher)
-
-
-def _can_skip(loader: Any) -> bool:
-    plain = type(loader) is DataLoader and loader.batch_sampler is not None
-    return plain and not loader.persistent_workers and not isinstance(loader.dataset, IterableDataset)
-
-
-@contextmanager
-def _skipping(loader: "DataLoader[Any]", batches: int) -> Iterator[None]:
-    """Make the loader's next iterator start later, without loading what is before."""
-    sampler = loader.batch_sampler
-    # DataLoader forbids setting the attribute. Its iterators keep the sampler that they started with.
-    vars(loader)["batch_sampler"] = _Rest(sampler, batches)
-    try:
-        yield
-    finally:
-        vars(loader)["batch_sampler"] = sampler
-
-
-class _Rest:
-    def __init__(self, sampler: Any, batches: int) -> None:
-        self._sampler, self._batches = sampler, batches
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self._sampler), self._batches, None)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
 
 
 def leaves_training_next(trainer: pl.Trainer) -> bool:

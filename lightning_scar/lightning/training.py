@@ -16,6 +16,7 @@ from lightning_scar.continuation.step import Continuation
 from lightning_scar.elastic.worker.errors import CutOffError, RestartError
 from lightning_scar.elastic.worker.member import Member
 from lightning_scar.lightning import loggers, private, replacement
+from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.restart import trainer_calls
 
 
@@ -73,6 +74,7 @@ class TrainerTraining:
         self._trainer = trainer
         self._member = member
         self._pending: RuntimeError | None = None
+        self._data = TrainingData.of(trainer)
         self.continuation = Continuation(self, member, policy)
 
     # -- start, and each step ------------------------------------------------------------------------------------
@@ -99,8 +101,6 @@ class TrainerTraining:
             callbacks.insert(0, _Ends(self._raise_pending, self.continuation.end_epoch))
         if not self.continuation.is_joiner:
             loggers.share_versions(self._trainer)
-            if trainer_calls.resumed is not None:
-                private.restore_data_position(self._trainer, [], skip=True)
         self.continuation.start(self._trainer.global_step, trainer_calls.resumed)
 
     def step(self, attempt: Callable[[Callable[[], Any]], Any], closure: Callable[[], Any]) -> Any:
@@ -154,7 +154,7 @@ class TrainerTraining:
     def load_state(self, state: Any) -> None:
         """Load another member's state, in the middle of its loops, and its data position."""
         replacement.load_state(self._trainer, *state)
-        private.seek_data(self._trainer)
+        self._data.seek()
 
     def load_weights(self, state: Any) -> None:
         """Load what an optimizer step changes."""

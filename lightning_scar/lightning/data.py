@@ -1,0 +1,289 @@
+"""The place of a ``fit`` in its training data, and the private API of Lightning's loops that it uses.
+
+Lightning resumes the middle of an epoch with loaders that begin anew, unless they have a ``state_dict``. This module
+places every loader of a dataset with indices where an undisturbed run would be. Of the others it saves the state before
+the first batch that is not done, although Lightning may have fetched that batch already.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+from lightning_scar.core.data_order import EpochOrder, has_order
+from lightning_scar.core.shared_epoch import recipe, share, whole_epoch
+
+#: What is added to the state that Lightning saves of its training loop.
+_KEY = "orders"
+#: Lightning fetches at most one batch ahead.
+_KEPT_STATES = 3
+
+
+class TrainingData:
+    """Follows the loaders of a ``fit``, and places them when it resumes.
+
+    It replaces methods of Lightning's loops, until :meth:`remove`.
+
+    Args:
+        trainer: The trainer, before it restores its loops.
+
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        loop = self._loop = trainer.fit_loop
+        self._orders: list[EpochOrder | None] = []
+        self._saved: dict[str, Any] = {}
+        #: The states of loaders that have one, by the number of batches fetched before.
+        self._states: dict[int, list[Any]] = {}
+        #: Whether the run resumed at the end of an epoch, so that the next one has not begun.
+        self._begins_next = False
+        #: For each loader, the number of batches to load and discard.
+        self._discards: list[int] = []
+        loop.on_save_checkpoint = self._save  # type: ignore[method-assign]
+        loop.on_load_checkpoint = self._load  # type: ignore[method-assign]
+        loop._load_combined_loader_states = self._set_up  # type: ignore[method-assign]
+        loop.epoch_loop.on_run_start = self._begin_epoch  # type: ignore[method-assign]
+        loop.epoch_loop.reset = self._reset  # type: ignore[method-assign]
+        loop.epoch_loop._on_before_fetch = self._before_fetch  # type: ignore[method-assign]
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer) -> "TrainingData":
+        """Return what follows the trainer's loaders; the first call makes it."""
+        present = getattr(trainer.fit_loop.on_save_checkpoint, "__self__", None)
+        return present if isinstance(present, cls) else cls(trainer)
+
+    def remove(self) -> None:
+        """Give loaders and loops back as they were."""
+        self._unfollow()
+        for loop in (self._loop, self._loop.epoch_loop):
+            for name, value in list(vars(loop).items()):
+                if getattr(value, "__self__", None) is self:
+                    delattr(loop, name)
+
+    def _unfollow(self) -> None:
+        for order in self._orders:
+            if order is not None:
+                order.remove()
+        self._orders = []
+
+    # -- saves -------------------------------------------------------------------------------------------------
+
+    def _save(self) -> dict[str, Any]:
+        loop = self._loop
+        state: dict[str, Any] = type(loop).on_save_checkpoint(loop)
+        if "combined_loader" in state:
+            done = loop.epoch_loop.batch_progress.current.processed
+            state["combined_loader"] = self._states.get(done, state["combined_loader"])
+        loaders = [order and {**order.state(), "recipe": recipe(order.sampler)} for order in self._orders]
+        state[_KEY] = {"ranks": self._trainer.world_size, "loaders": loaders}
+        return state
+
+    def _before_fetch(self) -> None:
+        loop, fetcher = self._loop.epoch_loop, self._loop._data_fetcher
+        assert fetcher is not None
+        if states := self._combined._state_dicts():
+            self._states[fetcher.fetched] = states
+            while len(self._states) > _KEPT_STATES:
+                del self._states[next(iter(self._states))]
+        type(loop)._on_before_fetch(loop)
+
+    # -- a resume ----------------------------------------------------------------------------------------------
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._saved = state.get(_KEY, {})
+        type(self._loop).on_load_checkpoint(self._loop, state)
+
+    def _set_up(self) -> None:
+        """Follow the loaders, and place them before Lightning begins to iterate."""
+        loop = self._loop
+        self._unfollow()
+        self._orders = [EpochOrder(each) if has_order(each) else None for each in self._combined.flattened]
+        self._discards = [0] * len(self._orders)
+        if loop.restarting:
+            self._resume()
+        type(loop)._load_combined_loader_states(loop)
+
+    def _resume(self) -> None:
+        progress = self._loop.epoch_loop.batch_progress
+        epochs = self._loop.epoch_progress.current
+        # An exception in the last batch is saved before the epoch is over.
+        self._begins_next = bool(progress.is_last_batch) and progress.current.processed == progress.current.ready
+        epoch = epochs.started if self._begins_next else max(epochs.started - 1, 0)
+        for loader in self._combined.flattened:
+            _set_sampler_epoch(loader, epoch)  # type: ignore[arg-type]
+        before, now = self._saved.get("ranks", self._trainer.world_size), self._trainer.world_size
+        if before != now:
+            self._loop._combined_loader_states_to_load = []
+            self._share_out(before, now)
+        elif not self._begins_next:
+            self._place(progress.current.processed)
+
+    def _place(self, done: int) -> None:
+        """Let the next iterators begin behind the batches that are done."""
+        for i, (loader, order) in enumerate(zip(self._combined.flattened, self._orders, strict=True)):
+            if order is not None:
+                order.begin_at(self._state_of(i), self._position(loader, done))
+            elif isinstance(loader, Sequence):
+                self._discards[i] = self._position(loader, done)
+            elif done and not hasattr(loader, "state_dict"):
+                rank_zero_warn(
+                    f"lightning-scar: {type(loader).__name__} has neither indices nor a state, so the interrupted "
+                    "epoch begins anew: samples will be repeated. Use a loader with `state_dict` and "
+                    "`load_state_dict`, such as torchdata's StatefulDataLoader."
+                )
+
+    def _prepare_next(self) -> None:
+        """Let the next iterators begin the epoch after the one that was saved."""
+        for i, order in enumerate(self._orders):
+            if order is not None:
+                order.begin_next(self._state_of(i))
+
+    def _state_of(self, i: int) -> dict[str, Any]:
+        states: list[Any] = self._saved.get("loaders", [])
+        state = states[i] if len(states) == len(self._orders) else None
+        return state or {"began": {}, "now": {}}
+
+    def _position(self, loader: Any, done: int) -> int:
+        """Return the number of batches that a loader has given since its iterator began."""
+        if self._combined._mode != "max_size_cycle" or not done:
+            return done
+        # A shorter loader begins anew when its next batch is asked for.
+        return (done - 1) % len(loader) + 1 if len(loader) else 0
+
+    # -- another number of ranks -------------------------------------------------------------------------------
+
+    def _share_out(self, before: int, now: int) -> None:
+        progress = self._loop.epoch_loop.batch_progress
+        done = progress.current.processed
+        total = self._total()
+        if self._begins_next:
+            shared = (done + 1) * before if total is None else total
+        elif (rest := self._shared_rest(done, before, now)) is not None and total is not None:
+            assert self._orders[0] is not None
+            self._orders[0].begin_with(rest)
+            shared = max(total - len(rest), 0)
+        else:
+            shared = done * before // now
+            rank_zero_warn(
+                f"lightning-scar: this run was saved by {before} ranks and is resumed by {now}, which divide the data "
+                "in an order of their own: in this epoch, some samples will be repeated and others skipped. Resume on "
+                f"{before} ranks to avoid it."
+            )
+            self._place(shared)
+            self._discards = [
+                self._position(loader, shared) if order is None else 0
+                for loader, order in zip(self._combined.flattened, self._orders, strict=True)
+            ]
+        current = progress.current
+        current.completed = shared + current.completed - done
+        current.ready = current.started = current.processed = shared
+
+    def _total(self) -> int | None:
+        """Return the number of batches in an epoch of the only loader; ``None`` if there are several, or if unknown."""
+        loaders = self._combined.flattened
+        limits = self._combined.limits or [float("inf")]
+        if len(loaders) != 1 or self._orders[0] is None:
+            return None
+        return int(min(len(loaders[0]), limits[0]))  # type: ignore[arg-type]
+
+    def _shared_rest(self, done: int, before: int, now: int) -> list[list[int]] | None:
+        """Return this rank's batches of what is not done; ``None`` if the order of the samples is not known."""
+        order, known = self._orders[0], self._state_of(0).get("recipe")
+        if order is None or known is None or recipe(order.sampler) is None:
+            return None
+        rest = whole_epoch(known, self._state_of(0))[done * before * known["batch_size"] :]
+        sampler = order.sampler
+        return share(rest, self._trainer.global_rank, now, sampler.batch_size, sampler.drop_last)
+
+    # -- an epoch ----------------------------------------------------------------------------------------------
+
+    def _reset(self) -> None:
+        """Reset the epoch's loop without Lightning's warning of loaders that are not resumable."""
+        loop = self._loop.epoch_loop
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
+            type(loop).reset(loop)
+
+    def _begin_epoch(self, fetcher: Any) -> None:
+        loop = self._loop.epoch_loop
+        begins = self._begins_next and loop.batch_progress.current.ready == 0
+        if begins:
+            self._begins_next = False
+            self._prepare_next()
+        self._discard(fetcher)
+        self._states.clear()
+        iterator = self._combined._iterator
+        type(loop).on_run_start(loop, fetcher)
+        if begins and self._combined._iterator is iterator:
+            # Lightning would take the iterator from before the end of the last epoch was made up for.
+            iter(fetcher)
+
+    def _discard(self, fetcher: Any) -> None:
+        discards, self._discards = self._discards, [0] * len(self._orders)
+        if fetcher.length is None:
+            # It has fetched a batch already.
+            for _ in range(max(discards)):
+                next(fetcher)
+            fetcher.fetched = len(fetcher.batches)
+            return
+        assert self._combined._iterator is not None
+        for iterator, number in zip(self._combined._iterator.iterators, discards, strict=True):
+            for _ in range(number):
+                next(iterator)
+
+    # -- a replacement -----------------------------------------------------------------------------------------
+
+    def seek(self) -> None:
+        """Continue behind the loops' current batch, in a replacement that has just restored the loops."""
+        fetcher = self._loop._data_fetcher
+        assert fetcher is not None
+        done = self._loop.epoch_loop.batch_progress.current.ready
+        for loader in self._combined.flattened:
+            _set_sampler_epoch(loader, self._loop.epoch_progress.current.processed)  # type: ignore[arg-type]
+        if fetcher.length is not None and all(order is not None for order in self._orders):
+            if done < fetcher.length:
+                self._place(done)
+                iter(fetcher)
+            else:
+                self._prepare_next()
+            fetcher.fetched = done
+            fetcher.done = done >= fetcher.length
+        else:
+            iter(fetcher)
+            for _ in range(done):
+                next(fetcher)
+
+    @property
+    def _combined(self) -> CombinedLoader:
+        combined = self._loop._combined_loader
+        assert combined is not None
+        return combined
+
+
+def use_own_loader_states(checkpoint: dict[str, Any], own: Any) -> None:
+    """Replace the loader states of another rank by those that this rank has saved, if they are of the same place.
+
+    A rank that was stopped in the middle of a batch has loaded one batch more than a rank that finished its step. All
+    ranks must continue with the same batch, or the first one whose epoch ends leaves the others waiting.
+
+    Args:
+        checkpoint: The checkpoint dict, changed in place.
+        own: The dict as this rank saved it; ``None`` if it saved none at that step.
+
+    """
+    if own is None or "loops" not in own:
+        return
+    loop, own_loop = checkpoint["loops"]["fit_loop"], own["loops"]["fit_loop"]
+    state, own_state = loop["state_dict"], own_loop["state_dict"]
+    if loop["epoch_progress"]["current"]["ready"] != own_loop["epoch_progress"]["current"]["ready"]:
+        return
+    if _KEY in own_state:
+        state[_KEY] = own_state[_KEY]
+    batch, own_batch = (of["epoch_loop.batch_progress"]["current"]["processed"] for of in (loop, own_loop))
+    if "combined_loader" in own_state and batch == own_batch:
+        state["combined_loader"] = own_state["combined_loader"]
