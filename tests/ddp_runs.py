@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import SGD, Adam, AdamW
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from zoo import Alternating, Raw, WithBatchNorm, WithSchedule
 
@@ -43,6 +43,29 @@ def shuffled(batches: int = 16) -> Any:
 def in_order(batches: int = 16) -> Any:
     """Lightning gives it a ``DistributedSampler``."""
     return StatefulDataLoader(samples(batches), batch_size=BATCH_SIZE)
+
+
+def plain(batches: int = 16) -> Any:
+    """A loader without a state. On several ranks, Lightning gives it a ``DistributedSampler``."""
+    return DataLoader(samples(batches), batch_size=BATCH_SIZE, shuffle=True)
+
+
+def stateful(batches: int = 16) -> Any:
+    """The order is that of torchdata's own sampler, whose seed comes from torch's global generator."""
+    torch.manual_seed(5)
+    return StatefulDataLoader(samples(batches), batch_size=BATCH_SIZE, shuffle=True)
+
+
+def of_its_own(batches: int = 16) -> Any:
+    """Each rank draws with a generator of its own, so that they see other samples."""
+    torch.manual_seed(5 + dist.get_rank())
+    return DataLoader(samples(batches), batch_size=2 * BATCH_SIZE, sampler=WeightedRandomSampler(torch.ones(64), 64))
+
+
+def uneven(batches: int = 16) -> Any:
+    """Not a multiple of two or three ranks."""
+    data = samples(batches)
+    return DataLoader(Subset(data, range(len(data) - 1)), batch_size=BATCH_SIZE, shuffle=True)
 
 
 def long() -> Any:
@@ -69,6 +92,15 @@ class WithUnused(TinyModel):
     def __init__(self) -> None:
         super().__init__()
         self.unused = nn.Linear(32, 4)
+
+
+class BySample(TinyModel):
+    """Remembers each sample of each batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        output = super().training_step(batch, batch_idx)
+        self.seen[-1:] = [(self.current_epoch, float(x.sum())) for x in batch[0]]
+        return output
 
 
 class Sharded(TinyModel):
@@ -116,6 +148,7 @@ MODELS: dict[str, Callable[[], TinyModel]] = {
     "a schedule": WithSchedule,
     "BatchNorm": WithBatchNorm,
     "unused": WithUnused,
+    "by sample": BySample,
     "two optimizers by hand": ByHand,
     "raw optimizers": RawByHand,
     "ZeRO": Sharded,

@@ -13,7 +13,18 @@ import ddp_runs
 import loop_runs
 import pytest
 import torch
-from ddp_runs import SMALL, Run, in_order, kill_oneself, terminate_oneself
+from ddp_runs import (
+    SMALL,
+    Run,
+    in_order,
+    kill_oneself,
+    of_its_own,
+    plain,
+    shuffled,
+    stateful,
+    terminate_oneself,
+    uneven,
+)
 from helpers import assert_blocks_as_lived, assert_same, loader, samples
 from ranks import Failure, run_ranks
 from torch import Tensor
@@ -85,6 +96,10 @@ def sum_of_samples(epochs: int) -> float:
 WAYS: dict[str, dict[str, Any]] = {
     "Adam": {},
     "data in order": {"data": in_order},
+    "a plain loader": {"data": plain},
+    "a plain loader in the second epoch": {"data": plain, "after": 11},
+    "a shuffling loader with a state": {"data": stateful},
+    "another order on every rank": {"data": of_its_own, "use_distributed_sampler": False, "max_epochs": 1},
     "a schedule": {"model": "a schedule"},
     "BatchNorm": {"model": "BatchNorm"},
     "unused parameters": {"model": "unused", "ddp": {"find_unused_parameters": True}},
@@ -183,10 +198,25 @@ def test_an_epochs_end_is_one_on_any_number_of_ranks(
     first, second = train(before, tmp_path, after=after, door=door), train(now, tmp_path, door=door)
     assert_resumed(second)
     seen = sum(value for run in (*first, *second) for _, value in run.seen)
-    # A lone batch cannot be shared out: its half is drawn once more.
-    lone = sum(value for run in first for epoch, value in run.seen if epoch == 1)
+    # A lone batch of a loop cannot be shared out: its half is drawn once more.
+    lone = sum(value for run in first for epoch, value in run.seen if epoch == 1) if door == "Accelerate" else 0.0
     assert seen == pytest.approx(sum_of_samples(2) + lone, rel=1e-4)
     assert len(second[0].seen) == 16 // now
+
+
+@pytest.mark.parametrize("data", [plain, uneven, in_order, shuffled])
+@pytest.mark.parametrize("ranks", [(2, 1, 2), (1, 2, 3)])
+def test_an_epoch_is_shared_out_again_and_again(ranks: tuple[int, ...], data: Any, tmp_path: Path) -> None:
+    """By one number of ranks after another, of which only the last does not crash."""
+    options: dict[str, Any] = {"model": "by sample", "data": data, "max_epochs": 1}
+    runs = [
+        train(number, tmp_path, after=after, **options)
+        for number, after in zip(ranks, (3, 3 + 3 * ranks[0] // ranks[1] + 1, None), strict=True)
+    ]
+    seen = [value for of_all_ranks in runs for run in of_all_ranks for _, value in run.seen]
+    whole = [float(x.sum()) for x, _ in samples(16)][: 63 if data is uneven else 64]
+    assert set(seen) == set(whole)
+    assert len(seen) - len(whole) < 3, "a few are repeated, so that each rank has as many"
 
 
 def test_loaders_without_a_state_resume_on_another_number_of_ranks(tmp_path: Path) -> None:

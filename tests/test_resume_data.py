@@ -17,6 +17,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     Sampler,
     SubsetRandomSampler,
@@ -80,7 +81,9 @@ def generator() -> torch.Generator:
 
 
 def pair(mode: Any) -> CombinedLoader:
-    return CombinedLoader({"a": loader(shuffle=True), "b": loader(3, shuffle=True, generator=generator())}, mode)
+    return CombinedLoader(
+        {"a": loader(shuffle=True, generator=generator()), "b": loader(3, shuffle=True, generator=generator())}, mode
+    )
 
 
 #: Loaders by name; every call makes a new one, as a new process does.
@@ -102,6 +105,8 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "a batch sampler": lambda: DataLoader(samples(), batch_sampler=BatchSampler(RandomSampler(samples()), 4, True)),
     "stateful": lambda: StatefulDataLoader(samples(), batch_size=BATCH_SIZE, shuffle=True),
 }
+#: Their next epoch depends on a global generator.
+GLOBAL = ["shuffled", "workers", "weighted", "a subset", "Python's global", "a batch sampler"]
 SLOW = ["workers that stay", "NumPy's old kind", "Python", "a subset"]
 
 
@@ -121,5 +126,179 @@ def seen_by(make: Callable[[], Any], url: str, after: int | None, model: Any = T
 @pytest.mark.parametrize("after", [5, 8, 11])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in LOADERS])
 def test_any_loader_of_a_dataset_with_indices_continues(name: str, after: int, memory_url: str) -> None:
-    whole = seen_by(LOADERS[name], f"{memory_url}/whole", None)
-    assert seen_by(LOADERS[name], f"{memory_url}/cut", after)[:16] == whole[:16]
+    options = {"max_epochs": 1 if name in GLOBAL and after < 8 else 2}
+    whole = seen_by(LOADERS[name], f"{memory_url}/whole", None, **options)
+    resumed = seen_by(LOADERS[name], f"{memory_url}/cut", after, **options)
+    assert resumed == whole or (name in GLOBAL and after == 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit_train_batches": 6},
+        {"accumulate_grad_batches": 2},
+        {"val_check_interval": 3, "limit_val_batches": 1},
+        {"reload_dataloaders_every_n_epochs": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_whatever_the_trainer_does_with_them(options: dict[str, Any], memory_url: str) -> None:
+    class WithData(TinyModel):
+        def train_dataloader(self) -> Any:
+            return loader(shuffle=True, generator=generator())
+
+        def val_dataloader(self) -> Any:
+            return loader()
+
+    whole = seen_by(lambda: None, f"{memory_url}/whole", None, WithData, **options)
+    assert seen_by(lambda: None, f"{memory_url}/cut", 4, WithData, **options) == whole
+
+
+@pytest.mark.parametrize("after", [2, 5, 6, 10])
+@pytest.mark.parametrize("mode", ["max_size_cycle", "max_size", "min_size"])
+def test_several_loaders_continue_each_at_its_own_place(mode: str, after: int, memory_url: str) -> None:
+    """With the first mode, the one of three batches begins anew in the middle of the epoch."""
+    if mode == "min_size" and after > 5:
+        pytest.skip("an epoch has three batches")
+
+    class Either(Paired):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            return super().training_step({**batch, "b": batch["b"] or [torch.zeros(1)]}, batch_idx)
+
+    make = partial(pair, mode)
+    whole = seen_by(make, f"{memory_url}/whole", None, Either, max_epochs=2)
+    assert seen_by(make, f"{memory_url}/cut", after, Either, max_epochs=2) == whole
+
+
+class Stream(IterableDataset[Any]):
+    """Knows its place, but not its length."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        data = samples()
+        for i in range(self.done, SAMPLES):
+            self.done = i + 1
+            yield data[i]
+        self.done = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
+
+class StreamLoader:
+    """A loader of its own kind, which is asked for one batch ahead."""
+
+    def __init__(self) -> None:
+        self.data = Stream()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(DataLoader(self.data, batch_size=BATCH_SIZE))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.data.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.data.load_state_dict(state)
+
+
+STREAMS: dict[str, Callable[[], Any]] = {
+    "torchdata's": lambda: StatefulDataLoader(Stream(), batch_size=BATCH_SIZE),
+    "torchdata's with workers": lambda: StatefulDataLoader(Stream(), batch_size=BATCH_SIZE, num_workers=1),
+    "another": StreamLoader,
+}
+
+
+@pytest.mark.parametrize("after", [5, 11])
+@pytest.mark.parametrize("name", STREAMS)
+def test_data_without_a_length_lose_no_batch(name: str, after: int, memory_url: str) -> None:
+    whole = seen_by(STREAMS[name], f"{memory_url}/whole", None)
+    assert seen_by(STREAMS[name], f"{memory_url}/cut", after) == whole
+
+
+@pytest.mark.parametrize("make", [loader, *STREAMS.values(), LOADERS["stateful"]])
+def test_a_batch_that_failed_is_served_again(make: Callable[[], Any], memory_url: str) -> None:
+    class Fails(TinyModel):
+        fails = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            output = super().training_step(batch, batch_idx)
+            if self.fails and batch_idx == 4:
+                self.seen.pop()
+                raise RuntimeError("out of memory")
+            return output
+
+    seed_everything(1, verbose=False)
+    whole = fit(saver(f"{memory_url}/whole"), model=TinyModel(), data=make()).seen
+    seed_everything(1, verbose=False)
+    first, second = Fails(), TinyModel()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(saver(f"{memory_url}/cut", save_on_exception=True), model=first, data=make())
+    fit(saver(f"{memory_url}/cut"), model=second, data=make())
+    assert (first.seen + second.seen)[:8] == whole[:8]
+
+
+def test_what_cannot_be_placed_is_said_once(memory_url: str) -> None:
+    class Nameless:
+        def __iter__(self) -> Iterator[Any]:
+            return iter(loader())
+
+    cut_short(saver(memory_url), after=5, data=Nameless())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(saver(memory_url), data=Nameless())
+    texts = [str(each.message) for each in caught if "repeated" in str(each.message)]
+    assert len(texts) == 1
+    assert "Nameless has neither indices nor a state" in texts[0]
+
+
+def test_a_sampler_that_draws_globally_all_the_time_is_said(memory_url: str) -> None:
+    class Draws(Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            return (int(torch.randint(SAMPLES, ())) for _ in range(SAMPLES))
+
+        def __len__(self) -> int:
+            return SAMPLES
+
+    cut_short(saver(memory_url), after=5, data=loader(sampler=Draws()))
+    with pytest.warns(UserWarning, match="draws from a global random generator throughout"):
+        fit(saver(memory_url), data=loader(sampler=Draws()))
+
+
+def test_what_is_skipped_is_not_loaded(memory_url: str) -> None:
+    asked: list[int] = []
+
+    class Watched(torch.utils.data.Dataset[Any]):
+        def __getitem__(self, i: int) -> Any:
+            asked.append(i)
+            return samples()[i]
+
+        def __len__(self) -> int:
+            return SAMPLES
+
+    data = lambda: DataLoader(Watched(), batch_size=BATCH_SIZE, shuffle=True, generator=generator())  # noqa: E731
+    cut_short(saver(memory_url), after=6, data=data(), max_epochs=1)
+    done = set(asked[: 6 * BATCH_SIZE])
+    asked.clear()
+    fit(saver(memory_url), data=data(), max_epochs=1)
+    assert len(asked) == 2 * BATCH_SIZE
+    assert not set(asked) & done
+
+
+def test_a_loader_is_given_back_as_it_was(memory_url: str) -> None:
+    data = loader(shuffle=True)
+    own = data.batch_sampler
+    fit(saver(memory_url), data=data)
+    assert data.batch_sampler is own
+    with pytest.raises(RuntimeError, match="no"):
+        fit(saver(f"{memory_url}/2"), data=data, model=_Fails())
+    assert data.batch_sampler is own
+
+
+class _Fails(TinyModel):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        raise RuntimeError("no")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from typing_extensions import override
 
 from lightning_scar.core.random_generators import (
     Generator,
@@ -23,7 +24,59 @@ from lightning_scar.core.random_generators import (
 )
 
 
-class EpochOrder:
+class OwnGenerators:
+    """The random generators that a loader and its samplers own.
+
+    A loader with a ``state_dict`` may leave out those of samplers that it does not know.
+
+    Args:
+        loader: The loader.
+        sampler: Its batch sampler or sampler.
+
+    """
+
+    def __init__(self, loader: Any, sampler: Any) -> None:
+        self.loader = loader
+        own = getattr(loader, "generator", None)
+        inner = [each for each in _generators(sampler) if each is not own]
+        self._generators = [*([own] if own is not None else []), *inner]
+        self._began: dict[Any, Any] = {}
+
+    def states(self) -> dict[Any, Any]:
+        """Return the present states of the generators."""
+        return {i: generator_state(own) for i, own in enumerate(self._generators)}
+
+    def begin(self, states: dict[Any, Any]) -> None:
+        """Note that an epoch has begun when the generators had these :meth:`states`."""
+        self._began = states
+
+    def state(self) -> dict[str, Any]:
+        """Return what the order of the present epoch depends on: values and tensors.
+
+        Returns:
+            ``"began"``: the states of generators when the epoch began; ``"now"``: the present states of the own ones.
+
+        """
+        return {"began": self._began, "now": self.states()}
+
+    def begin_next(self, state: Mapping[str, Any]) -> None:
+        """Let the next epoch be the one after a :meth:`state`."""
+        self._set_own(state["now"])
+
+    def begin_at(self, state: Mapping[str, Any], done: int) -> None:
+        """Let the next epoch be the one of a :meth:`state`, of which ``done`` batches are done."""
+        self._set_own(state["began"])
+
+    def remove(self) -> None:
+        """Stop following the loader."""
+
+    def _set_own(self, states: Mapping[Any, Any]) -> None:
+        for i, own in enumerate(self._generators):
+            if i in states:
+                set_generator_state(own, states[i])
+
+
+class EpochOrder(OwnGenerators):
     """A loader's batch sampler that can begin in the middle of an epoch.
 
     It takes the place of the loader's own, or of its sampler if the loader makes no batches.
@@ -43,16 +96,13 @@ class EpochOrder:
     """
 
     def __init__(self, loader: "DataLoader[Any]") -> None:
-        self._loader = loader
         self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self.sampler: Any = getattr(loader, self._name)
-        own = [loader.generator] if loader.generator is not None else []
-        self._generators = [*own, *(each for each in _generators(self.sampler) if each is not loader.generator)]
-        # DataLoader forbids setting the attribute. Its iterators keep the sampler that they started with.
-        vars(loader)[self._name] = self
-        self._began: dict[Any, Any] = {}
+        super().__init__(loader, self.sampler)
         self._place: tuple[dict[str, Any], int] | None = None
         self._rest: list[Any] | None = None
+        # DataLoader forbids setting the attribute. Its iterators keep the sampler that they started with.
+        vars(loader)[self._name] = self
 
     def __len__(self) -> int:
         """Return the length of a whole epoch."""
@@ -64,27 +114,17 @@ class EpochOrder:
             raise AttributeError(name)  # A copy is being made, which has no attributes yet.
         return getattr(self.sampler, name)
 
+    @override
+    def begin(self, states: dict[Any, Any]) -> None:
+        """Do nothing: an epoch begins when its first index is drawn."""
+
+    @override
     def remove(self) -> None:
         """Give the loader its own sampler back."""
-        if vars(self._loader).get(self._name) is self:
-            vars(self._loader)[self._name] = self.sampler
+        if vars(self.loader).get(self._name) is self:
+            vars(self.loader)[self._name] = self.sampler
 
-    # -- the place -----------------------------------------------------------------------------------------------
-
-    def state(self) -> dict[str, Any]:
-        """Return what the order of the present epoch depends on: values and tensors.
-
-        Returns:
-            ``"began"``: the states of the generators that the epoch was drawn from, right before the first index.
-            ``"now"``: the present states of the sampler's and the loader's own generators.
-
-        """
-        return {"began": self._began, "now": {i: generator_state(own) for i, own in enumerate(self._generators)}}
-
-    def begin_next(self, state: Mapping[str, Any]) -> None:
-        """Let the next epoch be the one after a :meth:`state`."""
-        self._set_own(state["now"])
-
+    @override
     def begin_at(self, state: Mapping[str, Any], done: int) -> None:
         """Let the next epoch be the one of a :meth:`state`, without what is done.
 
@@ -108,70 +148,48 @@ class EpochOrder:
         rest, self._rest = self._rest, None
         if rest is not None:
             yield from rest
-        elif place is not None:
-            yield from self._rest_of(*place)
+        elif place is None:
+            yield from self._items(0)
         else:
-            yield from self._whole()
+            state, done = place
+            # The program has drawn other numbers from the global generators since the epoch began.
+            present = cpu_generators()
+            self._set_own({**state["now"], **state["began"]})
+            set_random_generators({key: value for key, value in state["began"].items() if key in present})
+            items = self._items(done)
+            set_random_generators(present)
+            yield from items
 
-    def _whole(self) -> Iterator[Any]:
+    def _items(self, done: int) -> Iterator[Any]:
+        """Return an iterator over what is not done, after the order is drawn."""
+        sampler = self.sampler
+        # Without making lists of what is skipped.
+        by_index = done > 0 and type(sampler) is BatchSampler
+        skipped = done * sampler.batch_size if by_index else done
         before = self._states()
-        items = iter(self.sampler)
+        items = iter(sampler.sampler if by_index else sampler)
         first = list(itertools.islice(items, 1))
         after = self._states()
         self._began = {key: state for key, state in before.items() if not same_state(state, after[key])}
-        return itertools.chain(first, items)
-
-    def _rest_of(self, state: dict[str, Any], done: int) -> Iterator[Any]:
-        # The program has drawn other numbers from the global generators since the epoch began.
-        present = cpu_generators()
-        self._began = began = state["began"]
-        self._set_own({**state["now"], **began})
-        set_random_generators({**present, **{key: value for key, value in began.items() if key in present}})
-        items = self._whole_but(done)
-        first = list(itertools.islice(items, 1))
-        set_random_generators(present)
-        return itertools.chain(first, items)
-
-    def _whole_but(self, done: int) -> Iterator[Any]:
-        sampler = self.sampler
-        if type(sampler) is not BatchSampler:
-            return self._skipped(iter(sampler), done)
-        # Without making lists of what is skipped.
-        indices = self._skipped(iter(sampler.sampler), done * sampler.batch_size)
-        return iter(BatchSampler(indices, sampler.batch_size, sampler.drop_last))  # type: ignore[arg-type]
-
-    def _skipped(self, items: Iterator[Any], number: int) -> Iterator[Any]:
-        _consume(items, min(number, 1))
-        drawn = cpu_generators()
-        _consume(items, max(number - 1, 0))
-        if not same_state(drawn, cpu_generators()):
+        if not skipped:
+            return itertools.chain(first, items)
+        deque(itertools.islice(items, skipped - 1), maxlen=0)
+        if not all(same_state(state, after[key]) for key, state in cpu_generators().items()):
             warnings.warn(
-                f"lightning-scar: {type(self.sampler).__name__} draws from a global random generator throughout the "
-                "epoch, so its order cannot continue where it was: some samples will be repeated and others skipped. "
-                "Let it draw from a torch.Generator of its own.",
+                f"lightning-scar: {type(sampler).__name__} draws from a global random generator throughout the epoch, "
+                "so its order cannot continue where it was: some samples will be repeated and others skipped. Let it "
+                "draw from a torch.Generator of its own.",
                 stacklevel=2,
             )
-        return items
+        return iter(BatchSampler(items, sampler.batch_size, sampler.drop_last)) if by_index else items
 
     def _states(self) -> dict[Any, Any]:
-        return {**cpu_generators(), **{i: generator_state(own) for i, own in enumerate(self._generators)}}
-
-    def _set_own(self, states: Mapping[Any, Any]) -> None:
-        for i, own in enumerate(self._generators):
-            if i in states:
-                set_generator_state(own, states[i])
+        return {**cpu_generators(), **self.states()}
 
 
-def has_order(loader: Any) -> bool:
-    """Return whether an :class:`EpochOrder` can place a loader."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    # A loader with a state places itself.
-    return not hasattr(loader, "state_dict")
-
-
-def _consume(items: Iterator[Any], number: int) -> None:
-    deque(itertools.islice(items, number), maxlen=0)
+def is_indexed(loader: Any) -> bool:
+    """Return whether a loader serves a dataset with indices, so that an :class:`EpochOrder` can place it."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
 def _generators(sampler: Any) -> list[Any]:

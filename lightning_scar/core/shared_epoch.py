@@ -1,7 +1,7 @@
 """The rest of an interrupted epoch, shared out among another number of ranks.
 
-Ranks divide one order of the whole dataset. It can be drawn again if its sampler is one of torch's own; then the rest
-of it can be divided anew, and each sample is served once.
+Ranks divide one order of the whole dataset. If its sampler is one of torch's own, that order can be drawn again, and
+what is left of it can be divided anew, so that each sample is served once.
 """
 
 from collections.abc import Mapping
@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
+from lightning_scar.core.data_order import EpochOrder
+
 
 def recipe(batch_sampler: Any) -> dict[str, Any] | None:
-    """Return what the order of the whole dataset can be drawn again from; ``None`` if that is not known.
+    """Return what the order of the whole dataset can be drawn again from.
 
     Args:
         batch_sampler: A batch sampler of one rank.
 
     Returns:
-        Plain values; with the state of an :class:`~lightning_scar.core.data_order.EpochOrder` they suffice.
+        Plain values, which suffice with the state of the loader's
+        :class:`~lightning_scar.core.data_order.EpochOrder`; ``None`` if the order is not known.
 
     Example::
 
@@ -26,9 +29,11 @@ def recipe(batch_sampler: Any) -> dict[str, Any] | None:
         {'length': 10, 'batch_size': 2}
 
     """
-    if type(batch_sampler) is not BatchSampler:
+    # By its name, because torchdata has a class of its own for the same batches.
+    if not isinstance(batch_sampler, BatchSampler) or type(batch_sampler).__name__ != "BatchSampler":
         return None
-    sampler, batch_size = batch_sampler.sampler, batch_sampler.batch_size
+    sampler: Any = batch_sampler.sampler
+    batch_size = batch_sampler.batch_size
     if type(sampler) is SequentialSampler:
         return {"length": len(sampler), "batch_size": batch_size}
     if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
@@ -39,47 +44,80 @@ def recipe(batch_sampler: Any) -> dict[str, Any] | None:
     return None
 
 
-def whole_epoch(known: Mapping[str, Any], state: Mapping[str, Any]) -> list[int]:
-    """Return the indices of a dataset in the order of an epoch.
+class RestOfEpoch:
+    """What is not done of an epoch that several ranks have begun.
 
     Args:
-        known: The :func:`recipe`.
-        state: The state of the epoch's order.
+        known: The :func:`recipe` of the epoch.
+        began: The states of the random generators when it began.
+        done: The number of samples that are done.
+        batch_sampler: The batch sampler of this rank.
 
     """
-    length = range(known["length"])
-    if known.get("random"):
-        from lightning_scar.core.data_order import EpochOrder
 
-        began = state["began"]
-        own = next((value for key, value in began.items() if isinstance(key, int)), None)
-        generator = torch.Generator() if own is not None else None
-        order = EpochOrder(DataLoader(length, batch_size=None, sampler=RandomSampler(length, generator=generator)))
-        order.begin_at({"began": {**began, 0: own} if own is not None else began, "now": {}}, done=0)
-        return list(order)
-    sampler = DistributedSampler(
-        length, num_replicas=1, rank=0, shuffle=known.get("shuffle", False), seed=known.get("seed", 0)
-    )
-    sampler.set_epoch(known.get("epoch", 0))
-    return list(sampler)
+    def __init__(self, known: Mapping[str, Any], began: Mapping[Any, Any], done: int, batch_sampler: Any) -> None:
+        self._known = dict(known)
+        self._began = dict(began)
+        self._done = done
+        self._batch_sampler = batch_sampler
 
+    @classmethod
+    def of(cls, state: Mapping[str, Any], batch_sampler: Any, done: int, ranks: int) -> "RestOfEpoch | None":
+        """Return the rest of a saved epoch; ``None`` if its order is not known.
 
-def share(rest: list[int], rank: int, ranks: int, batch_size: int, drop_last: bool) -> list[list[int]]:
-    """Return the batches of one rank, when all of them share out a list of indices as ``DistributedSampler`` does.
+        Args:
+            state: The saved state of the order, with its ``"recipe"``; and ``"shared"``, the :meth:`state` of the rest
+                that its ranks had shared out.
+            batch_sampler: The batch sampler of this rank.
+            done: The number of batches that each rank had done.
+            ranks: The number of ranks.
 
-    Args:
-        rest: The indices.
-        rank: The rank.
-        ranks: The number of ranks.
-        batch_size: Samples in a batch of one rank.
-        drop_last: Whether to leave out what does not suffice for all ranks, instead of repeating some indices.
+        """
+        known = state.get("recipe")
+        if known is None or recipe(batch_sampler) is None:
+            return None
+        shared = state.get("shared") or {"recipe": known, "began": state["began"], "done": 0, "at": 0}
+        samples = shared["done"] + (done - shared["at"]) * ranks * known["batch_size"]
+        return cls(shared["recipe"], shared["began"], samples, batch_sampler)
 
-    Example::
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`of` needs to share the rest of this rest out."""
+        return {"recipe": self._known, "began": self._began, "done": self._done}
 
-        >>> share([5, 3, 4, 0, 1], rank=1, ranks=2, batch_size=2, drop_last=False)
-        [[3, 0], [5]]
+    def batches(self, rank: int, ranks: int) -> list[list[int]]:
+        """Return the batches of one rank: the samples are divided as ``DistributedSampler`` divides an epoch.
 
-    """
-    missing = -len(rest) % ranks
-    rest = rest[: len(rest) // ranks * ranks] if drop_last else rest + (rest * ranks)[:missing]
-    return list(BatchSampler(rest[rank::ranks], batch_size, drop_last))
+        Args:
+            rank: The rank.
+            ranks: The number of ranks.
+
+        Example::
+
+            >>> sampler = BatchSampler(SequentialSampler(range(10)), batch_size=2, drop_last=False)
+            >>> rest = RestOfEpoch(recipe(sampler), {}, done=5, batch_sampler=sampler)
+            >>> rest.batches(0, 2), rest.batches(1, 2)
+            ([[5, 7], [9]], [[6, 8], [5]])
+
+        """
+        samples = self._samples()
+        surplus = len(samples) % ranks
+        if surplus and self._batch_sampler.drop_last:
+            samples = samples[:-surplus]
+        elif surplus:
+            samples += (samples * ranks)[: ranks - surplus]
+        return list(BatchSampler(samples[rank::ranks], self._batch_sampler.batch_size, self._batch_sampler.drop_last))
+
+    def _samples(self) -> list[int]:
+        known, dataset = self._known, range(self._known["length"])
+        if known.get("random"):
+            own = next((state for key, state in self._began.items() if isinstance(key, int)), None)
+            generator = torch.Generator() if own is not None else None
+            # Without a batch size, its items are the indices themselves.
+            sampler = RandomSampler(dataset, generator=generator)
+            order = EpochOrder(DataLoader(dataset, batch_size=None, sampler=sampler))  # type: ignore[arg-type]
+            order.begin_at({"began": self._began if own is None else {0: own}, "now": {}}, done=0)
+            return list(order)[self._done :]
+        shuffle, seed = known.get("shuffle", False), known.get("seed", 0)
+        whole: DistributedSampler[int] = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        whole.set_epoch(known.get("epoch", 0))
+        return list(whole)[self._done :]

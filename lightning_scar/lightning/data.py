@@ -6,16 +6,16 @@ the first batch that is not done, although Lightning may have fetched that batch
 """
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
-from lightning_scar.core.data_order import EpochOrder, has_order
-from lightning_scar.core.shared_epoch import recipe, share, whole_epoch
+from lightning_scar.core.data_order import EpochOrder, OwnGenerators, is_indexed
+from lightning_scar.core.shared_epoch import RestOfEpoch, recipe
 
 #: What is added to the state that Lightning saves of its training loop.
 _KEY = "orders"
@@ -36,7 +36,7 @@ class TrainingData:
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         loop = self._loop = trainer.fit_loop
-        self._orders: list[EpochOrder | None] = []
+        self._orders: list[OwnGenerators] = []
         self._saved: dict[str, Any] = {}
         #: The states of loaders that have one, by the number of batches fetched before.
         self._states: dict[int, list[Any]] = {}
@@ -44,12 +44,16 @@ class TrainingData:
         self._begins_next = False
         #: For each loader, the number of batches to load and discard.
         self._discards: list[int] = []
-        loop.on_save_checkpoint = self._save  # type: ignore[method-assign]
-        loop.on_load_checkpoint = self._load  # type: ignore[method-assign]
-        loop._load_combined_loader_states = self._set_up  # type: ignore[method-assign]
-        loop.epoch_loop.on_run_start = self._begin_epoch  # type: ignore[method-assign]
-        loop.epoch_loop.reset = self._reset  # type: ignore[method-assign]
-        loop.epoch_loop._on_before_fetch = self._before_fetch  # type: ignore[method-assign]
+        #: The rest of an epoch that these ranks have shared out, and the epoch.
+        self._shared: dict[str, Any] = {}
+        loop.__dict__.update(
+            on_save_checkpoint=self._save,
+            on_load_checkpoint=self._load,
+            _load_combined_loader_states=self._set_up,
+        )
+        loop.epoch_loop.__dict__.update(
+            reset=self._reset, on_run_start=self._begin_epoch, _on_before_fetch=self._before_fetch
+        )
 
     @classmethod
     def of(cls, trainer: pl.Trainer) -> "TrainingData":
@@ -65,10 +69,18 @@ class TrainingData:
                 if getattr(value, "__self__", None) is self:
                     delattr(loop, name)
 
+    def _follow(self) -> None:
+        self._unfollow()
+        self._orders = [
+            OwnGenerators(loader, _sampler(loader))
+            if not is_indexed(loader) or _knows_place(loader)
+            else EpochOrder(loader)
+            for loader in self._loaders
+        ]
+
     def _unfollow(self) -> None:
         for order in self._orders:
-            if order is not None:
-                order.remove()
+            order.remove()
         self._orders = []
 
     # -- saves -------------------------------------------------------------------------------------------------
@@ -77,9 +89,11 @@ class TrainingData:
         loop = self._loop
         state: dict[str, Any] = type(loop).on_save_checkpoint(loop)
         if "combined_loader" in state:
-            done = loop.epoch_loop.batch_progress.current.processed
-            state["combined_loader"] = self._states.get(done, state["combined_loader"])
-        loaders = [order and {**order.state(), "recipe": recipe(order.sampler)} for order in self._orders]
+            state["combined_loader"] = self._states.get(self._batches.processed, state["combined_loader"])
+        shared = self._shared if self._shared.get("epoch") == self._epochs.started else None
+        loaders = [
+            {**order.state(), "recipe": recipe(_sampler(order.loader)), "shared": shared} for order in self._orders
+        ]
         state[_KEY] = {"ranks": self._trainer.world_size, "loaders": loaders}
         return state
 
@@ -101,36 +115,35 @@ class TrainingData:
     def _set_up(self) -> None:
         """Follow the loaders, and place them before Lightning begins to iterate."""
         loop = self._loop
-        self._unfollow()
-        self._orders = [EpochOrder(each) if has_order(each) else None for each in self._combined.flattened]
+        self._follow()
         self._discards = [0] * len(self._orders)
         if loop.restarting:
             self._resume()
+        for order in self._orders:
+            order.begin(order.states())
+        if not any(map(_knows_place, self._loaders)):
+            loop._combined_loader_states_to_load = []
         type(loop)._load_combined_loader_states(loop)
 
     def _resume(self) -> None:
-        progress = self._loop.epoch_loop.batch_progress
-        epochs = self._loop.epoch_progress.current
+        done = self._batches.processed
         # An exception in the last batch is saved before the epoch is over.
-        self._begins_next = bool(progress.is_last_batch) and progress.current.processed == progress.current.ready
-        epoch = epochs.started if self._begins_next else max(epochs.started - 1, 0)
-        for loader in self._combined.flattened:
-            _set_sampler_epoch(loader, epoch)  # type: ignore[arg-type]
-        before, now = self._saved.get("ranks", self._trainer.world_size), self._trainer.world_size
-        if before != now:
-            self._loop._combined_loader_states_to_load = []
-            self._share_out(before, now)
+        self._begins_next = self._loop.epoch_loop.batch_progress.is_last_batch and done == self._batches.ready
+        epoch = self._epochs.started if self._begins_next else max(self._epochs.started - 1, 0)
+        for loader in self._loaders:
+            _set_sampler_epoch(loader, epoch)
+        before = self._saved.get("ranks", self._trainer.world_size)
+        is_shared = bool(self._state_of(0).get("shared")) and not self._begins_next
+        if before != self._trainer.world_size or is_shared:
+            self._share_out(done, before)
         elif not self._begins_next:
-            self._place(progress.current.processed)
+            self._place(done)
 
     def _place(self, done: int) -> None:
         """Let the next iterators begin behind the batches that are done."""
-        for i, (loader, order) in enumerate(zip(self._combined.flattened, self._orders, strict=True)):
-            if order is not None:
-                order.begin_at(self._state_of(i), self._position(loader, done))
-            elif isinstance(loader, Sequence):
-                self._discards[i] = self._position(loader, done)
-            elif done and not hasattr(loader, "state_dict"):
+        for i, (loader, order) in enumerate(zip(self._loaders, self._orders, strict=True)):
+            order.begin_at(self._state_of(i), self._position(loader, done))
+            if done and not isinstance(order, EpochOrder) and not _knows_place(loader):
                 rank_zero_warn(
                     f"lightning-scar: {type(loader).__name__} has neither indices nor a state, so the interrupted "
                     "epoch begins anew: samples will be repeated. Use a loader with `state_dict` and "
@@ -140,8 +153,7 @@ class TrainingData:
     def _prepare_next(self) -> None:
         """Let the next iterators begin the epoch after the one that was saved."""
         for i, order in enumerate(self._orders):
-            if order is not None:
-                order.begin_next(self._state_of(i))
+            order.begin_next(self._state_of(i))
 
     def _state_of(self, i: int) -> dict[str, Any]:
         states: list[Any] = self._saved.get("loaders", [])
@@ -150,55 +162,65 @@ class TrainingData:
 
     def _position(self, loader: Any, done: int) -> int:
         """Return the number of batches that a loader has given since its iterator began."""
-        if self._combined._mode != "max_size_cycle" or not done:
+        length = sized_len(loader)
+        if self._combined._mode != "max_size_cycle" or not done or not length:
             return done
         # A shorter loader begins anew when its next batch is asked for.
-        return (done - 1) % len(loader) + 1 if len(loader) else 0
+        return (done - 1) % length + 1
 
     # -- another number of ranks -------------------------------------------------------------------------------
 
-    def _share_out(self, before: int, now: int) -> None:
-        progress = self._loop.epoch_loop.batch_progress
-        done = progress.current.processed
+    def _share_out(self, done: int, before: int) -> None:
+        """Share out the rest of an epoch that another number of ranks has begun.
+
+        Args:
+            done: The number of batches that each of them had done.
+            before: Their number.
+
+        """
+        now = self._trainer.world_size
+        self._loop._combined_loader_states_to_load = []
         total = self._total()
         if self._begins_next:
-            shared = (done + 1) * before if total is None else total
-        elif (rest := self._shared_rest(done, before, now)) is not None and total is not None:
-            assert self._orders[0] is not None
-            self._orders[0].begin_with(rest)
-            shared = max(total - len(rest), 0)
+            self._set_done((done + 1) * before if total is None else total)
+        elif total is not None and (rest := self._rest(done, before)) is not None:
+            batches = rest.batches(self._trainer.global_rank, now)
+            self._shared = {**rest.state(), "at": max(total - len(batches), 0), "epoch": self._epochs.started}
+            order = self._orders[0]
+            if not isinstance(order, EpochOrder):
+                # For this epoch only, in which its state would not help.
+                order = self._orders[0] = EpochOrder(self._loaders[0])
+            order.begin_with(batches)
+            self._set_done(self._shared["at"])
         else:
-            shared = done * before // now
             rank_zero_warn(
                 f"lightning-scar: this run was saved by {before} ranks and is resumed by {now}, which divide the data "
                 "in an order of their own: in this epoch, some samples will be repeated and others skipped. Resume on "
                 f"{before} ranks to avoid it."
             )
+            shared = done * before // now
             self._place(shared)
             self._discards = [
-                self._position(loader, shared) if order is None else 0
-                for loader, order in zip(self._combined.flattened, self._orders, strict=True)
+                0 if isinstance(order, EpochOrder) else self._position(loader, shared)
+                for loader, order in zip(self._loaders, self._orders, strict=True)
             ]
-        current = progress.current
-        current.completed = shared + current.completed - done
-        current.ready = current.started = current.processed = shared
+            self._set_done(shared)
 
     def _total(self) -> int | None:
         """Return the number of batches in an epoch of the only loader; ``None`` if there are several, or if unknown."""
-        loaders = self._combined.flattened
-        limits = self._combined.limits or [float("inf")]
-        if len(loaders) != 1 or self._orders[0] is None:
+        loaders, limits = self._loaders, self._combined.limits or [float("inf")]
+        if len(loaders) != 1 or not is_indexed(loaders[0]):
             return None
-        return int(min(len(loaders[0]), limits[0]))  # type: ignore[arg-type]
+        return int(min(len(loaders[0]), limits[0]))
 
-    def _shared_rest(self, done: int, before: int, now: int) -> list[list[int]] | None:
-        """Return this rank's batches of what is not done; ``None`` if the order of the samples is not known."""
-        order, known = self._orders[0], self._state_of(0).get("recipe")
-        if order is None or known is None or recipe(order.sampler) is None:
-            return None
-        rest = whole_epoch(known, self._state_of(0))[done * before * known["batch_size"] :]
-        sampler = order.sampler
-        return share(rest, self._trainer.global_rank, now, sampler.batch_size, sampler.drop_last)
+    def _rest(self, done: int, before: int) -> RestOfEpoch | None:
+        """Return what is not done of the only loader's epoch; ``None`` if the order of its samples is not known."""
+        return RestOfEpoch.of(self._state_of(0), _sampler(self._loaders[0]), done, before)
+
+    def _set_done(self, done: int) -> None:
+        current = self._batches
+        current.completed += done - current.processed
+        current.ready = current.started = current.processed = done
 
     # -- an epoch ----------------------------------------------------------------------------------------------
 
@@ -211,17 +233,23 @@ class TrainingData:
 
     def _begin_epoch(self, fetcher: Any) -> None:
         loop = self._loop.epoch_loop
-        begins = self._begins_next and loop.batch_progress.current.ready == 0
+        begins = self._begins_next and self._batches.ready == 0
         if begins:
             self._begins_next = False
             self._prepare_next()
         self._discard(fetcher)
         self._states.clear()
-        iterator = self._combined._iterator
+        if self._shared and self._shared["epoch"] != self._epochs.started:
+            self._shared = {}
+            self._follow()
+        iterator, states = self._combined._iterator, [order.states() for order in self._orders]
         type(loop).on_run_start(loop, fetcher)
         if begins and self._combined._iterator is iterator:
             # Lightning would take the iterator from before the end of the last epoch was made up for.
             iter(fetcher)
+        if self._combined._iterator is not iterator:
+            for order, before in zip(self._orders, states, strict=True):
+                order.begin(before)
 
     def _discard(self, fetcher: Any) -> None:
         discards, self._discards = self._discards, [0] * len(self._orders)
@@ -242,10 +270,10 @@ class TrainingData:
         """Continue behind the loops' current batch, in a replacement that has just restored the loops."""
         fetcher = self._loop._data_fetcher
         assert fetcher is not None
-        done = self._loop.epoch_loop.batch_progress.current.ready
-        for loader in self._combined.flattened:
-            _set_sampler_epoch(loader, self._loop.epoch_progress.current.processed)  # type: ignore[arg-type]
-        if fetcher.length is not None and all(order is not None for order in self._orders):
+        done = self._batches.ready
+        for loader in self._loaders:
+            _set_sampler_epoch(loader, self._epochs.processed)
+        if fetcher.length is not None and all(isinstance(order, EpochOrder) for order in self._orders):
             if done < fetcher.length:
                 self._place(done)
                 iter(fetcher)
@@ -259,10 +287,36 @@ class TrainingData:
                 next(fetcher)
 
     @property
+    def _batches(self) -> Any:
+        return self._loop.epoch_loop.batch_progress.current
+
+    @property
+    def _epochs(self) -> Any:
+        return self._loop.epoch_progress.current
+
+    @property
+    def _loaders(self) -> list[Any]:
+        return self._loop._combined_loader.flattened if self._loop._combined_loader is not None else []
+
+    @property
     def _combined(self) -> CombinedLoader:
         combined = self._loop._combined_loader
         assert combined is not None
         return combined
+
+
+def _knows_place(loader: Any) -> bool:
+    """Return whether a loader has a state that tells its place in the data."""
+    # Lightning's wrapper draws the order of the user's sampler anew whenever it is asked for an iterator.
+    inner = getattr(_sampler(loader), "sampler", None)
+    return hasattr(loader, "state_dict") and not isinstance(inner, DistributedSamplerWrapper)
+
+
+def _sampler(loader: Any) -> Any:
+    """Return the batch sampler, or else the sampler, that a loader has of its own."""
+    sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None) if sampler is None else sampler
+    return sampler.sampler if isinstance(sampler, EpochOrder) else sampler
 
 
 def use_own_loader_states(checkpoint: dict[str, Any], own: Any) -> None:
