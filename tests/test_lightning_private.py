@@ -6,6 +6,7 @@ When one of these fails after an upgrade, the function of the same name in ``lig
 import inspect
 import re
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_scar.lightning import private, private_paths
+from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.model_loading import intercept_loading
 
 #: They make a process a replacement: ``test_lightning_joining.py`` compares it with the one that it replaces.
@@ -281,3 +283,29 @@ def test_time_is_up() -> None:
     assert not private.time_is_up(trainer)
     timer.load_state_dict({"time_elapsed": {"train": 7200.0}})
     assert private.time_is_up(trainer)
+
+
+def test_training_data() -> None:
+    """The methods that it replaces, and that Lightning still calls each of them; see ``test_resume_data``."""
+    called: set[str] = set()
+
+    class Watched(TrainingData):
+        def __init__(self, trainer: pl.Trainer) -> None:
+            super().__init__(trainer)
+            for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop):
+                for name, method in list(vars(loop).items()):
+                    if getattr(method, "__self__", None) is self:
+                        assert callable(getattr(type(loop), name)), f"Lightning's loops have no {name} any more"
+                        setattr(loop, name, partial(self.note, name, method))
+
+        def note(self, name: str, method: Any, *args: Any) -> Any:
+            called.add(name)
+            return method(*args)
+
+    trainer = make_trainer(max_epochs=2, enable_checkpointing=False)
+    Watched(trainer)
+    trainer.fit(TinyModel(), loader())
+    state = trainer.fit_loop.state_dict()
+    trainer.fit_loop.load_state_dict(state)
+    names = {"on_save_checkpoint", "on_load_checkpoint", "_load_combined_loader_states"}
+    assert called == names | {"reset", "on_run_start", "_on_before_fetch"}

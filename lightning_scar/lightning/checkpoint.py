@@ -249,6 +249,8 @@ class SCARCheckpoint(Checkpoint):
         self._steps.start_batch(trainer)
         if self._running is None:
             return
+        if self._start is not None:
+            self._start.has_started = True
         self._schedule.begin(self._steps.of(trainer), self._running)
         if threading.current_thread() is threading.main_thread():
             self._sigterm = TrainerSigterm(trainer)
