@@ -1,6 +1,7 @@
 """What a run resumes from, and that it then is where it was."""
 
 import logging
+import warnings
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError

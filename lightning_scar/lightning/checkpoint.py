@@ -148,7 +148,6 @@ class SCARCheckpoint(Checkpoint):
         self.stats = Stats()
         self._running: RunningCheckpoint | None = None
         self._start: FitStart | None = None
-        self._data: TrainingData | None = None
         self._io: SCARCheckpointIO | None = None
         self._sigterm: TrainerSigterm | None = None
         self._steps = StepCount()
@@ -181,13 +180,11 @@ class SCARCheckpoint(Checkpoint):
         self._io = installed_io(trainer, self._options.storage_options)
         if stage != "fit":
             return
-        self._data = TrainingData.of(trainer)
+        TrainingData.of(trainer)
         if replacement.is_joiner(trainer):
             return
         running = self._open(trainer)
-        start = self._start = FitStart(
-            trainer, running, self.resumes, self._options.strict, self._options.storage_options
-        )
+        start = self._start = FitStart(trainer, running, self.resumes, self._options)
         restart_state = trainer_calls.restart_state()
         if restart_state is None or restart_state.step < start.newest_step:
             start.intercept()
@@ -250,7 +247,8 @@ class SCARCheckpoint(Checkpoint):
         if self._running is None:
             return
         if self._start is not None:
-            self._start.has_started = True
+            self._start.end()
+            self._start = None
         self._schedule.begin(self._steps.of(trainer), self._running)
         if threading.current_thread() is threading.main_thread():
             self._sigterm = TrainerSigterm(trainer)
@@ -276,14 +274,10 @@ class SCARCheckpoint(Checkpoint):
         """Save the present state."""
         if self._running is None:
             return self._close(trainer)
+        # Before the training starts, the state may be restored in part only.
+        saves = self._start is None and trainer.training and self._options.save_on_exception
         try:
-            if (
-                # Before the training starts, the state may be restored in part only.
-                (self._start is None or self._start.has_started)
-                and self._options.save_on_exception
-                and trainer.training
-                and self._steps.of(trainer) != self._schedule.last_full_step
-            ):
+            if saves and self._steps.of(trainer) != self._schedule.last_full_step:
                 self._save(trainer, full=True)
             self._close(trainer)
         except Exception as error:
@@ -298,8 +292,7 @@ class SCARCheckpoint(Checkpoint):
     def _close(self, trainer: pl.Trainer) -> None:
         private.end_interception(trainer)
         private.end_after_batches(trainer)
-        if self._data is not None:
-            self._data.remove()
+        TrainingData.of(trainer).remove()
         if self._start is not None:
             self._start.end()
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Fences)]  # type: ignore[attr-defined]

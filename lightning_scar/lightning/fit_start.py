@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_scar.core.compatibility import check_ranks_agree
+from lightning_scar.core.options import Options
 from lightning_scar.core.resumption import check_not_all_damaged, newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.lightning import paths, private
@@ -31,11 +32,7 @@ class FitStart:
         trainer: The trainer.
         running: The callback's running checkpoint, just opened.
         resumes: Whether to resume from it without ``ckpt_path``.
-        strict: Whether a running checkpoint of another model is an error.
-        storage_options: Arguments of its file system.
-
-    Attributes:
-        has_started: Whether all is restored, and the training has started.
+        options: The callback's options.
 
     """
 
@@ -44,15 +41,13 @@ class FitStart:
         trainer: pl.Trainer,
         running: RunningCheckpoint,
         resumes: bool,
-        strict: bool,
-        storage_options: dict[str, Any] | None,
+        options: Options,
     ) -> None:
-        self.has_started = False
         self._trainer = trainer
         self._running = running
         self._resumes = resumes
-        self._strict = strict
-        self._storage_options = storage_options
+        self._strict = options.strict
+        self._storage_options = options.storage_options
         self._dirpath = str(running.store.directory)
         self._finished: _Finished | None = None
         self._sanity_steps: int | float | None = None
