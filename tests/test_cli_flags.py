@@ -1,6 +1,7 @@
 """Everything is settable from LightningCLI's flags and YAML."""
 
 import inspect
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import yaml
-from helpers import TinyModel, loader
+from helpers import Stopped, TinyModel, loader
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_scar import SCARCheckpoint, load
@@ -163,6 +165,51 @@ def test_a_wrong_flag_is_an_error_that_names_it(name: str, value: str, capsys: p
 def test_a_value_out_of_range_is_an_error_too() -> None:
     with pytest.raises(ValueError, match=r"fraction=7\.0 must be in \(0, 1\]"):
         cli(*flags({"dirpath": "a", "every_n_train_steps": 1, "fraction": 7.0}))
+
+
+@pytest.mark.parametrize(("breaks", "saved"), [(1, None), (5, 5)])
+def test_the_same_command_goes_on_beside_the_config_that_it_wrote_itself(
+    breaks: int, saved: int | None, tmp_path: Path
+) -> None:
+    """In a fixed folder, where Lightning would not overwrite it; whether anything was saved or not."""
+    options = {"dirpath": str(tmp_path / "scar"), "every_n_train_steps": 2}
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"default_root_dir": str(tmp_path), "max_epochs": 2}
+    arguments = ["fit", *flags(options), *(f"--trainer.{key}={word(value)}" for key, value in quiet.items())]
+
+    class Breaks(Model):
+        broken = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == breaks and not Breaks.broken:
+                Breaks.broken = True
+                raise Stopped
+            return super().training_step(batch, batch_idx)
+
+        def configure_callbacks(self) -> Any:
+            # With these, Lightning sorts all callbacks once more.
+            return [Timer()]
+
+    def start(*more: str) -> Any:
+        return LightningCLI(Breaks, Data, args=[*arguments, *more])
+
+    with pytest.raises(Stopped):
+        start()
+    assert (tmp_path / "config.yaml").exists()
+    if saved is None:
+        shutil.rmtree(tmp_path / "scar")
+        (tmp_path / "scar").mkdir()
+    resumed = start()
+    assert len(resumed.model.seen) == 16 - (saved or 0)
+    assert [type(callback).__name__ for callback in resumed.trainer.callbacks][-1] == "SCARCheckpoint"
+    assert "_KeepsConfig" not in [type(callback).__name__ for callback in resumed.trainer.callbacks]
+    assert start().model.seen == []
+    assert len(start("--trainer.max_epochs=3").model.seen) == 8
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_epochs"] == 3
+    with pytest.raises(RuntimeError, match=r"config\.yaml to NOT exist"):
+        start(f"--trainer.callbacks.dirpath={tmp_path / 'other'}")
+    with pytest.raises(RuntimeError, match=r"config\.yaml to NOT exist"):
+        start("--trainer.callbacks.resume=false")
 
 
 def test_a_run_from_flags_resumes_and_continues(tmp_path: Path) -> None:

@@ -42,6 +42,19 @@ def test_lightning_cli(tmp_path: Path, way: str) -> None:
         assert world_sizes(training)[3] == 1
 
 
+@pytest.mark.slow
+def test_a_command_of_lightning_cli_that_was_stopped_is_started_again(tmp_path: Path) -> None:
+    """Where config.yaml has one fixed place, and Lightning alone would not overwrite it."""
+    trainer = {"accelerator": "cpu", "devices": 2, "max_epochs": 2, "enable_progress_bar": "false", "logger": "false"}
+    trainer |= {"strategy": "scar_ddp", "default_root_dir": tmp_path}
+    arguments = [f"--trainer.{name}={value}" for name, value in trainer.items()]
+    arguments += ["--trainer.callbacks+=lightning_scar.SCARCheckpoint", f"--trainer.callbacks.dirpath={tmp_path}/scar"]
+    stopped = train(tmp_path, ("training_step", 5, 1, "terminate the job"), cli=arguments)
+    assert stopped.code == 143, stopped.console
+    assert (tmp_path / "config.yaml").exists()
+    assert_done(train(tmp_path, ("training_step", 5, 1, "terminate the job"), cli=arguments), steps=24)
+
+
 def test_logs_and_checkpoints_go_on_in_the_replacement_of_rank_0(tmp_path: Path) -> None:
     """Lightning's own callbacks, a logger, and a test after the fit."""
     callbacks = ["ModelCheckpoint", "LearningRateMonitor", "EarlyStopping"]

@@ -22,7 +22,7 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName
 from lightning_scar.core.stats import Stats
-from lightning_scar.lightning import paths, private, private_paths, replacement
+from lightning_scar.lightning import loggers, private, replacement
 from lightning_scar.lightning.checkpoint_io import SCARCheckpointIO, installed_io
 from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.fences import Fences
@@ -31,6 +31,7 @@ from lightning_scar.lightning.refusals import as_misconfiguration, check_strateg
 from lightning_scar.lightning.restart import trainer_calls
 from lightning_scar.lightning.sigterm import TrainerSigterm
 from lightning_scar.lightning.step_count import StepCount
+from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.places import open_store
 
 
@@ -168,6 +169,11 @@ class SCARCheckpoint(Checkpoint):
     def resumes(self) -> bool:
         """Whether a ``fit`` without ``ckpt_path`` resumes: not from a run that this process itself has finished."""
         return self._options.resume and not self._finished_here
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a run has begun in the directory, even if it has not saved anything."""
+        return Directory(self.dirpath, self._options.storage_options).exists()
 
     # -- start and end of a fit ----------------------------------------------------------------------------------
 
@@ -373,9 +379,7 @@ class SCARCheckpoint(Checkpoint):
         if self.stats.saves == self._logged_saves:
             return
         self._logged_saves = self.stats.saves
-        metrics = {f"scar/{name}": float(value) for name, value in vars(self.stats).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=private.logger_step(trainer))
+        loggers.log_stats(trainer, self.stats)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -394,6 +398,3 @@ def _live_parts(trainer: pl.Trainer) -> dict[str, Any]:
         "optimizers": {("optimizer_states", i): optimizer for i, optimizer in enumerate(trainer.optimizers)},
         "parameters": trainer.lightning_module.parameters(),
     }
-
-
-private_paths.select_paths(paths.select)

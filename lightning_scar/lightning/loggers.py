@@ -1,4 +1,4 @@
-"""Lets a replacement continue the logs of the process that it replaces."""
+"""The logs of a run, and its ``config.yaml``: what a process before this one has written is continued."""
 
 import csv
 import json
@@ -9,10 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.loggers.csv_logs import _ExperimentWriter
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from typing_extensions import override
 
+from lightning_scar.core.stats import Stats
 from lightning_scar.elastic.worker.state_folder import state_folder
+from lightning_scar.lightning import private
 
 
 def share_versions(trainer: pl.Trainer) -> None:
@@ -40,10 +44,53 @@ def reuse_versions(trainer: pl.Trainer) -> None:
     if not _path().exists():
         return
     _set_versions(trainer, json.loads(_path().read_text()))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, SaveConfigCallback):
-            # The file exists, because an earlier process of this job wrote it.
-            callback.overwrite = True
+    overwrite_config(trainer)
+
+
+def overwrite_config(trainer: pl.Trainer) -> None:
+    """Let LightningCLI overwrite ``config.yaml``, which this run itself has written when it started before."""
+    for callback in _config_callbacks(trainer):
+        callback.overwrite = True
+
+
+def keep_config(trainer: pl.Trainer, checkpoints: list[Any]) -> None:
+    """Let LightningCLI overwrite ``config.yaml`` if this run has started before.
+
+    Args:
+        trainer: The trainer, before anything is set up.
+        checkpoints: Its :class:`~lightning_scar.SCARCheckpoint` callbacks.
+
+    """
+    if _config_callbacks(trainer) and not any(isinstance(each, _KeepsConfig) for each in trainer.callbacks):  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, _KeepsConfig(checkpoints))  # type: ignore[attr-defined]
+
+
+class _KeepsConfig(Callback):
+    """Is set up before the callbacks that write the config, which fail if the file exists."""
+
+    def __init__(self, checkpoints: list[Any]) -> None:
+        self._checkpoints = checkpoints
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # A new list, because Lightning iterates over the present one.
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        goes_on = any(checkpoint.resumes and checkpoint.has_begun for checkpoint in self._checkpoints)
+        # All ranks do what the first one does, because the callbacks ask it only if they must not overwrite.
+        if trainer.strategy.broadcast(goes_on):
+            overwrite_config(trainer)
+
+
+def _config_callbacks(trainer: pl.Trainer) -> list[SaveConfigCallback]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, SaveConfigCallback)]
+
+
+def log_stats(trainer: pl.Trainer, stats: Stats) -> None:
+    """Pass the counters of a run to all loggers."""
+    metrics = {f"scar/{name}": float(value) for name, value in vars(stats).items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=private.logger_step(trainer))
 
 
 def append_to_files(trainer: pl.Trainer) -> None:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_scar.lightning import private_paths, replacement
+from lightning_scar.lightning import loggers, private_paths, replacement
 
 #: The path that Lightning has chosen for the present call of a Trainer, because it runs on SLURM.
 _chosen_on_slurm: WeakKeyDictionary[pl.Trainer, str] = WeakKeyDictionary()
@@ -33,6 +33,8 @@ def select(trainer: pl.Trainer, asked_for: Any, is_model_given: bool, choose: Ca
     _chosen_on_slurm.pop(trainer, None)
     ours = replacement.scar_checkpoints(trainer)
     is_fit = trainer.state.fn == TrainerFn.FITTING
+    if is_fit and ours:
+        loggers.keep_config(trainer, ours)
     if asked_for == "last" and (paths := [callback.best_model_path for callback in ours if callback.best_model_path]):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"(?s).*there is no last checkpoint available")
@@ -77,3 +79,6 @@ def _is_as_new_in_memory(trainer: pl.Trainer, path: str) -> bool:
         return step_of(path) <= trained
     except Exception:
         return False  # Lightning will read it, and say what is wrong.
+
+
+private_paths.select_paths(select)

@@ -174,6 +174,11 @@ class Directory:
         return found
 
     @_as_os_errors()
+    def exists(self) -> bool:
+        """Return whether the folder exists; on an object store, whether it holds anything."""
+        return bool(self.fs.exists(self.path))
+
+    @_as_os_errors()
     def create(self) -> None:
         """Create the folder and its parents, if the file system has folders.
 
