@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import loop_runs
 import pytest
 import torch
-from ddp_runs import SMALL, Patient, Poison, Run
+from ddp_runs import SMALL, Healed, Patient, Poison, Run
 from helpers import TinyModel, assert_same, cut_short, fit, loader, saver
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
@@ -59,7 +59,7 @@ def test_blocks_that_turn_nan_are_restored_alone(
     options = HEALING | {"refresh": refresh}
     scar = saver(tmp_path, **options)
     with pytest.warns(UserWarning, match=r"NaN or Inf at step 6, healed: .* from survivors, .* newest versions"):
-        model = fit(scar, Patient(), Poison(6, slot=slot), logger=notes)
+        model = fit(scar, Patient(), Healed(), Poison(6, slot=slot), logger=notes)
     assert scar.stats.heals == 1
     assert [row["scar/heals"] for row in notes.rows][-1] == 1
     assert scar.stats.non_finite_blocks == 0
@@ -93,7 +93,7 @@ def test_infinity_counts_too(tmp_path: Path) -> None:
 def test_only_saves_look_for_it(tmp_path: Path) -> None:
     scar = saver(tmp_path, **HEALING | {"every_n_train_steps": 4})
     with pytest.warns(UserWarning, match="NaN or Inf at step 8, healed"):
-        model = fit(scar, Poison(6))
+        model = fit(scar, Healed(), Poison(6))
     assert not is_finite(model.live[6])
     assert is_finite(model.live[8])
     assert is_finite(model.final)
@@ -118,7 +118,7 @@ def test_nan_again_and_again_is_an_error(tmp_path: Path) -> None:
         fit(scar, Poison(4, 6, 9), model=model)
     assert str(tmp_path) in str(error.value)
     assert is_finite(load(tmp_path))
-    assert max(model.live) == 8
+    assert max(model.live) == 9
 
 
 def test_nan_before_the_first_save_is_an_error(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Run
     for options in CASES.values():
         rest = {name: value for name, value in options.items() if name != "poison"}
         folder = tmp_path_factory.mktemp("healing")
-        calls.append(((folder, Patient(), options["poison"]), {"scar": HEALING, "max_epochs": 1, **rest}))
+        calls.append(((folder, Patient(), Healed(), options["poison"]), {"scar": HEALING, "max_epochs": 1, **rest}))
     by_rank = run_ranks(ddp_runs.train_in_turn, 2, *calls)
     return {case: list(runs) for case, runs in zip(CASES, zip(*by_rank, strict=True), strict=True)}
 
