@@ -27,7 +27,7 @@ from scar_job import (
 )
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_scar import SCARCheckpoint, SCARDDPStrategy
 
@@ -138,14 +138,27 @@ class Model(pl.LightningModule):
 
 
 class Data(pl.LightningDataModule):
-    def __init__(self, iterable: bool = False, batches: list[int] | None = None) -> None:
+    """
+    Args:
+        iterable: Whether the data have no length.
+        batches: How many each rank then has.
+        spawn: Whether a spawned process loads them, and collates them with a method that knows the Trainer.
+
+    """
+
+    def __init__(self, iterable: bool = False, batches: list[int] | None = None, spawn: bool = False) -> None:
         super().__init__()
         self.iterable = iterable
         self.batches = batches
+        self.options: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "spawn"} if spawn else {}
+
+    def collate(self, items: list[Any]) -> Any:
+        return default_collate(items)
 
     def train_dataloader(self) -> Any:
         data = Stream(self.batches) if self.iterable else samples()
-        return DataLoader(data, batch_size=BATCH_SIZE, shuffle=None if self.iterable else True)
+        shuffle = None if self.iterable else True
+        return DataLoader(data, batch_size=BATCH_SIZE, shuffle=shuffle, collate_fn=self.collate, **self.options)
 
     def val_dataloader(self) -> Any:
         return DataLoader(samples(), batch_size=24)

@@ -156,6 +156,12 @@ class SCARCheckpoint(Checkpoint):
         self._logged_saves = 0
         self._finished_here = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy: a callback with the same options that does not run."""
+        options = dict(vars(self._options))
+        fresh = SCARCheckpoint(self.dirpath, every_n_train_steps=options.pop("every_n_steps"), **options)
+        return {**vars(self), **vars(fresh)}
+
     @property
     def best_model_path(self) -> str:
         """The path that ``ckpt_path="best"`` loads if this is the Trainer's only checkpoint callback."""

@@ -55,6 +55,10 @@ class SCARCheckpointIO(CheckpointIO):
         # Fabric never calls teardown of a strategy.
         weakref.finalize(self, _close_all, self._opened)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a copy be an IO with the same options that has opened nothing."""
+        return type(self), (self.checkpoint_io, self._settings, self._storage_options)
+
     def attach(self, running: RunningCheckpoint) -> None:
         """Use an open running checkpoint for saves to its directory. The caller will close it."""
         self._attached[running.store.directory.path] = running

@@ -25,6 +25,10 @@ class Fences(Callback):
         self._running = running
         self._pause = pause
 
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        """Let a copy be a callback that does nothing."""
+        return Callback, ()
+
     @override
     def on_before_optimizer_step(self, *args: Any) -> None:
         """Wait, because the optimizer changes the parameters."""

@@ -7,7 +7,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -87,16 +87,24 @@ def after_batches(trainer: pl.Trainer, hook: Callable[[], None]) -> None:
         hook: The function.
 
     """
-    connector = trainer._logger_connector
-    on_batch_end = connector.on_batch_end
+    connector: Any = trainer._logger_connector
+    connector.on_batch_end = _AfterBatches(trainer, hook, connector.on_batch_end)
 
-    def then() -> None:
+
+class _AfterBatches(NamedTuple):
+    trainer: pl.Trainer
+    hook: Callable[[], None]
+    on_batch_end: Callable[[], None]
+
+    def __call__(self) -> None:
         # Batches of a validation end here, too.
-        if trainer.training:
-            hook()
-        on_batch_end()
+        if self.trainer.training:
+            self.hook()
+        self.on_batch_end()
 
-    connector.on_batch_end = then  # type: ignore[method-assign]
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the Trainer has its own method.
+        return getattr, (self.trainer._logger_connector, "on_batch_end")
 
 
 def end_after_batches(trainer: pl.Trainer) -> None:
@@ -258,7 +266,11 @@ def silence_sigterm_broadcast(trainer: pl.Trainer) -> None:
     Lightning ignores errors of this broadcast, so after a failure the ranks would be in different collectives. Instead,
     the ranks agree on the step to stop at through the supervisor's store. Lightning 2.5 has no such broadcast.
     """
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _no_broadcast  # type: ignore[method-assign]
+
+
+def _no_broadcast() -> None:
+    """Do nothing. Unlike a lambda, it can be pickled with the Trainer."""
 
 
 def batch_size(trainer: pl.Trainer, batch: Any) -> int:

@@ -80,6 +80,12 @@ class SCARDDPStrategy(DDPStrategy):
         self._starts_workers = False
         self._accumulates = False
 
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which is in no group: neither are the processes that get one."""
+        state = super().__getstate__()
+        return {**state, "_member": None, "_training": None, "_model": state["_lightning_module"]}
+
     @property
     def outages(self) -> list[Outage]:
         """The failures that this worker has survived, in order."""

@@ -30,6 +30,9 @@ class _Ends(Callback):
         self._raise_pending = raise_pending
         self._end_epoch = end_epoch
 
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        return Callback, ()
+
     @override
     def on_train_batch_end(self, *args: Any) -> None:
         self._raise_pending()

@@ -74,6 +74,10 @@ class SCARContinuation:
         elif not dist.is_initialized():
             self.member.enter_first(**self.group_options())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which is no member of the job."""
+        return {**vars(self), "member": None, "engine": None}
+
     def prepare(self, framework: Framework) -> None:
         """Prepare a framework for this worker's membership in the job.
 

@@ -113,6 +113,11 @@ class SCARLoop:
         if continuation is not None:
             continuation.prepare(framework)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy: a loop with the same options that was not resumed."""
+        fresh = SCARLoop(self.dirpath, self.state.framework, **vars(self._options))
+        return {**vars(self), **vars(fresh), "_continuation": self._continuation}
+
     @property
     def batches(self) -> int:
         """The number of calls of :meth:`step`, including those before the run was resumed."""
@@ -193,7 +198,10 @@ class SCARLoop:
             self.state.ranks = Ranks.of_default_group()
             self.state.record_position()
             running = self._open()
-            first = self._first_incarnation(running)
+            first: int | None = 0
+            if not self._options.resume:
+                # The saves of this same job still count after a restart of all workers.
+                first = training.first_incarnation(running.ticket.incarnation) if training is not None else None
             self._is_finished = self.state.resume(running, restart_state, first, weights_only)
             self._schedule.begin(self.steps, running)
         if training is not None:
@@ -205,13 +213,6 @@ class SCARLoop:
         )
         self._running, self.stats = running, running.stats
         return running
-
-    def _first_incarnation(self, running: RunningCheckpoint) -> int | None:
-        """Return the first incarnation whose saves on disk count; ``None`` to ignore all."""
-        if self._options.resume:
-            return 0
-        # After a restart of all workers, the saves of this same job still count.
-        return self._training.first_incarnation(running.ticket.incarnation) if self._training is not None else None
 
     def close(self) -> None:
         """Save everything, wait until it is written, and mark the run as finished, unless it was already.
