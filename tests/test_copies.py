@@ -3,7 +3,7 @@
 import copy
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import loop_runs
 import pytest
 import scar_ddp_runs
 import torch
+import torch.distributed as dist
 from helpers import TinyModel, assert_same, cut_short, fit, loader, saver
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -165,7 +166,18 @@ class Tagged(SCARCheckpoint):
         self.tag = tag
 
 
+@pytest.fixture
+def own_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What Lightning leaves of a group is gone afterwards."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    dist.destroy_process_group()
+
+
 @a_copy
+@pytest.mark.usefixtures("own_group")
 def test_a_copied_strategy_is_in_no_group(copied: Any, tmp_path: Path) -> None:
     at = At(lambda trainer: copied(trainer))
     strategy = SCARDDPStrategy(cluster_environment=_Launched(), on_failure="wait")
