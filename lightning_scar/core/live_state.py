@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_scar.core.blocks import BlockMap, build_map
@@ -109,6 +111,18 @@ class Dissection:
         sharded: list[Path] = [(*path, "state") for path, optimizer in optimizers.items() if is_sharded(optimizer)]
         tensors = {leaf.path: leaf.tensor for leaf in leaves}
         return LiveState(self._map, self._own, tensors, skeleton, sharded, self._description, self._heavy)
+
+
+def live_parts(optimizers: Iterable[Optimizer], *modules: Module) -> dict[str, Any]:
+    """Return the arguments of a save besides the checkpoint dict, which pair optimizer state with parameters.
+
+    Args:
+        optimizers: The optimizers, in the order of their states in the dict.
+        modules: The modules whose parameters change only in optimizer steps.
+
+    """
+    places: dict[Path, Optimizer] = {("optimizer_states", i): optimizer for i, optimizer in enumerate(optimizers)}
+    return {"optimizers": places, "parameters": chain.from_iterable(module.parameters() for module in modules)}
 
 
 def _at(value: Any, path: Path) -> Any:

@@ -1,19 +1,17 @@
 """The state of a plain training loop: modules, optimizers, schedulers and other stateful objects."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
 from torch.nn import Module, ModuleDict
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_scar.core.compatibility import ModelMismatchError
+from lightning_scar.core.live_state import live_parts
 from lightning_scar.core.loading import load_model
 from lightning_scar.core.optimizer_loading import NO_OWNERS, Owners, load_optimizers
-from lightning_scar.core.skeleton import Path
 from lightning_scar.core.zero import is_sharded, shard_state
 
 
@@ -171,18 +169,12 @@ class TrainingState:
         return [_inner(optimizer) for optimizer in self.optimizers]
 
     @property
-    def parameters(self) -> Iterator[Tensor]:
-        """The parameters of all modules."""
-        return chain.from_iterable(module.parameters() for module in self.modules.values())
-
-    @property
     def live_parts(self) -> dict[str, Any]:
         """The arguments of a save besides the dict.
 
         See :meth:`~lightning_scar.core.running_checkpoint.RunningCheckpoint.save`.
         """
-        optimizers: dict[Path, Optimizer] = {("optimizer_states", i): o for i, o in enumerate(self.inner_optimizers)}
-        return {"optimizers": optimizers, "parameters": self.parameters}
+        return live_parts(self.inner_optimizers, *self.modules.values())
 
 
 def unwrapped(module: Module) -> Module:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_scar.core.live_state import live_parts
 from lightning_scar.core.membership import ReplacementTicket
 from lightning_scar.core.options import Options
 from lightning_scar.core.ranks import Ranks
@@ -357,8 +358,8 @@ class SCARCheckpoint(Checkpoint):
         self._schedule.note(step, full)
         info = {"finished": finished, "global_step": trainer.global_step, "epoch": trainer.current_epoch}
         info["stopped"] = finished and trainer.should_stop
-        checkpoint = private.dump_checkpoint(trainer)
-        self._running.save(checkpoint, step, **_live_parts(trainer), full=full, info=info)
+        parts = live_parts(trainer.optimizers, trainer.lightning_module)
+        self._running.save(private.dump_checkpoint(trainer), step, **parts, full=full, info=info)
         self._running.stage()
 
     def heal(self, trainer: pl.Trainer) -> bool:
@@ -378,8 +379,8 @@ class SCARCheckpoint(Checkpoint):
 
         """
         assert self._running is not None, "call heal() during fit"
-        checkpoint, step = private.dump_checkpoint(trainer), self._steps.of(trainer)
-        return self._healer.heal(self._running, checkpoint, step, **_live_parts(trainer))
+        parts = live_parts(trainer.optimizers, trainer.lightning_module)
+        return self._healer.heal(self._running, private.dump_checkpoint(trainer), self._steps.of(trainer), **parts)
 
     def _log(self, trainer: pl.Trainer) -> None:
         if self.stats.saves == self._logged_saves:
@@ -396,11 +397,3 @@ class SCARCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a :meth:`state_dict`."""
         self._steps.outside = state_dict["outside_steps"]
-
-
-def _live_parts(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return what pairs optimizer state with parameters."""
-    return {
-        "optimizers": {("optimizer_states", i): optimizer for i, optimizer in enumerate(trainer.optimizers)},
-        "parameters": trainer.lightning_module.parameters(),
-    }
