@@ -190,7 +190,7 @@ def assert_same(a: Any, b: Any, path: str = "") -> None:
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_same(x, y, f"{path}/{i}")
     else:
-        assert a == b, path
+        assert a == b, f"{path}: {a!r} {b!r}"
 
 
 def files(dirpath: Path) -> list[str]:

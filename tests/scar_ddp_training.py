@@ -57,16 +57,25 @@ class Model(pl.LightningModule):
         rich: Whether it has buffers and a schedule, too.
         dropout: Whether it draws random numbers.
         manual: Whether it optimizes manually.
+        plateau: Whether it lowers its rate when a validation is not better.
         sharded: Whether each rank has a part of the optimizer's state.
 
     """
 
-    def __init__(self, rich: bool = False, dropout: bool = False, manual: bool = False, sharded: bool = False) -> None:
+    def __init__(
+        self,
+        rich: bool = False,
+        dropout: bool = False,
+        manual: bool = False,
+        sharded: bool = False,
+        plateau: bool = False,
+    ) -> None:
         super().__init__()
         torch.manual_seed(1)
         between = [*([nn.BatchNorm1d(16)] if rich else []), *([nn.Dropout(0.2)] if dropout else [])]
         self.net = nn.Sequential(nn.Linear(8, 16), *between, nn.ReLU(), nn.Linear(16, 1))
         self.rich = rich
+        self.plateau = plateau
         self.sharded = sharded
         self.automatic_optimization = not manual
         self.val_error = torchmetrics.MeanSquaredError()
@@ -116,8 +125,7 @@ class Model(pl.LightningModule):
             place("save", self.current_epoch)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        if not self.trainer.sanity_checking:
-            place("validation", self.current_epoch)
+        place("sanity check" if self.trainer.sanity_checking else "validation", self.current_epoch)
         x, y, _ = batch
         out = self.net(x)
         self.val_error(out, y)
@@ -132,6 +140,9 @@ class Model(pl.LightningModule):
         if self.sharded:
             return ZeroRedundancyOptimizer(self.parameters(), torch.optim.Adam, lr=RATE)
         optimizer = torch.optim.Adam(self.parameters(), RATE)
+        if self.plateau:
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
         if not self.rich:
             return optimizer
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 20, 0.5), "interval": "step"}]
@@ -166,7 +177,29 @@ class Data(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
 
+class Validations(Callback):
+    """Keeps in the checkpoint at which steps validations and epochs ended, and with which metrics."""
+
+    def __init__(self) -> None:
+        self.ended: list[Any] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ended": list(self.ended)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ended = list(state["ended"])
+
+    def on_validation_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self.ended.append([trainer.global_step, float(trainer.callback_metrics["val_loss"])])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.ended.append([trainer.current_epoch, trainer.global_step])
+
+
 CALLBACKS: dict[str, Callable[[], Callback]] = {
+    "Validations": Validations,
+    "EarlyStopping at its defaults": lambda: EarlyStopping("val_loss"),
     "ModelCheckpoint": lambda: ModelCheckpoint(monitor="val_loss", save_top_k=2, save_last=True),
     "EarlyStopping": lambda: EarlyStopping("val_loss", patience=1, min_delta=1e9),
     "LearningRateMonitor": lambda: LearningRateMonitor("step"),
@@ -206,6 +239,11 @@ def write_result(trainer: pl.Trainer, module: pl.LightningModule, **more: Any) -
         },
         "outages": [vars(outage) for outage in getattr(trainer.strategy, "outages", [])],
         "metrics": dict(trainer.callback_metrics),
+        "callbacks": {
+            type(callback).__name__: callback.state_dict()
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, Validations | EarlyStopping | ModelCheckpoint)
+        },
         "is_global_zero": trainer.is_global_zero,
         **more,
     }

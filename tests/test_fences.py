@@ -29,6 +29,7 @@ from torch.optim import SGD, Adam
 from zoo import ZOO, WithBatchNorm, WithRenormalisedEmbedding, WithValidation
 
 from lightning_scar import SCARCheckpoint, load
+from lightning_scar.lightning.progress import KEY
 from lightning_scar.lightning.step_count import before_optimizer_steps
 
 
@@ -87,8 +88,9 @@ def test_a_refresh_is_encoded_before_the_weights_change_however_long_that_takes(
 
 
 def _skeleton(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    tensors = ("state_dict", "optimizer_states", "current_model_state")
-    return {key: value for key, value in checkpoint.items() if key not in tensors}
+    # Nor what a save adds to Lightning's dict.
+    others = ("state_dict", "optimizer_states", "current_model_state", KEY)
+    return {key: value for key, value in checkpoint.items() if key not in others}
 
 
 def test_a_lazy_save_is_still_being_copied_when_the_next_forward_begins(memory_url: str) -> None:

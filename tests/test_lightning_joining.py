@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_scar.lightning import loggers, private, replacement
+from lightning_scar.lightning import loggers, private, progress, replacement
 from lightning_scar.lightning.data import TrainingData
 
 
@@ -178,7 +178,7 @@ def test_undo_unfinished_step(accumulated: int) -> None:
 
     def check(trainer: pl.Trainer, *args: Any) -> None:
         checkpoint = copy.deepcopy(private.dump_checkpoint(trainer))
-        private.undo_unfinished_step(checkpoint, accumulated)
+        progress.undo_unfinished_step(checkpoint, accumulated)
         loop, steps = checkpoint["loops"]["fit_loop"], trainer.global_step
         batches = loop["epoch_loop.batch_progress"]
         for counts in (batches["current"], batches["total"]):

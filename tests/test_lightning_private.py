@@ -3,6 +3,7 @@
 When one of these fails after an upgrade, the function of the same name in ``lightning/private.py`` is what to look at.
 """
 
+import dataclasses
 import inspect
 import re
 from datetime import timedelta
@@ -16,9 +17,11 @@ import torch
 from helpers import TinyModel, loader, make_trainer
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_scar.lightning import private, private_paths
+from lightning_scar.lightning import private, private_paths, results
 from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.model_loading import intercept_loading
 
@@ -309,3 +312,49 @@ def test_training_data() -> None:
     trainer.fit_loop.load_state_dict(state)
     names = {"on_save_checkpoint", "on_load_checkpoint", "_load_combined_loader_states"}
     assert called == names | {"reset", "on_run_start", "_on_before_fetch"}
+
+
+# -- a resumed fit -----------------------------------------------------------------------------------------------------
+
+
+def test_the_words_by_which_lightning_knows_where_it_resumes() -> None:
+    """What they do is tested in ``test_progress.py``."""
+    assert training_epoch_loop.RestartStage.RESTARTED_ON_LAST == "restarted_on_last"
+    assert training_epoch_loop.RestartStage.RESTARTED_ON_TRAIN_BATCH_END == "restarted_on_train_batch_end"
+    assert evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION == "restarted_mid_evaluation"
+
+
+def test_what_a_logged_value_is_known_by() -> None:
+    known = {field.name for field in dataclasses.fields(_Metadata)}
+    assert known == {*results._PLAIN, "reduce_fx", "_sync"}
+
+
+@pytest.mark.parametrize("reduce_fx", ["mean", "max", "min", "sum"])
+def test_results(reduce_fx: Any) -> None:
+    """What an epoch has gathered goes on in another process, where it may be logged in another way."""
+
+    class Logs(TinyModel):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            self.log("loss", loss, on_step=False, on_epoch=True, reduce_fx=reduce_fx, prog_bar=self.shows)
+            return loss
+
+    class HandOver(Callback):
+        given: Any = None
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            epoch = trainer.fit_loop.epoch_loop._results
+            if trainer.global_step == 3:
+                self.given = results.results(trainer)
+                epoch.clear()
+                results.set_results(trainer, self.given)
+                module.shows = True
+
+    ends = []
+    for callbacks in ([HandOver()], []):
+        model = Logs()
+        model.shows = False  # type: ignore[assignment]
+        trainer = make_trainer(*callbacks, max_epochs=1, enable_checkpointing=False)
+        trainer.fit(model, loader())
+        ends.append(trainer.callback_metrics["loss"])
+    assert torch.equal(*ends)

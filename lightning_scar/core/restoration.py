@@ -202,7 +202,7 @@ class _Found:
         is_as_new = self.own is not None and self.own.at.block.version.mark == version.mark
         return Restored(
             checkpoint=put_shards_together(parts, self.newest.sharded),
-            own=self.own.skeleton["tree"] if self.own is not None and is_as_new else None,
+            own=put_together(self.own.skeleton, {}) if self.own is not None and is_as_new else None,
             step=version.step,
             map=self.map,
             plan=self.plan,

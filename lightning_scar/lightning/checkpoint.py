@@ -23,7 +23,7 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.selection import Candidates
 from lightning_scar.core.settings import PolicyName
 from lightning_scar.core.stats import Stats
-from lightning_scar.lightning import loggers, private, replacement
+from lightning_scar.lightning import loggers, moment, private, replacement
 from lightning_scar.lightning.checkpoint_io import SCARCheckpointIO, installed_io
 from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.fences import Fences
@@ -255,12 +255,12 @@ class SCARCheckpoint(Checkpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set the signal handler. Lightning has set its own and restored its loops."""
+        """Go on from a save, and set the signal handler. Lightning has set its own and restored its loops."""
         self._steps.start_batch(trainer)
         if self._running is None:
             return
         if self._start is not None:
-            self._start.end()
+            self._start.go_on()
             self._start = None
         self._schedule.begin(self._steps.of(trainer), self._running)
         if threading.current_thread() is threading.main_thread():
@@ -342,24 +342,25 @@ class SCARCheckpoint(Checkpoint):
         if not self._schedule.is_new(step):
             return
         if self._sigterm is not None and self._sigterm.received:
-            self._save(trainer, full=True)
+            self._save(trainer, full=True, after_batch=True)
             self._running.fence()
             self._sigterm.proceed()
         elif trainer.should_stop and private.time_is_up(trainer):
-            self._save(trainer, full=True)
+            self._save(trainer, full=True, after_batch=True)
         elif (due := self._schedule.due(step)) is not None:
             if due.common and self._healer.is_due(self._running):
                 self.heal(trainer)
-            self._save(trainer, full=due.full)
+            self._save(trainer, full=due.full, after_batch=True)
 
-    def _save(self, trainer: pl.Trainer, full: bool, finished: bool = False) -> None:
+    def _save(self, trainer: pl.Trainer, full: bool, finished: bool = False, after_batch: bool = False) -> None:
         assert self._running is not None
         step = self._steps.of(trainer)
         self._schedule.note(step, full)
         info = {"finished": finished, "global_step": trainer.global_step, "epoch": trainer.current_epoch}
         info["stopped"] = finished and trainer.should_stop
         parts = live_parts(trainer.optimizers, trainer.lightning_module)
-        self._running.save(private.dump_checkpoint(trainer), step, **parts, full=full, info=info)
+        checkpoint = moment.dump(trainer, "batch end" if after_batch else None)
+        self._running.save(checkpoint, step, **parts, full=full, info=info)
         self._running.stage()
 
     def heal(self, trainer: pl.Trainer) -> bool:

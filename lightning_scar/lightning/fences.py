@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.lightning.moment import Beginnings
 
 
-class Fences(Callback):
+class Fences(Beginnings):
     """Waits until the current save is copied, before anything changes the state.
 
     ``SCARCheckpoint`` is the last callback, and saves what the others and the LightningModule have changed. This one is
@@ -22,6 +24,7 @@ class Fences(Callback):
     """
 
     def __init__(self, running: RunningCheckpoint, pause: Callable[[], None]) -> None:
+        super().__init__()
         self._running = running
         self._pause = pause
 
@@ -35,14 +38,16 @@ class Fences(Callback):
         self._running.fence()
 
     @override
-    def on_validation_start(self, *args: Any) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Wait, because weight averaging swaps the weights after this hook."""
+        super().on_validation_start(trainer)
         self._running.fence()
         self._pause()
 
     @override
-    def on_train_epoch_end(self, *args: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Wait, because callbacks average, prune and swap weights at the end of an epoch."""
+        super().on_train_epoch_end(trainer)
         self._running.fence()
         self._pause()
 

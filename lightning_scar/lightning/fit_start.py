@@ -14,6 +14,7 @@ from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.lightning import paths, private
 from lightning_scar.lightning.data import use_own_loader_states
 from lightning_scar.lightning.model_loading import ModelLoading, check_is_of_a_trainer, end_interception
+from lightning_scar.lightning.moment import Moment
 from lightning_scar.storage.directory import Directory
 
 
@@ -51,6 +52,7 @@ class FitStart:
         self._dirpath = str(running.store.directory)
         self._finished: _Finished | None = None
         self._sanity_steps: int | float | None = None
+        self._moment: Moment | None = None
 
     @property
     def newest_step(self) -> int:
@@ -139,6 +141,8 @@ class FitStart:
         check_is_of_a_trainer(self._dirpath, checkpoint)
         ModelLoading(trainer, self._dirpath, self._strict, restored.map).intercept()
         use_own_loader_states(checkpoint, restored.own)
+        own = restored.own if restored.world_size == trainer.world_size else None
+        self._moment = Moment(trainer, checkpoint, own)
         return checkpoint
 
     def is_over(self) -> bool:
@@ -167,3 +171,9 @@ class FitStart:
         end_interception(self._trainer)
         if self._sanity_steps is not None:
             self._trainer.num_sanity_val_steps, self._sanity_steps = self._sanity_steps, None
+
+    def go_on(self) -> None:
+        """Go on from the moment of the save, when Lightning has restored loops and loaders."""
+        self.end()
+        if self._moment is not None:
+            self._moment.go_on()

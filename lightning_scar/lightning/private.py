@@ -215,35 +215,6 @@ def validates_by_time(trainer: pl.Trainer) -> bool:
     return getattr(trainer, "_val_check_time_interval", None) is not None
 
 
-def undo_unfinished_step(checkpoint: dict[str, Any], accumulated: int) -> None:
-    """Reset the counters of a checkpoint dict from the middle of a step to the start of that step.
-
-    Args:
-        checkpoint: The checkpoint dict, changed in place.
-        accumulated: The number of batches in a step; no checkpoint holds their gradients.
-
-    """
-    loop = checkpoint["loops"]["fit_loop"]
-    batch = loop["epoch_loop.batch_progress"]
-    done, ready = batch["current"]["processed"], batch["current"]["ready"]
-    pending = 0 if batch["is_last_batch"] and done == ready else done % accumulated
-    if done == ready and not pending:
-        return
-    batch["is_last_batch"] = False
-    _set_back(batch, pending)
-    _set_back(loop["epoch_loop.automatic_optimization.optim_progress"], 0)
-
-
-def _set_back(progress: dict[str, Any], pending: int) -> None:
-    """Set all counters to what is done, minus what must be repeated."""
-    for value in progress.values():
-        if isinstance(value, dict):
-            _set_back(value, pending)
-    if "completed" in progress:
-        done = progress.get("processed", progress["completed"]) - pending
-        progress.update(dict.fromkeys(progress, done))
-
-
 def compute_gradient(trainer: pl.Trainer, batch: Any) -> None:
     """Compute the gradient of a batch as a training step does; discard the gradients before it."""
     module = trainer.lightning_module

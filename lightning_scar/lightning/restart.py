@@ -8,10 +8,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_scar.continuation.restart_state import RestartState, newest_restart_state, save_restart_state
 from lightning_scar.continuation.snapshot import random_state
-from lightning_scar.lightning import private, replacement
-
-#: The key of what else a restart needs, in a checkpoint dict.
-_KEY = "lightning_scar"
+from lightning_scar.lightning import moment, private, replacement
+from lightning_scar.lightning.moment import Moment
+from lightning_scar.lightning.progress import KEY
 
 
 class TrainerCalls:
@@ -21,6 +20,8 @@ class TrainerCalls:
         self.number = 0
         #: What was written with the restart state that the current call resumed from; ``None`` if it did not.
         self.resumed: dict[str, Any] | None = None
+        #: The moment of that restart state.
+        self.moment: Moment | None = None
         self._last_fit: tuple[int, pl.Trainer] | None = None
 
     def start_call(self, trainer: pl.Trainer, writes: bool) -> None:
@@ -32,7 +33,7 @@ class TrainerCalls:
 
         """
         self.number += 1
-        self.resumed = None
+        self.resumed = self.moment = None
         if trainer.state.fn != TrainerFn.FITTING:
             return
         if self._last_fit is not None and writes:
@@ -74,7 +75,8 @@ class TrainerCalls:
         def choose(asked_for: Any, weights_only: bool | None) -> dict[str, Any]:
             # Safe, because this program wrote the file itself.
             checkpoint: dict[str, Any] = torch.load(restart_state.path, map_location="cpu", weights_only=False)
-            self.resumed = resumed = checkpoint.pop(_KEY)
+            self.resumed = resumed = checkpoint[KEY]
+            self.moment = Moment(trainer, checkpoint, own=checkpoint)
             trainer.should_stop = resumed["finished"] or resumed["live"]["should_stop"]
             if "optimizer_states" not in checkpoint:
                 checkpoint["optimizer_states"] = replacement.scar_checkpoints(trainer)[0].optimizer_states(trainer)
@@ -88,10 +90,9 @@ trainer_calls = TrainerCalls()
 
 
 def _state(trainer: pl.Trainer, finished: bool, more: dict[str, Any]) -> dict[str, Any]:
-    checkpoint = private.dump_checkpoint(trainer)
-    private.undo_unfinished_step(checkpoint, trainer.accumulate_grad_batches)
+    checkpoint = moment.dump(trainer)
     if replacement.has_sharded_optimizer(trainer):
         # Each rank has its own shard, which is in the running checkpoint.
         checkpoint.pop("optimizer_states")
-    checkpoint[_KEY] = {"finished": finished, "live": replacement.live_state(trainer), **more}
+    checkpoint[KEY] |= {"finished": finished, "live": replacement.live_state(trainer), **more}
     return checkpoint

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -11,22 +12,25 @@ from typing_extensions import override
 
 from lightning_scar.continuation.outages import OutagePolicy
 from lightning_scar.continuation.restart_state import share_restart_state
+from lightning_scar.continuation.snapshot import random_state, set_random_state
 from lightning_scar.continuation.stale_gradients import reshuffled
 from lightning_scar.continuation.step import Continuation
 from lightning_scar.elastic.worker.errors import CutOffError, RestartError
 from lightning_scar.elastic.worker.member import Member
 from lightning_scar.lightning import loggers, private, replacement
 from lightning_scar.lightning.data import TrainingData
+from lightning_scar.lightning.moment import Beginnings
 from lightning_scar.lightning.restart import trainer_calls
 
 
-class _Ends(Callback):
+class _Ends(Beginnings):
     """Raises an error of a completed step after the loops have counted it; else the step would be repeated.
 
     It also notes the end of an epoch.
     """
 
     def __init__(self, raise_pending: Callable[[], None], end_epoch: Callable[[], None]) -> None:
+        super().__init__()
         self._raise_pending = raise_pending
         self._end_epoch = end_epoch
 
@@ -38,7 +42,8 @@ class _Ends(Callback):
         self._raise_pending()
 
     @override
-    def on_train_epoch_end(self, *args: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_end(trainer)
         self._end_epoch()
 
 
@@ -105,6 +110,8 @@ class TrainerTraining:
         if not self.continuation.is_joiner:
             loggers.share_versions(self._trainer)
         self.continuation.start(self._trainer.global_step, trainer_calls.resumed)
+        if trainer_calls.moment is not None and not self.continuation.is_joiner:
+            trainer_calls.moment.go_on(set_random=partial(set_random_state, random_state()))
 
     def step(self, attempt: Callable[[Callable[[], Any]], Any], closure: Callable[[], Any]) -> Any:
         """Make an optimizer step; see :meth:`Continuation.step`."""

@@ -1,0 +1,92 @@
+"""What ``self.log`` has gathered in an epoch that is not over, and the private API of Lightning that keeps it."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from torch import Tensor
+
+#: Metrics with larger states are not saved.
+_SMALL_BYTES = 64 * 1024
+#: What :func:`results` keeps of how a value was logged.
+_PLAIN = (
+    "fx",
+    "name",
+    "prog_bar",
+    "logger",
+    "on_step",
+    "on_epoch",
+    "enable_graph",
+    "add_dataloader_idx",
+    "dataloader_idx",
+    "metric_attribute",
+)
+
+
+def results(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    """Return what the present epoch has logged so far and will reduce at its end, as plain values.
+
+    Of ``torchmetrics`` those whose state is a few small tensors.
+    """
+    found = []
+    for key, result in trainer.fit_loop.epoch_loop._results.items():
+        meta = result.meta
+        metric = result if result.is_tensor else result.value
+        states = {name: getattr(metric, name) for name in metric._defaults}
+        small = all(isinstance(state, Tensor) and state.nbytes <= _SMALL_BYTES for state in states.values())
+        if result.has_reset or not meta.on_epoch or not small or meta.sync.group is not None:
+            continue
+        found.append(
+            {
+                "key": key,
+                "is_tensor": result.is_tensor,
+                "meta": {name: getattr(meta, name) for name in _PLAIN} | {"reduce_fx": meta.reduce_fx.__name__},
+                "sync": [meta.sync.should, meta.sync.rank_zero_only],
+                # As bytes, because floating-point tensors count as parts of the model's state.
+                "states": {name: _bytes_of(state) for name, state in states.items()},
+                "updates": metric._update_count,
+            }
+        )
+    return found
+
+
+def set_results(trainer: pl.Trainer, saved: list[dict[str, Any]]) -> None:
+    """Go on with another process's :func:`results`."""
+    module, device = trainer.lightning_module, trainer.strategy.root_device
+    for each in saved:
+        meta = _Resumed(**each["meta"])
+        should, rank_zero_only = each["sync"]
+        meta.sync = _Sync(fn=trainer.strategy.reduce, _should=should, rank_zero_only=rank_zero_only)
+        result = _ResultMetric(meta, each["is_tensor"])
+        metric: Any = result
+        if not each["is_tensor"]:
+            result.value = metric = dict(module.named_modules()).get(meta.metric_attribute)
+        if metric is None or set(metric._defaults) != set(each["states"]):
+            continue
+        for name, state in each["states"].items():
+            setattr(metric, name, _of_bytes(state).to(device))
+        metric._update_count = each["updates"]
+        trainer.fit_loop.epoch_loop._results[each["key"]] = result
+
+
+class _Resumed(_Metadata):
+    """What was said when a value was logged before; the program may say something else by now."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Metadata) or other.reduce_fx is not self.reduce_fx:
+            return False
+        vars(self).update(vars(other))
+        return True
+
+
+def _bytes_of(tensor: Tensor) -> list[Any]:
+    # On its device, because a save copies all small tensors from there at once.
+    values = tensor.detach().reshape(-1).view(torch.uint8)
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), values]
+
+
+def _of_bytes(saved: list[Any]) -> Tensor:
+    dtype, shape, values = saved
+    tensor: Tensor = values.clone().view(getattr(torch, dtype)).reshape(shape)
+    return tensor
