@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_scar.core.skeleton import Leaf, Path, identity
+from lightning_scar.core.skeleton import Leaf, Path, identity, wrapping
 from lightning_scar.core.zero import is_sharded, shard_owner
 
 _BLOCKS_AIMED_AT = 4096
@@ -293,7 +293,8 @@ def _moments(prefix: Path, optimizer: Optimizer, state: Mapping[str, Any]) -> It
 
 def _tensor_paths(value: Any) -> Iterator[Path]:
     if isinstance(value, Tensor):
-        yield ()
+        wrapper = wrapping(value)
+        yield () if wrapper is None else (wrapper.name,)
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, item in items:
         for path in _tensor_paths(item):

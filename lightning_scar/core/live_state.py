@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_scar.core.blocks import BlockMap, build_map
@@ -14,7 +15,7 @@ from lightning_scar.core.memory import readable
 from lightning_scar.core.notices import Notices
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.shares import shares
-from lightning_scar.core.skeleton import Leaf, Path, Skeleton, heavy, identity, take_apart
+from lightning_scar.core.skeleton import Leaf, Path, Skeleton, heavy, held_bytes, identity, take_apart
 from lightning_scar.core.skeletons import describe, pack_skeleton
 from lightning_scar.core.zero import is_sharded
 
@@ -50,7 +51,7 @@ class LiveState:
         """Warn once of large tensors that every save writes in full."""
         if self.heavy:
             names = [f"{'/'.join(map(str, path))} ({type(tensor).__name__})" for path, tensor in self.heavy[:3]]
-            nbytes = readable(sum(tensor.numel() * tensor.dtype.itemsize for _, tensor in self.heavy))
+            nbytes = readable(sum(held_bytes(tensor) for _, tensor in self.heavy))
             notices.warn(
                 "heavy",
                 f"{len(self.heavy)} tensors cannot be cut into blocks, so every save writes them in full ({nbytes}): "
@@ -61,7 +62,7 @@ class LiveState:
         """Return the skeleton's bytes for a delta, and its tensors on an accelerator, which are not packed."""
         here = [stack for stack in self.skeleton["counters"] if stack[1].device.type == "cpu"]
         away = [stack for stack in self.skeleton["counters"] if stack[1].device.type != "cpu"]
-        skeleton = Skeleton(tree=self.skeleton["tree"], counters=here)
+        skeleton = Skeleton(tree=self.skeleton["tree"], wrapped=self.skeleton["wrapped"], counters=here)
         return pack_skeleton(skeleton, self.description, self.sharded), away
 
 
@@ -98,7 +99,7 @@ class Dissection:
             parameters: Tensors that change only in optimizer steps.
 
         """
-        parameters, optimizers = list(parameters), optimizers or {}
+        parameters, optimizers = [p for p in parameters if not is_lazy(p)], optimizers or {}
         skeleton, leaves = take_apart(checkpoint, {identity(p): True for p in parameters if p.dim() == 0})
         signature = [(leaf.path, identity(leaf.tensor)) for leaf in leaves]
         if signature != self._signature:

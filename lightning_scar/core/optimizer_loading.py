@@ -45,7 +45,9 @@ def owners_of_states(block_map: BlockMap) -> dict[tuple[int, int], Owner]:
                 _, optimizer, _, number, *word = path
                 inner = group.name.removeprefix(f"optimizer_states/{optimizer}/state/")
                 parameter = parameters.get(inner.removesuffix("/" + ".".join(map(str, word))), group)
-                names = tuple(str(place[-1]) for place in parameter.slots[0].paths if len(place) == 2)
+                # The name is the second part of the place; that of a wrapped tensor has a third.
+                places = [place for place in parameter.slots[0].paths if place[0] != path[0] and len(place) in (2, 3)]
+                names = tuple(str(place[1]) for place in places)
                 if names:
                     owners[int(optimizer), int(number)] = Owner(names, parameter.shape)
     return owners

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import Parameter, is_lazy
 
 #: The place of a value in nested dicts, lists and tuples.
 Path = tuple[str | int, ...]
@@ -38,9 +38,66 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
         (True, False)
 
     """
+    if (wrapper := wrapping(tensor)) is not None:
+        return identity(wrapper.inner)
     if is_lazy(tensor) or tensor.layout != torch.strided:
         return "without storage", id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
+
+
+class Wrapper(NamedTuple):
+    """A tensor subclass around one plain tensor of the same shape.
+
+    Attributes:
+        inner: The plain tensor.
+        name: Its attribute.
+        recipe: What else makes the wrapper: its class, and the arguments of ``__tensor_unflatten__`` behind the tensor.
+
+    """
+
+    inner: Tensor
+    name: str
+    recipe: tuple[Any, ...]
+
+
+def wrapping(tensor: Tensor) -> Wrapper | None:
+    """Return what is in a tensor subclass that wraps one plain tensor; ``None`` for anything else.
+
+    Several inner tensors, such as codes and scales, must stay of one moment, so they are no blocks.
+    """
+    kind = type(tensor)
+    is_wrapper = hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
+    # The inner tensors of those differ between the ranks.
+    if not is_wrapper or kind.__module__.startswith("torch.distributed"):
+        return None
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    inner: Any = getattr(tensor, names[0]) if len(names) == 1 else None
+    if type(inner) not in (Tensor, Parameter) or inner.layout != torch.strided or inner.shape != tensor.shape:
+        return None
+    return Wrapper(inner, names[0], (kind, context, tuple(tensor.shape), tuple(tensor.stride())))
+
+
+def held_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor, or of the indices and values of a sparse one, or of what a wrapper holds.
+
+    Example::
+
+        >>> held_bytes(torch.ones(3)), held_bytes(torch.eye(1000).to_sparse())
+        (12, 20000)
+
+    """
+    if is_lazy(tensor):
+        return 0
+    if hasattr(tensor, "__tensor_unflatten__"):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return sum(held_bytes(getattr(tensor, name)) for name in names)
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices().nbytes + tensor.col_indices().nbytes + tensor.values().nbytes
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices().nbytes + tensor.row_indices().nbytes + tensor.values().nbytes
+    return tensor.numel() * tensor.dtype.itemsize
 
 
 class Skeleton(TypedDict):
@@ -48,12 +105,14 @@ class Skeleton(TypedDict):
 
     Attributes:
         tree: The nested containers, with ``None`` in place of removed tensors.
+        wrapped: The places of wrappers whose inner tensors were removed, with attributes and recipes.
         counters: 0-d tensors, and all small tensors on an accelerator, with their places; tensors of one kind are
             stacked. Optimizers have one per parameter, which would be slow to pickle or transfer one by one.
 
     """
 
     tree: Any
+    wrapped: list[tuple[Path, str, tuple[Any, ...]]]
     counters: list[tuple[list[Path], Tensor]]
 
 
@@ -76,9 +135,14 @@ def take_apart(value: Any, parameters: Mapping[tuple[Any, ...], Any]) -> tuple[S
     """
     leaves: list[Leaf] = []
     counters: dict[tuple[Any, ...], list[Leaf]] = {}
+    wrapped: list[tuple[Path, str, tuple[Any, ...]]] = []
 
     def visit(value: Any, path: Path) -> Any:
         if isinstance(value, Tensor):
+            wrapper = wrapping(value)
+            if wrapper is not None and _is_large(wrapper.inner, parameters):
+                wrapped.append((path, wrapper.name, wrapper.recipe))
+                path, value = (*path, wrapper.name), wrapper.inner
             if _is_large(value, parameters):
                 leaves.append(Leaf(path, value.detach().as_subclass(Tensor)))
             elif _is_counter(value):
@@ -90,7 +154,7 @@ def take_apart(value: Any, parameters: Mapping[tuple[Any, ...], Any]) -> tuple[S
         return _replaced(value, changed) if changed else value
 
     tree = visit(value, ())
-    return Skeleton(tree=tree, counters=[_stacked(found) for found in counters.values()]), leaves
+    return Skeleton(tree=tree, wrapped=wrapped, counters=[_stacked(found) for found in counters.values()]), leaves
 
 
 def _stacked(counters: list[Leaf]) -> tuple[list[Path], Tensor]:
@@ -109,6 +173,9 @@ def put_together(skeleton: Skeleton, leaves: Mapping[Path, Tensor]) -> Any:
         path: value.clone() for paths, stack in skeleton["counters"] for path, value in zip(paths, stack, strict=True)
     }
     tensors = {**leaves, **counters}
+    # Earlier versions did not take wrappers apart.
+    for path, name, (kind, *rest) in skeleton.get("wrapped", ()):
+        tensors[path] = kind.__tensor_unflatten__({name: tensors[(*path, name)]}, *rest)
 
     def visit(value: Any, path: Path) -> Any:
         if path in tensors:
@@ -121,7 +188,7 @@ def put_together(skeleton: Skeleton, leaves: Mapping[Path, Tensor]) -> Any:
 
 def heavy(value: Any, path: Path = ()) -> Iterator[Leaf]:
     """Yield the large tensors that are left in a skeleton's tree, because they cannot be cut into blocks."""
-    if isinstance(value, Tensor) and value.numel() * value.dtype.itemsize > _SMALL_BYTES:
+    if isinstance(value, Tensor) and held_bytes(value) > _SMALL_BYTES:
         yield Leaf(path, value)
     for key, item in _items(value):
         yield from heavy(item, (*path, key))
