@@ -166,7 +166,7 @@ def put_together(skeleton: Skeleton, leaves: Mapping[Path, Tensor]) -> Any:
 
     Args:
         skeleton: The skeleton.
-        leaves: The large tensors, by path.
+        leaves: The large tensors, by path; what is not among them stays ``None``.
 
     """
     counters = {
@@ -175,7 +175,8 @@ def put_together(skeleton: Skeleton, leaves: Mapping[Path, Tensor]) -> Any:
     tensors = {**leaves, **counters}
     # Earlier versions did not take wrappers apart.
     for path, name, (kind, *rest) in skeleton.get("wrapped", ()):
-        tensors[path] = kind.__tensor_unflatten__({name: tensors[(*path, name)]}, *rest)
+        if (inner := tensors.get((*path, name))) is not None:
+            tensors[path] = kind.__tensor_unflatten__({name: inner}, *rest)
 
     def visit(value: Any, path: Path) -> Any:
         if path in tensors:
