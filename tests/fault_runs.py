@@ -118,11 +118,6 @@ def train_counted(dirpath: Path, path: Path, seen: Path, **options: Any) -> None
         torch.save(model.seen, seen)
 
 
-def train_plainly(path: Path) -> None:
-    """The same without us."""
-    make_trainer(max_epochs=4, enable_checkpointing=False).fit(Counted(path), stateful())
-
-
 class TerminatedIn(TinyModel):
     """Gets a SIGTERM in a hook of the last epoch, behind its last batch."""
 

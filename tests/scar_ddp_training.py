@@ -121,8 +121,7 @@ class Model(pl.LightningModule):
         place("epoch_end", self.current_epoch)
 
     def on_save_checkpoint(self, checkpoint: Any) -> None:
-        if asked.get("callbacks"):
-            place("save", self.current_epoch)
+        place("save", self.current_epoch if asked.get("callbacks") else self.global_step)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         place("sanity check" if self.trainer.sanity_checking else "validation", self.current_epoch)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def _run_out_of_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
+def _signal(pid: int, number: int, times: int) -> None:
+    for _ in range(times):
+        os.kill(pid, number)
+        time.sleep(0.02)
+
+
+def _signal_oneself(name: str, twice: str = "") -> None:
+    """As a scheduler does that signals all processes of a job: the supervisor, too."""
+    for pid in (*([os.getppid()] if "LIGHTNING_SCAR_STORE" in os.environ else []), os.getpid()):
+        _signal(pid, signal.Signals[name], times=2 if twice else 1)
+
+
 def _disconnect() -> None:
     raise RuntimeError("gloo: this rank alone has lost the connection")
 
@@ -68,6 +81,8 @@ WAYS: dict[str, Callable[[], Any]] = {
     "exit": lambda: os._exit(3),
     "memory": _run_out_of_memory,
     "disconnect": _disconnect,
+    **{name: partial(_signal_oneself, *name.split()) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM twice")},
+    **{name: partial(_signal_oneself, *name.split()) for name in ("SIGINT twice", "SIGUSR1 twice")},
     "terminate the job": lambda: os.kill(os.getppid(), signal.SIGTERM),
     "interrupt the job": lambda: os.kill(os.getppid(), signal.SIGINT),
     # Somebody else takes the host or the supervisor away meanwhile.

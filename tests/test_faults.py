@@ -171,11 +171,8 @@ def test_nothing_is_lost_when_a_process_is_told_to_stop(
 ) -> None:
     process = start(fault_runs.train_counted, tmp_path / "scar", tmp_path / "count", tmp_path / "seen", **options)
     wait_until(lambda: size(tmp_path / "count") >= 5, process)
-    kill(process, signum)
-    assert process.exitcode is not None
+    assert kill(process, signum) == 128 + signum, "batch systems look at it"
     resumed = fit(saver(tmp_path / "scar"), data=fault_runs.stateful(), max_epochs=4, **options)
-    if signum == signal.SIGINT:
-        return  # It ends in the middle of a batch, whose data are gone.
     whole = fit(saver(tmp_path / "whole"), data=fault_runs.stateful(), max_epochs=4, **options)
     first = torch.load(tmp_path / "seen")
     assert 5 <= len(first) < 32
@@ -197,15 +194,6 @@ def test_nothing_is_lost_when_a_loop_is_told_to_stop(start: Start, tmp_path: Pat
     assert whole.seen[made:] == resumed.seen, "it did not stop behind a step"
     for part in ("state_dict", "optimizer_states", "global_step"):
         assert_same(resumed.final[part], whole.final[part])
-
-
-def test_the_exit_code_is_lightnings(start: Start, tmp_path: Path) -> None:
-    plain = start(fault_runs.train_plainly, tmp_path / "plain")
-    ours = start(fault_runs.train_counted, tmp_path / "scar", tmp_path / "count", tmp_path / "seen")
-    for process, path in ((plain, "plain"), (ours, "count")):
-        wait_until(lambda path=path: size(tmp_path / path) >= 3, process)
-        kill(process, signal.SIGTERM)
-    assert ours.exitcode == plain.exitcode, "batch systems look at it"
 
 
 @pytest.mark.parametrize("hook", ["validation", "epoch end"])

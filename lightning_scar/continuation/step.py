@@ -5,9 +5,7 @@ generation changes, a worker is either *in* a step, and has not changed the para
 """
 
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -89,8 +87,6 @@ class Continuation:
             restart_state: What was written with the restart state that the training resumed from, if it did.
 
         """
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda signum, frame: self._member.ask_to_stop(signum))
         self._member.epochs.trainings += 1
         self._left_after, self._generations.epochs = -1, 0
         self._snapshot = StepSnapshot(self._training.module)

@@ -1,7 +1,7 @@
 """``SCARCheckpoint``: a running checkpoint of what a Trainer trains."""
 
 import os
-import threading
+import signal
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,7 +11,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
@@ -28,9 +27,9 @@ from lightning_scar.lightning.checkpoint_io import SCARCheckpointIO, installed_i
 from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.fences import Fences
 from lightning_scar.lightning.fit_start import FitStart
+from lightning_scar.lightning.preemption import Preemption
 from lightning_scar.lightning.refusals import as_misconfiguration, check_strategy
 from lightning_scar.lightning.restart import trainer_calls
-from lightning_scar.lightning.sigterm import TrainerSigterm
 from lightning_scar.lightning.step_count import StepCount
 from lightning_scar.storage.directory import Directory
 from lightning_scar.storage.places import open_store
@@ -151,7 +150,7 @@ class SCARCheckpoint(Checkpoint):
         self._running: RunningCheckpoint | None = None
         self._start: FitStart | None = None
         self._io: SCARCheckpointIO | None = None
-        self._sigterm: TrainerSigterm | None = None
+        self._preemption = Preemption()
         self._steps = StepCount()
         self._is_batch_over = False
         self._logged_saves = 0
@@ -190,6 +189,7 @@ class SCARCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         check_strategy(trainer)
+        self._preemption = Preemption.of(trainer)
         self._io = installed_io(trainer, self._options.storage_options)
         if stage != "fit":
             return
@@ -255,7 +255,7 @@ class SCARCheckpoint(Checkpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on from a save, and set the signal handler. Lightning has set its own and restored its loops."""
+        """Go on from a save. Lightning has restored its loops."""
         self._steps.start_batch(trainer)
         if self._running is None:
             return
@@ -263,24 +263,21 @@ class SCARCheckpoint(Checkpoint):
             self._start.go_on()
             self._start = None
         self._schedule.begin(self._steps.of(trainer), self._running)
-        if threading.current_thread() is threading.main_thread():
-            self._sigterm = TrainerSigterm(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save everything, and mark the run as finished unless it was only stopped."""
         if self._running is None:
             return
-        was_stopped = self._sigterm is not None and self._sigterm.received
-        self._finished_here = not was_stopped and not private.time_is_up(trainer)
+        signum = self._preemption.received
+        self._finished_here = signum is None and not private.time_is_up(trainer)
         # A run whose time is up was saved in the middle of its epoch, which Lightning has since closed.
         if self._finished_here or self._steps.of(trainer) != self._schedule.last_full_step:
             self._save(trainer, full=True, finished=self._finished_here)
             self._running.fence()
         self._log(trainer)
-        if self._sigterm is not None and was_stopped:
-            self._sigterm.proceed()
-            raise SIGTERMException
+        if signum is not None:
+            self._preemption.stop(trainer, signum)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -288,7 +285,7 @@ class SCARCheckpoint(Checkpoint):
         if self._running is None:
             return self._close(trainer)
         # Before the training starts, the state may be restored in part only.
-        saves = self._start is None and trainer.training and self._options.save_on_exception
+        saves = self._preemption.saves(trainer, exception, self._options.save_on_exception) and self._start is None
         try:
             if saves and self._steps.of(trainer) != self._schedule.last_full_step:
                 self._save(trainer, full=True)
@@ -300,7 +297,10 @@ class SCARCheckpoint(Checkpoint):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Wait for the last write, and raise or warn about failed ones."""
-        self._close(trainer)
+        try:
+            self._close(trainer)
+        finally:
+            self._preemption.end()
 
     def _close(self, trainer: pl.Trainer) -> None:
         private.end_interception(trainer)
@@ -308,15 +308,13 @@ class SCARCheckpoint(Checkpoint):
         TrainingData.of(trainer).remove()
         if self._start is not None:
             self._start.end()
-        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Fences)]  # type: ignore[attr-defined]
+        added = (Fences, Preemption)
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, added)]  # type: ignore[attr-defined]
         running, self._running, self._start = self._running, None, None
         if running is None:
             return
         self._schedule.end()
         self._steps.end()
-        if self._sigterm is not None:
-            self._sigterm.restore()
-            self._sigterm = None
         if self._io is not None:
             self._io.detach(running)
         running.close()
@@ -341,10 +339,11 @@ class SCARCheckpoint(Checkpoint):
         step = self._steps.of(trainer)
         if not self._schedule.is_new(step):
             return
-        if self._sigterm is not None and self._sigterm.received:
-            self._save(trainer, full=True, after_batch=True)
-            self._running.fence()
-            self._sigterm.proceed()
+        if (signum := self._preemption.received) is not None:
+            if signum != signal.SIGINT or self._options.save_on_exception:
+                self._save(trainer, full=True, after_batch=True)
+                self._running.flush()
+            self._preemption.proceed(trainer)
         elif trainer.should_stop and private.time_is_up(trainer):
             self._save(trainer, full=True, after_batch=True)
         elif (due := self._schedule.due(step)) is not None:

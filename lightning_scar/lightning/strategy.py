@@ -92,6 +92,16 @@ class SCARDDPStrategy(DDPStrategy):
         return self._training.continuation.outages.list if self._training is not None else []
 
     @property
+    def is_supervised(self) -> bool:
+        """Whether a supervisor has started this process."""
+        return self._member is not None
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the job ends."""
+        return self._member is not None and self._member.is_stopping
+
+    @property
     def is_joiner(self) -> bool:
         """Whether this worker is a replacement that has not joined yet."""
         return self._training is not None and self._training.continuation.is_joiner
@@ -111,7 +121,8 @@ class SCARDDPStrategy(DDPStrategy):
                 "dies is not replaced. Use `lightning-scar run` instead of torchrun."
             )
         self._starts_workers = options is not None
-        self._launcher = SupervisedLauncher(options, self._on_call, self._on_error)
+        on_signal = self._member.ask_to_stop if self._member is not None else None
+        self._launcher = SupervisedLauncher(options, self._on_call, self._on_error, on_signal)
 
     def _run_options(self) -> list[str]:
         options = ["--nproc-per-node", str(self.num_processes), "--max-restarts", str(self._max_restarts)]

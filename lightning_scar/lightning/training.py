@@ -20,6 +20,7 @@ from lightning_scar.elastic.worker.member import Member
 from lightning_scar.lightning import loggers, private, replacement
 from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.moment import Beginnings
+from lightning_scar.lightning.preemption import Preemption
 from lightning_scar.lightning.restart import trainer_calls
 
 
@@ -89,6 +90,7 @@ class TrainerTraining:
 
     def set_up(self) -> None:
         """Join the first generation and find what to resume from; a replacement prepares to join later."""
+        Preemption.of(self._trainer)
         loggers.reuse_versions(self._trainer)
         self.continuation.enter_first_group()
         if self.continuation.is_joiner:

@@ -1,8 +1,8 @@
 """``SCARLoop``: priority checkpoints for a training written as a loop, in plain PyTorch or in Lightning Fabric."""
 
 import os
+import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from lightning_scar.core.membership import ReplacementTicket
 from lightning_scar.core.options import Options
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
-from lightning_scar.core.sigterm import DeferredSigterm
+from lightning_scar.core.signals import DeferredSignals, stop_signals
 from lightning_scar.core.stats import Stats
 from lightning_scar.loops.continuation import SCARContinuation
 from lightning_scar.loops.framework import Framework
@@ -108,7 +108,7 @@ class SCARLoop:
         self._training: LoopTraining | None = None
         self._running: RunningCheckpoint | None = None
         self._watch: OptimizerWatch | None = None
-        self._sigterm: DeferredSigterm | None = None
+        self._signals: DeferredSignals | None = None
         self._is_finished = False
         if continuation is not None:
             continuation.prepare(framework)
@@ -181,8 +181,8 @@ class SCARLoop:
             self.leave()
             raise
         self._watch = OptimizerWatch(self.state.parts.inner_optimizers, before_step=self.fence)
-        if self._training is None and threading.current_thread() is threading.main_thread():
-            self._sigterm = DeferredSigterm()
+        if self._training is None:
+            self._signals = DeferredSignals(stop_signals())
         return self.batches
 
     def _start(self, weights_only: bool | None) -> None:
@@ -257,7 +257,7 @@ class SCARLoop:
             warnings.warn(f"lightning-scar: an earlier save failed, too: {second!r}", stacklevel=3)
 
     def leave(self) -> None:
-        """Wait until everything is written, and release the directory. A deferred SIGTERM takes effect."""
+        """Wait until everything is written, and release the directory. A deferred signal takes effect."""
         running, self._running = self._running, None
         self._schedule.end()
         if self._watch is not None:
@@ -266,9 +266,9 @@ class SCARLoop:
             if running is not None:
                 running.close()
         finally:
-            sigterm, self._sigterm = self._sigterm, None
-            if sigterm is not None:
-                sigterm.proceed()
+            signals, self._signals = self._signals, None
+            if signals is not None:
+                signals.proceed()
 
     def save_and_leave(self) -> None:
         """Save everything of an unfinished run, and release the directory."""
@@ -332,11 +332,12 @@ class SCARLoop:
         if not has_stepped:
             return
         self.state.record_position()
-        if self._sigterm is not None and self._sigterm.received:
-            self._save(full=True)
-            running.flush()
+        if self._signals is not None and self._signals.received is not None:
+            if self._signals.received != signal.SIGINT or self._options.save_on_exception:
+                self._save(full=True)
+                running.flush()
             # A custom handler may let the program continue.
-            self._sigterm.proceed()
+            self._signals.proceed()
         elif (due := self._schedule.due(self.steps)) is not None:
             if due.common and self._healer.is_due(running):
                 self.heal()

@@ -647,17 +647,17 @@ def test_a_training_is_told_to_stop(job: Job) -> None:
 
 def test_plain_workers_get_the_signal_itself() -> None:
     job = Job(2)
-    assert job.tell(StopAsked(2, 0)) == [Kill(0, 0, 2), Kill(1, 1, 2)]
+    assert job.tell(StopAsked(2, 0)) == [Stop("SIGINT"), Kill(0, 0, 2), Kill(1, 1, 2)]
     job.died(0, code=0)
     assert job.died(1, code=1)[-1:] == [Finish(130)]
 
 
-def test_a_second_signal_of_the_same_agent_kills(job: Job) -> None:
-    job.tell(StopAsked(15, 0))
-    assert job.tell(StopAsked(15, 0), StopAsked(15, 1), StopAsked(15)) == []
+def test_a_second_interrupt_of_the_same_agent_kills(job: Job) -> None:
+    job.tell(StopAsked(2, 0))
+    assert job.tell(StopAsked(2, 0), StopAsked(2, 1), StopAsked(2)) == []
     job.now += 2
-    assert job.tell(StopAsked(15), StopAsked(15, 2)) == []
-    assert job.tell(StopAsked(15, 0)) == [Kill(slot, slot, signal.SIGKILL) for slot in range(3)]
+    assert job.tell(StopAsked(2), StopAsked(2, 2), StopAsked(15, 0)) == []
+    assert job.tell(StopAsked(2, 0)) == [Kill(slot, slot, signal.SIGKILL) for slot in range(3)]
 
 
 def test_a_stop_while_all_start_again() -> None:

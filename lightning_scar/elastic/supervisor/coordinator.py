@@ -341,19 +341,19 @@ class Coordinator:
             self._start_all()
 
     def _on_stop_asked(self, event: StopAsked) -> None:
-        # A scheduler may signal all processes of a job at once: only a second signal to the same one kills.
+        # A scheduler may signal all processes of a job at once, and twice. Only Ctrl-C that is pressed again kills.
         first = self._stop_asked_at.setdefault(event.node, self._now)
         if self._phase in (Phase.RUNNING, Phase.RESTARTING):
             self._stop(event.signal)
-        elif event.node >= 0 and self._now - first > _ONE_REQUEST_SECONDS:
+        elif event.signal == signal.SIGINT and event.node >= 0 and self._now - first > _ONE_REQUEST_SECONDS:
             self._kill_all()
 
     def _stop(self, number: int) -> None:
         self._code = 128 + number
         members = self._members()
         has_begun = bool(members) and all(worker.has_state for worker in members)
+        self._notices.append(Stop(signal_name(number)))
         if has_begun or self._phase is Phase.RESTARTING:
-            self._notices.append(Stop(signal_name(number)))
             self._leave(Phase.STOPPING, self._policy.stop_timeout, spare_state=True)
             return
         # Without a common state each takes the signal as it would without a supervisor.

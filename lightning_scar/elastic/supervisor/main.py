@@ -109,7 +109,8 @@ def _run(agent: Agent, zero: NodeZero | None, events: Events, signals: list[int]
 @contextmanager
 def _collected(signals: list[int]) -> Iterator[None]:
     """Collect the signals that ask for an end."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
+    # SLURM's `--signal=USR1` would end this process, which has no other use for it.
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in numbers}
