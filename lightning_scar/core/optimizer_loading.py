@@ -1,7 +1,7 @@
 """Loads the state of optimizers; if the model has changed, that of every parameter which is still there."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -90,8 +90,9 @@ def load_optimizers(
         except ValueError as error:
             if strict:
                 raise ModelMismatchError(
-                    f"{path} was written with other optimizers: {_sizes(states)} parameters in the groups of each, now "
-                    f"{_sizes([optimizer.state_dict() for optimizer in optimizers])}: {error}. Use another dirpath, or "
+                    f"{path} was written with other optimizers: {_sizes(state['param_groups'] for state in states)} "
+                    "parameters in the groups of each, now "
+                    f"{_sizes(optimizer.param_groups for optimizer in optimizers)}: {error}. Use another dirpath, or "
                     "`strict=False` to load what fits."
                 ) from error
     names = {identity(value): name for name, value in live.items() if isinstance(value, Tensor)}
@@ -126,6 +127,8 @@ def _rearranged(optimizer: Optimizer, saved: dict[str, Any], numbers: Sequence[i
 
     """
     present = shard_state(optimizer) if is_sharded(optimizer) else optimizer.state_dict()
+    if not {"state", "param_groups"} <= present.keys() & saved.keys():
+        return {**present, "state": {}}  # Not in torch's format.
     groups, saved_groups = present["param_groups"], saved["param_groups"]
     ids = [i for group in groups for i in group["params"]]
     source = {i: number for i, number in zip(ids, numbers, strict=True) if number in saved["state"]}
@@ -142,5 +145,5 @@ def _rearranged(optimizer: Optimizer, saved: dict[str, Any], numbers: Sequence[i
     return {**present, "state": {i: saved["state"][number] for i, number in source.items()}, "param_groups": arranged}
 
 
-def _sizes(states: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    return [[len(group["params"]) for group in state["param_groups"]] for state in states]
+def _sizes(groups_of_all: Iterable[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+    return [[len(group["params"]) for group in groups] for groups in groups_of_all]
