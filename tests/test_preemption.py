@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import assert_same
 from scar_ddp_runs import Fault, Training, train
 
 from lightning_scar import load
@@ -58,10 +59,10 @@ def cells() -> list[Any]:
     return found
 
 
-def end(folder: Path, how: str, phase: str, way: str) -> Training:
+def end(folder: Path, how: str, phase: str, way: str, **more: Any) -> Training:
     where, number, _ = PHASES[phase]
     scar = {**SCAR, "every_n_train_steps": 4} if phase == "save" else SCAR
-    options: dict[str, Any] = {"scar": scar, "test": phase == "test", **WAYS[way]}
+    options: dict[str, Any] = {"scar": scar, "test": phase == "test", **WAYS[way], **more}
     one_process = options["ranks"] == 1
     faults: list[Fault] = [(where, number * (2 if one_process and where == "validation" else 1), 0, how)]
     if options["ranks"] == 2:
@@ -88,6 +89,17 @@ def test_a_signal_ends_a_job_with_a_full_save_and_the_code_that_schedulers_expec
     saved = load(tmp_path / "scar", consistent=True)
     assert saved["global_step"] == made, training.console
     assert made <= 2 * least + 12, "it went on for long"
+
+
+@pytest.mark.parametrize("way", ["one process", pytest.param("scar_ddp", marks=pytest.mark.slow)])
+def test_what_a_signal_ended_in_a_validation_resumes_as_if_nothing_had_been(tmp_path: Path, way: str) -> None:
+    options = {"model": {"rich": True}, "scar": SCAR, "limit": 60, **WAYS[way]}
+    end(tmp_path / "ended", "SIGTERM", "validation", way, model=options["model"])
+    resumed = train(tmp_path / "ended", **options)
+    whole = train(tmp_path / "whole", **options)
+    assert (resumed.code, whole.code) == (0, 0), resumed.console
+    assert_same(resumed.state, whole.state)
+    assert_same(resumed.results[0]["metrics"], whole.results[0]["metrics"])
 
 
 @pytest.mark.parametrize("how", ["SIGUSR1", pytest.param("SIGUSR1 twice", marks=pytest.mark.slow)])
