@@ -54,6 +54,8 @@ def test_a_finished_run_started_again_is_loaded_and_the_script_goes_on(
     ("limits", "higher"),
     [
         ({"max_epochs": 2}, {"max_epochs": 3}),
+        ({"max_epochs": -1, "max_steps": 12}, {"max_epochs": -1, "max_steps": 20}),
+        ({"max_epochs": -1, "max_steps": 8}, {"max_epochs": -1, "max_steps": 20}),
         ({"max_epochs": 1, "max_time": "00:01:00:00"}, {"max_epochs": 3, "max_time": "00:02:00:00"}),
     ],
 )
