@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import TinyModel, assert_same, cut_short, fit, loader, make_trainer, saver
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 from zoo import WithValidation
@@ -49,6 +50,10 @@ def test_a_finished_run_started_again_is_loaded_and_the_script_goes_on(
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
 
 
+def shuffled() -> Any:
+    return loader(shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
 @pytest.mark.parametrize("asked_for", [True, False])
 @pytest.mark.parametrize(
     ("limits", "higher"),
@@ -67,9 +72,9 @@ def test_a_finished_run_trains_on_to_higher_limits_and_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    whole = fit(saver(tmp_path / "whole"), **higher)
-    first = fit(saver(tmp_path / "cut"), **limits)
-    model = fit(saver(tmp_path / "cut"), ckpt_path=tmp_path / "cut" if asked_for else None, **higher)
+    whole = fit(saver(tmp_path / "whole"), data=shuffled(), **higher)
+    first = fit(saver(tmp_path / "cut"), data=shuffled(), **limits)
+    model = fit(saver(tmp_path / "cut"), data=shuffled(), ckpt_path=tmp_path / "cut" if asked_for else None, **higher)
     (line,) = finished_lines(caplog)
     assert f"It trains on: max_epochs={higher['max_epochs']}, max_steps=" in line
     assert first.seen + model.seen == whole.seen

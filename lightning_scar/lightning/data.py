@@ -42,6 +42,7 @@ class TrainingData:
         self._states: dict[int, list[Any]] = {}
         #: Whether the run resumed at the end of an epoch, so that the next one has not begun.
         self._begins_next = False
+        self._is_loaded = False
         #: For each loader, the number of batches to load and discard.
         self._discards: list[int] = []
         #: The rest of an epoch that these ranks have shared out, and the epoch.
@@ -110,6 +111,7 @@ class TrainingData:
 
     def _load(self, state: dict[str, Any]) -> None:
         self._saved = state.get(_KEY, {})
+        self._is_loaded = True
         type(self._loop).on_load_checkpoint(self._loop, state)
 
     def _set_up(self) -> None:
@@ -117,8 +119,10 @@ class TrainingData:
         loop = self._loop
         self._follow()
         self._discards = [0] * len(self._orders)
-        if loop.restarting:
+        # Behind a closed epoch, as at the end of a run, Lightning does not call it a restart.
+        if loop.restarting or self._is_loaded:
             self._resume()
+        self._is_loaded = False
         for order in self._orders:
             order.begin(order.states())
         if not any(map(_knows_place, self._loaders)):
@@ -268,6 +272,7 @@ class TrainingData:
 
     def seek(self) -> None:
         """Continue behind the loops' current batch, in a replacement that has just restored the loops."""
+        self._is_loaded = False
         fetcher = self._loop._data_fetcher
         assert fetcher is not None
         done = self._batches.ready
