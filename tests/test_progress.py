@@ -50,7 +50,7 @@ def test_a_run_that_dies_where_an_epoch_ends_goes_on(way: str, place: str, tmp_p
 FAILED = [("a validation each epoch", "the end of the epoch"), ("no validation", "the start of the next epoch")]
 
 
-@pytest.mark.parametrize(("way", "place"), some(FAILED, [case for case in CASES if case[1] != "the next batch"]))
+@pytest.mark.parametrize(("way", "place"), some(FAILED))
 def test_a_run_that_an_error_ends_there_goes_on_from_its_last_save(way: str, place: str, tmp_path: Path) -> None:
     _live_and_die(way, place, tmp_path, error=Stopped, save_on_exception=True, every_n_train_steps=5)
 
@@ -84,7 +84,11 @@ def _live_and_die(way: str, place: str, folder: Path, error: type[BaseException]
         with pytest.raises(error):
             run(way, folder, Dies(PLACES[place], left, error), **options)
     assert not left
-    assert_same(run(way, folder, **options), _undisturbed(way))
+    resumed, whole = run(way, folder, **options), _undisturbed(way)
+    if error is Stopped and place == "the next batch":
+        # It began twice, and its first hooks were called.
+        resumed, whole = ({**end, "lines": sorted(set(end["lines"]))} for end in (resumed, whole))
+    assert_same(resumed, whole)
 
 
 @cache
