@@ -19,7 +19,6 @@ WAYS: dict[str, dict[str, Any]] = {
 PLACES: dict[str, list[Fault]] = {
     "in the first validation": [("validation", 0, 1, "kill")],
     "in both": [("validation", 0, 1, "error"), ("validation", 1, 0, "kill")],
-    "at the end of an epoch": [("epoch_end", 0, 1, "kill")],
     "in a save": [("save", 0, 1, "kill")],
 }
 CASES = [

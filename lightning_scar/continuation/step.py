@@ -176,6 +176,10 @@ class Continuation:
         self._member.epochs.goes_on_after = self.steps, self._generations.epochs
         return time.monotonic()
 
+    def keep_random_state(self) -> None:
+        """Let a restart go on with the present random numbers, not with those behind the last step."""
+        self._random_state = random_state()
+
     def end_epoch(self) -> None:
         """Note that this worker has no more batches for now: its epoch or its training ends, or a validation follows.
 

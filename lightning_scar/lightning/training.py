@@ -108,12 +108,17 @@ class TrainerTraining:
         private.silence_sigterm_broadcast(self._trainer)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, _Ends) for callback in callbacks):
-            callbacks.insert(0, _Ends(self._raise_pending, self.continuation.end_epoch))
+            callbacks.insert(0, _Ends(self._raise_pending, self._end_epoch))
         if not self.continuation.is_joiner:
             loggers.share_versions(self._trainer)
         self.continuation.start(self._trainer.global_step, trainer_calls.resumed)
         if trainer_calls.moment is not None and not self.continuation.is_joiner:
             trainer_calls.moment.go_on(set_random=partial(set_random_state, random_state()))
+
+    def _end_epoch(self) -> None:
+        # A validation has drawn numbers since the last step.
+        self.continuation.keep_random_state()
+        self.continuation.end_epoch()
 
     def step(self, attempt: Callable[[Callable[[], Any]], Any], closure: Callable[[], Any]) -> Any:
         """Make an optimizer step; see :meth:`Continuation.step`."""
