@@ -38,10 +38,9 @@ def main() -> None:
     test = accelerator.prepare(DataLoader(held_out, batch_size=100))
 
     with scar:
-        first, skip = divmod(scar.resume(), len(loader))
-        for epoch in range(first, options.epochs):
-            loader.set_epoch(epoch)
-            for images, labels in accelerator.skip_first_batches(loader, skip) if epoch == first else loader:
+        scar.resume()
+        for epoch in range(scar.epoch, options.epochs):
+            for images, labels in scar.batches(loader):
                 with accelerator.accumulate(model):
                     accelerator.backward(cross_entropy(model(images), labels))
                     optimizer.step()

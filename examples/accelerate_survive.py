@@ -48,10 +48,9 @@ def main() -> None:
         return loss
 
     with scar:
-        first, skip = divmod(scar.resume(), len(loader))
-        for epoch in range(first, options.epochs):
-            loader.set_epoch(epoch)
-            for batch in accelerator.skip_first_batches(loader, skip) if epoch == first else loader:
+        scar.resume()
+        for epoch in range(scar.epoch, options.epochs):
+            for batch in scar.batches(loader):
                 if is_victim and scar.steps == options.step:
                     os.kill(os.getpid(), signal.SIGKILL)
                 loss = scar.training_step(gradients, batch)

@@ -4,7 +4,6 @@ python examples/fabric_mnist.py
 """
 
 from argparse import ArgumentParser
-from itertools import islice
 
 import torch
 from lightning.fabric import Fabric
@@ -28,14 +27,14 @@ def main() -> None:
     train, held_out = digit_sets()
     model = DigitNet()
     model, optimizer = fabric.setup(model, Adam(model.parameters(), lr=1e-3))
-    loader = fabric.setup_dataloaders(DataLoader(train, batch_size=32, drop_last=True))
+    loader = fabric.setup_dataloaders(DataLoader(train, batch_size=32, shuffle=True, drop_last=True))
     images, labels = held_out.tensors
 
     state = {"model": model, "optimizer": optimizer}
     with SCARLoop(f"{options.dir}/scar", state, every_n_steps=25, fraction=0.125) as scar:
-        first, skip = divmod(scar.resume(), len(loader))
-        for epoch in range(first, options.epochs):
-            for batch in islice(loader, skip if epoch == first else 0, None):
+        scar.resume()
+        for epoch in range(scar.epoch, options.epochs):
+            for batch in scar.batches(loader):
                 fabric.backward(cross_entropy(model(batch[0]), batch[1]))
                 optimizer.step()
                 optimizer.zero_grad()

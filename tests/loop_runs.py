@@ -103,10 +103,12 @@ class Ways:
     batches = 16
     shuffles = True
     evens_out = True
+    config: dict[str, Any] = {"use_seedable_sampler": True}  # noqa: RUF012
+    workers = 0
 
     def __init__(self, first_values: int | None) -> None:
         """``first_values`` is a seed of other ones than the models' own."""
-        config = DataLoaderConfiguration(use_seedable_sampler=True, even_batches=self.evens_out)
+        config = DataLoaderConfiguration(even_batches=self.evens_out, **self.config)
         self.accelerator = accelerator(
             dataloader_config=config,
             gradient_accumulation_steps=self.accumulates,
@@ -117,7 +119,7 @@ class Ways:
             for parameter in (parameter for model in self.models for parameter in model.parameters()):
                 parameter.data.normal_(generator=torch.Generator().manual_seed(first_values))
         self.optimizers = self.make_optimizers()
-        data = DataLoader(samples(self.batches), batch_size=BATCH_SIZE, shuffle=self.shuffles)
+        data = DataLoader(samples(self.batches), batch_size=BATCH_SIZE, shuffle=self.shuffles, num_workers=self.workers)
         self.models = [self.accelerator.prepare(model) for model in self.models]
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in self.optimizers]
         self.loader = self.accelerator.prepare(data)
@@ -187,6 +189,26 @@ class RandomInTheLoop(Ways):
         super().batch(x + torch.randn(x.shape), y)
 
 
+class WithoutASeed(Ways):
+    config: dict[str, Any] = {}  # noqa: RUF012
+
+
+class Stateful(Ways):
+    config = {"use_stateful_dataloader": True}  # noqa: RUF012
+
+
+class SeedableWithWorkers(Ways):
+    workers = 2
+
+
+class Split(Ways):
+    config = {"split_batches": True}  # noqa: RUF012
+
+
+class Dispatched(Ways):
+    config = {"dispatch_batches": True}  # noqa: RUF012
+
+
 class Poisoned(Ways):
     """A row of the weights turns NaN on the first rank, behind the sixth batch."""
 
@@ -221,13 +243,18 @@ WAYS: dict[str, type[Ways]] = {
     "two models": TwoModels,
     "an average of the weights": Averaged,
     "random numbers": RandomInTheLoop,
+    "without a seed": WithoutASeed,
+    "stateful loaders": Stateful,
+    "two workers of a loader": SeedableWithWorkers,
+    "split batches": Split,
+    "dispatched batches": Dispatched,
     "uneven": Uneven,
     "poisoned": Poisoned,
 }
 
 
 #: Those of which a resumed training does not end as an uninterrupted one.
-SPECIAL = ("random numbers", "uneven", "poisoned")
+SPECIAL = ("uneven", "poisoned")
 
 
 def train(
@@ -275,19 +302,17 @@ def _train(
     accelerator, loader = made.accelerator, made.loader
     with SCARAccelerator(accelerator, dirpath, **options) as scar:
         loop.scar = scar
-        first, skip = divmod(scar.resume(), len(loader))
+        scar.resume()
         loop.start = loop.dump()
-        for epoch in range(first, epochs):
-            loader.set_epoch(epoch)
-            for x, y in accelerator.skip_first_batches(loader, skip) if skip else loader:
-                if scar.batches == after:
+        for epoch in range(scar.epoch, epochs):
+            for x, y in scar.batches(loader):
+                if scar.batches_done == after:
                     raise Stopped
                 loop.seen.append((epoch, float(x.sum())))
                 with accelerator.accumulate(*made.models):
                     made.batch(x, y)
                     scar.step()
                 loop.live.setdefault(scar.steps, loop.dump())
-            skip = 0
         loop.final = loop.dump()
 
 

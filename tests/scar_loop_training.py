@@ -99,10 +99,6 @@ class Loop:
     def clip_gradients(self) -> None:
         self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
 
-    def epoch(self, number: int, skip: int) -> Any:
-        self.loader.set_epoch(number)
-        return self.accelerator.skip_first_batches(self.loader, skip) if skip else self.loader
-
     def accumulating(self) -> Any:
         return self.accelerator.accumulate(self.model)
 
@@ -117,7 +113,7 @@ class Loop:
 
     def gradients(self, batch: Any) -> Tensor:
         x, y, ids = batch
-        batches = self.scar.batches
+        batches = self.scar.batches_done
         if dist.is_initialized() and dist.get_world_size() < asked["ranks"]:
             # A loop does not wait for a replacement, which takes its seconds.
             time.sleep(0.8)
@@ -135,7 +131,7 @@ class Loop:
         if self.synchronizes:
             world_size = dist.get_world_size() if dist.is_initialized() else 1
             write_down("steps", step=self.scar.steps + 1, used=self.used, world_size=world_size)
-            place("before_step", self.scar.batches)
+            place("before_step", self.scar.batches_done)
             if self.clip:
                 self.clip_gradients()
         self.optimizer.step()
@@ -148,23 +144,22 @@ class Loop:
             place("join", asked["predecessors"])
         note_saves(self.scar._schedule)
         with self.scar:
-            epoch, skip = divmod(self.scar.resume(), len(self.loader))
-            while epoch < self.epochs:
-                for batch in itertools.islice(self.epoch(epoch, skip), self.batches):
+            self.scar.resume()
+            for epoch in range(self.scar.epoch, self.epochs):
+                for batch in itertools.islice(self.scar.batches(self.loader), self.batches):
                     with self.accumulating():
                         self.train(batch)
-                epoch, skip = epoch + 1, 0
-                self.validate(epoch - 1)
+                self.validate(epoch)
 
     def train(self, batch: Any) -> None:
-        if self.scar.batches % len(self.loader) % self.micro_batches == 0:
+        if self.scar.batches_done % len(self.loader) % self.micro_batches == 0:
             self.used = []
         self.now = batch[2].tolist()
         self.used.append(self.now)
         loss = self.scar.training_step(self.gradients, batch, self.update)
         assert loss.isfinite()
         self.scar.step()
-        place("batch_end", self.scar.batches - 1)
+        place("batch_end", self.scar.batches_done - 1)
 
     def validate(self, epoch: int) -> None:
         place("epoch_end", epoch)
@@ -219,11 +214,6 @@ class OfFabric(Loop):
 
     def clip_gradients(self) -> None:
         self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip)
-
-    def epoch(self, number: int, skip: int) -> Any:
-        # Fabric tells the sampler itself, and counts from where this process began.
-        self.loader._num_iter_calls = number
-        return itertools.islice(self.loader, skip, None)
 
     def accumulating(self) -> Any:
         return nullcontext()

@@ -5,11 +5,12 @@ from typing import Any
 import loop_runs
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from helpers import samples
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_scar.loops import private
 
@@ -41,29 +42,38 @@ def test_the_scaler_is_part_of_it() -> None:
     assert private.training_state(accelerator).objects == {"scaler": accelerator.scaler}
 
 
-def test_active_loader() -> None:
-    accelerator, _, _, _, loader = prepared()
-    other = accelerator.prepare(DataLoader(samples(3), batch_size=4))
-    assert private.loaders(accelerator) == [loader, other]
-    assert private.active_loader(accelerator) is None
-    for _ in other:
-        assert private.active_loader(accelerator) == 1
-    for _ in accelerator.skip_first_batches(loader, 3):
-        assert private.active_loader(accelerator) == 0
-    for _ in DataLoader(samples(2)):
-        assert private.active_loader(accelerator) is None
+def test_torch_loader() -> None:
+    *_, loader = prepared()
+    inner = private.torch_loader(loader)
+    assert type(inner) is DataLoader
+    assert private.torch_loader(inner) is inner
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_whole_sampler(is_split: bool) -> None:
+    whole = BatchSampler(range(16), batch_size=4, drop_last=False)
+    shard = BatchSamplerShard(whole, num_processes=2, process_index=1, split_batches=is_split)
+    assert private.whole_sampler(shard) == (whole, 2 if is_split else 4)
+    assert len(next(iter(shard))) == (2 if is_split else 4)
+    assert private.whole_sampler(whole) == (whole, 4)
+
+
+def test_batches_per_fetch() -> None:
+    *_, loader = prepared()
+    assert private.batches_per_fetch(loader) == 1
+    dispatched = loop_runs.accelerator(dataloader_config=loop_runs.DataLoaderConfiguration(dispatch_batches=True))
+    loader = dispatched.prepare(DataLoader(samples(), batch_size=4))
+    loader.state.num_processes = 3
+    assert private.batches_per_fetch(loader) == 3
 
 
 def test_shuffle_seed() -> None:
     *_, loader = prepared()
     assert private.shuffle_seed(loader) is None
-    assert private.has_lost_order(loader)
     accelerator = loop_runs.seedable()
     first = accelerator.prepare(DataLoader(samples(), batch_size=4, shuffle=True))
     torch.manual_seed(77)
     second = accelerator.prepare(DataLoader(samples(), batch_size=4, shuffle=True))
-    assert not private.has_lost_order(first)
-    assert not private.has_lost_order(accelerator.prepare(DataLoader(samples())))
     seed = private.shuffle_seed(first)
     assert seed is not None
     private.set_shuffle_seed(second, seed)

@@ -70,12 +70,9 @@ def train(dirpath: Path, after: int | None = None, precision: Any = "32-true") -
     state = {"model": model, "optimizer": optimizer, "schedule": schedule}
     options: dict[str, Any] = {"every_n_steps": 1, "fraction": 1.0, "full_every_n_saves": 1}
     with contextlib.suppress(Stopped), SCARLoop(dirpath, state, **options, save_on_exception=False) as scar:
-        for i, (x, _) in enumerate(loader, start=0):
-            if i == 0:
-                done = scar.resume()
-            if i < done:
-                continue
-            if scar.batches == after:
+        scar.resume()
+        for x, _ in scar.batches(loader):
+            if scar.batches_done == after:
                 raise Stopped
             step(fabric, model, optimizer, x)
             schedule.step()

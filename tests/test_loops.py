@@ -9,11 +9,10 @@ from typing import Any
 import loop_runs
 import pytest
 import torch
-from helpers import TinyModel, assert_blocks_as_lived, assert_same, fit, loader, make_trainer, samples, saver
+from helpers import TinyModel, assert_blocks_as_lived, assert_same, fit, loader, make_trainer, saver
 from loop_runs import WAYS, Loop, Net, train
 from safetensors.torch import load_file
 from test_cli import Command
-from torch.utils.data import DataLoader
 
 from lightning_scar import SCARAccelerator, SCARCheckpointIO, SCARLoop, load
 from lightning_scar.core.compatibility import ModelMismatchError
@@ -232,29 +231,6 @@ def test_what_is_saved_is_what_there_was_at_resume(tmp_path: Path, how: str) -> 
         else:
             accelerator.prepare(torch.nn.Linear(3, 3))
     assert list(load(tmp_path / "scar")["state_dict"]) == list(model.state_dict())
-
-
-@pytest.mark.parametrize(("before", "now", "batches"), [(4, 8, 4), (8, 4, 10), (4, 16, 2)])
-def test_another_batch_size_goes_on_at_the_same_sample(tmp_path: Path, before: int, now: int, batches: int) -> None:
-    def loop(size: int) -> tuple[Any, ...]:
-        accelerator = loop_runs.seedable()
-        model = Net()
-        optimizer = torch.optim.Adam(model.parameters())
-        loader = DataLoader(samples(16), batch_size=size, shuffle=True)
-        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        return accelerator, model, optimizer, loader, SCARAccelerator(accelerator, tmp_path, every_n_steps=1)
-
-    accelerator, model, optimizer, loader, scar = loop(before)
-    with scar:
-        scar.resume()
-        for done, _ in enumerate(loader):
-            if done * before == 40 or (before == 4 and done == 9):
-                break
-            step(accelerator, model, optimizer)
-            scar.step()
-    *_, scar = loop(now)
-    with scar:
-        assert scar.resume() == batches
 
 
 def test_a_lookahead_is_saved_with_its_own_state(tmp_path: Path) -> None:

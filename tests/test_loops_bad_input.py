@@ -181,29 +181,6 @@ def test_nothing_but_damaged_files(tmp_path: Path) -> None:
     assert load(tmp_path)["global_step"] == 0
 
 
-def test_a_loader_that_cannot_shuffle_again_is_told_of(tmp_path: Path) -> None:
-    def make(dirpath: Path) -> tuple[Any, Any, Any, SCARAccelerator]:
-        accelerator = loop_runs.accelerator()
-        model = Net()
-        model, optimizer, loader = accelerator.prepare(
-            model, torch.optim.Adam(model.parameters()), DataLoader(samples(), batch_size=4, shuffle=True)
-        )
-        return accelerator, optimizer, loader, SCARAccelerator(accelerator, dirpath, every_n_steps=1, fraction=1.0)
-
-    _, optimizer, loader, scar = make(tmp_path)
-    scar.resume()
-    for batches, _ in enumerate(loader):
-        if batches == 3:
-            break
-        optimizer.step()
-        scar.step()
-    scar.close()
-    *_, scar = make(tmp_path)
-    with pytest.warns(UserWarning, match="cannot reproduce the order .*use_seedable_sampler=True"):
-        assert scar.resume() == 3
-    scar.close()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -237,4 +214,4 @@ def test_without_a_supervisor_a_continuation_makes_plain_steps(tmp_path: Path) -
     assert not torch.equal(before, model.net[0].weight)
     assert model.net[0].weight.grad is None
     assert schedule.get_last_lr() == [0.05]
-    assert (scar.batches, scar.steps, continuation.outages) == (1, 1, [])
+    assert (scar.batches_done, scar.steps, continuation.outages) == (1, 1, [])

@@ -69,7 +69,7 @@ def test_loops_have_the_same_options() -> None:
         SCARLoop("memory://options", {}, every_n_step=2)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("door", [SCARCheckpoint, SCARLoop])
+@pytest.mark.parametrize("door", [SCARCheckpoint, LoopOptions])
 def test_docstrings_say_the_same(door: Any) -> None:
     assert f"\n{entries(door)}\n" in inspect.getsource(door)
 
@@ -81,7 +81,7 @@ def test_the_table_in_docs_says_the_same() -> None:
 
 def write() -> None:
     """Rewrite the docstrings and the table."""
-    for door in (SCARCheckpoint, SCARLoop):
+    for door in (SCARCheckpoint, LoopOptions):
         path = Path(inspect.getfile(door))
         first, last = named(NAMES[0], door), NAMES[-1]
         pattern = rf"^        {first}: (?s:.*?)^        {last}: .*\n(?: {{12}}.*\n)*"

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 from typing_extensions import override
 
+from lightning_scar.core.private import forget_iterator
 from lightning_scar.core.random_generators import (
     Generator,
     cpu_generators,
@@ -97,22 +98,23 @@ class EpochOrder(OwnGenerators):
 
     def __init__(self, loader: "DataLoader[Any]") -> None:
         self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        self.sampler: Any = getattr(loader, self._name)
-        super().__init__(loader, self.sampler)
-        self._place: tuple[dict[str, Any], int] | None = None
+        self.own: Any = getattr(loader, self._name)
+        super().__init__(loader, self.own)
+        self._place: tuple[dict[str, Any], int, Mapping[str, Any] | None] | None = None
         self._rest: list[Any] | None = None
         # DataLoader forbids setting the attribute. Its iterators keep the sampler that they started with.
         vars(loader)[self._name] = self
+        forget_iterator(loader)
 
     def __len__(self) -> int:
         """Return the length of a whole epoch."""
-        return len(self.sampler)
+        return len(self.own)
 
     def __getattr__(self, name: str) -> Any:
         """Be the sampler in everything else."""
-        if name == "sampler":
+        if name == "own":
             raise AttributeError(name)  # A copy is being made, which has no attributes yet.
-        return getattr(self.sampler, name)
+        return getattr(self.own, name)
 
     @override
     def begin(self, states: dict[Any, Any]) -> None:
@@ -122,18 +124,19 @@ class EpochOrder(OwnGenerators):
     def remove(self) -> None:
         """Give the loader its own sampler back."""
         if vars(self.loader).get(self._name) is self:
-            vars(self.loader)[self._name] = self.sampler
+            vars(self.loader)[self._name] = self.own
 
     @override
-    def begin_at(self, state: Mapping[str, Any], done: int) -> None:
+    def begin_at(self, state: Mapping[str, Any], done: int, then: Mapping[str, Any] | None = None) -> None:
         """Let the next epoch be the one of a :meth:`state`, without what is done.
 
         Args:
             state: The state.
             done: The number of items to skip.
+            then: The states of the global generators when its first item is asked for; by default, what they are.
 
         """
-        self._place = dict(state), done
+        self._place = dict(state), done, then
 
     def begin_with(self, rest: list[list[int]]) -> None:
         """Let the next epoch consist of the given batches."""
@@ -151,18 +154,18 @@ class EpochOrder(OwnGenerators):
         elif place is None:
             yield from self._items(0)
         else:
-            state, done = place
+            state, done, then = place
             # The program has drawn other numbers from the global generators since the epoch began.
-            present = cpu_generators()
+            present = then or cpu_generators()
             self._set_own({**state["now"], **state["began"]})
-            set_random_generators({key: value for key, value in state["began"].items() if key in present})
+            set_random_generators({key: value for key, value in state["began"].items() if isinstance(key, str)})
             items = self._items(done)
             set_random_generators(present)
             yield from items
 
     def _items(self, done: int) -> Iterator[Any]:
         """Return an iterator over what is not done, after the order is drawn."""
-        sampler = self.sampler
+        sampler = self.own
         # Without making lists of what is skipped.
         by_index = done > 0 and type(sampler) is BatchSampler
         skipped = done * sampler.batch_size if by_index else done

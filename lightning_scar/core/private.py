@@ -4,9 +4,11 @@ Each is wrapped in one function, with a test that fails when torch changes.
 """
 
 import re
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.utils.data import DataLoader
 
 _KEYS = re.compile(r"^(Missing|Unexpected) key\(s\) in state_dict: (.*)\.\s*$")
 _SIZES = re.compile(r"^size mismatch for (.+): copying a param with shape (.+) from checkpoint, .* model is (.+)\.$")
@@ -43,3 +45,11 @@ def _said(line: str) -> list[str]:
 
 def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text)))
+
+
+def forget_iterator(loader: "DataLoader[Any]") -> None:
+    """Let a loader make its next iterator anew: one that it has kept, such as for its workers, keeps its sampler."""
+    if hasattr(loader, "load_state_dict"):
+        loader.load_state_dict({})
+    elif getattr(loader, "_iterator", None) is not None:
+        loader._iterator = None

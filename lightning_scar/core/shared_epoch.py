@@ -38,6 +38,13 @@ def recipe(batch_sampler: Any) -> dict[str, Any] | None:
         return {"length": len(sampler), "batch_size": batch_size}
     if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
         return {"length": len(sampler), "batch_size": batch_size, "random": True}
+    if isinstance(sampler, RandomSampler) and {"initial_seed", "epoch"} <= vars(sampler).keys():
+        # Accelerate's: it seeds its generator anew in every epoch.
+        return {
+            "length": len(sampler),
+            "batch_size": batch_size,
+            "random": vars(sampler)["initial_seed"] + vars(sampler)["epoch"],
+        }
     if type(sampler) is DistributedSampler:
         options = {"shuffle": sampler.shuffle, "seed": sampler.seed, "epoch": sampler.epoch}
         return {"length": len(sampler.dataset), "batch_size": batch_size, **options}  # type: ignore[arg-type]
@@ -51,73 +58,75 @@ class RestOfEpoch:
         known: The :func:`recipe` of the epoch.
         began: The states of the random generators when it began.
         done: The number of samples that are done.
-        batch_sampler: The batch sampler of this rank.
 
     """
 
-    def __init__(self, known: Mapping[str, Any], began: Mapping[Any, Any], done: int, batch_sampler: Any) -> None:
+    def __init__(self, known: Mapping[str, Any], began: Mapping[Any, Any], done: int) -> None:
         self._known = dict(known)
         self._began = dict(began)
         self._done = done
-        self._batch_sampler = batch_sampler
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], batch_sampler: Any, done: int, ranks: int) -> "RestOfEpoch | None":
+    def of(cls, state: Mapping[str, Any], done: int, ranks: int) -> "RestOfEpoch | None":
         """Return the rest of a saved epoch; ``None`` if its order is not known.
 
         Args:
             state: The saved state of the order, with its ``"recipe"``; and ``"shared"``, the :meth:`state` of the rest
-                that its ranks had shared out.
-            batch_sampler: The batch sampler of this rank.
+                that its ranks had shared out, with the number of batches ``"at"`` that time.
             done: The number of batches that each rank had done.
             ranks: The number of ranks.
 
         """
         known = state.get("recipe")
-        if known is None or recipe(batch_sampler) is None:
+        if known is None:
             return None
         shared = state.get("shared") or {"recipe": known, "began": state["began"], "done": 0, "at": 0}
         samples = shared["done"] + (done - shared["at"]) * ranks * known["batch_size"]
-        return cls(shared["recipe"], shared["began"], samples, batch_sampler)
+        return cls(shared["recipe"], shared["began"], samples)
 
     def state(self) -> dict[str, Any]:
         """Return what :meth:`of` needs to share the rest of this rest out."""
         return {"recipe": self._known, "began": self._began, "done": self._done}
 
-    def batches(self, rank: int, ranks: int) -> list[list[int]]:
+    def batches(self, rank: int, ranks: int, batch_size: int, drop_last: bool) -> list[list[int]]:
         """Return the batches of one rank: the samples are divided as ``DistributedSampler`` divides an epoch.
 
         Args:
             rank: The rank.
             ranks: The number of ranks.
+            batch_size: Samples in a batch of one rank.
+            drop_last: Whether to leave out what does not suffice for all ranks, instead of repeating some samples.
 
         Example::
 
             >>> sampler = BatchSampler(SequentialSampler(range(10)), batch_size=2, drop_last=False)
-            >>> rest = RestOfEpoch(recipe(sampler), {}, done=5, batch_sampler=sampler)
-            >>> rest.batches(0, 2), rest.batches(1, 2)
+            >>> rest = RestOfEpoch(recipe(sampler), {}, done=5)
+            >>> rest.batches(0, 2, 2, drop_last=False), rest.batches(1, 2, 2, drop_last=False)
             ([[5, 7], [9]], [[6, 8], [5]])
 
         """
         samples = self._samples()
         surplus = len(samples) % ranks
-        if surplus and self._batch_sampler.drop_last:
+        if surplus and drop_last:
             samples = samples[:-surplus]
         elif surplus:
             samples += (samples * ranks)[: ranks - surplus]
-        return list(BatchSampler(samples[rank::ranks], self._batch_sampler.batch_size, self._batch_sampler.drop_last))
+        return list(BatchSampler(samples[rank::ranks], batch_size, drop_last))
 
     def _samples(self) -> list[int]:
         known, dataset = self._known, range(self._known["length"])
-        if known.get("random"):
-            own = next((state for key, state in self._began.items() if isinstance(key, int)), None)
-            generator = torch.Generator() if own is not None else None
-            # Without a batch size, its items are the indices themselves.
-            sampler = RandomSampler(dataset, generator=generator)
-            order = EpochOrder(DataLoader(dataset, batch_size=None, sampler=sampler))  # type: ignore[arg-type]
-            order.begin_at({"began": self._began if own is None else {0: own}, "now": {}}, done=0)
-            return list(order)[self._done :]
-        shuffle, seed = known.get("shuffle", False), known.get("seed", 0)
-        whole: DistributedSampler[int] = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        whole.set_epoch(known.get("epoch", 0))
-        return list(whole)[self._done :]
+        seed = known.get("random", False)
+        if seed is False:
+            shuffle, seed = known.get("shuffle", False), known.get("seed", 0)
+            whole: DistributedSampler[int] = DistributedSampler(dataset, 1, 0, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+            whole.set_epoch(known.get("epoch", 0))
+            return list(whole)[self._done :]
+        own = next((state for key, state in self._began.items() if isinstance(key, int)), None)
+        generator = torch.Generator() if own is not None or seed is not True else None
+        if generator is not None and seed is not True:
+            own = generator.manual_seed(seed).get_state()
+        # Without a batch size, its items are the indices themselves.
+        sampler = RandomSampler(dataset, generator=generator)
+        order = EpochOrder(DataLoader(dataset, batch_size=None, sampler=sampler))  # type: ignore[arg-type]
+        order.begin_at({"began": self._began if own is None else {0: own}, "now": {}}, done=0)
+        return list(order)[self._done :]

@@ -137,8 +137,7 @@ class TrainingData:
         for loader in self._loaders:
             _set_sampler_epoch(loader, epoch)
         before = self._saved.get("ranks", self._trainer.world_size)
-        is_shared = bool(self._state_of(0).get("shared")) and not self._begins_next
-        if before != self._trainer.world_size or is_shared:
+        if before != self._trainer.world_size or (not self._begins_next and self._is_divided_anew()):
             self._share_out(done, before)
         elif not self._begins_next:
             self._place(done)
@@ -188,7 +187,8 @@ class TrainingData:
         if self._begins_next:
             self._set_done((done + 1) * before if total is None else total)
         elif total is not None and (rest := self._rest(done, before)) is not None:
-            batches = rest.batches(self._trainer.global_rank, now)
+            sampler = _sampler(self._loaders[0])
+            batches = rest.batches(self._trainer.global_rank, now, sampler.batch_size, sampler.drop_last)
             self._shared = {**rest.state(), "at": max(total - len(batches), 0), "epoch": self._epochs.started}
             order = self._orders[0]
             if not isinstance(order, EpochOrder):
@@ -219,7 +219,15 @@ class TrainingData:
 
     def _rest(self, done: int, before: int) -> RestOfEpoch | None:
         """Return what is not done of the only loader's epoch; ``None`` if the order of its samples is not known."""
-        return RestOfEpoch.of(self._state_of(0), _sampler(self._loaders[0]), done, before)
+        is_divided = recipe(_sampler(self._loaders[0])) is not None
+        return RestOfEpoch.of(self._state_of(0), done, before) if is_divided else None
+
+    def _is_divided_anew(self) -> bool:
+        """Return whether the rest of the epoch was shared out before, or has another batch size now."""
+        state = self._state_of(0)
+        known, present = state.get("recipe"), recipe(_sampler(self._loaders[0]))
+        has_other_size = known and present and known["batch_size"] != present["batch_size"]
+        return bool(state.get("shared") or (has_other_size and len(self._loaders) == 1))
 
     def _set_done(self, done: int) -> None:
         current = self._batches
@@ -321,7 +329,7 @@ def _sampler(loader: Any) -> Any:
     """Return the batch sampler, or else the sampler, that a loader has of its own."""
     sampler = getattr(loader, "batch_sampler", None)
     sampler = getattr(loader, "sampler", None) if sampler is None else sampler
-    return sampler.sampler if isinstance(sampler, EpochOrder) else sampler
+    return sampler.own if isinstance(sampler, EpochOrder) else sampler
 
 
 def use_own_loader_states(checkpoint: dict[str, Any], own: Any) -> None:

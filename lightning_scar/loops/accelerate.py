@@ -4,7 +4,6 @@ Nothing here imports Lightning.
 """
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import IterableDataset
 from typing_extensions import Unpack, override
 
 from lightning_scar.continuation.stale_gradients import reshuffled
+from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.training_state import TrainingState
 from lightning_scar.loops import private
 from lightning_scar.loops.continuation import SCARContinuation
@@ -50,14 +50,15 @@ class SCARAccelerator(SCARLoop):
         >>> optimizer = torch.optim.Adam(model.parameters())
         >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         >>> with scar:
-        ...     for batch in accelerator.skip_first_batches(loader, scar.resume()):
+        ...     _ = scar.resume()
+        ...     for batch in scar.batches(loader):
         ...         with accelerator.accumulate(model):
         ...             accelerator.backward(model(batch).square().mean())
         ...             optimizer.step()
         ...             optimizer.zero_grad()
         ...             scar.step()  # saves when due; knows accumulation
-        >>> scar.batches, scar.steps
-        (4, 4)
+        >>> scar.epoch, scar.steps
+        (1, 4)
 
     """
 
@@ -85,8 +86,6 @@ class WithAccelerate(Framework):
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        #: The index of the loop's loader among the prepared ones.
-        self._loader: int | None = None
         #: The number of accumulated batches.
         self._accumulated = accelerator.step
         self._muted: list[Any] = []
@@ -98,52 +97,58 @@ class WithAccelerate(Framework):
     # -- its data ------------------------------------------------------------------------------------------------
 
     @override
+    def torch_loader(self, loader: Any) -> Any:
+        return private.torch_loader(loader)
+
+    @override
+    def set_epoch(self, loader: Any, epoch: int) -> None:
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        else:
+            super().set_epoch(loader, epoch)
+
+    @override
+    def shuffle_seed(self, loader: Any) -> int | None:
+        return private.shuffle_seed(loader)
+
+    @override
+    def set_shuffle_seed(self, loader: Any, seed: int) -> None:
+        private.set_shuffle_seed(loader, seed)
+
+    @override
+    def is_over(self, loader: Any) -> bool:
+        # Accelerate fetches a batch ahead, so it knows the last one.
+        return bool(getattr(loader, "end_of_dataloader", False))
+
+    @override
+    def loader_state(self, loader: Any) -> Any:
+        # It keeps the state before the batch that it has fetched ahead.
+        return loader.state_dict() if hasattr(private.torch_loader(loader), "state_dict") else None
+
+    @override
+    def whole_sampler(self, batch_sampler: Any) -> tuple[Any, Any]:
+        return private.whole_sampler(batch_sampler)
+
+    @override
+    def batches_per_fetch(self, loader: Any) -> int:
+        return private.batches_per_fetch(loader)
+
+    @override
+    def share(self, loader: Any, ranks: Ranks) -> tuple[int, int]:
+        # The main process takes what all need, and hands it out.
+        return (0, 1) if private.runs_collectives(loader) else super().share(loader, ranks)
+
+    @override
     def record_batch(self) -> None:
         self._accumulated = self._accelerator.step
-        if self._loader is None:
-            self._loader = private.active_loader(self._accelerator)
 
     @override
-    def data_position(self) -> dict[str, Any]:
-        loader = self._training_loader()
-        return {
-            "accumulated": self._accumulated,
-            "loader": self._loader,
-            "epoch_length": _length(loader),
-            "samples": private.total_batch_size(loader),
-            "shuffle_seed": None if loader is None else private.shuffle_seed(loader),
-        }
+    def accumulated(self) -> dict[str, Any]:
+        return {"accumulated": self._accumulated}
 
     @override
-    def restore_data_position(self, batches: int, position: Mapping[str, Any], before: int, now: int) -> int:
+    def restore_accumulated(self, position: Mapping[str, Any]) -> None:
         self._accelerator.step = self._accumulated = position["accumulated"]
-        self._loader = position["loader"]
-        loader = self._training_loader()
-        epoch_length: int = _length(loader) or 0
-        if loader is None or not position["epoch_length"] or not epoch_length:
-            return super().restore_data_position(batches, position, before, now)
-        # Each epoch is divided among the ranks separately, and its length may not be a multiple of their number.
-        epoch, batch = divmod(batches, int(position["epoch_length"]))
-        total = private.total_batch_size(loader)
-        if total and position["samples"]:
-            # The batch size may have changed, too.
-            before, now = int(position["samples"]), total
-        batch = min(super().restore_data_position(batch, position, before, now), epoch_length)
-        loader.set_epoch(epoch)
-        if position["shuffle_seed"] is not None:
-            private.set_shuffle_seed(loader, position["shuffle_seed"])
-        if batch and private.has_lost_order(loader):
-            warnings.warn(
-                "lightning-scar: this loader cannot reproduce the order of its interrupted epoch, so some samples will "
-                "be repeated and others skipped. Pass "
-                "dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True) to the Accelerator.",
-                stacklevel=4,
-            )
-        return epoch * epoch_length + batch
-
-    def _training_loader(self) -> Any:
-        loaders = private.loaders(self._accelerator)
-        return loaders[self._loader] if self._loader is not None and self._loader < len(loaders) else None
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -217,8 +222,7 @@ class WithAccelerate(Framework):
             self._accelerator.gradient_accumulation_steps = steps
 
     @override
-    def extra_batches(self, seed: int) -> Iterator[Any] | None:
-        loader = self._training_loader()
+    def extra_batches(self, loader: Any, seed: int) -> Iterator[Any] | None:
         if loader is None:
             # Before the first batch, assume the first prepared loader.
             loader = next(iter(private.loaders(self._accelerator)), None)
@@ -227,14 +231,6 @@ class WithAccelerate(Framework):
             return None
         batches = reshuffled(loader, seed, batch_size)
         return (send_to_device(batch, self._accelerator.device) for batch in batches)
-
-
-def _length(loader: Any) -> int | None:
-    """Return the batches of an epoch in each process; ``None`` if unknown."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
 
 
 def check_accelerator(accelerator: Accelerator) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.training_state import TrainingState
 from lightning_scar.core.zero import is_sharded
 
@@ -30,27 +31,64 @@ class Framework:
 
     # -- its data ------------------------------------------------------------------------------------------------
 
-    def record_batch(self) -> None:
-        """Record the data position after a batch or its step, while its loader is active."""
+    def torch_loader(self, loader: Any) -> Any:
+        """Return the loader of torch inside a loader of the framework."""
+        return getattr(loader, "_dataloader", loader)
 
-    def data_position(self) -> dict[str, Any]:
-        """Return what else than the number of batches is known about the recorded position."""
+    def set_epoch(self, loader: Any, epoch: int) -> None:
+        """Tell a loader, or its samplers, which epoch it is about to begin."""
+        if hasattr(loader, "_num_iter_calls"):
+            # Fabric counts from 0 in each process.
+            loader._num_iter_calls = epoch
+        inner = self.torch_loader(loader)
+        for name in ("sampler", "batch_sampler"):
+            set_epoch = getattr(getattr(inner, name, None), "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+
+    def shuffle_seed(self, loader: Any) -> int | None:
+        """Return the seed of a loader's order, which is combined with the epoch; ``None`` if it has none."""
+        return None
+
+    def set_shuffle_seed(self, loader: Any, seed: int) -> None:
+        """Set the seed that :meth:`shuffle_seed` returns."""
+
+    def is_over(self, loader: Any) -> bool:
+        """Return whether a loader is known to have served its last batch."""
+        return False
+
+    def loader_state(self, loader: Any) -> Any:
+        """Return the state of a loader that has one, behind the present batch; else ``None``."""
+        inner = self.torch_loader(loader)
+        return inner.state_dict() if hasattr(inner, "state_dict") else None
+
+    def load_loader_state(self, loader: Any, state: Any) -> None:
+        """Load a :meth:`loader_state`."""
+        self.torch_loader(loader).load_state_dict(state)
+
+    def whole_sampler(self, batch_sampler: Any) -> tuple[Any, Any]:
+        """Return the batch sampler of the whole dataset inside one rank's, and the batch size of one rank."""
+        return batch_sampler, getattr(batch_sampler, "batch_size", None)
+
+    def batches_per_fetch(self, loader: Any) -> int:
+        """Return how many batches of its sampler a loader of this process takes for one batch."""
+        return 1
+
+    def share(self, loader: Any, ranks: Ranks) -> tuple[int, int]:
+        """Return the number of this rank's share of the data, and the number of shares."""
+        return ranks.rank, ranks.world_size
+
+    # -- accumulation --------------------------------------------------------------------------------------------
+
+    def record_batch(self) -> None:
+        """Record how many batches are accumulated."""
+
+    def accumulated(self) -> dict[str, Any]:
+        """Return what :meth:`record_batch` has recorded, as values of a checkpoint dict."""
         return {}
 
-    def restore_data_position(self, batches: int, position: Mapping[str, Any], before: int, now: int) -> int:
-        """Continue at a position that was saved, perhaps by another number of ranks.
-
-        Args:
-            batches: The number of batches that each of those ranks had done.
-            position: Their :meth:`data_position`.
-            before: The number of those ranks.
-            now: The number of present ranks.
-
-        Returns:
-            The number of batches that this is for each of the present ranks.
-
-        """
-        return batches * before // now
+    def restore_accumulated(self, position: Mapping[str, Any]) -> None:
+        """Restore what :meth:`accumulated` returned."""
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -122,6 +160,12 @@ class Framework:
         """Return a context for a gradient, in which the loss is not divided for accumulation."""
         return nullcontext()
 
-    def extra_batches(self, seed: int) -> Iterator[Any] | None:
-        """Return batches of the training data in this process's own order; ``None`` if not supported."""
+    def extra_batches(self, loader: Any, seed: int) -> Iterator[Any] | None:
+        """Return batches of the training data in this process's own order; ``None`` if not supported.
+
+        Args:
+            loader: The loader of the present epoch; ``None`` before the first one.
+            seed: The seed of the order.
+
+        """
         return None

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from typing_extensions import Self, Unpack
@@ -32,35 +32,8 @@ class SCARLoop:
     Args:
         dirpath: The running checkpoint's directory, a path or any fsspec URL.
         state: What to save, by name, wrapped or not: modules, optimizers, schedulers, other objects with a state dict.
-        every_n_steps: Save every N optimizer steps. Set at most one of the three intervals.
-        train_time_interval: Save when this time has passed, at the next optimizer step.
-        max_overhead: Save as often as this share of the training time allows, in (0, 1), and at least every 10 minutes.
-            Without any interval it is 0.01.
-        fraction: The share of the state's bytes that one save may write, in (0, 1], refresh included.
-        refresh: ``"auto"`` spends a part of that on a low-precision copy of all that a save does not write exactly;
-            ``None`` is SCAR's own form.
-        policy: ``"distance"``, ``"round_robin"``, ``"random"``, or a function from
-            :class:`~lightning_scar.core.selection.Candidates` to one priority per block.
-        block_size: Bytes of a parameter's rows in a block; ``None`` aims at 4096 blocks of 4 KiB to 4 MiB.
-        max_age: Steps after which a block is written, whatever its priority; ``None`` for no limit.
-        full_every_n_saves: Make every Nth save full, for ``load(dirpath, consistent=True)``; ``None`` for the first and
-            the last only.
-        staging: ``"lazy"`` scores and copies during the next forward and backward, ``"eager"`` at once.
-        resume: Whether to resume from what ``dirpath`` holds; ``False`` starts again and overwrites it.
-        strict: Whether a running checkpoint of another model is an error; ``False`` loads what fits.
-        save_on_exception: Whether to save when training ends with an exception or Ctrl-C.
-        on_write_error: ``"warn"`` continues the training when a save cannot be written, ``"raise"`` stops it.
-        heal_non_finite: Whether to check for NaN and Inf before every save, and to restore the blocks that contain any,
-            on all ranks; see :meth:`heal`.
-        max_heals: How often that may happen in one run; after that it is an error.
-        memory: Whether to save to this host's memory first, which outlives the processes (``/dev/shm``, or what the
-            environment variable ``LIGHTNING_SCAR_MEMORY`` names).
-        durable_every_n_saves: With ``memory``, every Nth save also goes to ``dirpath``; full ones always do.
-        replicas: With ``memory``, the number of other hosts on which each rank keeps a copy, in case its host is lost.
-        memory_limit: With ``memory``, the bytes that each rank may use, and each of its copies; ``None`` for all that
-            is free.
-        storage_options: Arguments of the file system of ``dirpath``.
         continuation: Lets the workers survive the death of others; use :meth:`training_step` then.
+        options: The fields of :class:`~lightning_scar.loops.options.LoopOptions`, such as ``every_n_steps=25``.
 
     Attributes:
         stats: Counters of this run, see :class:`~lightning_scar.core.stats.Stats`.
@@ -74,10 +47,11 @@ class SCARLoop:
         >>> import torch
         >>> model = torch.nn.Linear(4, 1)
         >>> optimizer = torch.optim.Adam(model.parameters())
-        >>> data = [torch.randn(2, 4) for _ in range(6)]
+        >>> loader = torch.utils.data.DataLoader(torch.randn(6, 4), shuffle=True)
         >>> state = {"model": model, "optimizer": optimizer}
         >>> with SCARLoop("memory://loop-example", state, every_n_steps=2) as scar:
-        ...     for batch in data[scar.resume() :]:
+        ...     _ = scar.resume()
+        ...     for batch in scar.batches(loader):
         ...         optimizer.zero_grad()
         ...         model(batch).square().mean().backward()
         ...         optimizer.step()
@@ -119,7 +93,12 @@ class SCARLoop:
         return {**vars(self), **vars(fresh), "_continuation": self._continuation}
 
     @property
-    def batches(self) -> int:
+    def epoch(self) -> int:
+        """The number of epochs of :meth:`batches` that are done, including those before the run was resumed."""
+        return self.state.data.epoch
+
+    @property
+    def batches_done(self) -> int:
         """The number of calls of :meth:`step`, including those before the run was resumed."""
         return self.state.batches
 
@@ -153,15 +132,14 @@ class SCARLoop:
         """Open the directory, and resume from what it contains. Call it once, right before the loop.
 
         With several ranks, this is a collective. It restores modules, optimizers, schedulers, other objects and the
-        random generators of this process. The caller skips the data.
+        random generators of this process; :meth:`batches` then continues where the data were.
 
         Args:
             weights_only: As in ``torch.load``, for everything but large tensors, which are never unpickled.
 
         Returns:
             The number of batches that are done: calls of :meth:`step`, up to the last optimizer step. 0 if the
-            directory is new. On another number of ranks, it is the equivalent for these: with Accelerate per epoch,
-            rounded down, so that samples may repeat but are never skipped; otherwise in proportion.
+            directory is new. On another number of ranks, in proportion to it.
 
         Raises:
             StorageError: If the directory holds something else, a newer format, or is not the same on all ranks.
@@ -183,7 +161,7 @@ class SCARLoop:
         self._watch = OptimizerWatch(self.state.parts.inner_optimizers, before_step=self.fence)
         if self._training is None:
             self._signals = DeferredSignals(stop_signals())
-        return self.batches
+        return self.batches_done
 
     def _start(self, weights_only: bool | None) -> None:
         self.state.collect_parts()
@@ -260,6 +238,7 @@ class SCARLoop:
         """Wait until everything is written, and release the directory. A deferred signal takes effect."""
         running, self._running = self._running, None
         self._schedule.end()
+        self.state.data.close()
         if self._watch is not None:
             self._watch.remove()
         try:
@@ -274,6 +253,31 @@ class SCARLoop:
         """Save everything of an unfinished run, and release the directory."""
         self._save(full=True)
         self.leave()
+
+    # -- its data ------------------------------------------------------------------------------------------------
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """Yield the batches of one epoch: all of them, or after a resume those that are not done.
+
+        They are the batches that an undisturbed run would serve next, if the dataset has indices, or the loader a
+        ``state_dict``; other data must come in the same order again. What is done is not loaded again, except from the
+        latter. Samplers are told the epoch::
+
+            for epoch in range(scar.epoch, epochs):
+                for batch in scar.batches(loader):
+                    ...
+
+        On another number of ranks, the rest of the epoch is shared out, so that each sample is served once.
+
+        Args:
+            loader: The training data, in every epoch the same.
+
+        Raises:
+            RuntimeError: If :meth:`resume` was not called before.
+
+        """
+        self._check_open()
+        return self.state.data.batches(loader)
 
     # -- a batch -------------------------------------------------------------------------------------------------
 
@@ -323,8 +327,7 @@ class SCARLoop:
             self._is_finished = False
             if self.state.ranks.rank == 0:
                 print(f"lightning-scar: the finished run in {self.dirpath} trains on", file=sys.stderr, flush=True)
-        self.state.framework.record_batch()
-        self.state.batches += 1
+        self.state.count_batch()
         has_stepped = self._watch is not None and self._watch.pop()
         self.state.steps += has_stepped
         if self._training is not None:
@@ -378,7 +381,7 @@ class SCARLoop:
     def _save(self, full: bool, finished: bool = False) -> None:
         assert self._running is not None
         self._schedule.note(self.steps, full)
-        info = {"finished": finished, "global_step": self.steps, "batches": self.batches}
+        info = {"finished": finished, "global_step": self.steps, "batches": self.batches_done}
         self._running.save(self.state.dump(), self.steps, **self.state.parts.live_parts, full=full, info=info)
         self._running.stage()
 

@@ -10,6 +10,7 @@ from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.resumption import check_not_all_damaged, newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.training_state import TrainingState
+from lightning_scar.loops.data import LoopData
 from lightning_scar.loops.framework import Framework
 
 
@@ -27,6 +28,7 @@ class LoopState:
         ranks: The ranks that the data are divided among, including dead ones.
         batches: The number of batches that each rank has done.
         steps: The number of batches with an optimizer step.
+        data: The place in the training data.
 
     """
 
@@ -38,6 +40,7 @@ class LoopState:
         self.steps = 0
         self._dirpath = dirpath
         self._strict = strict
+        self.data = LoopData(framework)
         self._position: dict[str, Any] = {}
 
     def collect_parts(self) -> None:
@@ -53,12 +56,23 @@ class LoopState:
                 f"there is no {'optimizer' if self.parts.modules else 'model'} to save; {self.framework.remedy}"
             )
 
+    def count_batch(self) -> None:
+        """Count a batch."""
+        self.framework.record_batch()
+        self.data.count()
+        self.batches += 1
+
     def record_position(self) -> None:
         """Record the data position after a step, which belongs to the present weights."""
         self._position = self._present_position()
 
-    def _present_position(self) -> dict[str, Any]:
-        return {"batches": self.batches, "ranks": self.ranks.world_size, **self.framework.data_position()}
+    def _present_position(self, uncounted: int = 0) -> dict[str, Any]:
+        return {
+            "batches": self.batches + uncounted,
+            "ranks": self.ranks.world_size,
+            "data": self.data.state(uncounted),
+            **self.framework.accumulated(),
+        }
 
     def dump(self, uncounted: int = 0) -> dict[str, Any]:
         """Return the checkpoint dict after the last step, with references to live tensors.
@@ -72,7 +86,7 @@ class LoopState:
         position = self._position
         if uncounted:
             self.framework.record_batch()
-            position = {**self._present_position(), "batches": self.batches + 1}
+            position = self._present_position(uncounted)
         return {
             **self.parts.dump(),
             "global_step": self.steps + uncounted,
@@ -85,9 +99,9 @@ class LoopState:
         self.load_step(checkpoint, strict, owners)
         position, now = checkpoint["loop"], self.ranks.world_size
         self.steps = checkpoint["global_step"]
-        self.batches = self.framework.restore_data_position(
-            position["batches"], position, before=position["ranks"], now=now
-        )
+        self.batches = position["batches"] * position["ranks"] // now
+        self.framework.restore_accumulated(position)
+        self.data.load(position["data"], position["ranks"], self.ranks)
         self.record_position()
 
     def load_step(self, checkpoint: dict[str, Any], strict: bool = True, owners: Owners = NO_OWNERS) -> None:
@@ -141,8 +155,12 @@ class LoopState:
                 f"{self._dirpath} was written by a Trainer, so a loop cannot resume from it. Use another dirpath. To "
                 f"start from its weights, `model.load_state_dict(lightning_scar.load({self._dirpath!r})['state_dict'])`"
             )
+        is_own = restored.own is not None and restored.world_size == self.ranks.world_size
+        if is_own:
+            # Each rank draws its data with generators of its own.
+            checkpoint["loop"] = restored.own["loop"]
         self.load(checkpoint, self._strict, owners_of_states(restored.map))
-        if restored.own is not None and restored.world_size == self.ranks.world_size:
+        if is_own:
             set_random_generators(restored.own["random"])
         if self.ranks.rank == 0:
             path = self._dirpath

@@ -7,10 +7,9 @@ import os
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderDispatcher, SeedableRandomSampler, get_sampler
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, SeedableRandomSampler, get_sampler
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from torch.utils.data import RandomSampler
 
 from lightning_scar.core.training_state import TrainingState
 
@@ -56,19 +55,24 @@ def loaders(accelerator: Accelerator) -> list[Any]:
     return prepared
 
 
-def active_loader(accelerator: Accelerator) -> int | None:
-    """Return the index of the prepared loader that is being iterated over; ``None`` if it is another one."""
-    # A loader that skips batches is not prepared itself, but has the same dataset.
-    data = getattr(accelerator.gradient_state.active_dataloader, "dataset", None)
-    return next((i for i, loader in enumerate(loaders(accelerator)) if loader.dataset is data), None)
+def torch_loader(loader: Any) -> Any:
+    """Return the loader of torch inside a prepared loader."""
+    return getattr(loader, "base_dataloader", loader)
 
 
-def total_batch_size(loader: Any) -> int | None:
-    """Return the number of samples in a batch over all processes; ``None`` if unknown."""
-    try:
-        return int(loader.total_batch_size)
-    except (AttributeError, TypeError):
-        return None
+def whole_sampler(batch_sampler: Any) -> tuple[Any, Any]:
+    """Return the batch sampler of the whole dataset inside one process's, and the batch size of one process."""
+    if not isinstance(batch_sampler, BatchSamplerShard):
+        return batch_sampler, getattr(batch_sampler, "batch_size", None)
+    batch_size = batch_sampler.batch_size
+    is_divided = batch_sampler.split_batches and batch_size is not None
+    return batch_sampler.batch_sampler, batch_size // batch_sampler.num_processes if is_divided else batch_size
+
+
+def batches_per_fetch(loader: Any) -> int:
+    """Return how many batches of its sampler a prepared loader takes for one batch."""
+    is_dispatcher = isinstance(loader, DataLoaderDispatcher) and not loader.split_batches
+    return int(loader.state.num_processes) if is_dispatcher else 1
 
 
 def shuffle_seed(loader: Any) -> int | None:
@@ -80,12 +84,6 @@ def shuffle_seed(loader: Any) -> int | None:
 def set_shuffle_seed(loader: Any, seed: int) -> None:
     """Set the seed that :func:`shuffle_seed` returns."""
     get_sampler(loader).initial_seed = seed
-
-
-def has_lost_order(loader: Any) -> bool:
-    """Return whether the order of an epoch cannot be reproduced."""
-    sampler = get_sampler(loader)
-    return isinstance(sampler, RandomSampler) and not isinstance(sampler, SeedableRandomSampler)
 
 
 # -- continuation ------------------------------------------------------------------------------------------------------

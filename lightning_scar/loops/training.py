@@ -277,7 +277,8 @@ class LoopTraining:
 
     def extra_batches(self) -> Iterator[Any] | None:
         """Return the framework's extra batches, if it has any."""
-        return self._framework.extra_batches(seed=self._loop.steps * self._member.world_size + self._member.slot)
+        seed = self._loop.steps * self._member.world_size + self._member.slot
+        return self._framework.extra_batches(self._loop.state.data.loader, seed)
 
     def compute_gradient(self, batch: Any) -> None:
         """Compute the gradient with the step's own closure."""

@@ -1,0 +1,202 @@
+"""The place of a loop in its training data."""
+
+import itertools
+import math
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping
+from inspect import isgenerator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_scar.core.data_order import EpochOrder, is_indexed
+from lightning_scar.core.private import forget_iterator
+from lightning_scar.core.random_generators import cpu_generators, set_random_generators
+from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.shared_epoch import RestOfEpoch, recipe
+from lightning_scar.loops.framework import Framework
+
+
+class LoopData:
+    """Iterates over a loop's training data, and knows its place in them.
+
+    Args:
+        framework: The loop's framework.
+
+    Attributes:
+        epoch: The number of epochs that are done.
+        loader: The loader of the present epoch; ``None`` before the first one.
+
+    """
+
+    def __init__(self, framework: Framework) -> None:
+        self.epoch = 0
+        self.loader: Any = None
+        self._framework = framework
+        self._done = 0
+        self._order: EpochOrder | None = None
+        self._is_in_epoch = False
+        self._shared: dict[str, Any] | None = None
+        self._saved: dict[str, Any] = {}
+
+    def count(self) -> None:
+        """Count a batch of the present epoch."""
+        self._done += self._is_in_epoch
+
+    # -- the place -----------------------------------------------------------------------------------------------
+
+    def state(self, uncounted: int = 0) -> dict[str, Any]:
+        """Return the place: values and tensors.
+
+        Args:
+            uncounted: The number of batches that are done and not counted yet.
+
+        """
+        state: dict[str, Any] = {"epoch": self.epoch, "done": self._done + uncounted * self._is_in_epoch}
+        if self.loader is None:
+            return state
+        state["seed"] = self._framework.shuffle_seed(self.loader)
+        state["is_over"] = self._framework.is_over(self.loader)
+        if self._order is None:
+            return {**state, "loader": self._framework.loader_state(self.loader)}
+        sampler, batch_size = self._framework.whole_sampler(self._order.own)
+        known = recipe(sampler)
+        known = {**known, "batch_size": batch_size} if known is not None else None
+        return {**state, "order": {**self._order.state(), "recipe": known, "shared": self._shared}}
+
+    def load(self, state: Mapping[str, Any], before: int, ranks: Ranks) -> None:
+        """Continue at a place that was saved, perhaps by another number of ranks.
+
+        Args:
+            state: The :meth:`state`.
+            before: The number of ranks that saved it.
+            ranks: The present ones.
+
+        """
+        self.epoch, self._done = state["epoch"], state["done"]
+        self._saved = {**state, "before": before, "ranks": ranks}
+        self._is_in_epoch = False
+
+    # -- an epoch ------------------------------------------------------------------------------------------------
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """Yield the batches of an epoch that are not done."""
+        if self._is_in_epoch:
+            # The last one was left early.
+            self._end()
+        saved, self._saved = self._saved, {}
+        self._follow(loader)
+        self._is_in_epoch, self._shared = True, None
+        self._framework.set_epoch(loader, self.epoch)
+        if saved.get("seed") is not None:
+            self._framework.set_shuffle_seed(loader, saved["seed"])
+        discarded = self._place(saved) if saved else 0
+        if discarded is not None:
+            yield from self._rest_of(loader, discarded) if saved and self._order is None else loader
+        self._end()
+
+    def _rest_of(self, loader: Any, discarded: int) -> Iterator[Any]:
+        """Return the batches of data without indices, and let the random generators be where they were."""
+        present = cpu_generators()
+        batches = iter(loader)
+        first: list[Any] = []
+        deque(itertools.islice(batches, discarded), maxlen=0)
+        if isgenerator(batches):
+            # It draws what a loader draws when it begins, and only now.
+            first = list(itertools.islice(batches, 1))
+        set_random_generators(present)
+        return itertools.chain(first, batches)
+
+    def _follow(self, loader: Any) -> None:
+        inner = self._framework.torch_loader(loader)
+        if self._order is None or self._order.loader is not inner:
+            self.close()
+            self._order = EpochOrder(inner) if is_indexed(inner) else None
+        self.loader = loader
+
+    def _end(self) -> None:
+        self.epoch += 1
+        self._done, self._is_in_epoch = 0, False
+
+    def close(self) -> None:
+        """Give the loader back as it was."""
+        if self._order is not None:
+            self._order.remove()
+
+    def _place(self, saved: Mapping[str, Any]) -> int | None:
+        """Let the loader begin behind what is done.
+
+        Returns:
+            The number of batches to load and discard; ``None`` if nothing is left of the epoch.
+
+        """
+        state, ranks = saved.get("order"), saved["ranks"]
+        is_over = saved.get("is_over") or self._done >= (sized_len(self.loader) or math.inf)
+        if is_over and saved["before"] == ranks.world_size:
+            if self._order is not None and state is not None:
+                # Samplers may draw once more behind their last index.
+                self._begin_at(state)
+                deque(self._order, maxlen=0)
+            elif isinstance(inner := self._framework.torch_loader(self.loader), DataLoader):
+                # An iterator that was made for its state would draw nothing in the next epoch.
+                forget_iterator(inner)
+            return None
+        if self._order is None or state is None:
+            return self._place_by_state(saved)
+        sampler, batch_size = self._framework.whole_sampler(self._order.own)
+        is_divided_anew = (state["recipe"] or {}).get("batch_size") != (batch_size if recipe(sampler) else None)
+        if saved["before"] != ranks.world_size or is_divided_anew or state["shared"]:
+            return self._share_out(state, saved["before"], ranks)
+        if self._done:
+            self._begin_at(state)
+        else:
+            self._order.begin_next(state)
+        return 0
+
+    def _begin_at(self, state: Mapping[str, Any]) -> None:
+        assert self._order is not None
+        each = self._framework.batches_per_fetch(self.loader)
+        # A loader draws a number when it begins, as it did when the epoch began.
+        self._order.begin_at(state, self._done * each, then=cpu_generators())
+
+    def _place_by_state(self, saved: Mapping[str, Any]) -> int:
+        is_same_ranks = saved["before"] == saved["ranks"].world_size
+        if not is_same_ranks:
+            self._done = self._done * int(saved["before"]) // int(saved["ranks"].world_size)
+        if saved.get("loader") is None or not is_same_ranks:
+            return self._done
+        self._framework.load_loader_state(self.loader, saved["loader"])
+        return 0
+
+    def _share_out(self, state: Mapping[str, Any], before: int, ranks: Ranks) -> int | None:
+        assert self._order is not None
+        sampler, batch_size = self._framework.whole_sampler(self._order.own)
+        rest = RestOfEpoch.of(state, self._done, before)
+        if rest is not None and recipe(sampler) is not None:
+            rank, size = self._framework.share(self.loader, ranks)
+            self._shared = {**rest.state(), "at": 0}
+            batches = rest.batches(rank, size, batch_size, sampler.drop_last)
+            self._done = 0
+            if not batches:
+                return None
+            self._order.begin_with(batches)
+            return 0
+        self._done = self._done * before // ranks.world_size
+        self._begin_at(state)
+        if ranks.rank == 0:
+            warnings.warn(
+                f"lightning-scar: this run was saved by {before} ranks and is resumed by {ranks.world_size}, which "
+                "divide the data in an order of their own: in this epoch, some samples will be repeated and others "
+                f"skipped. Resume on {before} ranks to avoid it.",
+                stacklevel=4,
+            )
+        return 0
+
+
+def sized_len(loader: Any) -> int | None:
+    """Return the length of a loader; ``None`` if it has none."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None

@@ -1,0 +1,148 @@
+"""``scar.batches`` serves the samples that an undisturbed loop would have served, each once."""
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import loop_runs
+import pytest
+import torch
+from helpers import BATCH_SIZE, BATCHES, samples
+from lightning.fabric import Fabric
+from loop_runs import Net, accelerator, seedable
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_scar import SCARAccelerator, SCARLoop
+
+#: Sets a loop up: the loop, the loader, and a function that steps.
+Door = Callable[[Path, Any], tuple[SCARLoop, Any]]
+OPTIONS: dict[str, Any] = {
+    "every_n_steps": 1,
+    "fraction": 1.0,
+    "full_every_n_saves": 1,
+    "save_on_exception": False,
+}
+
+
+def plain(dirpath: Path, loader: Any) -> tuple[SCARLoop, Any]:
+    model = Net()
+    return SCARLoop(
+        dirpath, {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.01)}, **OPTIONS
+    ), loader
+
+
+def fabric(dirpath: Path, loader: Any) -> tuple[SCARLoop, Any]:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.launch()
+    model = Net()
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), 0.01))
+    state = {"model": model, "optimizer": optimizer}
+    return SCARLoop(dirpath, state, **OPTIONS), fabric.setup_dataloaders(loader)
+
+
+def with_accelerate(dirpath: Path, loader: Any, make: Any = accelerator, **config: Any) -> tuple[SCARLoop, Any]:
+    options = {"dataloader_config": loop_runs.DataLoaderConfiguration(**config)} if config else {}
+    accelerator = make(**options)
+    model = Net()
+    model, _, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.01), loader)
+    return SCARAccelerator(accelerator, dirpath, **OPTIONS), loader
+
+
+def with_seed(dirpath: Path, loader: Any) -> tuple[SCARLoop, Any]:
+    return with_accelerate(dirpath, loader, seedable)
+
+
+def stateful(dirpath: Path, loader: Any) -> tuple[SCARLoop, Any]:
+    return with_accelerate(dirpath, loader, use_stateful_dataloader=True)
+
+
+def dispatched(dirpath: Path, loader: Any) -> tuple[SCARLoop, Any]:
+    return with_accelerate(dirpath, loader, dispatch_batches=True)
+
+
+def split(dirpath: Path, loader: Any) -> tuple[SCARLoop, Any]:
+    return with_accelerate(dirpath, loader, split_batches=True)
+
+
+class Stream(IterableDataset[Any]):
+    """Knows its place, but not its length."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        data = samples()
+        for i in range(self.done, BATCHES * BATCH_SIZE):
+            self.done = i + 1
+            yield data[i]
+        self.done = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
+
+def shuffled(**options: Any) -> Any:
+    return DataLoader(samples(), batch_size=BATCH_SIZE, shuffle=True, **options)
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "shuffled": shuffled,
+    "a generator": lambda: shuffled(generator=torch.Generator().manual_seed(3)),
+    "two workers": lambda: shuffled(num_workers=2),
+    "distributed": lambda: DataLoader(samples(), BATCH_SIZE, sampler=DistributedSampler(samples(), 1, 0)),
+    "a batch sampler": lambda: DataLoader(samples(), batch_sampler=BatchSampler(RandomSampler(samples()), 4, True)),
+    "stateful": lambda: StatefulDataLoader(samples(), batch_size=BATCH_SIZE, shuffle=True),
+    "a stream with a state": lambda: StatefulDataLoader(Stream(), batch_size=BATCH_SIZE),
+    "a stream without one": lambda: DataLoader(Stream(), batch_size=BATCH_SIZE),
+}
+DOORS: list[Door] = [plain, fabric, with_accelerate, with_seed, stateful, dispatched, split]
+
+
+class Crash(Exception):
+    """The end of a loop that is cut short."""
+
+
+def seen_in(door: Door, make: Any, dirpath: Path, seed: int, after: int | None = None) -> list[Any]:
+    """What is seen in two epochs, or before a crash."""
+    torch.manual_seed(seed)
+    scar, loader = door(dirpath, make())
+    seen: list[Any] = []
+    with warnings.catch_warnings(), contextlib.suppress(Crash), scar:
+        warnings.filterwarnings("error", message=".*repeated")
+        scar.resume()
+        for epoch in range(scar.epoch, 2):
+            for x, _ in scar.batches(loader):
+                if scar.batches_done == after:
+                    raise Crash
+                # What a model draws goes on as well.
+                seen.append((epoch, float(x.sum()), float(torch.rand(()))))
+                for optimizer in scar.state.parts.optimizers:
+                    optimizer.step()
+                scar.step()
+    return seen
+
+
+#: The other cells are left to `make test-all`.
+CHOSEN = [
+    *((door, name, 5) for door in (plain, with_accelerate) for name in LOADERS),
+    *((door, "shuffled", after) for door in DOORS for after in (8, 11)),
+]
+ALL = list(itertools.product(DOORS, LOADERS, (5, 8, 11)))
+
+
+@pytest.mark.parametrize(
+    ("door", "name", "after"),
+    [pytest.param(*cell, marks=[] if cell in CHOSEN else [pytest.mark.slow]) for cell in ALL],
+)
+def test_a_loop_continues_where_the_data_were(door: Door, name: str, after: int, tmp_path: Path) -> None:
+    make = LOADERS[name]
+    whole = seen_in(door, make, tmp_path / "whole", seed=1)
+    first = seen_in(door, make, tmp_path / "cut", seed=1, after=after)
+    assert first + seen_in(door, make, tmp_path / "cut", seed=2) == whole
