@@ -119,12 +119,12 @@ class Stream(IterableDataset[torch.Tensor]):
 def test_extra_batches_are_drawn_from_data_sets_with_a_length(tmp_path: Path) -> None:
     accelerator = loop_runs.accelerator()
     framework = WithAccelerate(accelerator)
-    assert framework.extra_batches(0) is None
+    assert framework.extra_batches(None, 0) is None
     accelerator.prepare(DataLoader(Stream(), batch_size=4))
-    assert framework.extra_batches(0) is None
+    assert framework.extra_batches(None, 0) is None
     framework = WithAccelerate(loop_runs.accelerator())
     framework._accelerator.prepare(DataLoader(samples(2), batch_size=4))
-    first, second = framework.extra_batches(0), framework.extra_batches(1)
+    first, second = framework.extra_batches(None, 0), framework.extra_batches(None, 1)
     assert first is not None
     assert second is not None
     epochs = [torch.cat([next(batches)[0] for _ in range(2)]) for batches in (first, first, second)]

@@ -257,20 +257,17 @@ class SCARLoop:
     # -- its data ------------------------------------------------------------------------------------------------
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """Yield the batches of one epoch: all of them, or after a resume those that are not done.
+        """Yield the batches of one epoch, or after a resume those that are not done.
 
-        They are the batches that an undisturbed run would serve next, if the dataset has indices, or the loader a
-        ``state_dict``; other data must come in the same order again. What is done is not loaded again, except from the
-        latter. Samplers are told the epoch::
+        They are those that an undisturbed run would serve, if the dataset has indices or the loader a ``state_dict``;
+        other data must come in the same order again. Another number of ranks shares out the rest of the epoch::
 
             for epoch in range(scar.epoch, epochs):
                 for batch in scar.batches(loader):
                     ...
 
-        On another number of ranks, the rest of the epoch is shared out, so that each sample is served once.
-
         Args:
-            loader: The training data, in every epoch the same.
+            loader: The training data.
 
         Raises:
             RuntimeError: If :meth:`resume` was not called before.
