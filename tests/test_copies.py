@@ -202,7 +202,7 @@ def test_copies_of_loops(copied: Any, tmp_path: Path) -> None:
     def check(scar: Any, found: Any) -> None:
         assert type(found) is type(scar)
         assert found._options == scar._options
-        assert (found.batches, found.steps, found.stats.saves) == (0, 0, 0)
+        assert (found.batches_done, found.steps, found.stats.saves) == (0, 0, 0)
         with pytest.raises(RuntimeError, match=r"call resume\(\) once"):
             found.step()
 
