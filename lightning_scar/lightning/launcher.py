@@ -22,7 +22,7 @@ class SupervisedLauncher(_Launcher):
         options: Options of ``lightning-scar run``; ``None`` if something else creates the processes.
         on_call: Called at the start of every call of the Trainer.
         on_error: Called with every error that ends a call of the Trainer, before anything else handles it.
-        on_signal: Called with a signal that asks for the end of the job, if there is a supervisor.
+        on_signal: Called with a signal that asks for the end of the job.
 
     """
 
@@ -31,7 +31,7 @@ class SupervisedLauncher(_Launcher):
         options: list[str] | None,
         on_call: Callable[["pl.Trainer"], None],
         on_error: Callable[[BaseException], None],
-        on_signal: Callable[[int], None] | None = None,
+        on_signal: Callable[[int], None],
     ) -> None:
         self._options = options
         self._on_begin = on_call
@@ -57,8 +57,7 @@ class SupervisedLauncher(_Launcher):
     @override
     def kill(self, signum: int) -> None:
         """Tell the supervisor, which ends all workers behind the same step."""
-        if self._on_signal is not None:
-            self._on_signal(signum)
+        self._on_signal(signum)
 
 
 def become_supervisor(options: list[str]) -> None:

@@ -121,8 +121,7 @@ class SCARDDPStrategy(DDPStrategy):
                 "dies is not replaced. Use `lightning-scar run` instead of torchrun."
             )
         self._starts_workers = options is not None
-        on_signal = self._member.ask_to_stop if self._member is not None else None
-        self._launcher = SupervisedLauncher(options, self._on_call, self._on_error, on_signal)
+        self._launcher = SupervisedLauncher(options, self._on_call, self._on_error, self._on_signal)
 
     def _run_options(self) -> list[str]:
         options = ["--nproc-per-node", str(self.num_processes), "--max-restarts", str(self._max_restarts)]
@@ -271,6 +270,10 @@ class SCARDDPStrategy(DDPStrategy):
                 "strategy='scar_ddp' with devices=1: if the only worker dies, it is restarted and its state is lost. "
                 "Add a SCARCheckpoint to resume from."
             )
+
+    def _on_signal(self, signum: int) -> None:
+        if self._member is not None:
+            self._member.ask_to_stop(signum)
 
     def _on_error(self, error: BaseException) -> None:
         if self._training is None or self._member is None:

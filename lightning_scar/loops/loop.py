@@ -207,6 +207,7 @@ class SCARLoop:
             if self._training is not None:
                 self._training.finish()
             if not self._is_finished:
+                self.state.record_position()
                 self._save(full=True, finished=True)
                 self._is_finished = True
         except BaseException as error:
@@ -223,7 +224,7 @@ class SCARLoop:
         if self._training is not None:
             self._training.fail(error)
         try:
-            # After a step that is not counted yet, a save would make the resumed run repeat that step.
+            # After a step that is not counted yet, a save would make the next run repeat it.
             is_between_steps = self._watch is not None and not self._watch.has_stepped
             if self._options.save_on_exception and is_between_steps and self.steps != self._schedule.last_full_step:
                 self._save(full=True)
@@ -267,10 +268,7 @@ class SCARLoop:
                     ...
 
         Args:
-            loader: The training data.
-
-        Raises:
-            RuntimeError: If :meth:`resume` was not called before.
+            loader: The training data. Call :meth:`resume` before.
 
         """
         self._check_open()
