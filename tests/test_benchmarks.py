@@ -36,6 +36,7 @@ PROMISED = {
         "scar_blocked_over_save_state",
     ],
     "resume": [f"{source}_{what}" for source in ("scar", "torch", "safetensors") for what in ("s", "cold_s")],
+    "samples": ["scar_repeated_or_skipped", "begin_s", "deep_s"],
     "choice": [f"distance_of_{ranks}_ranks_over_one_{size}_byte_blocks" for ranks in (2, 4, 8) for size in (512, 2048)],
     "rework": [
         *(f"{task}{kind}_measured_steps" for task in ("sgd", "adam") for kind in ("", "_refresh")),
