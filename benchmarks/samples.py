@@ -285,9 +285,7 @@ def main() -> None:
         Target("scar_repeated_or_skipped", worst, 0),
         Target("deep_s - begin_s, 10 M samples", figures["deep_s"] - figures["begin_s"], 1),
     ]
-    report.show(
-        "samples repeated + skipped: lightning-scar; the framework's own", ["loader", *doors], rows, targets
-    )
+    report.show("samples repeated + skipped: lightning-scar; the framework's own", ["loader", *doors], rows, targets)
     report.write(options.json, figures, targets)
 
 

@@ -58,8 +58,9 @@ def stateful(batches: int = 16) -> Any:
 
 def of_its_own(batches: int = 16) -> Any:
     """Each rank draws with a generator of its own, so that they see other samples."""
-    torch.manual_seed(5 + dist.get_rank())
-    return DataLoader(samples(batches), batch_size=2 * BATCH_SIZE, sampler=WeightedRandomSampler(torch.ones(64), 64))
+    generator = torch.Generator().manual_seed(5 + dist.get_rank())
+    sampler = WeightedRandomSampler([1.0] * 64, 64, generator=generator)
+    return DataLoader(samples(batches), batch_size=2 * BATCH_SIZE, sampler=sampler)
 
 
 def uneven(batches: int = 16) -> Any:

@@ -57,7 +57,7 @@ class LoopData:
         if self.loader is None:
             return state
         state["seed"] = self._framework.shuffle_seed(self.loader)
-        state["is_over"] = self._framework.is_over(self.loader)
+        state["is_over"] = self._is_in_epoch and self._framework.is_over(self.loader)
         if self._order is None:
             return {**state, "loader": self._framework.loader_state(self.loader)}
         sampler, batch_size = self._framework.whole_sampler(self._order.own)
