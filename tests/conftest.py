@@ -1,6 +1,7 @@
 """Fixtures for all tests. That this file is here also lets tests say ``from helpers import ...``."""
 
 import logging
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from lightning_scar.storage.host_memory import VARIABLE
 settings.register_profile("all", deadline=None)
 settings.register_profile("some", settings.get_profile("all"), max_examples=25)
 settings.load_profile("some")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # The suite was started in the background, but its programs are sent Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
