@@ -51,6 +51,16 @@ def options_for_a_loop() -> dict[str, Any]:
     return options
 
 
+class Short:
+    """A loader with fewer batches."""
+
+    def __init__(self, loader: Any, batches: int) -> None:
+        self.loader, self.batches = loader, batches
+
+    def __iter__(self) -> Any:
+        return itertools.islice(self.loader, self.batches)
+
+
 class Loop:
     """In Accelerate's words."""
 
@@ -146,7 +156,8 @@ class Loop:
         with self.scar:
             self.scar.resume()
             for epoch in range(self.scar.epoch, self.epochs):
-                for batch in itertools.islice(self.scar.batches(self.loader), self.batches):
+                loader = self.loader if self.batches is None else Short(self.loader, self.batches)
+                for batch in self.scar.batches(loader):
                     with self.accumulating():
                         self.train(batch)
                 self.validate(epoch)

@@ -146,3 +146,14 @@ def test_a_loop_continues_where_the_data_were(door: Door, name: str, after: int,
     whole = seen_in(door, make, tmp_path / "whole", seed=1)
     first = seen_in(door, make, tmp_path / "cut", seed=1, after=after)
     assert first + seen_in(door, make, tmp_path / "cut", seed=2) == whole
+
+
+@pytest.mark.parametrize("after", [5, 8, 11])
+@pytest.mark.parametrize("door", [plain, with_accelerate])
+def test_a_list_of_batches_continues(door: Door, after: int, tmp_path: Path) -> None:
+    def make() -> Any:
+        return list(DataLoader(samples(), batch_size=BATCH_SIZE))
+
+    whole = seen_in(door, make, tmp_path / "whole", seed=1)
+    first = seen_in(door, make, tmp_path / "cut", seed=1, after=after)
+    assert first + seen_in(door, make, tmp_path / "cut", seed=2) == whole

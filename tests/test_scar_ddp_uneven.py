@@ -26,6 +26,7 @@ SCAR = {"every_n_train_steps": 4, "fraction": 1.0}
         ("a validation", "Trainer"),
         pytest.param("an epoch", "Trainer", marks=pytest.mark.slow),
         ("the end", "Accelerate"),
+        pytest.param("a validation", "Accelerate", marks=pytest.mark.slow),
         pytest.param("the end", "Fabric", marks=pytest.mark.slow),
     ],
 )

@@ -4,7 +4,7 @@ import itertools
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from inspect import isgenerator
 from typing import Any
 
@@ -27,10 +27,12 @@ class LoopData:
     Attributes:
         epoch: The number of epochs that are done.
         loader: The loader of the present epoch; ``None`` before the first one.
+        at_end: Called when this rank has no more batches in an epoch.
 
     """
 
     def __init__(self, framework: Framework) -> None:
+        self.at_end: Callable[[], None] = _do_nothing
         self.epoch = 0
         self.loader: Any = None
         self._framework = framework
@@ -95,6 +97,7 @@ class LoopData:
         if discarded is not None:
             yield from self._rest_of(loader, discarded) if saved and self._order is None else loader
         self._end()
+        self.at_end()
 
     def _rest_of(self, loader: Any, discarded: int) -> Iterator[Any]:
         """Return the batches of data without indices, and let the random generators be where they were."""
@@ -192,6 +195,10 @@ class LoopData:
                 stacklevel=4,
             )
         return 0
+
+
+def _do_nothing() -> None:
+    """Do nothing."""
 
 
 def sized_len(loader: Any) -> int | None:

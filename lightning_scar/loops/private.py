@@ -77,7 +77,7 @@ def batches_per_fetch(loader: Any) -> int:
 
 def shuffle_seed(loader: Any) -> int | None:
     """Return the seed of a loader's order, which is combined with the epoch; ``None`` if it has none."""
-    sampler = get_sampler(loader)
+    sampler = get_sampler(loader) if hasattr(loader, "sampler") else None
     return sampler.initial_seed if isinstance(sampler, SeedableRandomSampler) else None
 
 

@@ -85,6 +85,7 @@ class LoopTraining:
         self._steps_before = 0
         self._is_updating = False
         self.engine = continuation.engine = Continuation(self, member, continuation.policy)
+        loop.state.data.at_end = self.engine.end_epoch
 
     @property
     def ranks(self) -> Ranks:
