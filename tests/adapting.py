@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from helpers import TinyModel
+from helpers import TinyModel, WithABody
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -13,16 +13,8 @@ from torch.optim import SGD
 MOMENTUM = partial(SGD, lr=0.01, momentum=0.9)
 
 
-class Renamed(TinyModel):
+class Renamed(WithABody):
     """Reads what was saved when ``body`` was called ``net``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = self.net
-        del self.net
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
         renamed = {name.replace("net.", "body."): value for name, value in state_dict.items()}

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lived import Saved, assert_as_lived, at
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_scar import SCARCheckpoint
 from lightning_scar.core.blocks import rows
@@ -34,6 +34,26 @@ def samples(batches: int = BATCHES) -> TensorDataset:
 
 def loader(batches: int = BATCHES, **options: Any) -> DataLoader[Any]:
     return DataLoader(samples(batches), batch_size=BATCH_SIZE, **options)
+
+
+class Stream(IterableDataset[Any]):
+    """Knows its place, but not its length."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        data = samples()
+        for i in range(self.done, BATCHES * BATCH_SIZE):
+            self.done = i + 1
+            yield data[i]
+        self.done = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
 
 
 class TinyModel(pl.LightningModule):
@@ -83,6 +103,18 @@ class TinyModel(pl.LightningModule):
 
     def on_train_end(self) -> None:
         self.final = copy.deepcopy(private.dump_checkpoint(self.trainer))
+
+
+class WithABody(TinyModel):
+    """Calls ``body`` what the other models call ``net``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = self.net
+        del self.net
+
+    def forward(self, x: Any) -> Any:
+        return self.body(x)
 
 
 class Stopped(Exception):

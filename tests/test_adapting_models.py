@@ -14,6 +14,7 @@ from helpers import (
     StopAfter,
     Stopped,
     TinyModel,
+    WithABody,
     assert_blocks_as_lived,
     assert_same,
     cut_short,
@@ -104,17 +105,7 @@ class Deeper(TinyModel):
         return self.make_optimizer([*self.first.parameters(), *self.net.parameters()])
 
 
-class NothingInCommon(TinyModel):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = self.net
-        del self.net
-
-    def forward(self, x: Any) -> Any:
-        return self.body(x)
-
-
-class SaysNothing(NothingInCommon):
+class SaysNothing(WithABody):
     def load_state_dict(self, state_dict: Any, strict: bool = True, **options: Any) -> Any:
         return super().load_state_dict(state_dict, strict=False, **options)
 
@@ -122,7 +113,7 @@ class SaysNothing(NothingInCommon):
 REFUSED: dict[str, tuple[Callable[[], TinyModel], list[str]]] = {
     "another model": (Deeper, ["missing: first.weight", r"reshaped: net.2.bias is (1,) in the checkpoint, (3,)"]),
     "another optimizer": (TwoRates, ["[[4]] parameters in the groups of each, now [[2, 2]]"]),
-    "nothing in common": (NothingInCommon, ["missing: body.0.weight", "extra: net.0.weight"]),
+    "nothing in common": (WithABody, ["missing: body.0.weight", "extra: net.0.weight"]),
     "nothing loaded": (SaysNothing, ["nothing of", "no tensor of the model has changed"]),
 }
 
@@ -241,7 +232,7 @@ def test_a_run_goes_on_from_what_fitted(tmp_path: Path) -> None:
     assert_blocks_as_lived(tmp_path, model.live | resumed.live)
 
 
-@pytest.mark.parametrize("model", [NothingInCommon, SaysNothing])
+@pytest.mark.parametrize("model", [WithABody, SaysNothing])
 def test_nothing_is_not_what_fits(model: Any, tmp_path: Path) -> None:
     message = r"nothing of .* was loaded: no tensor of the model has changed"
     cut_short(saver(tmp_path / "trainer", **EXACT), after=5)

@@ -12,6 +12,7 @@ import torch
 from helpers import (
     BATCH_SIZE,
     TinyModel,
+    WithABody,
     assert_same,
     cut_short,
     fit,
@@ -306,15 +307,7 @@ class _AtStart(Other):
 
 
 def test_a_hook_of_the_users_may_make_it_fit(tmp_path: Path) -> None:
-    class Renamed(TinyModel):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = self.net
-            del self.net
-
-        def forward(self, x: Any) -> Any:
-            return self.body(x)
-
+    class Renamed(WithABody):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name.replace("net", "body"): value for name, value in state.items()}

@@ -3,17 +3,17 @@
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import loop_runs
 import pytest
 import torch
-from helpers import BATCH_SIZE, BATCHES, samples
+from helpers import BATCH_SIZE, Stream, samples
 from lightning.fabric import Fabric
 from loop_runs import Net, accelerator, seedable
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_scar import SCARAccelerator, SCARLoop
@@ -66,26 +66,6 @@ def dispatched(dirpath: Path, loader: Any) -> tuple[SCARLoop, Any]:
 
 def split(dirpath: Path, loader: Any) -> tuple[SCARLoop, Any]:
     return with_accelerate(dirpath, loader, split_batches=True)
-
-
-class Stream(IterableDataset[Any]):
-    """Knows its place, but not its length."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        data = samples()
-        for i in range(self.done, BATCHES * BATCH_SIZE):
-            self.done = i + 1
-            yield data[i]
-        self.done = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done = state["done"]
 
 
 def shuffled(**options: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import BATCH_SIZE, BATCHES, TinyModel, cut_short, fit, loader, samples, saver
+from helpers import BATCH_SIZE, BATCHES, Stream, TinyModel, cut_short, fit, loader, samples, saver
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     Sampler,
     SubsetRandomSampler,
@@ -164,26 +163,6 @@ def test_several_loaders_continue_each_at_its_own_place(mode: str, after: int, m
     make = partial(pair, mode)
     whole = seen_by(make, f"{memory_url}/whole", None, Either, max_epochs=2)
     assert seen_by(make, f"{memory_url}/cut", after, Either, max_epochs=2) == whole
-
-
-class Stream(IterableDataset[Any]):
-    """Knows its place, but not its length."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        data = samples()
-        for i in range(self.done, SAMPLES):
-            self.done = i + 1
-            yield data[i]
-        self.done = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done = state["done"]
 
 
 class StreamLoader:

@@ -51,6 +51,21 @@ def recipe(batch_sampler: Any) -> dict[str, Any] | None:
     return None
 
 
+def not_shared_out(before: int, now: int) -> str:
+    """Return what to say if the rest of an epoch cannot be shared out.
+
+    Args:
+        before: The number of ranks that saved it.
+        now: The number of present ranks.
+
+    """
+    return (
+        f"lightning-scar: this run was saved by {before} ranks and is resumed by {now}, which divide the data in an "
+        "order of their own: in this epoch, some samples will be repeated and others skipped. Resume on "
+        f"{before} ranks to avoid it."
+    )
+
+
 class RestOfEpoch:
     """What is not done of an epoch that several ranks have begun.
 
@@ -67,18 +82,19 @@ class RestOfEpoch:
         self._done = done
 
     @classmethod
-    def of(cls, state: Mapping[str, Any], done: int, ranks: int) -> "RestOfEpoch | None":
-        """Return the rest of a saved epoch; ``None`` if its order is not known.
+    def of(cls, state: Mapping[str, Any], done: int, ranks: int, batch_sampler: Any) -> "RestOfEpoch | None":
+        """Return the rest of a saved epoch; ``None`` if its order, or that of the present one, is not known.
 
         Args:
             state: The saved state of the order, with its ``"recipe"``; and ``"shared"``, the :meth:`state` of the rest
                 that its ranks had shared out, with the number of batches ``"at"`` that time.
             done: The number of batches that each rank had done.
             ranks: The number of ranks.
+            batch_sampler: The present batch sampler of the whole dataset, or of one rank.
 
         """
         known = state.get("recipe")
-        if known is None:
+        if known is None or recipe(batch_sampler) is None:
             return None
         shared = state.get("shared") or {"recipe": known, "began": state["began"], "done": 0, "at": 0}
         samples = shared["done"] + (done - shared["at"]) * ranks * known["batch_size"]

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_scar.core.data_order import EpochOrder, OwnGenerators, is_indexed
-from lightning_scar.core.shared_epoch import RestOfEpoch, recipe
+from lightning_scar.core.shared_epoch import RestOfEpoch, not_shared_out, recipe
 
 #: What is added to the state that Lightning saves of its training loop.
 _KEY = "orders"
@@ -183,11 +183,10 @@ class TrainingData:
         """
         now = self._trainer.world_size
         self._loop._combined_loader_states_to_load = []
-        total = self._total()
+        total, sampler = self._total(), _sampler(self._loaders[0])
         if self._begins_next:
             self._set_done((done + 1) * before if total is None else total)
-        elif total is not None and (rest := self._rest(done, before)) is not None:
-            sampler = _sampler(self._loaders[0])
+        elif total is not None and (rest := RestOfEpoch.of(self._state_of(0), done, before, sampler)) is not None:
             batches = rest.batches(self._trainer.global_rank, now, sampler.batch_size, sampler.drop_last)
             self._shared = {**rest.state(), "at": max(total - len(batches), 0), "epoch": self._epochs.started}
             order = self._orders[0]
@@ -197,11 +196,7 @@ class TrainingData:
             order.begin_with(batches)
             self._set_done(self._shared["at"])
         else:
-            rank_zero_warn(
-                f"lightning-scar: this run was saved by {before} ranks and is resumed by {now}, which divide the data "
-                "in an order of their own: in this epoch, some samples will be repeated and others skipped. Resume on "
-                f"{before} ranks to avoid it."
-            )
+            rank_zero_warn(not_shared_out(before, now))
             shared = done * before // now
             self._place(shared)
             self._discards = [
@@ -216,11 +211,6 @@ class TrainingData:
         if len(loaders) != 1 or not is_indexed(loaders[0]):
             return None
         return int(min(len(loaders[0]), limits[0]))
-
-    def _rest(self, done: int, before: int) -> RestOfEpoch | None:
-        """Return what is not done of the only loader's epoch; ``None`` if the order of its samples is not known."""
-        is_divided = recipe(_sampler(self._loaders[0])) is not None
-        return RestOfEpoch.of(self._state_of(0), done, before) if is_divided else None
 
     def _is_divided_anew(self) -> bool:
         """Return whether the rest of the epoch was shared out before, or has another batch size now."""

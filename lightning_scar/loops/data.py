@@ -14,7 +14,7 @@ from lightning_scar.core.data_order import EpochOrder, is_indexed
 from lightning_scar.core.private import forget_iterator
 from lightning_scar.core.random_generators import cpu_generators, set_random_generators
 from lightning_scar.core.ranks import Ranks
-from lightning_scar.core.shared_epoch import RestOfEpoch, recipe
+from lightning_scar.core.shared_epoch import RestOfEpoch, not_shared_out, recipe
 from lightning_scar.loops.framework import Framework
 
 
@@ -175,8 +175,8 @@ class LoopData:
     def _share_out(self, state: Mapping[str, Any], before: int, ranks: Ranks) -> int | None:
         assert self._order is not None
         sampler, batch_size = self._framework.whole_sampler(self._order.own)
-        rest = RestOfEpoch.of(state, self._done, before)
-        if rest is not None and recipe(sampler) is not None:
+        rest = RestOfEpoch.of(state, self._done, before, sampler)
+        if rest is not None:
             rank, size = self._framework.share(self.loader, ranks)
             self._shared = {**rest.state(), "at": 0}
             batches = rest.batches(rank, size, batch_size, sampler.drop_last)
@@ -188,12 +188,7 @@ class LoopData:
         self._done = self._done * before // ranks.world_size
         self._begin_at(state)
         if ranks.rank == 0:
-            warnings.warn(
-                f"lightning-scar: this run was saved by {before} ranks and is resumed by {ranks.world_size}, which "
-                "divide the data in an order of their own: in this epoch, some samples will be repeated and others "
-                f"skipped. Resume on {before} ranks to avoid it.",
-                stacklevel=4,
-            )
+            warnings.warn(not_shared_out(before, ranks.world_size), stacklevel=4)
         return 0
 
 
