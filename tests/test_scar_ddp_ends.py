@@ -127,6 +127,21 @@ def test_without_restarts_the_others_save_and_the_cause_is_shown(tmp_path: Path,
 
 
 @in_each_door
+def test_a_group_that_fails_again_and_again_though_nobody_dies_ends_the_job(tmp_path: Path, door: str) -> None:
+    """As with a device whose error does not go away. It is no endless loop, and what there is is saved."""
+    faults = [("training_step", 5, 0, "disconnect")] * 9
+    training = train(tmp_path, *faults, scar=SCAR, door=door, run=["--max-restarts", "2"])
+    assert training.code == 1, training.console
+    assert not training.results
+    assert training.console.count("; it forms again") == 2
+    report = training.console.partition("lightning-scar: the job failed: ")[2]
+    assert report.startswith("the group failed, though no worker died.\nAll workers live, but cannot work together")
+    assert "    rank 0: gloo: this rank alone has lost the connection\n" in report
+    assert load(tmp_path / "scar")["global_step"] == 5
+    assert len(training.processes) == 2
+
+
+@in_each_door
 def test_with_fewer_workers_than_min_world_size_they_save_and_stop(tmp_path: Path, door: str) -> None:
     faults = [("training_step", 11, 0, "kill")]
     training = train(tmp_path, *faults, strategy={"min_world_size": 2}, scar=SCAR, door=door)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from lightning_scar.continuation.outages import Outages
 from lightning_scar.continuation.protocol import Training
 from lightning_scar.core.exchange import receive, send
+from lightning_scar.elastic.worker.errors import PLANNED, Loss
 from lightning_scar.elastic.worker.member import Member
 
 
@@ -41,14 +42,14 @@ class Generations:
         self._member.enter_first(**self._training.group_options())
 
     def enter_next(
-        self, boundary: bool, closure: Callable[[], Any] | None = None, waited: float = 0.0, ready: bool = False
+        self, boundary: bool, closure: Callable[[], Any] | None = None, loss: Loss = PLANNED, ready: bool = False
     ) -> bool:
         """Leave the current generation, and join the next one that succeeds.
 
         Args:
             boundary: Whether this worker is between two steps, not in one.
             closure: The step's closure, for a worker that turns out to be behind.
-            waited: Seconds for which this worker was blocked before the failure.
+            loss: How this worker lost the current generation.
             ready: Shared with the others as :attr:`some_are_ready`.
 
         Returns:
@@ -59,26 +60,28 @@ class Generations:
         while True:
             self.leave()
             try:
-                self._enter(boundary or was_behind, waited)
+                self._enter(boundary or was_behind, loss)
                 was_behind |= self._synchronize(closure, ready, was_behind)
                 if dist.is_initialized():
                     self._training.wrap()
                     return was_behind
+                loss = PLANNED
             except Exception as error:
                 if not self._member.caused_by_peer_loss(error):
                     raise
+                loss = Loss.of(error, loss.waited)
 
     def leave(self) -> None:
         """Leave the group and unwrap the model."""
         self._training.unwrap()
         self._member.leave()
 
-    def _enter(self, boundary: bool, waited: float) -> None:
+    def _enter(self, boundary: bool, loss: Loss) -> None:
         options = self._training.group_options()
         if self.steps < 0:
             self._member.enter_as_joiner(**options)
         else:
-            self._member.enter_next(self.steps, boundary, waited, **options)
+            self._member.enter_next(self.steps, boundary, loss, **options)
 
     def _synchronize(self, closure: Callable[[], Any] | None, ready: bool, was_behind: bool) -> bool:
         """Send the state of the member with the most completed steps to those behind it."""

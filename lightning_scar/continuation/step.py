@@ -19,7 +19,7 @@ from lightning_scar.continuation.restart_state import pop_random_state, save_ran
 from lightning_scar.continuation.snapshot import StepSnapshot, random_state, set_random_state
 from lightning_scar.continuation.stale_gradients import StaleGradients, feasible
 from lightning_scar.elastic.protocol.messages import RESTART_EXIT_CODE
-from lightning_scar.elastic.worker.errors import RestartError, UnevenDataError
+from lightning_scar.elastic.worker.errors import PLANNED, Loss, RestartError, UnevenDataError
 from lightning_scar.elastic.worker.member import Member
 
 #: What the leader announces before the collectives of a step, so that all members know it after that step.
@@ -55,8 +55,10 @@ class Continuation:
         self._stale_gradients: StaleGradients | None = None
         #: Whether this worker made the last step itself, and must still read what was announced for after it.
         self._checks_announcement = False
-        #: The seconds for which this worker was blocked when it left its group between two steps; else ``None``.
-        self._left_alone: float | None = None
+        #: How this worker lost its group between two steps; ``None`` if it is in one.
+        self._left_alone: Loss | None = None
+        #: Whether this process has completed a step.
+        self._has_stepped = False
         #: The number of completed steps after which this worker had no more batches, for the last time.
         self._left_after = -1
         #: The state of the random generators after the last step.
@@ -135,12 +137,13 @@ class Continuation:
             except Exception as error:
                 if not self._can_survive(error):
                     raise
+                loss = self._loss(error, started)
             else:
                 self._complete()
                 self.outages.stepped()
                 self._checks_announcement = True
                 return output
-            if self._recover(closure, self._waited(started)):
+            if self._recover(closure, loss):
                 return None
 
     def accumulate(self, compute: Closure, gradients: bool) -> Any:
@@ -166,7 +169,7 @@ class Continuation:
         except Exception as error:
             if not self._can_survive(error):
                 raise
-        self._left_alone = self._waited(started)
+            self._left_alone = self._loss(error, started)
         self._generations.leave()
         self._snapshot.restore(gradients)
         self.outages.record_failure(self._generations.steps)
@@ -199,10 +202,10 @@ class Continuation:
             self._member.give_up(reason)
             raise UnevenDataError(reason) from error
 
-    def _waited(self, started: float) -> float:
+    def _loss(self, error: Exception, started: float) -> Loss:
         seconds = time.monotonic() - started
         # A worker whose collective timed out has waited long enough, whatever limit the supervisor has.
-        return seconds if seconds < self._training.timeout else _LONG_ENOUGH
+        return Loss.of(error, seconds if seconds < self._training.timeout else _LONG_ENOUGH)
 
     def _attempt(self, attempt: Attempt, closure: Closure) -> Any:
         if self._stale_gradients is not None:
@@ -220,6 +223,9 @@ class Continuation:
         self._generations.steps += 1
         self._generations.substeps = self._stale_gradients.applied if self._stale_gradients is not None else 0
         self._stale_gradients = None
+        if not self._has_stepped:
+            self._has_stepped = True
+            self._member.complete_start()
 
     def _announce(self) -> None:
         """Announce what follows the step, before its collectives."""
@@ -264,8 +270,8 @@ class Continuation:
 
         """
         if self._left_alone is not None:
-            self._left_alone = None
-            self._generations.enter_next(boundary=True)
+            loss, self._left_alone = self._left_alone, None
+            self._generations.enter_next(boundary=True, loss=loss)
         while not self._member.is_full:
             # Otherwise one that goes on would wait for this worker, and this one for replacements.
             self._member.end_epoch(self.steps, self._generations.epochs + (self.steps != self._left_after))
@@ -281,7 +287,7 @@ class Continuation:
         is_possible = self._training.is_first and self._training.can_admit
         return is_possible and self._member.caused_by_peer_loss(error)
 
-    def _recover(self, closure: Closure, waited: float) -> bool:
+    def _recover(self, closure: Closure, loss: Loss) -> bool:
         """Join the next generation.
 
         Returns:
@@ -297,14 +303,14 @@ class Continuation:
         if is_done:
             self._complete()
         self._stale_gradients = None
-        is_done |= self._generations.enter_next(boundary=is_done, closure=closure, waited=waited)
+        is_done |= self._generations.enter_next(boundary=is_done, closure=closure, loss=loss)
         self.outages.regrouped()
         self._check_size()
         while self._generations.some_were_behind:
             if is_done:
                 # The others are in the next step already. This worker runs alone up to there, and they wait for it.
                 self._generations.leave()
-                self._left_alone = 0.0
+                self._left_alone = PLANNED
                 return True
             is_done = self._generations.enter_next(boundary=False, closure=closure)
         if not is_done and not self._member.is_full and self.outages.policy.on_failure != "shrink":

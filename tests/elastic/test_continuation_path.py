@@ -1,11 +1,15 @@
 """Workers that speak the protocol, as real processes: replaced, stranded, stopped, hanging."""
 
 import os
+import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from elastic_helpers import ours, running, script, wait_for
+from elastic_helpers import ours, run, running, script, wait_for
+
+from lightning_scar.elastic.supervisor import coordinator
 
 #: Counts steps of 20 ms, with no process group, until all are together again after a failure.
 WORKER = """
@@ -55,7 +59,8 @@ def next_generation(number):
 
 
 def leave(step, boundary, waited=0.0):
-    events.append(Waiting(slot, spawn, generation.number, step, boundary, waited))
+    failure = "" if boundary else "reset by peer"
+    events.append(Waiting(slot, spawn, generation.number, step, boundary, waited, failure))
     return next_generation(generation.number)
 
 
@@ -64,6 +69,8 @@ look()
 with open(folder / f"pids{slot}", "a") as file:
     file.write(f"{os.getpid()}\\n")
 if number < 0:
+    if "late" in what and len((folder / f"pids{slot}").read_text().splitlines()) == 2:
+        time.sleep(1000)
     events.append(Ready(slot, spawn))
     generation = next_generation(-1)
     step = generation.step
@@ -74,7 +81,11 @@ events.append(Began(slot, spawn))
 while generation.number == 0 or len(generation.spawns) < world_size or "endless" in what:
     time.sleep(0.02)
     step += 1
+    if step == 1:
+        events.append(Stepped(slot, spawn))
     (folder / f"step{slot}").write_text(str(step))
+    if "busy" in what and slot == 0 and generation.number == 0 and step == 3:
+        time.sleep(4)
     look()
     g = generation.number
     if "hang" in what and g == 0 and slot == 1:
@@ -128,6 +139,30 @@ def test_a_hanging_worker_is_replaced(tmp_path: Path) -> None:
         _, err = supervisor.communicate(timeout=60)
     assert supervisor.returncode == 0, err
     assert ours(err) == ["rank 1 hung and was killed; starting a replacement"]
+
+
+def test_a_lone_survivor_that_is_busy_is_not_killed(tmp_path: Path) -> None:
+    options = ["--nproc-per-node", "2", "--hang-timeout", "1"]
+    with running(*options, script(tmp_path, WORKER), tmp_path, "busy") as supervisor:
+        kill_when_training(tmp_path, 1, others=(0,))
+        _, err = supervisor.communicate(timeout=60)
+    assert supervisor.returncode == 0, err
+    [death, silence] = ours(err)
+    assert death == "rank 1 was killed by SIGKILL; starting a replacement"
+    assert "for 1 s nothing was heard of rank 0. Nobody else waits" in silence
+    assert [pids(tmp_path, slot) for slot in range(2)] == [1, 2]
+
+
+def test_a_replacement_that_hangs_on_its_way_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator, "_LEAST_PATIENCE", 2)
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill_when_training, tmp_path, 1, (0, 2))
+        done = run("--nproc-per-node", "3", script(tmp_path, WORKER), tmp_path, "late")
+        killing.result()
+    assert done.returncode == 0, done.stderr
+    [_, late] = ours(done.stderr)
+    assert re.match(r"rank 1 was not ready within \d+ s \(the first start took \d+ s\) and was killed; starting", late)
+    assert [pids(tmp_path, slot) for slot in range(3)] == [1, 3, 1]
 
 
 def test_stranded_workers_start_again_from_what_one_kept(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from lightning_scar.elastic.protocol.messages import (
     Registered,
     Restart,
     Spawn,
+    Stepped,
     Stop,
     StopAsked,
     Stranded,
@@ -76,7 +77,12 @@ class Job:
         return self.tell(Exited(slot, self.spawns[slot], code, tail))
 
     def waits(self, slot: int, step: int, boundary: bool = False, waited: float = 0.0) -> list[Notice]:
-        return self.tell(Waiting(slot, self.spawns[slot], self.generation.number, step, boundary, waited))
+        """At a boundary they leave to take others in, else since their group failed."""
+        failure = "" if boundary else "reset by peer"
+        return self.tell(Waiting(slot, self.spawns[slot], self.generation.number, step, boundary, waited, failure))
+
+    def all_wait(self, step: int) -> list[Notice]:
+        return [notice for slot in self.generation.members for notice in self.waits(slot, step)]
 
     def strands(self, slot: int, step: int) -> list[Notice]:
         return self.tell(Stranded(slot, self.spawns[slot], self.generation.number, step))
@@ -413,11 +419,161 @@ def test_nobody_hangs_while_nobody_waits(job: Job) -> None:
     assert job.later(100_000) == []
 
 
-def test_a_group_that_timed_out_with_all_waiting_forms_anew(job: Job) -> None:
+@pytest.mark.parametrize("died", [(2,), (1, 2)])
+def test_survivors_in_a_long_phase_of_their_own_are_not_killed(job: Job, died: tuple[int, ...]) -> None:
+    for slot in died:
+        job.died(slot)
+    assert job.later(101) + job.later(100_000) == []
+    ranks = "0" if len(died) == 2 else "0, 1"
+    assert f"killed by SIGKILL; for 100 s nothing was heard of rank {ranks}." in job.said[-1]
+    assert len([line for line in job.said if "nothing was heard" in line]) == 1
+
+
+def test_a_survivor_is_waited_for_since_the_first_of_them_waits(job: Job) -> None:
+    job.died(2)
+    job.later(5000)
+    job.waits(0, step=7)
+    assert job.later(99) == []
+    assert job.later(2) == [Kill(1, 1, signal.SIGKILL)]
+
+
+def test_a_survivor_whose_peer_died_while_it_waited_is_waited_for_no_more(job: Job) -> None:
+    job.died(2)
+    job.waits(0, step=7)
+    job.died(0)
+    assert job.later(5000) == []
+
+
+# -- a replacement that hangs ---------------------------------------------------------------------------------------
+
+
+def started(seconds: float, policy: Policy = POLICY) -> Job:
+    """A job whose slowest worker took so long to its first step, and whose rank 2 died then."""
+    job = Job(3, policy)
+    job.train()
+    for slot in range(3):
+        job.later(seconds / 3)
+        job.tell(Stepped(slot, job.spawns[slot]))
+    job.died(2)
+    job.waits(0, step=7)
+    job.waits(1, step=7)
+    return job
+
+
+@pytest.mark.parametrize(("took", "patience"), [(12, 60), (90, 180)])
+def test_a_replacement_that_hangs_in_its_set_up_is_replaced(took: float, patience: float) -> None:
+    job = started(took)
+    job.tell(Registered(2, job.spawns[2]))
+    assert job.later(patience - 1) == []
+    assert job.later(2) == [Kill(2, 3, signal.SIGKILL)]
+    assert job.later(1) == []
+    assert job.died(2) == [Spawn(2, 4, generation=-1, attempt=0)]
+    how = f"was not ready within {patience} s (the first start took {took} s) and was killed"
+    assert job.said[1:] == [f"rank 2 {how}; starting a replacement"]
+
+
+def test_replacements_that_hang_again_and_again_use_the_budget_up() -> None:
+    job = started(12, replace(POLICY, max_restarts=2))
+    for _ in range(2):
+        assert [type(notice) for notice in job.later(61)] == [Kill]
+        last = job.died(2)
+    assert Stop("rank 2 was not ready within 60 s (the first start took 12 s) and was killed") in last
+
+
+def test_a_replacement_that_is_ready_may_wait() -> None:
+    job = started(12)
+    job.is_ready(2)
+    assert job.later(1000) == []
+
+
+def test_nobody_knows_how_long_a_replacement_takes_before_the_first_step(job: Job) -> None:
+    job.died(2)
+    assert job.later(99) == []
+
+
+def test_the_first_step_of_a_replacement_says_nothing_of_the_start() -> None:
+    job = started(12)
+    job.later(59)
+    job.is_ready(2)
+    for slot in (0, 1):
+        job.waits(slot, step=9, boundary=True)
+    job.later(100)
+    job.tell(Stepped(2, job.spawns[2]))
+    job.died(2)
+    assert [type(notice) for notice in job.later(61)] == [Kill]
+
+
+# -- a group that fails though nobody dies --------------------------------------------------------------------------
+
+
+def test_a_group_that_fails_by_itself_forms_again(job: Job) -> None:
     for slot in range(3):
         job.waits(slot, step=7, waited=200)
     assert job.generation.number == 1
+    assert job.said == ["the group failed, though no worker died (rank 0: reset by peer); it forms again"]
+
+
+def test_a_group_that_fails_again_and_again_waits_longer_each_time_and_ends_the_job(job: Job) -> None:
+    job.all_wait(step=7)
+    for number, pause in ((1, 1), (2, 2)):
+        assert Broken(number, "rank 0 lost the connection") in job.all_wait(step=7)
+        assert job.said[-1].endswith(f"it forms again in {pause} s")
+        assert job.later(pause - 0.1) == []
+        assert job.later(0.2) == [Formed(Generation(number + 1, {0: 0, 1: 1, 2: 2}, source=0, step=7))]
+    why = "the group failed, though no worker died"
+    assert job.all_wait(step=7)[-1] == Stop(why, disbands=True)
+    # Who waits saves what it has.
+    assert job.later(10) == []
+    assert [notice for slot in range(3) for notice in job.died(slot, code=1)] == [Finish(1)]
+    assert job.said[-1].startswith(f"the job failed: {why}.\nAll workers live, but cannot work together")
+    assert "    rank 0: reset by peer\n" in job.said[-1]
+    assert "--max-restarts 3" in job.said[-1]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_without_a_step_in_between_no_failure_of_the_group_is_forgotten(job: Job, trains: bool) -> None:
+    """A connection that cannot be made may take half an hour to fail."""
+    told: list[Notice] = []
+    for i in range(1, 7):
+        told += job.later(1800) + job.all_wait(step=i if trains else 1)
+    assert any(isinstance(notice, Stop) for notice in told) is not trains
+
+
+def test_a_group_that_is_left_as_planned_has_not_failed(job: Job) -> None:
+    """Members wait for replacements outside of a group, and one may still be in a collective of the others."""
+    for _ in range(9):
+        job.tell(Waiting(0, 0, job.generation.number, step=7, boundary=False))
+        job.waits(1, step=7)
+        job.waits(2, step=7)
     assert job.said == []
+    assert job.generation.number == 9
+
+
+def test_a_failure_in_which_a_member_died_counts_once() -> None:
+    job = Job(3, replace(POLICY, max_restarts=1))
+    job.train()
+    job.all_wait(step=7)
+    assert job.waits(0, step=8) == [Broken(1, "rank 0 lost the connection")]
+    job.waits(1, step=8)
+    assert Stop(KILLED) in job.died(2)
+    assert len([line for line in job.said if "no worker died" in line]) == 1
+
+
+def test_a_group_that_cannot_form_to_stop_together_is_not_formed_for_ever(job: Job) -> None:
+    job.tell(StopAsked(15, 0))
+    said = [notice for _ in range(4) for notice in [*job.all_wait(step=7), *job.later(9)]]
+    assert said[-1] == Stop("the group failed, though no worker died", disbands=True)
+    assert job.all_wait(step=7) == []
+
+
+def test_starts_that_fail_again_and_again_though_nobody_died_wait_longer_each_time(job: Job) -> None:
+    pauses = []
+    for _ in range(3):
+        for slot in range(3):
+            job.strands(slot, step=-1)
+        started = [type(n) for slot in range(3) for n in job.died(slot, code=RESTART_EXIT_CODE)].count(Spawn)
+        pauses.append(0 if started else next(s for s in range(1, 9) if job.later(1)))
+    assert pauses == [0, 1, 2]
 
 
 # -- giving up --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from lightning_scar.elastic.protocol.messages import (
     Registered,
     Restart,
     Spawn,
+    Stepped,
+    Stop,
     StopAsked,
     Stranded,
     Waiting,
@@ -37,6 +39,7 @@ happenings = st.tuples(
         [
             "register",
             "begin",
+            "step",
             "wait",
             "wait",
             "switch",
@@ -69,6 +72,7 @@ class World:
         self.last_spawn = -1
         self.is_over = False
         self.is_restarting = False
+        self.is_disbanded = False
         self.node_1_is_there = True
         self.doomed: list[tuple[int, int]] = []
         policy = Policy(max_restarts=20, restart_window=3600, hang_timeout=30, stop_timeout=10, kill_grace=1)
@@ -94,6 +98,8 @@ class World:
             elif isinstance(notice, Restart):
                 assert all(slot in self.left for slot in self.living_members())
                 self.is_restarting = True
+            elif isinstance(notice, Stop):
+                self.is_disbanded |= notice.disbands
             elif isinstance(notice, Finish):
                 assert not self.living
                 self.is_over = True
@@ -101,6 +107,7 @@ class World:
     def check_formed(self, notice: Formed) -> None:
         generation = notice.generation
         assert generation.number > self.generation
+        assert not self.is_disbanded
         assert generation.source in generation.spawns
         if not self.living:
             self.is_restarting = False
@@ -132,13 +139,17 @@ class World:
             self.take(Registered(slot, spawn))
         elif what == "begin":
             self.take(Began(slot, spawn))
+        elif what == "step":
+            self.take(Stepped(slot, spawn))
         elif what == "end":
             self.take(Ended(slot, spawn))
         elif what in ("wait", "switch", "strand") and is_member:
             if self.left.get(slot) != "strand":
                 self.left[slot] = what
             stranded = Stranded(slot, spawn, self.generation, step)
-            waiting = Waiting(slot, spawn, self.generation, step, what == "switch")
+            waiting = Waiting(
+                slot, spawn, self.generation, step, what == "switch", 0.0, "" if what == "switch" else "reset"
+            )
             self.take(stranded if what == "strand" else waiting)
         elif what == "ready":
             self.left[slot] = "ready"

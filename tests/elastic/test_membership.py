@@ -210,7 +210,7 @@ def test_survivors_go_on_without_the_dead(crew: Crew) -> None:
     crew.kill(1)
     crew.events.append(Exited(1, 1, -signal.SIGKILL))
     deadline = time.monotonic() + SOON
-    while coordinator._present.generation.number == 0:
+    while coordinator._group.present.generation.number == 0:
         assert time.monotonic() < deadline
         for event in crew.events.news():
             crew.post(*coordinator.handle(event, time.monotonic()))

@@ -85,7 +85,7 @@ class Notices:
         >>> store = HashStore()
         >>> Notices(store).append(Stop("SIGTERM"))
         >>> list(Notices(store).news())
-        [Stop(reason='SIGTERM')]
+        [Stop(reason='SIGTERM', disbands=False)]
 
     """
 

@@ -70,6 +70,14 @@ class Began:
 
 
 @dataclass(frozen=True)
+class Stepped:
+    """A worker has completed its first step: its start is over."""
+
+    slot: int
+    spawn: int
+
+
+@dataclass(frozen=True)
 class Waiting:
     """A worker has left its generation and waits for the next one.
 
@@ -80,6 +88,7 @@ class Waiting:
         step: How many steps it has completed.
         boundary: Whether it is between two steps, where a joiner can be taken in, rather than within a step.
         waited: Seconds for which it had been blocked when it gave up.
+        failure: What failed in its generation, for the user; "" if it left as all its members do.
 
     """
 
@@ -89,6 +98,7 @@ class Waiting:
     step: int
     boundary: bool
     waited: float = 0.0
+    failure: str = ""
 
 
 @dataclass(frozen=True)
@@ -230,7 +240,9 @@ class Back:
     slots: tuple[int, ...]
 
 
-Event: TypeAlias = Registered | Began | Waiting | Stranded | Ready | Ended | GaveUp | Started | Exited | StopAsked
+Event: TypeAlias = (
+    Registered | Began | Stepped | Waiting | Stranded | Ready | Ended | GaveUp | Started | Exited | StopAsked
+)
 
 Change: TypeAlias = Lost | Back
 
@@ -295,10 +307,12 @@ class Stop:
 
     Args:
         reason: Why, for the user.
+        disbands: Whether no more generations form: whoever waits for the next one saves what it has.
 
     """
 
     reason: str
+    disbands: bool = False
 
 
 # -- notices: to agents ---------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ The rules, in the order of an outage:
    still in its start-up, or does not speak the protocol, nothing can be kept: all are ended and started again.
 3. Survivors that wait form the next generation (:class:`Formed`) as soon as all are there. One for which the others
    have waited too long hangs, and is killed. If one is stranded, one worker saves the state and all start again
-   (:class:`Restart`).
+   (:class:`Restart`). A generation that fails though nobody died is a failure, too.
 4. A replacement that is :class:`Ready` is announced (:class:`Joining`). The members agree on a step, and leave their
-   generation after it. The next generation takes the replacement in.
+   generation after it. The next generation takes the replacement in. One that is not ready in time is killed.
 
 When a node is :class:`Lost` all its workers died, and their slots stay empty until it is :class:`Back`.
 Failures beyond ``max_restarts`` and signals end the job: workers with something to save are told to (:class:`Stop`).
@@ -33,6 +33,7 @@ from lightning_scar.elastic.protocol.messages import (
     Ready,
     Registered,
     Restart,
+    Stepped,
     Stop,
     StopAsked,
     Stranded,
@@ -42,9 +43,18 @@ from lightning_scar.elastic.supervisor.crew import Crew
 from lightning_scar.elastic.supervisor.group import Group
 from lightning_scar.elastic.supervisor.policy import BackOff, Policy
 from lightning_scar.elastic.supervisor.roster import LostNodes, Phase, Remedy, Worker, furthest, remedy_for
-from lightning_scar.elastic.supervisor.wording import describe_exit, describe_stderr, out_of_restarts, signal_name
+from lightning_scar.elastic.supervisor.wording import (
+    FAILED_BY_ITSELF,
+    describe_exit,
+    describe_stderr,
+    no_group,
+    out_of_restarts,
+    signal_name,
+)
 
 _NOBODY_ELSE = "Nobody else can fill its slots. Start the job again when the node is back.\n"
+#: Seconds that a replacement has at least to get ready.
+_LEAST_PATIENCE = 60.0
 #: Signals within this time are one request to stop.
 _ONE_REQUEST_SECONDS = 1.0
 
@@ -64,13 +74,15 @@ class Coordinator:
         self._policy = policy
         self._tell_user = tell_user
         self._crew = Crew()
-        self._group = Group(self._crew, policy)
+        self._group = Group(self._crew, policy, tell_user)
         self._back_off = BackOff()
         self._lost_nodes = LostNodes()
         self._phase = Phase.OVER
         self._attempt = -1
         self._code = 0
         self._report = ""
+        #: How long the slowest worker took from its start to its first step; 0 if unknown.
+        self._slowest_start = 0.0
         #: When each node's agent first got a signal to stop.
         self._stop_asked_at: dict[int, float] = {}
         #: When workers that should exit are killed.
@@ -130,6 +142,8 @@ class Coordinator:
                 worker.registered = True
             case Began():
                 worker.began, worker.ended, worker.can_take_in = True, False, event.can_take_in
+            case Stepped() if not worker.is_replacement:
+                self._slowest_start = max(self._slowest_start, self._crew.now - worker.born)
             case Ended():
                 worker.ended = True
             case Ready():
@@ -147,7 +161,7 @@ class Coordinator:
 
     def _on_exit(self, worker: Worker, event: Exited) -> None:
         del self._crew[worker.slot]
-        how = "hung and was killed" if worker.hung else describe_exit(event.code)
+        how = f"{worker.fault} and was killed" if worker.fault else describe_exit(event.code)
         if event.code == 0 and (worker.ended or not worker.began):
             self._finished.add(worker.slot)
             return
@@ -190,15 +204,26 @@ class Coordinator:
                 replaced |= missing
             if remedy is Remedy.REPLACEMENT:
                 self._fill(missing)
+            self._kill_late()
             if self._group.is_stranded:
                 self._restart_stranded(members)
-            else:
-                self._group.regroup()
+            elif not self._group.regroup():
+                self._give_up(FAILED_BY_ITSELF, no_group(self._group.present.failures, self._policy), disbands=True)
 
     def _fill(self, missing: frozenset[int]) -> None:
         for slot in sorted(missing - self._lost_nodes.slots):
             if self._crew.now >= self._due.get(slot, 0.0):
                 self._crew.spawn(slot, generation=-1, attempt=self._attempt)
+
+    def _kill_late(self) -> None:
+        """Kill replacements that hang on their way in. The members are as they were."""
+        patience = max(_LEAST_PATIENCE, 2 * self._slowest_start)
+        for worker in self._crew.values():
+            is_on_its_way = not (worker.is_member or worker.ready or worker.killed)
+            if is_on_its_way and self._slowest_start and self._crew.now - worker.born > patience:
+                took = f"the first start took {self._slowest_start:.0f} s"
+                worker.fault = f"was not ready within {patience:.0f} s ({took})"
+                self._crew.kill(worker, signal.SIGKILL)
 
     def _restart_stranded(self, members: list[Worker]) -> None:
         present = self._group.present
@@ -210,6 +235,7 @@ class Coordinator:
             self._tell_user(f"the group cannot be put together again where it failed; {Remedy.RESTART.value}")
         keeper, _ = furthest([worker for worker in members if worker.began and worker.steps >= 0])
         self._crew.say(Restart(present.generation.number, keeper, ", ".join(present.deaths)))
+        self._due[-1] = self._crew.now + self._group.pause()
         self._leave(Phase.RESTARTING, self._policy.stop_timeout, spare_state=True)
 
     # -- ways out ---------------------------------------------------------------------------------------------------
@@ -238,9 +264,9 @@ class Coordinator:
         if self._crew:
             if self._crew.now >= self._deadline:
                 self._crew.kill_all()
-            elif self._phase is Phase.STOPPING and not self._is_disbanded:
-                # Survivors of an outage come together first, to stop after the same step; those that are stranded exit.
-                self._group.regroup()
+            # Survivors of an outage come together first, to stop after the same step; those that are stranded exit.
+            elif self._phase is Phase.STOPPING and not self._is_disbanded and not self._group.regroup():
+                self._disband(FAILED_BY_ITSELF)
         elif self._phase is Phase.STOPPING:
             self._phase = Phase.OVER
             if self._report:
@@ -287,10 +313,14 @@ class Coordinator:
         else:
             self._give_up(event.reason, out_of_restarts(self._policy))
 
-    def _give_up(self, failure: str, words: str = "") -> None:
+    def _disband(self, reason: str) -> None:
+        self._is_disbanded = True
+        self._crew.say(Stop(reason, disbands=True))
+
+    def _give_up(self, failure: str, words: str = "", disbands: bool = False) -> None:
         if self._crew.members:
             self._tell_user(f"{failure}; stopping the others")
         self._code = 1
         self._report = f"the job failed: {failure}.\n{words}".rstrip()
-        self._crew.say(Stop(failure))
+        self._disband(failure) if disbands else self._crew.say(Stop(failure))
         self._leave(Phase.STOPPING, self._policy.stop_timeout, spare_state=True)

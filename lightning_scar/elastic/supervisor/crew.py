@@ -57,7 +57,7 @@ class Crew(dict[int, Worker]):
             attempt: How many times all workers have been started again.
 
         """
-        self[slot] = Worker(slot, self.spawns, self.now, is_member=generation >= 0)
+        self[slot] = Worker(slot, self.spawns, self.now, is_member=generation >= 0, is_replacement=generation < 0)
         self.say(Spawn(slot, self.spawns, generation, attempt))
         self.spawns += 1
 

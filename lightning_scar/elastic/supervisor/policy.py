@@ -39,16 +39,24 @@ class Budget:
         self._policy = policy
         self._times: deque[float] = deque()
 
-    def spend(self, now: float) -> bool:
-        """Count a failure. Return whether it is within ``max_restarts``."""
+    def spend(self, now: float, forgets: bool = True) -> bool:
+        """Count a failure. Return whether it is within ``max_restarts``.
+
+        Args:
+            now: The time.
+            forgets: Whether failures before the window no longer count. They do if nothing has succeeded since.
+
+        """
         self._times.append(now)
-        while now - self._times[0] > self._policy.restart_window:
+        while forgets and now - self._times[0] > self._policy.restart_window:
             self._times.popleft()
         return len(self._times) <= self._policy.max_restarts
 
 
 class BackOff:
     """How long to wait before a slot is filled again: not at all at first, longer if its workers keep dying young.
+
+    The same holds for the group, which counts as the slot -1.
 
     Example::
 

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from lightning_scar.elastic.protocol.messages import Generation, Lost, Stranded, Waiting
 from lightning_scar.elastic.supervisor.policy import Budget
 
-#: Seconds that a worker has at least to notice that its generation is broken, before it counts as hanging.
+#: Seconds that a worker has at least to notice that another one has left, before it counts as hanging.
 _NOTICE_SECONDS = 2.0
 
 
@@ -25,18 +25,22 @@ class Worker:
     registered: bool = False
     #: Whether it has a state worth keeping.
     began: bool = False
+    #: Whether it took the place of one that died.
+    is_replacement: bool = False
     #: Whether its training takes replacements in.
     can_take_in: bool = True
     #: Whether its training is over.
     ended: bool = False
     #: Whether it waits to join.
     ready: bool = False
-    #: Whether it was killed because the others waited for it.
-    hung: bool = False
+    #: What it did that it was killed for, if it was, e.g. ``"hung"``.
+    fault: str = ""
     #: Whether SIGKILL is on its way.
     killed: bool = False
     #: How it left the present generation, if it has.
     left: Waiting | Stranded | None = None
+    #: When it did.
+    left_at: float = 0.0
 
     @property
     def has_state(self) -> bool:
@@ -65,38 +69,68 @@ class Present:
     """The present generation, until the next one forms."""
 
     generation: Generation
-    #: Whether it has failed.
-    is_broken: bool = False
+    #: When it failed, if it has.
+    broken_at: float | None = None
+    #: Whether the user was told that nobody has left it for long.
+    is_silence_told: bool = False
     #: Which of its members died, and how.
     deaths: list[str] = field(default_factory=list)
     #: Whether one of its failures was counted; all of them count once.
     is_counted: bool = False
-    #: Since when its members should leave: it broke, or the first one left.
-    leaving_since: float | None = None
+    #: When it formed.
+    formed: float = 0.0
+    #: What each member that has left it told of its failure.
+    failures: dict[int, str] = field(default_factory=dict)
+    #: Whether a member has left it as planned.
+    is_planned: bool = False
+    #: When the next one may form, after a failure of this one by itself.
+    due: float | None = None
 
-    def count_failure(self, budget: Budget, now: float, is_new: bool) -> bool:
+    def count_failure(self, budget: Budget, now: float, is_new: bool, forgets: bool = True) -> bool:
         """Count a failure, unless it is one more of this generation. Return whether a restart is within the budget.
 
         Args:
             budget: How many restarts are allowed.
             now: The time.
             is_new: Whether it counts in any case.
+            forgets: Whether failures long ago no longer count.
 
         """
         if self.is_counted and not is_new:
             return True
         self.is_counted = self.is_counted or not is_new
-        return budget.spend(now)
+        return budget.spend(now, forgets)
 
-    def hanging(self, members: Sequence[Worker], now: float, hang_timeout: float) -> list[Worker]:
-        """Return the living members for which the others have waited longer than ``hang_timeout``."""
-        if self.leaving_since is None:
-            return []
-        since = now - self.leaving_since
-        waited = max((worker.left.waited for worker in members if isinstance(worker.left, Waiting)), default=0.0)
-        if since < _NOTICE_SECONDS or since + waited <= hang_timeout:
-            return []
-        return [worker for worker in members if worker.left is None and not worker.killed]
+    @property
+    def is_broken(self) -> bool:
+        """Whether it has failed."""
+        return self.broken_at is not None
+
+    @property
+    def failed_by_itself(self) -> bool:
+        """Whether it failed though none of its members died."""
+        return self.is_broken and not self.deaths and not self.is_planned
+
+
+def hanging(members: Sequence[Worker], now: float, hang_timeout: float) -> list[Worker]:
+    """Return the members of a generation for which those that have left it wait longer than ``hang_timeout``.
+
+    A member is not waited for where none has left: it may be in a long validation of its own.
+
+    Args:
+        members: Its living members.
+        now: The time.
+        hang_timeout: Seconds.
+
+    """
+    waits = [
+        (now - worker.left_at, worker.left.waited if isinstance(worker.left, Waiting) else 0.0)
+        for worker in members
+        if worker.left is not None
+    ]
+    if not any(since >= _NOTICE_SECONDS and since + waited > hang_timeout for since, waited in waits):
+        return []
+    return [worker for worker in members if worker.left is None and not worker.killed]
 
 
 class Phase(Enum):

@@ -1,8 +1,15 @@
 """How the user is told of a worker's end."""
 
+import re
 import signal
+from collections.abc import Mapping
 
 from lightning_scar.elastic.supervisor.policy import Policy
+
+#: Why a generation failed whose members all live.
+FAILED_BY_ITSELF = "the group failed, though no worker died"
+#: How many different failures are told.
+_FAILURES = 3
 
 
 def signal_name(number: int) -> str:
@@ -41,6 +48,31 @@ def describe_stderr(slot: int, code: int, tail: str) -> str:
         return f"The last lines that rank {slot} wrote to its standard error:\n{indented}"
     hint = "; the system may have run out of memory (see dmesg)" if code == -signal.SIGKILL else ""
     return f"Rank {slot} wrote nothing to its standard error{hint}.\n"
+
+
+def distinct_failures(failures: Mapping[int, str]) -> list[str]:
+    """Return what members told of their group's failure, those first of which there are fewest: one is the cause.
+
+    Example::
+
+        >>> distinct_failures({0: "closed by peer [::1]:77", 1: "CUDA error", 2: "closed by peer [::1]:79"})
+        ['rank 1: CUDA error', 'rank 0: closed by peer [::1]:77']
+
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, failure in failures.items():
+        # They differ in addresses.
+        ranks.setdefault(re.sub(r"\d+", "", failure), []).append(rank)
+    return [f"rank {same[0]}: {failures[same[0]]}" for same in sorted(ranks.values(), key=len)]
+
+
+def no_group(failures: Mapping[int, str], policy: Policy) -> str:
+    """Return what it means that the group failed again and again though no worker died, and the remedy."""
+    told = "".join(f"    {failure}\n" for failure in distinct_failures(failures)[:_FAILURES])
+    return (
+        "All workers live, but cannot work together: a device fails again and again, or some cannot reach each other. "
+        f"They told at last:\n{told}{out_of_restarts(policy)}"
+    )
 
 
 def out_of_restarts(policy: Policy) -> str:

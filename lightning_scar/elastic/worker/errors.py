@@ -1,7 +1,38 @@
 """Why a worker cannot go on in its generation."""
 
+from typing import NamedTuple
 
-class CutOffError(RuntimeError):
+#: How much of an error is told.
+_ERROR_LENGTH = 200
+
+
+class Loss(NamedTuple):
+    """How a worker lost its generation.
+
+    Attributes:
+        waited: Seconds for which it had been blocked when it gave up.
+        failure: What failed, for the user; "" if it leaves as all members do.
+
+    """
+
+    waited: float = 0.0
+    failure: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, waited: float) -> "Loss":
+        """Return the one that an error shows."""
+        return cls(waited, next(iter(f"{error}".splitlines()), "")[:_ERROR_LENGTH] or type(error).__name__)
+
+
+#: A worker leaves as all members do.
+PLANNED = Loss()
+
+
+class FinalError(RuntimeError):
+    """Something other than the loss of another worker, which would lead to the next generation."""
+
+
+class CutOffError(FinalError):
     """The supervisor is gone. A worker that went on would train apart from the others."""
 
     def __init__(self) -> None:
@@ -15,7 +46,19 @@ class GroupLostError(RuntimeError):
         super().__init__("lightning-scar: the process group was lost")
 
 
-class UnevenDataError(RuntimeError):
+class NoGroupError(FinalError):
+    """The job ends, and no more generations form.
+
+    Args:
+        reason: Why, for the user.
+
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"lightning-scar: {reason}. The training stops. Start it again to resume from its last save.")
+
+
+class UnevenDataError(FinalError):
     """Another worker has no more batches where this one has, so nobody answers its collectives.
 
     Args:
@@ -30,7 +73,7 @@ class UnevenDataError(RuntimeError):
         )
 
 
-class RestartError(RuntimeError):
+class RestartError(FinalError):
     """All workers will be started again.
 
     Attributes:

@@ -23,12 +23,13 @@ from lightning_scar.elastic.protocol.messages import (
     Generation,
     Ready,
     Registered,
+    Stepped,
     StopAsked,
     Stranded,
     Waiting,
 )
 from lightning_scar.elastic.worker.epochs import Epochs
-from lightning_scar.elastic.worker.errors import CutOffError, GroupLostError, RestartError, UnevenDataError
+from lightning_scar.elastic.worker.errors import PLANNED, CutOffError, FinalError, GroupLostError, Loss, NoGroupError
 from lightning_scar.elastic.worker.notices import History, acknowledgements_key
 from lightning_scar.elastic.worker.sockets import Connections
 
@@ -88,6 +89,10 @@ class Member:
         """
         self._report(Began(self.slot, self._spawn, can_take_in))
 
+    def complete_start(self) -> None:
+        """Report that this worker has completed its first step."""
+        self._report(Stepped(self.slot, self._spawn))
+
     def end(self) -> None:
         """Report that the training is over."""
         self._report(Ended(self.slot, self._spawn))
@@ -104,23 +109,24 @@ class Member:
         self._history.wait_until(lambda: bool(self._history.generations))
         return self._form(self._history.generations[0], options)
 
-    def enter_next(self, step: int, boundary: bool, waited: float = 0.0, **options: Any) -> Generation:
+    def enter_next(self, step: int, boundary: bool, loss: Loss = PLANNED, **options: Any) -> Generation:
         """Wait for the generation after the present one, and form its process group.
 
         Args:
             step: How many optimizer steps this worker has completed.
             boundary: Whether it is between two steps rather than within one.
-            waited: Seconds for which it had been blocked when it gave up.
+            loss: How it lost the present generation.
             options: As for ``torch.distributed.init_process_group``.
 
         Raises:
             RestartError: If all workers will be started again instead.
+            NoGroupError: If the job ends instead, and no more groups form.
             CutOffError: If the supervisor is gone.
 
         """
         number = self._number
         self.leave()
-        self._report(Waiting(self.slot, self._spawn, number, step, boundary, waited))
+        self._report(Waiting(self.slot, self._spawn, number, step, boundary, loss.waited, loss.failure))
         return self._form(self._wait_for_next(number), options)
 
     def enter_as_joiner(self, **options: Any) -> Generation:
@@ -140,9 +146,7 @@ class Member:
         return self._form(self._wait_for_next(number), options)
 
     def strand(self, step: int) -> None:
-        """Wait to learn who saves the state, after a failure that cannot be repaired in this process.
-
-        Return if the job ends instead.
+        """Wait to learn who saves the state, after a failure that cannot be repaired here. Return if the job ends.
 
         Args:
             step: How many optimizer steps this worker has completed; -1 if it has no state.
@@ -185,8 +189,11 @@ class Member:
         return self.generation.number if self.generation is not None else self._first
 
     def _wait_for_next(self, number: int) -> Generation:
-        self._history.wait_until(lambda: any(g.number > number for g in self._history.generations))
-        return self._history.generations[-1]
+        history = self._history
+        history.wait_until(lambda: bool(history.disbanded) or any(g.number > number for g in history.generations))
+        if history.disbanded:
+            raise NoGroupError(history.disbanded)
+        return history.generations[-1]
 
     def _form(self, generation: Generation, options: dict[str, Any]) -> Generation:
         self.generation = generation
@@ -235,7 +242,7 @@ class Member:
 
     def caused_by_peer_loss(self, error: BaseException) -> bool:
         """Return whether an error comes from the loss of another worker, not from the program."""
-        if isinstance(error, CutOffError | RestartError | UnevenDataError) or not isinstance(error, Exception):
+        if isinstance(error, FinalError) or not isinstance(error, Exception):
             return False
         if isinstance(error, GroupLostError | dist.DistError):
             return True

@@ -54,6 +54,8 @@ class History:
         self.is_cut_off = False
         #: Whether the job ends.
         self.is_stopping = False
+        #: Why no more generations form; "" if they may.
+        self.disbanded = ""
         #: The generations that this worker is a member of, in order.
         self.generations: list[Generation] = []
         self._connect = connect
@@ -159,6 +161,7 @@ class History:
                 self._restart = notice
             case Stop():
                 self.is_stopping = True
+                self.disbanded = notice.reason if notice.disbands else ""
             case _:
                 pass
 
