@@ -1,6 +1,8 @@
 """Fixtures for all tests. That this file is here also lets tests say ``from helpers import ...``."""
 
 import logging
+import os
+import secrets
 import signal
 import uuid
 from collections.abc import Iterator
@@ -12,12 +14,16 @@ import s3fs
 from hypothesis import settings
 from prepared import PreparedPopen
 
+from lightning_scar.elastic.supervisor.token import VARIABLE as TOKEN
 from lightning_scar.storage.host_memory import VARIABLE
 
 # Other processes share the machine: how long an example takes says nothing.
 settings.register_profile("all", deadline=None)
 settings.register_profile("some", settings.get_profile("all"), max_examples=25)
 settings.load_profile("some")
+
+# Jobs on several nodes would make a file for it in the user's home directory.
+os.environ[TOKEN] = secrets.token_hex()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # The suite was started in the background, but its programs are sent Ctrl-C.

@@ -46,7 +46,7 @@ class Neighbours:
         self._store = store
         self._ranks = ranks
         self._settings = settings
-        self._address = _own_address(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        self._address = _own_address(_first_host())
         self._server: Server | None = None
         self._addresses: Addresses | None = None
         self.trouble: OSError | None = None
@@ -119,6 +119,11 @@ class Neighbours:
                 return False
             time.sleep(0.05)
         return True
+
+
+def _first_host() -> str:
+    """Return the address of the host of rank 0. Under `lightning-scar run` MASTER_ADDR is the end of a tunnel."""
+    return os.environ.get("LIGHTNING_SCAR_NODE_0") or os.environ.get("MASTER_ADDR", "127.0.0.1")
 
 
 def _own_address(other: str) -> str:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from lightning_scar.elastic.worker.sockets import Connections, with_silence_limit
+from lightning_scar.elastic.worker.sockets import Connections
 
 
 @pytest.fixture
@@ -118,11 +118,3 @@ def test_cutting_twice_or_nothing_is_no_error(stack: ExitStack) -> None:
     connections.cut()
     connections.cut()
     assert is_cut(one)
-
-
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
-def test_the_kernel_breaks_a_connection_whose_peer_is_silent(stack: ExitStack) -> None:
-    server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-    connection = with_silence_limit(lambda: stack.enter_context(socket.create_connection(server.getsockname())), 10)
-    assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
-    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1

@@ -19,6 +19,7 @@ from lightning_scar.elastic.protocol.messages import (
     Stop,
 )
 from lightning_scar.elastic.supervisor.admission import BEAT_SECONDS, Admission, beat, left_key, loss_key
+from lightning_scar.elastic.supervisor.gate import LOOPBACK, Tunnel
 from lightning_scar.elastic.supervisor.process import WorkerProcess
 
 #: Seconds that workers have to exit when the supervisor itself fails.
@@ -60,7 +61,7 @@ class Agent:
 
     Args:
         store: The supervisor's.
-        address: Its host and port.
+        tunnel: The way to it; ``None`` on node 0.
         layout: The nodes, and which of them this one is.
         admission: Its right to run this node's workers.
         command: What a worker runs.
@@ -71,7 +72,7 @@ class Agent:
     def __init__(
         self,
         store: TCPStore,
-        address: tuple[str, int],
+        tunnel: Tunnel | None,
         layout: Layout,
         admission: Admission,
         command: Sequence[str],
@@ -80,7 +81,7 @@ class Agent:
         self.code: int | None = None
         self.reason = ""
         self._store = store
-        self._address = address
+        self._tunnel = tunnel
         self._layout = layout
         self._admission = admission
         self._command = command
@@ -162,7 +163,7 @@ class Agent:
         self._events.append(Started(spawn.slot, spawn.spawn, worker.pid))
 
     def _environment_of(self, spawn: Spawn) -> dict[str, str]:
-        layout, (host, port) = self._layout, self._address
+        layout, group_port = self._layout, int(self._store.get(port_key(spawn.attempt)))
         values = {
             # torchrun's.
             "RANK": spawn.slot,
@@ -174,12 +175,12 @@ class Agent:
             "ROLE_NAME": "default",
             "ROLE_RANK": spawn.slot,
             "ROLE_WORLD_SIZE": layout.world_size,
-            "MASTER_ADDR": host,
-            "MASTER_PORT": self._store.get(port_key(spawn.attempt)).decode(),
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": group_port if self._tunnel is None else self._tunnel.port_to(group_port),
             "TORCHELASTIC_USE_AGENT_STORE": True,
             "TORCHELASTIC_RESTART_COUNT": spawn.attempt,
             # Ours.
-            "LIGHTNING_SCAR_STORE": f"{host}:{port}",
+            "LIGHTNING_SCAR_STORE": f"{LOOPBACK}:{self._store.port}",
             "LIGHTNING_SCAR_SLOT": spawn.slot,
             "LIGHTNING_SCAR_SPAWN": spawn.spawn,
             "LIGHTNING_SCAR_GENERATION": spawn.generation,

@@ -70,11 +70,13 @@ def _endpoint(options: Namespace) -> tuple[str, int]:
         if text and not text.isdecimal():
             raise LaunchError(f"--rdzv-endpoint is {options.rdzv_endpoint!r}; its form is host:port")
         port = int(text) if text else port
+    if port is not None and port >= 1 << 16:
+        raise LaunchError(f"the port is {port}; the highest is 65535")
     if options.nnodes == 1:
         return host or "127.0.0.1", port or 0
     if not host:
         raise LaunchError("several nodes need the address of node 0: add --rdzv-endpoint host:port on each")
-    return host, port or _DEFAULT_PORT
+    return host.strip("[]"), port or _DEFAULT_PORT
 
 
 def _workers(text: str) -> int:

@@ -1,6 +1,8 @@
 """Run a script in several workers and keep it running: ``lightning-scar run``."""
 
+import errno
 import json
+import os
 import signal
 import socket
 import sys
@@ -15,14 +17,16 @@ from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.protocol.log import Events
 from lightning_scar.elastic.protocol.messages import StopAsked
-from lightning_scar.elastic.supervisor.admission import SILENCE_SECONDS, Admission, NotAdmittedError, arrive
+from lightning_scar.elastic.supervisor.admission import Admission, NotAdmittedError, arrive
 from lightning_scar.elastic.supervisor.agent import Agent, Layout
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
+from lightning_scar.elastic.supervisor.gate import LOOPBACK, Gate, NotLetInError, Tunnel, loopback_store
 from lightning_scar.elastic.supervisor.node_zero import NodeZero
 from lightning_scar.elastic.supervisor.nodes import JOIN_SECONDS
 from lightning_scar.elastic.supervisor.policy import Policy
+from lightning_scar.elastic.supervisor.token import VARIABLE as TOKEN
+from lightning_scar.elastic.supervisor.token import TokenError, find_token
 from lightning_scar.elastic.supervisor.wording import signal_name
-from lightning_scar.elastic.worker.sockets import with_silence_limit
 from lightning_scar.elastic.worker.state_folder import VARIABLE
 
 _POLL_SECONDS = 0.02
@@ -43,7 +47,7 @@ class Job:
         layout: How many workers there are, on which nodes.
         policy: What happens when they fail.
         host: The address of node 0.
-        port: The port of its store; 0 for any free one.
+        port: The port where it lets other nodes in; with one node that of its store, 0 for any free one.
         run_id: A name of the job; random if empty.
         hang_timeout: What the user chose, passed to the workers; ``None`` for the process group's timeout.
 
@@ -71,14 +75,14 @@ def supervise(job: Job) -> int:
     signals: list[int] = []
     with ExitStack() as stack:
         stack.enter_context(_collected(signals))
-        store = _serve(job) if job.layout.node == 0 else _join(job, signals)
-        address = (job.host, store.port)
+        tunnel = None if job.layout.node == 0 else stack.enter_context(closing(_tunnel(job, signals)))
+        store = _serve(job, stack) if tunnel is None else _join(job, tunnel)
         folder = stack.enter_context(closing(MemoryFolder()))
         environment = _environment(job, store, folder)
         zero = NodeZero(store, job.layout, job.policy, tell_user) if job.layout.node == 0 else None
         admission = Admission() if zero is not None else _arrive(job, store, signals)
         try:
-            agent = stack.enter_context(closing(Agent(store, address, job.layout, admission, job.command, environment)))
+            agent = stack.enter_context(closing(Agent(store, tunnel, job.layout, admission, job.command, environment)))
             return _run(agent, zero, Events(store), signals, job.layout.node)
         except DistError as error:
             tell_user(f"the supervisor on node 0 is gone or out of reach; ending the workers of this node ({error})")
@@ -126,25 +130,41 @@ def _environment(job: Job, store: TCPStore, folder: MemoryFolder) -> dict[str, s
         "TORCHELASTIC_RUN_ID": json.loads(store.get("job"))["run_id"],
         "TORCHELASTIC_MAX_RESTARTS": str(job.policy.max_restarts),
         VARIABLE: str(folder.path),
+        # Workers do not need it, and what logs their environment should not know it.
+        TOKEN: "",
     }
     if job.hang_timeout is not None:
         environment["LIGHTNING_SCAR_HANG_TIMEOUT"] = str(job.hang_timeout)
+    if job.layout.nodes > 1:
+        environment["LIGHTNING_SCAR_NODE_0"] = job.host
+    else:
+        environment |= {name: value for name, value in _loopback_only().items() if name not in os.environ}
     return environment
+
+
+def _loopback_only() -> dict[str, str]:
+    """Return what keeps process groups on the loopback: those of gloo, NCCL, and torch's RPC."""
+    names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    return {f"{library}_SOCKET_IFNAME": name for name in names for library in ("GLOO", "NCCL", "TP")}
 
 
 # -- the store ------------------------------------------------------------------------------------------------------
 
 
-def _serve(job: Job) -> TCPStore:
+def _serve(job: Job, stack: ExitStack) -> TCPStore:
     try:
-        store = TCPStore(job.host, job.port, is_master=True, wait_for_workers=False)
-    except DistError as error:
-        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+        if job.layout.nodes == 1:
+            store = loopback_store(job.port)
+        else:
+            store = loopback_store()
+            stack.enter_context(closing(Gate(job.port, find_token(make=True), store.port, tell_user)))
+    except TokenError as error:
+        raise LaunchError(str(error)) from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             remedy = "omit --rdzv-endpoint and --master-port" if job.layout.nodes == 1 else "choose another one"
-            raise LaunchError(
-                f"port {job.port} of {job.host} is taken, perhaps by another job; {remedy}, or end that job"
-            ) from None
-        raise LaunchError(f"cannot listen on port {job.port} of {job.host}: {error}") from None
+            raise LaunchError(f"port {job.port} is taken, perhaps by another job; {remedy}, or end that job") from None
+        raise LaunchError(f"cannot listen on port {job.port}: {error}") from None
     about = {"run_id": job.run_id or uuid.uuid4().hex, "nodes": job.layout.nodes, "per_node": job.layout.per_node}
     # Before the job is published: agents append events as soon as they know it.
     Events.create(store)
@@ -152,14 +172,20 @@ def _serve(job: Job) -> TCPStore:
     return store
 
 
-def _join(job: Job, signals: list[int]) -> TCPStore:
+def _tunnel(job: Job, signals: list[int]) -> Tunnel:
     _wait_for_node_0(job, signals)
     try:
+        return Tunnel(job.host, job.port, find_token(make=False))
+    except (NotLetInError, TokenError) as error:
+        raise LaunchError(str(error)) from None
+    except OSError as error:
+        raise LaunchError(f"{job.host}:{job.port} does not answer as a supervisor does: {error}") from None
+
+
+def _join(job: Job, tunnel: Tunnel) -> TCPStore:
+    try:
         timeout = timedelta(seconds=_ANSWER_SECONDS)
-        store = with_silence_limit(
-            lambda: TCPStore(job.host, job.port, is_master=False, wait_for_workers=False, timeout=timeout),
-            SILENCE_SECONDS,
-        )
+        store = TCPStore(LOOPBACK, tunnel.port_to(), is_master=False, wait_for_workers=False, timeout=timeout)
         about = json.loads(store.get("job"))
     except DistError as error:
         raise LaunchError(f"{job.host}:{job.port} does not answer as a supervisor does: {error}") from None

@@ -9,6 +9,7 @@ from lightning_scar.elastic.protocol.log import Events, Notices
 from lightning_scar.elastic.protocol.messages import Arrived, Notice, Spawn
 from lightning_scar.elastic.supervisor.agent import Layout, port_key
 from lightning_scar.elastic.supervisor.coordinator import Coordinator
+from lightning_scar.elastic.supervisor.gate import loopback_store
 from lightning_scar.elastic.supervisor.nodes import Nodes
 from lightning_scar.elastic.supervisor.policy import Policy
 
@@ -69,5 +70,5 @@ class NodeZero:
         # would meet the addresses of dead workers (pytorch #135712).
         self._attempt = attempt
         if attempt > 0:
-            self._group_store = TCPStore(self._store.host, 0, is_master=True, wait_for_workers=False)
+            self._group_store = loopback_store()
         self._store.set(port_key(attempt), str(self._group_store.port))

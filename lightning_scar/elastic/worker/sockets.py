@@ -89,29 +89,6 @@ class Connections:
         self._opened |= set(_sockets()) - self._before
 
 
-def with_silence_limit(connect: Callable[[], T], seconds: int) -> T:
-    """Return what a function connects; the kernel breaks its connections when the peer's kernel is silent for so long.
-
-    Without that a question to a host that has vanished would wait for ever.
-
-    Args:
-        connect: Opens the connections.
-        seconds: How much silence is too much.
-
-    """
-    before = set(_sockets())
-    result = connect()
-    for descriptor, _ in set(_sockets()) - before:
-        with socket.socket(fileno=os.dup(descriptor)) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            limits = {"KEEPIDLE": seconds // 2, "KEEPINTVL": 1, "KEEPCNT": seconds // 2, "USER_TIMEOUT": 1000 * seconds}
-            for name, value in limits.items():
-                # Not every system has them.
-                if hasattr(socket, f"TCP_{name}"):
-                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
-    return result
-
-
 def _sockets() -> Iterator[_Socket]:
     for name in os.listdir(_DESCRIPTORS):
         with suppress(OSError):
