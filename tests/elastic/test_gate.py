@@ -47,9 +47,7 @@ def front() -> Iterator[Front]:
 
 
 def client(port: int, seconds: int = 10) -> TCPStore:
-    return TCPStore(
-        "127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds)
-    )
+    return TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
 
 
 def read(source: socket.socket, size: int) -> bytes:

@@ -4,13 +4,18 @@ import signal
 import subprocess
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from elastic_helpers import PLAIN, SLEEPER, assert_gone, ours, run, running, script, wait_for
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from lightning_scar.elastic.protocol.log import Events
+from lightning_scar.elastic.protocol.messages import StopAsked
 from lightning_scar.elastic.supervisor import admission, nodes
+from lightning_scar.elastic.supervisor.token import VARIABLE as TOKEN
 
 
 def options(node: int, port: int) -> list[str]:
@@ -51,13 +56,40 @@ def test_a_failure_ends_all_nodes(tmp_path: Path) -> None:
     assert ours(err) == ["the job ended: rank 1 exited with code 3"]
 
 
-def test_nodes_that_disagree(tmp_path: Path) -> None:
-    path, port = script(tmp_path, SLEEPER), get_free_port()
-    with running(*options(0, port), path, tmp_path, "sleep"):
-        wait_for(tmp_path / "pid0")
+def ask_to_stop(port: int) -> None:
+    """As a stranger would who knows the protocol."""
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=1))
+    Events(store).append(StopAsked(signal.SIGTERM, node=0))
+
+
+def test_who_does_not_belong_to_the_job_is_told_so_and_the_job_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, port = script(tmp_path, PLAIN), get_free_port()
+    with (
+        running(*options(0, port), path, tmp_path, "wait") as first,
+        running(*options(1, port), path, tmp_path, "wait") as other,
+    ):
+        wait_for(tmp_path / "step0", tmp_path / "step1")
         done = run(*options(1, port), "--nproc-per-node", "2", path, tmp_path)
-    assert done.returncode == 1
-    assert "--nproc-per-node is 2 on this node and 1 on node 0" in done.stderr
+        assert done.returncode == 1
+        assert ours(done.stderr) == [
+            "--nproc-per-node is 2 on this node and 1 on node 0; give the same on all",
+        ]
+        with pytest.raises((DistError, RuntimeError)):
+            ask_to_stop(port)
+        monkeypatch.setenv(TOKEN, "what somebody thinks it is")
+        done = run(*options(1, port), path, tmp_path)
+        assert done.returncode == 1
+        assert ours(done.stderr) == [
+            f"what answers at 127.0.0.1:{port} knows another token: give all nodes the same LIGHTNING_SCAR_TOKEN, or "
+            "copies of ~/.lightning-scar-token"
+        ]
+        (tmp_path / "go").touch()
+        (out, err), (other_out, _) = first.communicate(timeout=30), other.communicate(timeout=30)
+    assert (first.returncode, other.returncode) == (0, 0), err
+    assert (out, other_out) == ("rank 0 is done\n", "rank 1 is done\n")
+    assert ours(err) == ["127.0.0.1 does not know this job's token, and was turned away"]
 
 
 LOST = (

@@ -11,13 +11,17 @@ from elastic_helpers import PLAIN, SLEEPER, assert_gone, command, ours, run, run
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from lightning_scar.elastic.supervisor.command_line import main
+from lightning_scar.elastic.supervisor.token import VARIABLE as TOKEN
 
 
 def test_a_plain_script_whose_worker_is_killed_starts_again_and_ends_well(tmp_path: Path) -> None:
-    done = run("--nproc-per-node", "2", script(tmp_path, PLAIN), tmp_path, "kill")
+    # This process is the supervisor. With the second start it has two stores.
+    what = ["kill", "listen", str(os.getpid())]
+    done = run("--nproc-per-node", "2", script(tmp_path, PLAIN), tmp_path, *what)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == ["rank 0 is done", "rank 1 is done"]
     assert ours(done.stderr) == ["rank 1 was killed by SIGKILL; starting all workers again"]
+    assert {*wait_for(tmp_path / "listens0", tmp_path / "listens1")} == {"127.0.0.1"}
 
 
 def test_the_cause_is_shown_once_with_its_traceback(tmp_path: Path) -> None:
@@ -58,6 +62,18 @@ def test_workers_have_the_environment_of_torchrun(tmp_path: Path) -> None:
         "0 ['0', '0', '2', '2', '0', '1', '0', '2']",
         "1 ['1', '1', '2', '2', '0', '1', '1', '2']",
     ]
+
+
+def test_workers_are_led_to_the_loopback_and_not_told_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "what the user knows better")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv(TOKEN, "of another job on several nodes")
+    names = f"GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME MASTER_ADDR {TOKEN}"
+    text = f"import os; print(*[os.environ[name] for name in {names.split()}], sep='; ')"
+    done = run("--rdzv-endpoint", "an.address.of.this.node", script(tmp_path, text))
+    assert done.stdout == f"{'lo0' if sys.platform == 'darwin' else 'lo'}; what the user knows better; 127.0.0.1; \n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -54,7 +54,7 @@ def loopback_store(port: int = 0) -> TCPStore:
         is_master=True,
         wait_for_workers=False,
         # Before, libuv did not take a socket.
-        use_libuv=torch.__version__ >= (2, 8),
+        use_libuv=torch.__version__ >= "2.8",
         master_listen_fd=listener.detach(),
     )
 
