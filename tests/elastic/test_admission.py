@@ -1,7 +1,8 @@
 """Which agents run the workers of their nodes, as node 0 and they find out over a real store."""
 
-import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch.distributed import TCPStore
@@ -9,9 +10,17 @@ from torch.distributed import TCPStore
 from lightning_scar.elastic.protocol.log import Events, Notices
 from lightning_scar.elastic.protocol.messages import Arrived, Back, Change, Lost, Stop
 from lightning_scar.elastic.supervisor import admission as admissions
-from lightning_scar.elastic.supervisor.admission import Admission, NotAdmittedError, arrive, beat, loss_key
+from lightning_scar.elastic.supervisor.admission import (
+    Admission,
+    NotAdmittedError,
+    agent_name,
+    arrive,
+    beat,
+    loss_key,
+)
 from lightning_scar.elastic.supervisor.agent import Layout
 from lightning_scar.elastic.supervisor.nodes import Nodes
+from lightning_scar.elastic.supervisor.wakeups import Wakeups
 
 LOST, BACK = Lost(1, (2, 3)), Back(1, (2, 3))
 
@@ -23,13 +32,17 @@ class NodeZero:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.events = Events.create(self.store)
         self.notices = Notices(self.store)
+        self.wakeups = Wakeups()
         self.now = 0.0
-        self.nodes = Nodes(self.store, Layout(0, 2, per_node=2), self.notices, node_timeout, self.now)
+        layout = Layout(0, 2, per_node=2)
+        self.nodes = Nodes(self.store, layout, self.notices, self.wakeups.ring, node_timeout, self.now)
 
     def changes(self, publish: Callable[[Change], None] = lambda _: None) -> list[Change]:
         for event in self.events.news():
             assert isinstance(event, Arrived)
             self.nodes.handle(event)
+        for name in self.wakeups.gone():
+            self.nodes.disconnect(name)
         changes = []
         for change in self.nodes.changes(self.now):
             publish(change)
@@ -46,22 +59,23 @@ class NodeZero:
             changes += self.changes()
         return changes
 
-    def admit(self) -> Admission:
-        """A new agent of a node which has none."""
-        found: list[Admission] = []
-        thread = threading.Thread(target=lambda: found.append(come(self.client())))
-        thread.start()
-        while thread.is_alive():
-            self.changes()
-            thread.join(0.01)
-        return found[0]
+    def admit(
+        self, publish: Callable[[Change], None] = lambda _: None, moment: float = 0.0
+    ) -> tuple[Admission, Wakeups]:
+        """A new agent of a node which has none, and what its process holds open."""
+        wakeups = Wakeups(node_0=self.wakeups.port)
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(come, self, wakeups)
+            while not future.done():
+                self.now += moment
+                self.changes(publish)
+                self.wakeups.wait(0.01)
+        return future.result(), wakeups
 
-    def client(self) -> TCPStore:
-        return TCPStore("127.0.0.1", self.store.port, is_master=False, wait_for_workers=False)
 
-
-def come(store: TCPStore, stops: bool = False) -> Admission:
-    return arrive(store, 1, stops=lambda: stops)
+def come(zero: NodeZero, wakeups: Wakeups, stops: bool = False) -> Admission:
+    store = TCPStore("127.0.0.1", zero.store.port, is_master=False, wait_for_workers=False)
+    return arrive(store, 1, wakeups, stops=lambda: stops)
 
 
 @pytest.fixture
@@ -71,7 +85,7 @@ def zero() -> NodeZero:
 
 def test_the_first_agent_hears_everything(zero: NodeZero) -> None:
     zero.notices.append(Stop("before it came"))
-    assert zero.admit() == Admission(agent=1, skipped=0)
+    assert zero.admit()[0] == Admission(agent=1, skipped=0)
 
 
 def test_an_agent_that_falls_silent_is_lost_once_and_the_next_one_is_admitted(zero: NodeZero) -> None:
@@ -84,7 +98,7 @@ def test_an_agent_that_falls_silent_is_lost_once_and_the_next_one_is_admitted(ze
     assert zero.store.check([loss_key(1, 1)])
     zero.notices.append(Stop("what the first one should do"))
     # What was said to the one before is not for this one.
-    assert zero.admit() == Admission(agent=2, skipped=1)
+    assert zero.admit()[0] == Admission(agent=2, skipped=1)
     assert not zero.store.check([loss_key(1, 2)])
 
 
@@ -148,7 +162,7 @@ def test_a_node_with_two_agents(zero: NodeZero, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(admissions, "_GRACE_SECONDS", 0.1)
     zero.admit()
     with pytest.raises(NotAdmittedError):
-        come(zero.store)
+        come(zero, Wakeups())
     # It has gone, and is not admitted when the first one is lost.
     assert zero.later(12) == [LOST]
 
@@ -156,24 +170,70 @@ def test_a_node_with_two_agents(zero: NodeZero, monkeypatch: pytest.MonkeyPatch)
 def test_who_is_told_to_stop_waits_no_longer(zero: NodeZero) -> None:
     zero.admit()
     with pytest.raises(NotAdmittedError):
-        come(zero.store, stops=True)
+        come(zero, Wakeups(), stops=True)
     assert zero.later(12) == [LOST]
 
 
 def test_a_new_agent_begins_to_listen_behind_all_that_was_said_of_the_one_before(zero: NodeZero) -> None:
     zero.admit()
-    found: list[Admission] = []
-    thread = threading.Thread(target=lambda: found.append(come(zero.client())))
-    thread.start()
-    while thread.is_alive():
-        zero.now += 1
-        # As the coordinator does.
-        zero.changes(lambda change: zero.notices.append(Stop(repr(change))))
-        thread.join(0.01)
-    assert found[0].skipped == 1
+    # As the coordinator does.
+    admission, _ = zero.admit(lambda change: zero.notices.append(Stop(repr(change))), moment=1)
+    assert admission.skipped == 1
 
 
 def test_a_node_that_is_lost_once_more_is_given_up_once_more(zero: NodeZero) -> None:
     for _ in range(2):
         zero.admit()
         assert [change.for_good for change in zero.later(700) if isinstance(change, Lost)] == [False, True]
+
+
+# -- connections that break -------------------------------------------------------------------------------------------
+
+
+def hear_of_the_end(zero: NodeZero, wakeups: Wakeups) -> list[Change]:
+    """What changes when a process is gone: the system closes what it held open."""
+    wakeups.close()
+    changes: list[Change] = []
+    deadline = time.monotonic() + 30
+    while not changes and time.monotonic() < deadline:
+        zero.wakeups.wait(1)
+        changes = zero.changes()
+    return changes
+
+
+def test_an_agent_whose_process_ends_is_lost_at_once_and_the_next_one_is_admitted(zero: NodeZero) -> None:
+    _, wakeups = zero.admit()
+    assert zero.changes() == []
+    assert hear_of_the_end(zero, wakeups) == [LOST]
+    assert zero.later(100) == []
+    assert zero.store.check([loss_key(1, 1)])
+    assert zero.admit()[0].agent == 2
+
+
+def test_an_agent_that_waits_takes_the_place_of_one_whose_process_ends(zero: NodeZero) -> None:
+    _, wakeups = zero.admit()
+    zero.events.append(Arrived(1, 2))
+    assert hear_of_the_end(zero, wakeups) == [LOST, BACK]
+
+
+def test_an_agent_whose_process_ends_while_it_waits_is_not_admitted(zero: NodeZero) -> None:
+    _, first = zero.admit()
+    second = Wakeups(node_0=zero.wakeups.port)
+    second.introduce(agent_name(1, 2))
+    zero.events.append(Arrived(1, 2))
+    assert zero.changes() == []
+    second.close()
+    # It was there, had a name, and is gone.
+    for _ in range(3):
+        zero.wakeups.wait(0.1)
+    assert zero.changes() == []
+    assert hear_of_the_end(zero, first) == [LOST]
+
+
+def test_the_end_of_an_agent_that_was_lost_before_is_no_news(zero: NodeZero) -> None:
+    _, wakeups = zero.admit()
+    assert zero.later(12) == [LOST]
+    zero.admit()
+    wakeups.close()
+    zero.wakeups.wait(1)
+    assert zero.changes() == []

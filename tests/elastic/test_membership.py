@@ -34,6 +34,7 @@ from lightning_scar.elastic.protocol.messages import (
 )
 from lightning_scar.elastic.supervisor.coordinator import Coordinator
 from lightning_scar.elastic.supervisor.policy import Policy
+from lightning_scar.elastic.supervisor.wakeups import Wakeups
 from lightning_scar.elastic.worker.errors import CutOffError, RestartError
 from lightning_scar.elastic.worker.member import Member
 
@@ -53,14 +54,14 @@ class Crew:
     def __init__(self) -> None:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.events = Events.create(self.store)
-        self.notices = Notices(self.store)
+        self.wakeups = Wakeups()
+        self.notices = Notices(self.store, self.wakeups.ring)
         self.heard: list[Event] = []
         self.processes: dict[int, Any] = {}
         self.ears: dict[int, Connection] = {}
 
     def post(self, *notices: Notice) -> None:
-        for notice in notices:
-            self.notices.append(notice)
+        self.notices.append(*notices)
 
     def form(self, number: int, *slots: int, spawns: dict[int, int] | None = None, **fields: Any) -> Formed:
         formed = Formed(Generation(number, spawns or {slot: slot for slot in slots}, source=slots[0], **fields))
@@ -69,7 +70,7 @@ class Crew:
 
     def start(self, slot: int, work: Work, spawn: int | None = None, generation: int = 0, world_size: int = 4) -> None:
         ear, mouth = _CONTEXT.Pipe(duplex=False)
-        fields = (slot, slot if spawn is None else spawn, generation, world_size)
+        fields = (slot, slot if spawn is None else spawn, generation, world_size, self.wakeups.port)
         self.processes[slot] = _CONTEXT.Process(target=_work, args=(self.store.port, fields, work, mouth), daemon=True)
         self.processes[slot].start()
         mouth.close()
@@ -92,7 +93,7 @@ class Crew:
                 self.heard.append(event)
                 if type(event) in missing:
                     missing.remove(type(event))
-            time.sleep(0.01)
+            self.wakeups.wait(0.1)
 
     def kill(self, slot: int) -> None:
         self.processes[slot].kill()
@@ -101,9 +102,10 @@ class Crew:
     def close(self) -> None:
         for slot in self.processes:
             self.kill(slot)
+        self.wakeups.close()
 
 
-def _work(port: int, fields: tuple[int, int, int, int], work: Work, mouth: Connection) -> None:
+def _work(port: int, fields: tuple[int, ...], work: Work, mouth: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     try:
@@ -283,7 +285,9 @@ def test_who_fails_with_a_lost_peer_says_so(crew: Crew) -> None:
 
 
 def member_of(crew: Crew, slot: int = 0, spawn: int | None = None, generation: int = 0) -> Member:
-    return Member("127.0.0.1", crew.store.port, slot, slot if spawn is None else spawn, generation, world_size=4)
+    return Member(
+        "127.0.0.1", crew.store.port, slot, slot if spawn is None else spawn, generation, 4, crew.wakeups.port
+    )
 
 
 def blocked(function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
@@ -426,13 +430,15 @@ def _serve(mouth: Connection) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     Events.create(store)
     Notices(store).append(Formed(Generation(0, {0: 0, 1: 1}, source=0)))
-    mouth.send(store.port)
-    time.sleep(100)
+    wakeups = Wakeups()
+    mouth.send((store.port, wakeups.port))
+    while True:
+        wakeups.wait(100)
 
 
 @pytest.fixture
-def server() -> Iterator[tuple[Any, int]]:
-    """A process with a store, and its port."""
+def server() -> Iterator[tuple[Any, tuple[int, int]]]:
+    """A process with a store and doorbells, and their ports."""
     ear, mouth = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=_serve, args=(mouth,), daemon=True)
     process.start()
@@ -446,9 +452,9 @@ def kill(process: Any) -> None:
     process.join()
 
 
-def test_whoever_waits_for_a_killed_supervisor_is_told(server: tuple[Any, int]) -> None:
-    process, port = server
-    member = Member("127.0.0.1", port, 0, 0, 0, 2)
+def test_whoever_waits_for_a_killed_supervisor_is_told(server: tuple[Any, tuple[int, int]]) -> None:
+    process, (port, doorbell) = server
+    member = Member("127.0.0.1", port, 0, 0, 0, 2, doorbell)
     future = blocked(member.strand, 3)
     kill(process)
     with pytest.raises(CutOffError):
@@ -457,11 +463,12 @@ def test_whoever_waits_for_a_killed_supervisor_is_told(server: tuple[Any, int]) 
 
 
 @pytest.mark.parametrize("ask", [lambda m: m.announced(1), lambda m: m.enter_next(1, True)])
-def test_no_question_goes_to_a_killed_supervisor(server: tuple[Any, int], ask: Callable[[Member], Any]) -> None:
-    process, port = server
-    member = Member("127.0.0.1", port, 0, 0, 0, 2)
+def test_no_question_goes_to_a_killed_supervisor(
+    server: tuple[Any, tuple[int, int]], ask: Callable[[Member], Any]
+) -> None:
+    process, (port, doorbell) = server
+    member = Member("127.0.0.1", port, 0, 0, 0, 2, doorbell)
     kill(process)
-    # The next look at the store may be some milliseconds away.
     soon(lambda: member.is_broken)
     with pytest.raises(CutOffError):
         ask(member)
@@ -479,11 +486,11 @@ def stay(member: Member, say: Callable[[Any], None]) -> None:
     enter_next(member)
 
 
-def test_a_member_in_a_collective_is_woken_when_the_supervisor_is_killed(server: tuple[Any, int]) -> None:
-    process, port = server
+def test_a_member_in_a_collective_is_woken_when_the_supervisor_is_killed(server: tuple[Any, tuple[int, int]]) -> None:
+    process, (port, doorbell) = server
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(2)]
     workers = [
-        _CONTEXT.Process(target=_work, args=(port, (slot, slot, 0, 2), stay, pipes[slot][1]), daemon=True)
+        _CONTEXT.Process(target=_work, args=(port, (slot, slot, 0, 2, doorbell), stay, pipes[slot][1]), daemon=True)
         for slot in range(2)
     ]
     for worker in workers:

@@ -4,7 +4,7 @@ All :mod:`messages <lightning_scar.elastic.protocol.messages>` go through them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import get_args
 
@@ -13,6 +13,10 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from lightning_scar.elastic.protocol.messages import Arrived, Event, Formed, Generation, Joining, Notice
 
 _KINDS = {kind.__name__: kind for kind in (*get_args(Event), Arrived, *get_args(Notice))}
+
+
+def _quietly() -> None:
+    """Tell nobody."""
 
 
 def _encode(message: Event | Arrived | Notice) -> str:
@@ -36,6 +40,10 @@ def _decode(text: str | bytes) -> Event | Arrived | Notice:
 class Events:
     """The log of events: many writers, any of which may be killed while it writes; one reader, which removes them.
 
+    Args:
+        store: The supervisor's.
+        ring: Called after each event, to wake the reader.
+
     Example::
 
         >>> from torch.distributed import HashStore
@@ -50,8 +58,9 @@ class Events:
 
     _KEY = "events"
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, ring: Callable[[], None] = _quietly) -> None:
         self._store = store
+        self._ring = ring
 
     @classmethod
     def create(cls, store: Store) -> "Events":
@@ -64,6 +73,7 @@ class Events:
         self._store.append(self._KEY, _encode(event) + "\n")  # type: ignore[attr-defined]
         # The store does not confirm an append. When it answers a question after it, the event is there.
         self._store.check([self._KEY])
+        self._ring()
 
     def news(self) -> Iterator[Event | Arrived]:
         """Yield the events since the last call."""
@@ -78,6 +88,10 @@ class Events:
 class Notices:
     """The log of notices: one writer, the coordinator; any number of readers.
 
+    Args:
+        store: The supervisor's.
+        ring: Called after new notices, to wake the readers.
+
     Example::
 
         >>> from torch.distributed import HashStore
@@ -89,8 +103,9 @@ class Notices:
 
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, ring: Callable[[], None] = _quietly) -> None:
         self._store = store
+        self._ring = ring
         self._length = 0
         self._read = 0
 
@@ -99,20 +114,29 @@ class Notices:
         """How many notices this writer has appended."""
         return self._length
 
-    def append(self, notice: Notice) -> None:
-        """Append a notice."""
-        self._store.set(f"notice/{self._length}", _encode(notice))
-        self._length += 1
+    def append(self, *notices: Notice) -> None:
+        """Append notices."""
+        for notice in notices:
+            self._store.set(self._key(self._length), _encode(notice))
+            self._length += 1
+        if notices:
+            # The store does not confirm a set. When it answers a question after it, everybody can read it.
+            self._store.check([self._key(self._length - 1)])
+            self._ring()
 
     def skip(self, count: int) -> list[Notice]:
         """Return the first ``count`` notices, and begin to read after them."""
-        skipped = [_decode(self._store.get(f"notice/{i}")) for i in range(count)]
+        skipped = [_decode(self._store.get(self._key(i))) for i in range(count)]
         self._read = count
         return skipped  # type: ignore[return-value]
 
     def news(self) -> Iterator[Notice]:
         """Yield the notices since the last call."""
-        while self._store.check([f"notice/{self._read}"]):
-            notice = _decode(self._store.get(f"notice/{self._read}"))
+        while self._store.check([self._key(self._read)]):
+            notice = _decode(self._store.get(self._key(self._read)))
             self._read += 1
             yield notice  # type: ignore[misc]
+
+    @staticmethod
+    def _key(number: int) -> str:
+        return f"notice/{number}"

@@ -8,6 +8,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.protocol.log import Events
 from lightning_scar.elastic.protocol.messages import Arrived
+from lightning_scar.elastic.supervisor.wakeups import Wakeups
 
 #: Seconds between two heartbeats of an agent.
 BEAT_SECONDS = 1.0
@@ -33,6 +34,11 @@ class Admission:
 
     agent: int = 1
     skipped: int = 0
+
+
+def agent_name(node: int, agent: int) -> str:
+    """Return the name under which an agent introduces itself to node 0, which learns from it whose connection broke."""
+    return f"{node}/{agent}"
 
 
 def heartbeat_key(node: int, agent: int) -> str:
@@ -63,12 +69,13 @@ def beat(store: Store, node: int, agent: int) -> None:
     store.add(heartbeat_key(node, agent), 1)
 
 
-def arrive(store: Store, node: int, *, stops: Callable[[], bool]) -> Admission:
+def arrive(store: Store, node: int, wakeups: Wakeups, *, stops: Callable[[], bool]) -> Admission:
     """Wait to be admitted as the agent of a node: at once if it has none, else when that one is lost.
 
     Args:
         store: The supervisor's, on node 0.
         node: Which node.
+        wakeups: This supervisor's, connected to node 0.
         stops: Whether to stop waiting.
 
     Raises:
@@ -76,12 +83,14 @@ def arrive(store: Store, node: int, *, stops: Callable[[], bool]) -> Admission:
 
     """
     agent = store.add(f"arrivals/{node}", 1)
-    Events(store).append(Arrived(node, agent))
+    wakeups.introduce(agent_name(node, agent))
+    Events(store, wakeups.report).append(Arrived(node, agent))
     deadline = time.monotonic() + SILENCE_SECONDS + _GRACE_SECONDS
     while not store.check([admission_key(node, agent)]):
-        if stops() or time.monotonic() > deadline:
+        left = deadline - time.monotonic()
+        if stops() or left <= 0:
             store.set(loss_key(node, agent), "")
             raise NotAdmittedError
         beat(store, node, agent)
-        time.sleep(0.05)
+        wakeups.wait(min(left, BEAT_SECONDS))
     return Admission(agent, int(store.get(admission_key(node, agent))))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from lightning_scar.elastic.protocol.doorbell import LOOPBACK
 from lightning_scar.elastic.protocol.log import Events, Notices
 from lightning_scar.elastic.protocol.messages import (
     Exited,
@@ -19,7 +20,7 @@ from lightning_scar.elastic.protocol.messages import (
     Stop,
 )
 from lightning_scar.elastic.supervisor.admission import BEAT_SECONDS, Admission, beat, left_key, loss_key
-from lightning_scar.elastic.supervisor.gate import LOOPBACK, Tunnel
+from lightning_scar.elastic.supervisor.gate import Tunnel
 from lightning_scar.elastic.supervisor.process import WorkerProcess
 
 #: Seconds that workers have to exit when the supervisor itself fails.
@@ -66,6 +67,7 @@ class Agent:
         admission: Its right to run this node's workers.
         command: What a worker runs.
         environment: What is added to every worker's environment.
+        events: What it reports to.
 
     """
 
@@ -77,6 +79,7 @@ class Agent:
         admission: Admission,
         command: Sequence[str],
         environment: Mapping[str, str],
+        events: Events,
     ) -> None:
         self.code: int | None = None
         self.reason = ""
@@ -86,7 +89,7 @@ class Agent:
         self._admission = admission
         self._command = command
         self._environment = environment
-        self._events = Events(store)
+        self._events = events
         self._notices = Notices(store)
         self._workers: dict[int, tuple[Spawn, WorkerProcess]] = {}
         self._beat_at = 0.0

@@ -16,10 +16,9 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from lightning_scar.elastic.protocol.doorbell import LOOPBACK
 from lightning_scar.elastic.supervisor.admission import SILENCE_SECONDS
 from lightning_scar.elastic.supervisor.token import FILE, VARIABLE
-
-LOOPBACK = "127.0.0.1"
 
 _GREETING = b"lightning-scar gate 1\n"
 #: Bytes of a nonce, and of a proof.

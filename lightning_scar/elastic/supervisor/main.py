@@ -15,23 +15,28 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
+from lightning_scar.elastic.protocol.doorbell import LOOPBACK
 from lightning_scar.elastic.protocol.log import Events
 from lightning_scar.elastic.protocol.messages import StopAsked
 from lightning_scar.elastic.supervisor.admission import Admission, NotAdmittedError, arrive
 from lightning_scar.elastic.supervisor.agent import Agent, Layout
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
-from lightning_scar.elastic.supervisor.gate import LOOPBACK, Gate, NotLetInError, Tunnel, loopback_store
+from lightning_scar.elastic.supervisor.gate import Gate, NotLetInError, Tunnel, loopback_store
 from lightning_scar.elastic.supervisor.node_zero import NodeZero
 from lightning_scar.elastic.supervisor.nodes import JOIN_SECONDS
 from lightning_scar.elastic.supervisor.policy import Policy
 from lightning_scar.elastic.supervisor.token import VARIABLE as TOKEN
 from lightning_scar.elastic.supervisor.token import TokenError, find_token
+from lightning_scar.elastic.supervisor.wakeups import Wakeups
 from lightning_scar.elastic.supervisor.wording import signal_name
 from lightning_scar.elastic.worker.state_folder import VARIABLE
 
-_POLL_SECONDS = 0.02
+#: Seconds after which the supervisor looks for what is due by the clock.
+_TICK_SECONDS = 0.1
 #: Seconds that an agent waits for a key in the store.
 _ANSWER_SECONDS = 30
+#: Where the other nodes find the port on which node 0 is told of news.
+_DOORBELL_KEY = "doorbell"
 
 
 class LaunchError(Exception):
@@ -77,13 +82,17 @@ def supervise(job: Job) -> int:
         stack.enter_context(_collected(signals))
         tunnel = None if job.layout.node == 0 else stack.enter_context(closing(_tunnel(job, signals)))
         store = _serve(job, stack) if tunnel is None else _join(job, tunnel)
+        wakeups = stack.enter_context(closing(_wakeups(store, tunnel)))
+        stack.enter_context(wakeups.woken_by_signals())
         folder = stack.enter_context(closing(MemoryFolder()))
-        environment = _environment(job, store, folder)
-        zero = NodeZero(store, job.layout, job.policy, tell_user) if job.layout.node == 0 else None
-        admission = Admission() if zero is not None else _arrive(job, store, signals)
+        environment = _environment(job, store, folder, wakeups)
+        zero = NodeZero(store, job.layout, job.policy, wakeups, tell_user) if job.layout.node == 0 else None
+        admission = Admission() if zero is not None else _arrive(job, store, wakeups, signals)
+        events = Events(store, wakeups.report)
         try:
-            agent = stack.enter_context(closing(Agent(store, tunnel, job.layout, admission, job.command, environment)))
-            return _run(agent, zero, Events(store), signals, job.layout.node)
+            agent = Agent(store, tunnel, job.layout, admission, job.command, environment, events)
+            stack.enter_context(closing(agent))
+            return _run(agent, zero, events, wakeups, signals, job.layout.node)
         except DistError as error:
             tell_user(f"the supervisor on node 0 is gone or out of reach; ending the workers of this node ({error})")
             return 1
@@ -95,14 +104,15 @@ def tell_user(line: str) -> None:
         print(f"lightning-scar: {line}", file=sys.stderr, flush=True)
 
 
-def _run(agent: Agent, zero: NodeZero | None, events: Events, signals: list[int], node: int) -> int:
+def _run(agent: Agent, zero: NodeZero | None, events: Events, wakeups: Wakeups, signals: list[int], node: int) -> int:
+    wakeups.report()
     while agent.code is None:
+        wakeups.wait(_TICK_SECONDS)
         while signals:
             events.append(StopAsked(signals.pop(0), node))
         if zero is not None:
             zero.step()
         agent.step()
-        time.sleep(_POLL_SECONDS)
     if zero is not None:
         zero.wait_for_agents()
     elif agent.code:
@@ -125,10 +135,11 @@ def _collected(signals: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _environment(job: Job, store: TCPStore, folder: MemoryFolder) -> dict[str, str]:
+def _environment(job: Job, store: TCPStore, folder: MemoryFolder, wakeups: Wakeups) -> dict[str, str]:
     environment = {
         "TORCHELASTIC_RUN_ID": json.loads(store.get("job"))["run_id"],
         "TORCHELASTIC_MAX_RESTARTS": str(job.policy.max_restarts),
+        "LIGHTNING_SCAR_DOORBELL": str(wakeups.port),
         VARIABLE: str(folder.path),
         # Workers do not need it, and what logs their environment should not know it.
         TOKEN: "",
@@ -196,10 +207,18 @@ def _join(job: Job, tunnel: Tunnel) -> TCPStore:
     return store
 
 
-def _arrive(job: Job, store: TCPStore, signals: list[int]) -> Admission:
+def _wakeups(store: TCPStore, tunnel: Tunnel | None) -> Wakeups:
+    if tunnel is not None:
+        return Wakeups(node_0=tunnel.port_to(int(store.get(_DOORBELL_KEY))))
+    wakeups = Wakeups()
+    store.set(_DOORBELL_KEY, str(wakeups.port))
+    return wakeups
+
+
+def _arrive(job: Job, store: TCPStore, wakeups: Wakeups, signals: list[int]) -> Admission:
     node = job.layout.node
     try:
-        return arrive(store, node, stops=lambda: bool(signals))
+        return arrive(store, node, wakeups, stops=lambda: bool(signals))
     except NotAdmittedError:
         if signals:
             raise LaunchError(f"ended by {signal_name(signals[0])} before node 0 admitted this node") from None

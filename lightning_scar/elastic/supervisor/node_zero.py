@@ -12,9 +12,11 @@ from lightning_scar.elastic.supervisor.coordinator import Coordinator
 from lightning_scar.elastic.supervisor.gate import loopback_store
 from lightning_scar.elastic.supervisor.nodes import Nodes
 from lightning_scar.elastic.supervisor.policy import Policy
+from lightning_scar.elastic.supervisor.wakeups import Wakeups
 
 #: Seconds that agents have to read the last notice before the store closes.
 _LAST_NOTICE_SECONDS = 10.0
+_CHECK_SECONDS = 0.05
 
 
 class NodeZero:
@@ -24,16 +26,20 @@ class NodeZero:
         store: The supervisor's. It has the log of events.
         layout: The nodes.
         policy: What the user chose.
+        wakeups: This supervisor's.
         tell_user: Called with each line that the user should read.
 
     """
 
-    def __init__(self, store: TCPStore, layout: Layout, policy: Policy, tell_user: Callable[[str], None]) -> None:
+    def __init__(
+        self, store: TCPStore, layout: Layout, policy: Policy, wakeups: Wakeups, tell_user: Callable[[str], None]
+    ) -> None:
         self._store = store
         self._events = Events(store)
-        self._notices = Notices(store)
+        self._notices = Notices(store, wakeups.ring)
+        self._wakeups = wakeups
         self._coordinator = Coordinator(layout.world_size, policy, tell_user)
-        self._nodes = Nodes(store, layout, self._notices, policy.node_timeout, time.monotonic())
+        self._nodes = Nodes(store, layout, self._notices, wakeups.ring, policy.node_timeout, time.monotonic())
         self._attempt = -1
         self._group_store = store
         self._publish(self._coordinator.start(time.monotonic()))
@@ -46,6 +52,8 @@ class NodeZero:
                 self._nodes.handle(event)
             else:
                 self._publish(self._coordinator.handle(event, now))
+        for name in self._wakeups.gone():
+            self._nodes.disconnect(name)
         for change in self._nodes.changes(now):
             self._publish(self._coordinator.handle(change, now))
         self._publish(self._coordinator.tick(now))
@@ -55,7 +63,7 @@ class NodeZero:
         deadline = time.monotonic() + _LAST_NOTICE_SECONDS
         self.step()
         while time.monotonic() < deadline and not self._nodes.all_left():
-            time.sleep(0.05)
+            self._wakeups.wait(_CHECK_SECONDS)
             # An agent that has just arrived must read it, too.
             self.step()
 
@@ -63,7 +71,7 @@ class NodeZero:
         for notice in notices:
             if isinstance(notice, Spawn) and notice.attempt > self._attempt:
                 self._open_group_store(notice.attempt)
-            self._notices.append(notice)
+        self._notices.append(*notices)
 
     def _open_group_store(self, attempt: int) -> None:
         # Scripts form their group over a store of this process, after a restart over a new one: in the old one they

@@ -1,6 +1,6 @@
 """Which of the other nodes are in the job. Used on node 0 only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -11,6 +11,7 @@ from lightning_scar.elastic.supervisor.admission import (
     BEAT_SECONDS,
     SILENCE_SECONDS,
     admission_key,
+    agent_name,
     heartbeat_key,
     left_key,
     loss_key,
@@ -31,12 +32,14 @@ class _Agent:
         number: Which of the agents that the node ever had.
         beats: How many of its heartbeats were seen.
         silence: Seconds for which there was no new one.
+        is_gone: Whether its connection broke: its process is no more.
 
     """
 
     number: int
     beats: int = 0
     silence: float = 0.0
+    is_gone: bool = False
 
     def listen(self, beats: int) -> None:
         """Compare the heartbeats with those at the last check, one beat's time ago.
@@ -71,10 +74,10 @@ class _Node:
     is_given_up: bool = False
 
     @property
-    def is_silent(self) -> bool:
-        """Whether its agent has been silent for too long."""
+    def is_lost(self) -> bool:
+        """Whether its agent is gone, or has been silent for too long."""
         limit = SILENCE_SECONDS if self.waiting is None else min(SILENCE_SECONDS, _REPLACED_SECONDS)
-        return self.agent is not None and self.agent.silence >= limit
+        return self.agent is not None and (self.agent.is_gone or self.agent.silence >= limit)
 
 
 class Nodes:
@@ -87,14 +90,24 @@ class Nodes:
         store: The supervisor's.
         layout: The nodes.
         notices: What the coordinator has decided. Only the first agent of a node reads the notices of before.
+        ring: Called when an agent was admitted.
         node_timeout: Seconds to wait for a lost node.
         now: The time.
 
     """
 
-    def __init__(self, store: Store, layout: Layout, notices: Notices, node_timeout: float, now: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        layout: Layout,
+        notices: Notices,
+        ring: Callable[[], None],
+        node_timeout: float,
+        now: float,
+    ) -> None:
         self._store = store
         self._notices = notices
+        self._ring = ring
         self._node_timeout = node_timeout
         self._nodes = [_Node(number, tuple(layout.slots(number)), now) for number in range(1, layout.nodes)]
         self._checked_at = now
@@ -102,6 +115,14 @@ class Nodes:
     def handle(self, event: Arrived) -> None:
         """Note that an agent waits to be admitted."""
         self._nodes[event.node - 1].waiting = _Agent(event.agent)
+
+    def disconnect(self, name: str) -> None:
+        """Note that the connection of an agent broke. One that vanishes with its host falls silent instead."""
+        for node in self._nodes:
+            if node.agent is not None and name == agent_name(node.number, node.agent.number):
+                node.agent.is_gone = True
+            if node.waiting is not None and name == agent_name(node.number, node.waiting.number):
+                node.waiting = None
 
     def changes(self, now: float) -> Iterator[Change]:
         """Yield which nodes were lost or are back since the last call, and admit agents.
@@ -114,7 +135,7 @@ class Nodes:
             for node in self._nodes:
                 self._listen(node)
         for node in self._nodes:
-            if node.is_silent:
+            if node.is_lost:
                 yield self._lose(node, now)
             if node.waiting is not None and node.agent is None:
                 yield from self._admit(node, node.waiting)
@@ -147,7 +168,11 @@ class Nodes:
         is_first, node.was_there = not node.was_there, True
         node.agent, node.is_given_up = agent, False
         # Notices for the agent before it are not meant for this one.
-        self._store.set(admission_key(node.number, agent.number), str(0 if is_first else self._notices.length))
+        key = admission_key(node.number, agent.number)
+        self._store.set(key, str(0 if is_first else self._notices.length))
+        # It can be read when the store answers a question after it.
+        self._store.check([key])
+        self._ring()
         if not is_first:
             yield Back(node.number, node.slots)
 

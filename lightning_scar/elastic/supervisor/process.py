@@ -18,6 +18,8 @@ _TAIL_BYTES = 8192
 _TAIL_LINES = 30
 #: How long to wait for the rest of a dead worker's standard error: another process may hold it open and write to it.
 _LAST_WORDS_SECONDS = 5.0
+#: How long to wait for it at once.
+_END_SECONDS = 0.05
 
 
 class WorkerProcess:
@@ -98,6 +100,8 @@ class _ErrorStream:
     def finish(self) -> None:
         """Stop when the pipe is empty. Its end may never come: other processes may hold it open."""
         self._is_over.set()
+        # Most often it ends with the process.
+        self._thread.join(_END_SECONDS)
 
     @property
     def is_open(self) -> bool:

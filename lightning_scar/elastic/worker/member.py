@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from lightning_scar.elastic.protocol.doorbell import Doorbell
 from lightning_scar.elastic.protocol.log import Events
 from lightning_scar.elastic.protocol.messages import (
     Began,
@@ -47,10 +48,13 @@ class Member:
         spawn: The number of this process.
         generation: The generation that it starts in; -1 for a replacement.
         world_size: How many places there are.
+        doorbell: The port on this host where news is told.
 
     """
 
-    def __init__(self, host: str, port: int, slot: int, spawn: int, generation: int, world_size: int) -> None:
+    def __init__(
+        self, host: str, port: int, slot: int, spawn: int, generation: int, world_size: int, doorbell: int
+    ) -> None:
         self.slot = slot
         self.world_size = world_size
         #: The generation that this worker is in, or was in last; ``None`` for a replacement not yet taken in.
@@ -63,12 +67,13 @@ class Member:
             host, port, is_master=False, wait_for_workers=False, timeout=_CONNECT_TIMEOUT
         )
         self._store = self._connect()
-        self._events = Events(self._store)
+        bell = Doorbell(doorbell)
+        self._events = Events(self._store, bell.ring)
         self._connections = Connections()
         self.epochs = Epochs(slot, lambda: self._number)
         self._has_announced = False
         self._excepthook = sys.excepthook
-        self._history = History(self._connect, slot, spawn, self._wake, self._wake_if_left_behind)
+        self._history = History(self._connect, bell, slot, spawn, self._wake, self._wake_if_left_behind)
         # As Lightning does: a group's threads that return while the interpreter exits may crash the process.
         atexit.register(_destroy_group)
         self._report(Registered(slot, spawn))
@@ -201,8 +206,7 @@ class Member:
         # torch wraps the hook for every group, to put the rank in front of tracebacks.
         sys.excepthook = self._on_uncaught
         # A connection of its own can be cut, to wake this thread when it waits there for a worker that has died.
-        connection = self._connections.opened_by(self._connect)
-        with self._connections.recorded():
+        with self._connections.forming(self._connect, is_aborted="nccl" in str(options.get("backend"))) as connection:
             if self.is_broken:
                 # The notice came before there was anything to cut.
                 raise GroupLostError
@@ -390,7 +394,8 @@ def _destroy_group() -> None:
 def _of_environment() -> Member:
     host, _, port = os.environ["LIGHTNING_SCAR_STORE"].rpartition(":")
     slot, spawn, generation = (int(os.environ[f"LIGHTNING_SCAR_{name}"]) for name in ("SLOT", "SPAWN", "GENERATION"))
-    return Member(host, int(port), slot, spawn, generation, int(os.environ["WORLD_SIZE"]))
+    world_size, doorbell = (int(os.environ[name]) for name in ("WORLD_SIZE", "LIGHTNING_SCAR_DOORBELL"))
+    return Member(host, int(port), slot, spawn, generation, world_size, doorbell)
 
 
 def hang_timeout() -> timedelta | None:

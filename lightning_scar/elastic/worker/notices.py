@@ -2,10 +2,12 @@
 
 import atexit
 import threading
+import time
 from collections.abc import Callable
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from lightning_scar.elastic.protocol.doorbell import Doorbell
 from lightning_scar.elastic.protocol.log import Notices
 from lightning_scar.elastic.protocol.messages import (
     Broken,
@@ -18,10 +20,8 @@ from lightning_scar.elastic.protocol.messages import (
 )
 from lightning_scar.elastic.worker.errors import CutOffError, RestartError
 
-#: The number of reads between two calls of ``on_tick``.
-_READS_A_TICK = 25
-#: Seconds between two reads. A blocking wait could only be ended by breaking its connection.
-_POLL_SECONDS = 0.02
+#: Seconds between two calls of ``on_tick``.
+_TICK_SECONDS = 0.5
 
 
 def acknowledgements_key(generation: int) -> str:
@@ -34,6 +34,7 @@ class History:
 
     Args:
         connect: Opens a connection to the supervisor's store, for the reading thread alone.
+        doorbell: Rings when there are notices.
         slot: This worker's slot.
         spawn: Its spawn number.
         on_break: Called in that thread with the number of a generation that broke; with ``None`` if the supervisor is
@@ -45,6 +46,7 @@ class History:
     def __init__(
         self,
         connect: Callable[[], Store],
+        doorbell: Doorbell,
         slot: int,
         spawn: int,
         on_break: Callable[[int | None], None],
@@ -59,6 +61,7 @@ class History:
         #: The generations that this worker is a member of, in order.
         self.generations: list[Generation] = []
         self._connect = connect
+        self._doorbell = doorbell
         self._slot = slot
         self._spawn = spawn
         self._on_break = on_break
@@ -68,7 +71,7 @@ class History:
         self._joining: Joining | None = None
         self._restart: Restart | None = None
         self._changed = threading.Condition()
-        self._has_ended = threading.Event()
+        self._has_ended = False
         has_read = threading.Event()
         self._thread = threading.Thread(target=self._read, args=[has_read], name="scar-notices", daemon=True)
         self._thread.start()
@@ -117,20 +120,26 @@ class History:
                 self._apply(notice)
             self._acknowledge(store)
             has_read.set()
-            reads = 0
-            while not self._has_ended.wait(_POLL_SECONDS):
+            ticked_at = time.monotonic()
+            while self._doorbell.wait(ticked_at + _TICK_SECONDS - time.monotonic()):
                 for notice in notices.news():
                     self._handle(notice)
                     self._acknowledge(store)
-                reads += 1
-                if reads % _READS_A_TICK == 0:
+                if time.monotonic() - ticked_at >= _TICK_SECONDS:
+                    ticked_at = time.monotonic()
                     self._on_tick(store)
+            self._lose_supervisor()
         except Exception:
-            with self._changed:
-                self.is_cut_off = True
-                self._changed.notify_all()
-            self._on_break(None)
+            self._lose_supervisor()
             has_read.set()
+
+    def _lose_supervisor(self) -> None:
+        if self._has_ended:
+            return
+        with self._changed:
+            self.is_cut_off = True
+            self._changed.notify_all()
+        self._on_break(None)
 
     def _acknowledge(self, store: Store) -> None:
         """Tell the leader, once in a generation, that this worker knows why something may be announced in it."""
@@ -166,5 +175,8 @@ class History:
                 pass
 
     def _end(self) -> None:
-        self._has_ended.set()
-        self._thread.join(timeout=5)
+        # Not in a fork of this process, which would close the connection here, too.
+        if self._thread.is_alive():
+            self._has_ended = True
+            self._doorbell.close()
+            self._thread.join(timeout=5)

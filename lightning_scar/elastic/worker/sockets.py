@@ -7,103 +7,181 @@ died. A socket that is shut down fails at once at both ends, whatever holds refe
 import os
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeAlias, TypeVar
+
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from typing_extensions import override
 
 _DESCRIPTORS = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
-#: A descriptor and its inode: descriptors are used again, inodes of sockets are not.
-_Socket = tuple[int, int]
+#: The addresses of a connection's two ends: here and there.
+_Ends: TypeAlias = tuple[Any, Any]
 
 T = TypeVar("T")
 
 
+class _GroupStore(Store):
+    """Passes on what a group asks of its store, and keeps what members publish there: the addresses of gloo.
+
+    Args:
+        store: The store.
+
+    """
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+        self._published: dict[str, bytes] = {}
+
+    @property
+    def published(self) -> bytes:
+        """All that was published."""
+        return b"".join(list(self._published.values()))
+
+    def forget(self) -> None:
+        """Forget it."""
+        self._published = {}
+
+    @override
+    def set(self, key: str, value: Any) -> None:
+        self._published[key] = value if isinstance(value, bytes) else value.encode()
+        self._store.set(key, value)
+
+    @override
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        self._published[key] = value = self._store.get(key)
+        return value
+
+    @override
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        # A group sets its timeout here, not in what is behind this store.
+        self._store.wait(keys, self.timeout if timeout is None else timeout)  # type: ignore[attr-defined]
+
+    @override
+    def add(self, key: str, number: int) -> int:
+        return int(self._store.add(key, number))
+
+    @override
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        value: bytes = self._store.compare_set(key, expected, desired)
+        return value
+
+    @override
+    def check(self, keys: list[str]) -> bool:
+        return bool(self._store.check(keys))
+
+    @override
+    def delete_key(self, key: str) -> bool:
+        return bool(self._store.delete_key(key))
+
+    @override
+    def num_keys(self) -> int:
+        return int(self._store.num_keys())
+
+
 class Connections:
-    """The sockets that are opened while a process group forms.
+    """The sockets of a process group, and that of the store which it forms over; no others.
+
+    Threads may open sockets of their own while a group forms. Those of the group are known by their addresses: each
+    one connects two members that have published where they listen.
 
     Example::
 
-        >>> import socket
+        >>> server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         >>> connections = Connections()
-        >>> with connections.recorded():
-        ...     one, other = socket.socketpair()
+        >>> with connections.forming(lambda: TCPStore("127.0.0.1", server.port, wait_for_workers=False)) as store:
+        ...     store.set("here", "I am")
         >>> connections.cut()
-        >>> other.recv(1)
-        b''
 
     """
 
     def __init__(self) -> None:
-        self._before: set[_Socket] = set()
-        self._opened: set[_Socket] = set()
-        self._is_recording = False
+        self._store: _GroupStore | None = None
+        self._store_ends: set[_Ends] = set()
+        self._is_forming = False
         self._lock = threading.Lock()
 
-    def opened_by(self, connect: Callable[[], T]) -> T:
-        """Record the sockets that a function opens, and forget those before: another group begins.
-
-        They are not cut before it returns, since it would try again.
-        """
-        before = set(_sockets())
-        result = connect()
-        with self._lock:
-            self._opened = set(_sockets()) - before
-        return result
-
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record the sockets that this process opens in the ``with`` block."""
+    def forming(self, connect: Callable[[], TCPStore], is_aborted: bool = False) -> Iterator[Store]:
+        """Connect to a store, and yield it for a group to form over in the ``with`` block.
+
+        The group before is forgotten. The connection is not cut before it is made, since it would be tried again.
+
+        Args:
+            connect: Makes it.
+            is_aborted: Whether the group's own connections need not be known, since it is aborted. Threads of NCCL ask
+                the store at any time, when no Python may run.
+
+        """
+        before = {ends for _, ends in _connections()}
+        store = connect()
+        new = {ends for _, ends in _connections() if ends[1][1] == store.port} - before
         with self._lock:
-            self._before, self._is_recording = set(_sockets()), True
+            self._store, self._store_ends, self._is_forming = _GroupStore(store), new, True
         try:
-            yield
+            yield store if is_aborted else self._store
         finally:
             with self._lock:
-                self._record()
-                self._is_recording = False
+                self._is_forming = False
 
     def cut(self) -> None:
-        """Shut them down, from any thread. During a recording also those that are opened later in it."""
+        """Shut them down, from any thread. While the group forms also those that are opened later."""
         if self._cut_once():
-            threading.Thread(target=self._cut_until_recorded, name="lightning-scar cut", daemon=True).start()
+            threading.Thread(target=self._cut_until_formed, name="lightning-scar cut", daemon=True).start()
 
-    def _cut_until_recorded(self) -> None:
+    def _cut_until_formed(self) -> None:
         while self._cut_once():
             time.sleep(0.02)
 
     def _cut_once(self) -> bool:
         """Return whether more may come."""
         with self._lock:
-            if self._is_recording:
-                self._record()
-            for descriptor, number in self._opened:
-                _shut_down(descriptor, number)
-            self._opened = set()
-            return self._is_recording
+            if self._store is None:
+                return False
+            published = self._store.published
+            for connection, ends in _connections():
+                if ends in self._store_ends or any(_packed(connection, end) in published for end in ends):
+                    with suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
+            if not self._is_forming:
+                # Somebody else may get them.
+                self._store.forget()
+                self._store_ends = set()
+            return self._is_forming
 
-    def _record(self) -> None:
-        self._opened |= set(_sockets()) - self._before
 
+def _connections() -> Iterator[tuple[socket.socket, _Ends]]:
+    """Yield a duplicate of each TCP connection of this process, whose descriptor is not used again meanwhile.
 
-def _sockets() -> Iterator[_Socket]:
+    A listening socket has no peer, and is left out. To shut one down would make gloo end the process.
+    """
     for name in os.listdir(_DESCRIPTORS):
+        # It may have been closed by now.
         with suppress(OSError):
-            status = os.fstat(int(name))
-            if stat.S_ISSOCK(status.st_mode):
-                yield int(name), status.st_ino
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            descriptor = os.dup(int(name))
+            try:
+                connection = socket.socket(fileno=descriptor)
+            except OSError:
+                os.close(descriptor)
+                continue
+            with connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+                    yield connection, (connection.getsockname(), connection.getpeername())
 
 
-def _shut_down(descriptor: int, number: int) -> None:
-    with suppress(OSError):
-        duplicate = os.dup(descriptor)
-        if os.fstat(duplicate).st_ino != number:
-            os.close(duplicate)
-            return
-        with socket.socket(fileno=duplicate) as connection:
-            # A listening socket has no peer. To shut one down would make gloo end the process.
-            if connection.getpeername() is not None:
-                connection.shutdown(socket.SHUT_RDWR)
+def _packed(connection: socket.socket, end: Any) -> bytes:
+    """Return the address of one end as it stands in the system's structures, which gloo publishes."""
+    host, port, *more = end
+    if connection.family == socket.AF_INET:
+        return struct.pack("!H4s", port, socket.inet_pton(socket.AF_INET, host))
+    return struct.pack("!HI16s", port, more[0], socket.inet_pton(socket.AF_INET6, host.partition("%")[0]))
