@@ -4,8 +4,8 @@ import atexit
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -31,7 +31,7 @@ from lightning_scar.elastic.protocol.messages import (
 )
 from lightning_scar.elastic.worker.epochs import Epochs
 from lightning_scar.elastic.worker.errors import PLANNED, CutOffError, FinalError, GroupLostError, Loss, NoGroupError
-from lightning_scar.elastic.worker.notices import History, acknowledgements_key
+from lightning_scar.elastic.worker.notices import History, acknowledgements_key, or_cut_off
 from lightning_scar.elastic.worker.sockets import Connections
 
 #: A supervisor that does not answer for so long is gone.
@@ -294,7 +294,7 @@ class Member:
             step: The number of the step.
 
         """
-        with _or_cut_off():
+        with or_cut_off():
             if not self._has_announced and self._all_have_acknowledged():
                 self._has_announced = True
                 self._store.set(self._announcement_key, f"{step} {word}")
@@ -315,7 +315,7 @@ class Member:
             raise CutOffError
         if not (self.joiners_are_ready() or self.is_stopping):
             return ""
-        with _or_cut_off():
+        with or_cut_off():
             if not self._store.check([self._announcement_key]):
                 return ""
             number, word = self._store.get(self._announcement_key).decode().split()
@@ -328,12 +328,12 @@ class Member:
 
     def end_epoch(self, step: int, times: int) -> None:
         """Tell the others that this worker has no more batches for now; see :meth:`Epochs.end`."""
-        with _or_cut_off():
+        with or_cut_off():
             self.epochs.end(self._store, step, times)
 
     def left_behind_by(self) -> tuple[int, int] | None:
         """Return who has no more batches where this worker has; see :meth:`Epochs.left_behind_by`."""
-        with _or_cut_off():
+        with or_cut_off():
             return self.epochs.left_behind_by(self._store)
 
     def _wake_if_left_behind(self, store: Store) -> None:
@@ -372,17 +372,8 @@ class Member:
         self._connections.cut()
 
     def _report(self, event: Event) -> None:
-        with _or_cut_off():
+        with or_cut_off():
             self._events.append(event)
-
-
-@contextmanager
-def _or_cut_off() -> Iterator[None]:
-    """Raise :class:`CutOffError` where the supervisor's store does not answer."""
-    try:
-        yield
-    except dist.DistError as error:
-        raise CutOffError from error
 
 
 def _destroy_group() -> None:

@@ -3,8 +3,10 @@
 import atexit
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.protocol.doorbell import Doorbell
@@ -27,6 +29,15 @@ _TICK_SECONDS = 0.5
 def acknowledgements_key(generation: int) -> str:
     """Return the key that counts the members of a generation which know why something may be announced in it."""
     return f"acknowledgements/{generation}"
+
+
+@contextmanager
+def or_cut_off() -> Iterator[None]:
+    """Raise :class:`CutOffError` where the supervisor's store does not answer."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise CutOffError from error
 
 
 class History:
