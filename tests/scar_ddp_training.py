@@ -257,6 +257,7 @@ def main() -> None:
         return write_result(cli.trainer, cli.model)
     trainer, module, data = make_trainer(), Model(**asked["model"]), Data(**asked["data"])
     trainer.fit(module, data)
+    place("end", 0)
     write_result(trainer, module)
     if asked.get("test"):
         fitted = module.state_dict()

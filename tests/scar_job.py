@@ -1,6 +1,7 @@
 """What all scripts have in common that ``scar_ddp_runs`` starts: what is asked for, faults at their time, and data."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -70,6 +71,12 @@ def _signal_oneself(name: str, twice: str = "") -> None:
         _signal(pid, signal.Signals[name], times=2 if twice else 1)
 
 
+def _use_a_pool() -> None:
+    """Its processes are forked, and terminated at the end."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(abs, (-1,)) == 1
+
+
 def _disconnect() -> None:
     raise RuntimeError("gloo: this rank alone has lost the connection")
 
@@ -81,8 +88,12 @@ WAYS: dict[str, Callable[[], Any]] = {
     "exit": lambda: os._exit(3),
     "memory": _run_out_of_memory,
     "disconnect": _disconnect,
+    "pool": _use_a_pool,
     **{name: partial(_signal_oneself, *name.split()) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM twice")},
     **{name: partial(_signal_oneself, *name.split()) for name in ("SIGINT twice", "SIGUSR1 twice")},
+    "wait": lambda: time.sleep(100),
+    "terminate the job and wait": lambda: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(100)),
+    "interrupt the job and wait": lambda: (os.kill(os.getppid(), signal.SIGINT), time.sleep(100)),
     "terminate the job": lambda: os.kill(os.getppid(), signal.SIGTERM),
     "interrupt the job": lambda: os.kill(os.getppid(), signal.SIGINT),
     # Somebody else takes the host or the supervisor away meanwhile.

@@ -53,6 +53,26 @@ def test_a_signal_stops_all_behind_one_step_and_the_next_start_resumes(
     assert_same(saved_state(resumed), resumed.state)
 
 
+@in_each_door
+def test_a_pool_of_forked_processes_that_ends_does_not_end_the_job(tmp_path: Path, door: str) -> None:
+    training = train(tmp_path, ("training_step", 4, 0, "pool"), door=door)
+    assert_done(training, steps=24)
+    assert training.outages(1) == []
+
+
+@pytest.mark.parametrize(("how", "code"), [("terminate the job", 143), ("interrupt the job", 130)])
+@in_each_door
+def test_a_signal_behind_the_training_ends_the_script_whatever_it_does(
+    tmp_path: Path, how: str, code: int, door: str
+) -> None:
+    """It does not wait for a step that nobody makes until it is killed, which is later than this test is over."""
+    faults = [("end", 0, 0, f"{how} and wait"), ("end", 0, 1, "wait")]
+    training = train(tmp_path, *faults, scar=SCAR, run=["--stop-timeout", "100"], door=door, limit=60)
+    assert training.code == code, training.console
+    assert not training.results
+    assert load(tmp_path / "scar")["global_step"] == 24
+
+
 # -- with a running checkpoint ---------------------------------------------------------------------------------------
 
 

@@ -4,9 +4,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
+
+from typing_extensions import override
 
 #: A second Ctrl-C within this time is the same request: a scheduler may signal a process in two ways.
 _ONE_REQUEST_SECONDS = 1.0
@@ -32,6 +34,9 @@ def stop_signals() -> list[int]:
 class DeferredSignals:
     """Handlers that only record a signal; the training thread polls them.
 
+    A forked child, such as one of a ``multiprocessing.Pool``, inherits them. It is not the program: it dies of what
+    ends it, and leaves Ctrl-C to the program.
+
     Args:
         numbers: The signals.
 
@@ -52,7 +57,8 @@ class DeferredSignals:
     def __init__(self, numbers: Iterable[int]) -> None:
         self.received: int | None = None
         self._received_at = 0.0
-        self._handler = self._note
+        self._process = os.getpid()
+        self._handler = self._handle
         self._numbers = list(numbers)
         self.previous: dict[int, Any] = {}
         self.install()
@@ -63,6 +69,13 @@ class DeferredSignals:
             before = signal.signal(number, self._handler)
             if before != self._handler:
                 self.previous[number] = before
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._process:
+            self._note(signum, frame)
+        elif signum != signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -87,3 +100,21 @@ class DeferredSignals:
         received, self.received = self.received, None
         if received is not None:
             signal.raise_signal(received)
+
+
+class PassedOnSignals(DeferredSignals):
+    """Handlers that only tell somebody of a signal, who decides for all processes of a job.
+
+    Args:
+        numbers: The signals.
+        tell: Called with each signal.
+
+    """
+
+    def __init__(self, numbers: Iterable[int], tell: Callable[[int], None]) -> None:
+        self._tell = tell
+        super().__init__(numbers)
+
+    @override
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._tell(signum)

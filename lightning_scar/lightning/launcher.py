@@ -37,6 +37,7 @@ class SupervisedLauncher(_Launcher):
         self._on_begin = on_call
         self._on_error = on_error
         self._on_signal = on_signal
+        self._process = os.getpid()
 
     @property
     @override
@@ -57,7 +58,9 @@ class SupervisedLauncher(_Launcher):
     @override
     def kill(self, signum: int) -> None:
         """Tell the supervisor, which ends all workers behind the same step."""
-        self._on_signal(signum)
+        # A forked child has inherited the handler, and is none of them.
+        if os.getpid() == self._process:
+            self._on_signal(signum)
 
 
 def become_supervisor(options: list[str]) -> None:

@@ -43,6 +43,13 @@ class _TrainerSignals(DeferredSignals):
             strategy.launcher.kill(signum)
 
     @override
+    def proceed(self) -> None:
+        """Let the program end, too, if the job ends and this call has ended by itself."""
+        if self.received is None and getattr(self._trainer.strategy, "is_stopping", False):
+            self.received = signal.SIGTERM
+        super().proceed()
+
+    @override
     def _insist(self) -> None:
         # Lightning would turn a KeyboardInterrupt into exit code 1.
         raise SIGTERMException(exit_code(signal.SIGINT))

@@ -247,6 +247,8 @@ class SCARLoop:
                 running.close()
         finally:
             signals, self._signals = self._signals, None
+            if signals is None and self._training is not None:
+                signals = self._training.signals
             if signals is not None:
                 signals.proceed()
 

@@ -1,6 +1,5 @@
 """A loop, as the engine of continuation sees it."""
 
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -20,7 +19,7 @@ from lightning_scar.continuation.restart_state import (
 from lightning_scar.continuation.step import Continuation
 from lightning_scar.continuation.wrappers import Wrappers
 from lightning_scar.core.ranks import Ranks
-from lightning_scar.core.signals import stop_signals
+from lightning_scar.core.signals import PassedOnSignals, stop_signals
 from lightning_scar.elastic.worker.member import Member
 from lightning_scar.loops.continuation import SCARContinuation
 from lightning_scar.loops.position import LoopState
@@ -84,6 +83,8 @@ class LoopTraining:
         self._closure: Callable[..., Any] | None = None
         self._steps_before = 0
         self._is_updating = False
+        #: The handlers of signals that end the job, from the start on.
+        self.signals: PassedOnSignals | None = None
         self.engine = continuation.engine = Continuation(self, member, continuation.policy)
         loop.state.data.at_end = self.engine.end_epoch
 
@@ -124,8 +125,7 @@ class LoopTraining:
 
     def start(self, restart_state: dict[str, Any] | None) -> None:
         """Start the engine; a replacement joins here."""
-        for number in stop_signals():
-            signal.signal(number, lambda signum, frame: self._member.ask_to_stop(signum))
+        self.signals = PassedOnSignals(stop_signals(), self._member.ask_to_stop)
         self.engine.start(self._loop.steps, restart_state[_KEY] if restart_state is not None else None)
         if self.engine.is_joiner:
             self.engine.join()

@@ -808,6 +808,12 @@ def test_plain_workers_get_the_signal_itself() -> None:
     assert job.died(1, code=1)[-1:] == [Finish(130)]
 
 
+def test_a_worker_whose_training_is_over_takes_the_signal_itself(job: Job) -> None:
+    job.tell(Ended(0, 0))
+    assert job.tell(StopAsked(15, 0)) == [Stop("SIGTERM"), Kill(0, 0, signal.SIGTERM)]
+    assert job.tell(Ended(1, 1)) == [Kill(1, 1, signal.SIGTERM)]
+
+
 def test_a_second_interrupt_of_the_same_agent_kills(job: Job) -> None:
     job.tell(StopAsked(2, 0))
     assert job.tell(StopAsked(2, 0), StopAsked(2, 1), StopAsked(2)) == []

@@ -17,7 +17,7 @@ Failures beyond ``max_restarts`` and signals end the job: workers with something
 """
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lightning_scar.elastic.protocol.messages import (
     Back,
@@ -146,6 +146,7 @@ class Coordinator:
                 self._slowest_start = max(self._slowest_start, self._crew.now - worker.born)
             case Ended():
                 worker.ended = True
+                self._pass_on([worker])
             case Ready():
                 self._group.wait_to_join(worker)
             case Waiting() | Stranded():
@@ -290,12 +291,18 @@ class Coordinator:
         self._crew.say(Stop(signal_name(number)))
         if has_begun or self._phase is Phase.RESTARTING:
             self._leave(Phase.STOPPING, self._policy.stop_timeout, spare_state=True)
+            self._pass_on([worker for worker in members if worker.ended])
             return
         # Without a common state each takes the signal as it would without a supervisor.
         self._phase = Phase.STOPPING
         self._deadline = self._crew.now + self._policy.stop_timeout
-        for worker in self._crew.values():
-            self._crew.kill(worker, number)
+        self._pass_on(self._crew.values())
+
+    def _pass_on(self, workers: Iterable[Worker]) -> None:
+        """Let workers that stop after no common step take the signal that ends the job, if one does."""
+        for worker in workers:
+            if self._phase is Phase.STOPPING and self._code > 128:
+                self._crew.kill(worker, self._code - 128)
 
     def _on_lost(self, event: Lost) -> None:
         gone = [self._crew.pop(slot) for slot in event.slots if slot in self._crew]
