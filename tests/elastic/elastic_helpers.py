@@ -76,6 +76,12 @@ if "polite" in what:
         sys.exit(0)
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
+if "handler" in what:
+    def note(number, frame):
+        with (folder / f"heard{rank}").open("a") as file:
+            file.write(signal.Signals(number).name + "\\n")
+    signal.signal(signal.SIGUSR1, note)
+    signal.signal(signal.SIGUSR2, note)
 (folder / f"state{rank}").write_text(os.environ["LIGHTNING_SCAR_STATE"])
 (folder / f"pid{rank}").write_text(str(os.getpid()))
 if "fail" in what and rank == "1":
@@ -83,6 +89,8 @@ if "fail" in what and rank == "1":
     sys.exit(3)
 if "sleep" in what:
     time.sleep(60)
+while "handler" in what and not (folder / f"heard{rank}").exists():
+    time.sleep(0.02)
 """
 
 

@@ -85,6 +85,24 @@ def test_a_signal_is_passed_on_and_gives_the_exit_code(tmp_path: Path, number: s
     assert wait_for(tmp_path / "saved0", tmp_path / "saved1") == [number.name] * 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_the_script_handles_reaches_its_workers(tmp_path: Path, number: signal.Signals) -> None:
+    with running("--nproc-per-node", "2", script(tmp_path, SLEEPER), tmp_path, "handler") as supervisor:
+        wait_for(tmp_path / "pid0", tmp_path / "pid1")
+        supervisor.send_signal(number)
+        assert supervisor.wait(30) == 0
+    assert wait_for(tmp_path / "heard0", tmp_path / "heard1") == [f"{number.name}\n"] * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_nobody_handles_ends_the_job(tmp_path: Path, number: signal.Signals) -> None:
+    with running("--nproc-per-node", "2", script(tmp_path, SLEEPER), tmp_path, "sleep") as supervisor:
+        wait_for(tmp_path / "pid0", tmp_path / "pid1")
+        supervisor.send_signal(number)
+        assert supervisor.wait(20) == 128 + number
+
+
 def test_workers_that_do_not_stop_are_killed_with_all_that_they_started(tmp_path: Path) -> None:
     options = ["--nproc-per-node", "1", "--stop-timeout", "0.5"]
     with running(*options, script(tmp_path, SLEEPER), tmp_path, "sleep", "stubborn", "child") as supervisor:

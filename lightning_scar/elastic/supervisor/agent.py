@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -25,6 +26,8 @@ from lightning_scar.elastic.supervisor.process import WorkerProcess
 
 #: Seconds that workers have to exit when the supervisor itself fails.
 _LAST_GRACE = 5.0
+#: Signals whose meaning is up to the program. A scheduler sends them to the supervisor only.
+USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,13 @@ class Agent:
                 del self._workers[slot]
                 self._events.append(Exited(slot, spawn.spawn, code, worker.tail()))
 
+    def pass_on(self, number: int) -> bool:
+        """Send one of :data:`USER_SIGNALS` to the workers that handle it. Return whether there are any."""
+        workers = [worker for _, worker in self._workers.values() if _handles(worker.pid, number)]
+        for worker in workers:
+            worker.send(number)
+        return bool(workers)
+
     def close(self) -> None:
         """End all workers that are left."""
         deadline = time.monotonic() + _LAST_GRACE
@@ -191,3 +201,15 @@ class Agent:
         if layout.per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
             values["OMP_NUM_THREADS"] = 1
         return {**{name: str(value) for name, value in values.items()}, **self._environment}
+
+
+def _handles(pid: int, number: int) -> bool:
+    """Return whether a process has a handler for one of :data:`USER_SIGNALS`. Without one it would die of it."""
+    if number not in USER_SIGNALS:
+        return False
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)

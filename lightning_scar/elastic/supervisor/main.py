@@ -19,7 +19,7 @@ from lightning_scar.elastic.protocol.doorbell import LOOPBACK
 from lightning_scar.elastic.protocol.log import Events
 from lightning_scar.elastic.protocol.messages import StopAsked
 from lightning_scar.elastic.supervisor.admission import Admission, NotAdmittedError, arrive
-from lightning_scar.elastic.supervisor.agent import Agent, Layout
+from lightning_scar.elastic.supervisor.agent import USER_SIGNALS, Agent, Layout
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
 from lightning_scar.elastic.supervisor.gate import Gate, NotLetInError, Tunnel, loopback_store
 from lightning_scar.elastic.supervisor.node_zero import NodeZero
@@ -109,7 +109,9 @@ def _run(agent: Agent, zero: NodeZero | None, events: Events, wakeups: Wakeups, 
     while agent.code is None:
         wakeups.wait(_TICK_SECONDS)
         while signals:
-            events.append(StopAsked(signals.pop(0), node))
+            number = signals.pop(0)
+            if not agent.pass_on(number):
+                events.append(StopAsked(number, node))
         if zero is not None:
             zero.step()
         agent.step()
@@ -122,9 +124,8 @@ def _run(agent: Agent, zero: NodeZero | None, events: Events, wakeups: Wakeups, 
 
 @contextmanager
 def _collected(signals: list[int]) -> Iterator[None]:
-    """Collect the signals that ask for an end."""
-    # SLURM's `--signal=USR1` would end this process, which has no other use for it.
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    """Collect the signals that ask for an end, and those with which SLURM warns of it (``--signal=USR1``)."""
+    numbers = [signal.SIGINT, signal.SIGTERM, *USER_SIGNALS]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in numbers}
