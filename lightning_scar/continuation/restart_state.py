@@ -1,10 +1,9 @@
-"""The state that a worker writes to memory-backed storage before all workers are restarted.
+"""The state that a worker writes to memory before all workers are restarted.
 
 A failure in a validation, a barrier or a checkpoint requires new processes. Still, only start-up time is lost: one
 survivor writes its exact state, and every worker loads it after the restart.
 """
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_scar.core.exchange import receive, send
-from lightning_scar.elastic.worker.state_folder import VARIABLE, state_folder
+from lightning_scar.elastic.worker.state_folder import find, find_all, write
 
 
 class RestartState(NamedTuple):
@@ -35,31 +34,43 @@ def newest_restart_state(training: int) -> RestartState | None:
         training: The training's number in the program, from 1.
 
     """
-    if VARIABLE not in os.environ:
-        # There is no supervisor.
-        return None
-    paths = state_folder().glob(f"call-{training:04d}-*.ckpt")
-    states = [RestartState(path, int(path.stem.split("-")[-1])) for path in paths]
+    states = [RestartState(path, int(path.stem.split("-")[-1])) for path in find_all(_pattern(training))]
     return max(states, key=lambda state: state.step, default=None)
 
 
-def save_restart_state(checkpoint: dict[str, Any], training: int, step: int) -> None:
+def save_restart_state(checkpoint: dict[str, Any], training: int, step: int, is_finished: bool = False) -> None:
     """Write a state atomically, and remove older ones.
 
     Args:
         checkpoint: The state.
         training: The training's number.
         step: The number of completed optimizer steps.
+        is_finished: Whether the training is finished. The rest of the program may take long, so it goes to disk.
+
+    Raises:
+        OSError: If there is no room for it.
 
     """
-    path = state_folder() / f"call-{training:04d}-{step:09d}.ckpt"
-    # Several workers of a node may write the same file.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    torch.save(checkpoint, partial)
-    partial.replace(path)
-    for older in state_folder().glob(f"call-{training:04d}-*.ckpt"):
-        if older.name < path.name:
+    name = f"call-{training:04d}-{step:09d}.ckpt"
+    write(name, lambda file: torch.save(checkpoint, file), to_disk=is_finished)
+    for older in find_all(_pattern(training)):
+        if older.name < name:
             older.unlink(missing_ok=True)
+
+
+def drop_restart_state(training: int) -> None:
+    """Remove the restart states of a training that need not be made again.
+
+    Args:
+        training: The training's number.
+
+    """
+    for path in find_all(_pattern(training)):
+        path.unlink(missing_ok=True)
+
+
+def _pattern(training: int) -> str:
+    return f"call-{training:04d}-*.ckpt"
 
 
 def share_restart_state(training: int) -> None:
@@ -89,13 +100,13 @@ def share_restart_state(training: int) -> None:
 
 def save_random_state(slot: int, state: list[Any]) -> None:
     """Write the state of this worker's random generators, which no other worker has."""
-    torch.save(state, state_folder() / f"random-{slot}.pt")
+    write(f"random-{slot}.pt", lambda file: torch.save(state, file))
 
 
 def pop_random_state(slot: int) -> list[Any] | None:
     """Return the saved state of a worker's random generators, and remove it; ``None`` if there is none."""
-    path = state_folder() / f"random-{slot}.pt"
-    if not path.exists():
+    path = find(f"random-{slot}.pt")
+    if path is None:
         return None
     state: list[Any] = torch.load(path, weights_only=True)
     path.unlink()
@@ -110,13 +121,10 @@ def note_incarnation(training: int, incarnation: int) -> None:
         incarnation: The incarnation of its first start.
 
     """
-    path = state_folder() / f"start-{training:04d}"
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(str(incarnation))
-    partial.replace(path)
+    write(f"start-{training:04d}", lambda file: file.write(str(incarnation).encode()))
 
 
 def noted_incarnation(training: int) -> int | None:
     """Return the incarnation that :func:`note_incarnation` recorded; ``None`` if none."""
-    path = state_folder() / f"start-{training:04d}"
-    return int(path.read_text()) if path.exists() else None
+    path = find(f"start-{training:04d}")
+    return int(path.read_text()) if path is not None else None

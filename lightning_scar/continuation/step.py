@@ -370,9 +370,12 @@ class Continuation:
             return
         except RestartError as restart:
             self.outages.restarting(restart.deaths)
-            if restart.keeper == self._member.slot:
-                self._training.save_restart_state({"outages": self.outages.list, "random": self._random_state})
-            save_random_state(self._member.slot, self._random_state)
+            try:
+                if restart.keeper == self._member.slot:
+                    self._training.save_restart_state({"outages": self.outages.list, "random": self._random_state})
+                save_random_state(self._member.slot, self._random_state)
+            except OSError as error:
+                print(f"lightning-scar: {error}; the last save counts", file=sys.stderr, flush=True)
         self._training.release()
         sys.stdout.flush()
         sys.stderr.flush()

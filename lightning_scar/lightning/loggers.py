@@ -15,8 +15,11 @@ from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
 from lightning_scar.core.stats import Stats
-from lightning_scar.elastic.worker.state_folder import state_folder
+from lightning_scar.elastic.worker.state_folder import find, write
 from lightning_scar.lightning import private
+
+#: Where the versions are, for later processes of this job.
+_FILE = "logs.json"
 
 
 def share_versions(trainer: pl.Trainer) -> None:
@@ -29,9 +32,7 @@ def share_versions(trainer: pl.Trainer) -> None:
     versions = trainer.strategy.broadcast([_version(logger) for logger in trainer.loggers])
     _set_versions(trainer, versions)
     if trainer.local_rank == 0:
-        partial = _path().with_suffix(".partial")
-        partial.write_text(json.dumps(versions))
-        partial.replace(_path())
+        write(_FILE, lambda file: file.write(json.dumps(versions).encode()))
 
 
 def reuse_versions(trainer: pl.Trainer) -> None:
@@ -41,9 +42,10 @@ def reuse_versions(trainer: pl.Trainer) -> None:
         trainer: The trainer, before its loggers start.
 
     """
-    if not _path().exists():
+    path = find(_FILE)
+    if path is None:
         return
-    _set_versions(trainer, json.loads(_path().read_text()))
+    _set_versions(trainer, json.loads(path.read_text()))
     overwrite_config(trainer)
 
 
@@ -119,10 +121,6 @@ def _set_versions(trainer: pl.Trainer, versions: list[Any]) -> None:
     for logger, version in zip(trainer.loggers, versions, strict=True):
         if version is not None:
             logger._version = version  # type: ignore[attr-defined]
-
-
-def _path() -> Path:
-    return state_folder() / "logs.json"
 
 
 @contextmanager

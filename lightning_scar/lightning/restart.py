@@ -1,5 +1,6 @@
 """The calls of a Trainer in this process, and the state of each for a restart of all workers."""
 
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -39,7 +40,7 @@ class TrainerCalls:
         if self._last_fit is not None and writes:
             number, last = self._last_fit
             more = {"outages": [], "random": random_state()}
-            save_restart_state(_state(last, finished=True, more=more), number, last.global_step)
+            _keep_finished(last, number, more)
         self._last_fit = self.number, trainer
 
     @property
@@ -87,6 +88,13 @@ class TrainerCalls:
 
 #: The calls of this process.
 trainer_calls = TrainerCalls()
+
+
+def _keep_finished(trainer: pl.Trainer, number: int, more: dict[str, Any]) -> None:
+    try:
+        save_restart_state(_state(trainer, finished=True, more=more), number, trainer.global_step, is_finished=True)
+    except OSError as error:
+        warnings.warn(f"lightning-scar: {error}; a start of all workers would make this fit again", stacklevel=2)
 
 
 def _state(trainer: pl.Trainer, finished: bool, more: dict[str, Any]) -> dict[str, Any]:

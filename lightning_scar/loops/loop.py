@@ -215,7 +215,7 @@ class SCARLoop:
             raise
         self.leave()
         if self._training is not None:
-            self._training.engine.finish()
+            self._training.end()
 
     def _abandon(self, error: BaseException) -> None:
         """Save after an exception. Errors of this save are warnings, so that the user sees the first exception."""

@@ -10,6 +10,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from lightning_scar.continuation.restart_state import (
+    drop_restart_state,
     newest_restart_state,
     note_incarnation,
     noted_incarnation,
@@ -137,6 +138,11 @@ class LoopTraining:
         self.engine.after_step()
         self.engine.complete_group()
         self.engine.after_step()
+
+    def end(self) -> None:
+        """Note that the loop is over, and that the directory holds its last state."""
+        drop_restart_state(self._number)
+        self.engine.finish()
 
     # -- a step --------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from elastic_helpers import assert_gone
 from lightning_scar.elastic.supervisor import process as worker_process
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
 from lightning_scar.elastic.supervisor.process import WorkerProcess
+from lightning_scar.elastic.worker.state_folder import DISK
 
 
 def finished(*arguments: str) -> tuple[int, WorkerProcess]:
@@ -103,6 +105,22 @@ def test_folders_of_owners_that_are_gone_are_removed(tmp_path: Path) -> None:
     fresh.close()
     held.close()
     assert os.listdir(tmp_path) == ["somebody-else"]
+
+
+def test_in_the_folder_in_memory_a_link_leads_to_one_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    memory.mkdir()
+    disk.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    (disk / "lightning-scar-dead").mkdir()
+    folder = MemoryFolder(memory)
+    (folder.path / DISK / "state").write_text("state")
+    [on_disk] = disk.iterdir()
+    assert (folder.path.parent, on_disk / "state") == (memory, (folder.path / DISK).resolve() / "state")
+    MemoryFolder(memory).close()
+    assert (on_disk / "state").exists()
+    folder.close()
+    assert [*memory.iterdir(), *disk.iterdir()] == []
 
 
 def test_owners_that_come_and_go_at_the_same_time_leave_each_others_folders_alone(tmp_path: Path) -> None:
