@@ -2,15 +2,17 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -279,6 +281,49 @@ def test_who_fails_with_a_lost_peer_says_so(crew: Crew) -> None:
     assert [crew.says(slot) for slot in range(2)] == [2] * 2
     crew.kill(1)
     crew.wait_for(Stranded)
+
+
+def go_on_among_strangers(member: Member, say: Callable[[Any], None]) -> None:
+    """As on several nodes."""
+    os.environ["LIGHTNING_SCAR_NODE_0"] = "127.0.0.1"
+    try:
+        enter_first(member)
+        total()
+    except RuntimeError as error:
+        say(str(error))
+    enter_next(member)
+    say(total())
+    time.sleep(100)
+
+
+def test_a_stranger_in_a_group_is_noticed_before_anything_is_sent_to_it(crew: Crew) -> None:
+    crew.form(0, 0, 1)
+    crew.start(1, go_on_among_strangers)
+    listening: list[Any] = []
+    soon(lambda: bool(listening.extend(listeners(crew.processes[1].pid)) or listening))
+    with ExitStack() as stack:
+        strangers = []
+        # gloo takes who says the number of the missing connection. They begin with 0.
+        for number in range(3):
+            stranger = stack.enter_context(socket.create_connection(listening[0], timeout=10))
+            stranger.sendall(number.to_bytes(8, "little"))
+            strangers.append(stranger)
+        crew.start(0, go_on_among_strangers)
+        told = crew.says(1)
+        for stranger in strangers:
+            host, port = stranger.getsockname()
+            assert f"{host}:{port}" in told
+            assert stranger.recv(1) == b""
+    assert told.endswith("got into the process group and is no member")
+    assert "gloo" in crew.says(0)
+    crew.post(Broken(0, told))
+    crew.form(1, 0, 1)
+    assert [crew.says(slot) for slot in (0, 1)] == [2, 2]
+
+
+def listeners(pid: int) -> list[tuple[str, int]]:
+    sockets = psutil.Process(pid).net_connections("tcp4")
+    return [(one.laddr.ip, one.laddr.port) for one in sockets if one.status == psutil.CONN_LISTEN]
 
 
 # -- what is told -----------------------------------------------------------------------------------------------------

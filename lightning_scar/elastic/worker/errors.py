@@ -40,10 +40,15 @@ class CutOffError(FinalError):
 
 
 class GroupLostError(RuntimeError):
-    """The group broke, but no collective raised."""
+    """The group broke, but no collective raised.
 
-    def __init__(self) -> None:
-        super().__init__("lightning-scar: the process group was lost")
+    Args:
+        reason: Why, for the user.
+
+    """
+
+    def __init__(self, reason: str = "the process group was lost") -> None:
+        super().__init__(f"lightning-scar: {reason}")
 
 
 class NoGroupError(FinalError):

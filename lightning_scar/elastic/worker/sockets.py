@@ -4,6 +4,7 @@
 died. A socket that is shut down fails at once at both ends, whatever holds references to the group.
 """
 
+import json
 import os
 import socket
 import stat
@@ -18,6 +19,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from typing_extensions import override
+
+from lightning_scar.elastic.worker.errors import GroupLostError
 
 _DESCRIPTORS = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
 
@@ -132,6 +135,34 @@ class Connections:
             with self._lock:
                 self._is_forming = False
 
+    def check(self, store: Store, rank: int, size: int) -> None:
+        """Check that this rank's group has no connection but to members. All of them call it, when it has formed.
+
+        gloo takes whoever connects first and knows a number that can be guessed. So members tell each other between
+        which addresses their connections are. Each connection has to be known at both ends.
+
+        Args:
+            store: That of the group.
+            rank: This rank.
+            size: How many members there are.
+
+        Raises:
+            GroupLostError: If somebody else is in it.
+
+        """
+        assert self._store is not None
+        published = self._store.published
+        found = [
+            [_text(end) for end in ends]
+            for connection, ends in _connections()
+            if any(_packed(connection, end) in published for end in ends)
+        ]
+        store.set(f"connections/{rank}", json.dumps(found))
+        seen = {(there, here) for other in range(size) for here, there in json.loads(store.get(f"connections/{other}"))}
+        strangers = [there for here, there in found if (here, there) not in seen]
+        if strangers:
+            raise GroupLostError(f"{', '.join(strangers)} got into the process group and is no member")
+
     def cut(self) -> None:
         """Shut them down, from any thread. While the group forms also those that are opened later."""
         if self._cut_once():
@@ -177,6 +208,10 @@ def _connections() -> Iterator[tuple[socket.socket, _Ends]]:
             with connection:
                 if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
                     yield connection, (connection.getsockname(), connection.getpeername())
+
+
+def _text(end: Any) -> str:
+    return f"{end[0].partition('%')[0]}:{end[1]}"
 
 
 def _packed(connection: socket.socket, end: Any) -> bytes:
