@@ -1,14 +1,15 @@
 """The agent of a node: it starts and ends workers for the coordinator, and reports how they exit."""
 
-import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from lightning_scar.elastic.prepared.starter import Starter
 from lightning_scar.elastic.protocol.doorbell import LOOPBACK
 from lightning_scar.elastic.protocol.log import Events, Notices
 from lightning_scar.elastic.protocol.messages import (
@@ -68,7 +69,7 @@ class Agent:
         tunnel: The way to it; ``None`` on node 0.
         layout: The nodes, and which of them this one is.
         admission: Its right to run this node's workers.
-        command: What a worker runs.
+        starter: Starts them.
         environment: What is added to every worker's environment.
         events: What it reports to.
 
@@ -80,7 +81,7 @@ class Agent:
         tunnel: Tunnel | None,
         layout: Layout,
         admission: Admission,
-        command: Sequence[str],
+        starter: Starter,
         environment: Mapping[str, str],
         events: Events,
     ) -> None:
@@ -90,11 +91,13 @@ class Agent:
         self._tunnel = tunnel
         self._layout = layout
         self._admission = admission
-        self._command = command
+        self._starter = starter
         self._environment = environment
         self._events = events
         self._notices = Notices(store)
         self._workers: dict[int, tuple[Spawn, WorkerProcess]] = {}
+        #: Workers that start when the starter is ready.
+        self._due: dict[int, Spawn] = {}
         self._beat_at = 0.0
         for notice in self._notices.skip(admission.skipped):
             # The job may have ended before this agent came.
@@ -115,6 +118,8 @@ class Agent:
             self._handle(notice)
         if self.code is not None:
             return
+        while self._due and self._starter.is_ready:
+            self._start(self._due.pop(min(self._due)))
         for slot, (spawn, worker) in list(self._workers.items()):
             code = worker.poll()
             if code is not None:
@@ -155,7 +160,11 @@ class Agent:
         if isinstance(notice, Spawn) and notice.slot in self._layout.slots(self._layout.node):
             self._check_loss()
             if self.code is None:
-                self._start(notice)
+                self._due[notice.slot] = notice
+        elif isinstance(notice, Kill) and notice.slot in self._due:
+            if self._due[notice.slot].spawn == notice.spawn:
+                del self._due[notice.slot]
+                self._events.append(Exited(notice.slot, notice.spawn, -notice.signal))
         elif isinstance(notice, Kill) and notice.slot in self._workers:
             spawn, worker = self._workers[notice.slot]
             if spawn.spawn == notice.spawn:
@@ -168,7 +177,7 @@ class Agent:
 
     def _start(self, spawn: Spawn) -> None:
         try:
-            worker = WorkerProcess(self._command, self._environment_of(spawn))
+            worker = WorkerProcess(partial(self._starter.start, self._environment_of(spawn)))
         except OSError as error:
             self._events.append(Exited(spawn.slot, spawn.spawn, 1, f"cannot start a process: {error}"))
             return
@@ -198,8 +207,6 @@ class Agent:
             "LIGHTNING_SCAR_SPAWN": spawn.spawn,
             "LIGHTNING_SCAR_GENERATION": spawn.generation,
         }
-        if layout.per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
-            values["OMP_NUM_THREADS"] = 1
         return {**{name: str(value) for name, value in values.items()}, **self._environment}
 
 

@@ -58,7 +58,9 @@ def _job(options: Namespace) -> Job:
         stop_timeout=options.stop_timeout,
         node_timeout=options.node_timeout,
     )
-    return Job(options.command, layout, policy, host, port, options.rdzv_id, options.hang_timeout)
+    return Job(
+        options.command, layout, policy, host, port, options.rdzv_id, options.hang_timeout, prepared=not options.fresh
+    )
 
 
 def _endpoint(options: Namespace) -> tuple[str, int]:
@@ -144,6 +146,11 @@ def _parser() -> ArgumentParser:
         default=default.node_timeout,
         metavar="SECONDS",
         help="how long to wait for a lost node; 0 ends the job at once (%(default)s)",
+    )
+    add(
+        "--fresh",
+        action="store_true",
+        help="start every worker as a program of its own, not as a fork of a process that has imported what it needs",
     )
     add("--standalone", action="store_true", help="accepted as torchrun does; one node is the default")
     parser.add_argument("-m", "--module", action="store_true", help="the script is a module, as for python -m")

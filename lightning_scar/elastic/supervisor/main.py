@@ -15,6 +15,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
+from lightning_scar.elastic.prepared.starter import Starter
 from lightning_scar.elastic.protocol.doorbell import LOOPBACK
 from lightning_scar.elastic.protocol.log import Events
 from lightning_scar.elastic.protocol.messages import StopAsked
@@ -55,6 +56,7 @@ class Job:
         port: The port where it lets other nodes in; with one node that of its store, 0 for any free one.
         run_id: A name of the job; random if empty.
         hang_timeout: What the user chose, passed to the workers; ``None`` for the process group's timeout.
+        prepared: Whether workers are forked from a process that has imported what they import.
 
     """
 
@@ -65,6 +67,7 @@ class Job:
     port: int = 0
     run_id: str = ""
     hang_timeout: float | None = None
+    prepared: bool = True
 
 
 def supervise(job: Job) -> int:
@@ -80,17 +83,19 @@ def supervise(job: Job) -> int:
     signals: list[int] = []
     with ExitStack() as stack:
         stack.enter_context(_collected(signals))
+        folder = stack.enter_context(closing(MemoryFolder()))
+        # It imports while this process looks for the others.
+        starter = stack.enter_context(closing(_starter(job, folder)))
         tunnel = None if job.layout.node == 0 else stack.enter_context(closing(_tunnel(job, signals)))
         store = _serve(job, stack) if tunnel is None else _join(job, tunnel)
         wakeups = stack.enter_context(closing(_wakeups(store, tunnel)))
         stack.enter_context(wakeups.woken_by_signals())
-        folder = stack.enter_context(closing(MemoryFolder()))
         environment = _environment(job, store, folder, wakeups)
         zero = NodeZero(store, job.layout, job.policy, wakeups, tell_user) if job.layout.node == 0 else None
         admission = Admission() if zero is not None else _arrive(job, store, wakeups, signals)
         events = Events(store, wakeups.report)
         try:
-            agent = Agent(store, tunnel, job.layout, admission, job.command, environment, events)
+            agent = Agent(store, tunnel, job.layout, admission, starter, environment, events)
             stack.enter_context(closing(agent))
             return _run(agent, zero, events, wakeups, signals, job.layout.node)
         except DistError as error:
@@ -136,14 +141,20 @@ def _collected(signals: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _starter(job: Job, folder: MemoryFolder) -> Starter:
+    # Workers do not need the token, and what logs their environment should not know it.
+    common = {TOKEN: ""}
+    if job.layout.per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
+        common["OMP_NUM_THREADS"] = "1"
+    return Starter(job.command, common, folder.path / IMPORTS, tell_user, job.prepared)
+
+
 def _environment(job: Job, store: TCPStore, folder: MemoryFolder, wakeups: Wakeups) -> dict[str, str]:
     environment = {
         "TORCHELASTIC_RUN_ID": json.loads(store.get("job"))["run_id"],
         "TORCHELASTIC_MAX_RESTARTS": str(job.policy.max_restarts),
         "LIGHTNING_SCAR_DOORBELL": str(wakeups.port),
         VARIABLE: str(folder.path),
-        # Workers do not need it, and what logs their environment should not know it.
-        TOKEN: "",
     }
     if job.hang_timeout is not None:
         environment["LIGHTNING_SCAR_HANG_TIMEOUT"] = str(job.hang_timeout)

@@ -3,16 +3,15 @@
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import IO
 
-_DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
+from lightning_scar.elastic.prepared.starter import Process
+
 #: How much of a worker's standard error is kept.
 _TAIL_BYTES = 8192
 _TAIL_LINES = 30
@@ -23,24 +22,23 @@ _END_SECONDS = 0.05
 
 
 class WorkerProcess:
-    """A worker's process, in a session of its own. It dies with this one.
+    """A worker's process, in a session of its own.
 
     Args:
-        command: The program and its arguments.
-        environment: What is added to this process's environment.
+        start: Starts it with a standard error.
 
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid()), *command],
-            env={**os.environ, **environment},
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,
-        )
-        assert self._process.stderr is not None
-        self._errors = _ErrorStream(self._process.stderr)
+    def __init__(self, start: Callable[[int], Process]) -> None:
+        source, errors = os.pipe()
+        try:
+            self._process = start(errors)
+        except BaseException:
+            os.close(source)
+            raise
+        finally:
+            os.close(errors)
+        self._errors = _ErrorStream(open(source, "rb", buffering=0))
         self._died_at: float | None = None
 
     @property

@@ -1,0 +1,101 @@
+"""What makes a fork of a prepared parent a process like any other."""
+
+import ctypes
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning_scar.elastic.prepared.program import Program
+
+_PR_SET_PDEATHSIG = 1
+#: What measures coverage in every process starts in a worker, not in the process that forks it.
+COVERAGE = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
+_OWN_FOLDER = os.path.dirname(__file__)
+
+
+def become(request: Mapping[str, Any], streams: Sequence[int], told: int, readers: Mapping[str, Sequence[str]]) -> None:
+    """Make this fork a process of its own.
+
+    Args:
+        request: Its ``environment``, its working directory ``cwd``, and the process whose child it becomes, ``parent``.
+        streams: Its standard input, output and error.
+        told: Whoever waits for its number reads it from this pipe, once it can be treated as any other.
+        readers: Modules that have read variables of a worker when they were imported, and which.
+
+    """
+    _become_child_of(request["parent"])
+    os.setsid()
+    os.write(told, str(os.getpid()).encode())
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number >= len(streams):
+            with suppress(OSError):
+                os.close(number)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    _renew_modules(readers)
+
+
+def _become_child_of(parent: int) -> None:
+    # It has asked the kernel to get orphans, and waits for the number.
+    while os.getppid() != parent and os.path.exists(f"/proc/{parent}"):
+        os.sched_yield()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _renew_modules(readers: Mapping[str, Sequence[str]]) -> None:
+    """Do again what modules do differently in each process when they are imported."""
+    importlib.invalidate_caches()
+    multiprocessing.current_process().authkey = os.urandom(32)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    for name, variables in readers.items():
+        ranks = [os.environ[variable] for variable in variables if variable in os.environ]
+        sys.modules[name].rank_zero_only.rank = int(ranks[0]) if ranks else 0
+    _set_blas_threads()
+    if any(name in os.environ for name in COVERAGE):
+        importlib.import_module("coverage").process_startup()
+
+
+def _set_blas_threads() -> None:
+    """Let OpenBLAS have the threads that it would have started when it was loaded; the parent keeps it at one."""
+    wanted = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    count = int(wanted) if wanted.isdecimal() else os.cpu_count() or 1
+    if count == 1:
+        return
+    for path in {line.split()[-1] for line in Path("/proc/self/maps").open() if "openblas" in line}:
+        library = ctypes.CDLL(path)
+        for name in ("openblas_set_num_threads", "scipy_openblas_set_num_threads"):
+            for function in (getattr(library, name + end, None) for end in ("", "64_")):
+                if function is not None:
+                    function(count)
+
+
+def run(program: Program) -> None:
+    """Run a program as Python itself would: nothing of this package is seen in a traceback.
+
+    Raises:
+        BaseException: What the program raises; it has been reported.
+
+    """
+    try:
+        program.run()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OWN_FOLDER):
+            trace = trace.tb_next
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
+        sys.excepthook = lambda *_: None
+        raise

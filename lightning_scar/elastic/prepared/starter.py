@@ -1,0 +1,269 @@
+"""How the processes of workers come to be: forks of a prepared parent where that can be, else programs of their own."""
+
+import ctypes
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning_scar.elastic.prepared.child import COVERAGE
+from lightning_scar.elastic.prepared.environment import OF_A_WORKER
+from lightning_scar.elastic.prepared.imports import Imports, NotPreparedError
+from lightning_scar.elastic.prepared.parent import MESSAGE_BYTES
+from lightning_scar.elastic.prepared.program import Program
+
+_PR_SET_CHILD_SUBREAPER = 36
+#: Seconds that a parent has for a fork, and for the imports of a program: a worker would not start sooner.
+_FORK_SECONDS, _IMPORT_SECONDS = 30.0, 600.0
+_DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
+
+
+class Process(Protocol):
+    """A child of this process."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Return its exit code, negative for a signal; ``None`` while it lives."""
+
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal."""
+
+
+class ForkedProcess:
+    """A child of this process that a prepared parent has forked.
+
+    Args:
+        pid: Its number.
+
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return its exit code, negative for a signal; ``None`` while it lives."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal."""
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+
+class PreparedParent:
+    """The end of a connection to a :mod:`parent <lightning_scar.elastic.prepared.parent>`, which this starts.
+
+    Args:
+        command: The command line that its forks will run.
+        environment: The variables that all of them will have.
+
+    Raises:
+        NotPreparedError: If there can be none for this command, or on this operating system.
+
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        if sys.platform != "linux":
+            raise NotPreparedError("this is not Linux, where a process can be forked safely")
+        program = Program.of(command)
+        if program is None or command[0] != sys.executable:
+            raise NotPreparedError(f"{' '.join(command[:2])} is not a Python program of its own")
+        self._command = list(command)
+        imports = Imports(program)
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            # In a list of processes its forks look as the program does.
+            parent = [command[0], *program.flags, "-m", "lightning_scar.elastic.prepared.parent", *program.words]
+            variables = _environment_of_parent({**environment, **imports.environment})
+            self._process = subprocess.Popen(parent, stdin=theirs, env=variables, start_new_session=True)
+        self._connection = mine
+        #: How many answers are still to come before it can fork.
+        self._waits = 0
+        self.import_too(imports.modules)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has imported what it was asked to.
+
+        Raises:
+            NotPreparedError: If it must not be forked.
+
+        """
+        while self._waits and select.select([self._connection], [], [], 0)[0]:
+            self._read_answer(_FORK_SECONDS)
+            self._waits -= 1
+        return not self._waits
+
+    def fileno(self) -> int:
+        """Return the descriptor that can be read when it becomes ready."""
+        return self._connection.fileno()
+
+    def import_too(self, modules: Sequence[str]) -> None:
+        """Let it import more modules. It is not ready until it has."""
+        self._ask({"modules": list(modules)}, [])
+        self._waits += 1
+
+    def fork(
+        self, environment: Mapping[str, str], streams: Sequence[int], command: Sequence[str] = (), cwd: str = ""
+    ) -> ForkedProcess:
+        """Return a child of this process that runs the command.
+
+        Args:
+            environment: All its variables.
+            streams: Its standard input, output and error.
+            command: Another command line than the one that the parent was started for.
+            cwd: Another working directory than this process's.
+
+        Raises:
+            NotPreparedError: If there is none.
+
+        """
+        while self._waits:
+            self._read_answer(_IMPORT_SECONDS)
+            self._waits -= 1
+        request = {
+            "command": list(command) or self._command,
+            "environment": dict(environment),
+            "cwd": os.path.abspath(cwd),
+            "parent": os.getpid(),
+        }
+        libc = ctypes.CDLL(None)
+        # An orphan goes to this process instead of to init.
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        try:
+            self._ask(request, streams)
+            return ForkedProcess(self._read_answer(_FORK_SECONDS)["pid"])
+        finally:
+            libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+    def close(self) -> None:
+        """End it. Its forks live on."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, request: Mapping[str, Any], streams: Sequence[int]) -> None:
+        try:
+            socket.send_fds(self._connection, [json.dumps(request).encode()], streams)
+        except OSError as error:
+            raise NotPreparedError(f"the process that forks them cannot be asked ({error})") from None
+
+    def _read_answer(self, seconds: float) -> dict[str, Any]:
+        self._connection.settimeout(seconds)
+        try:
+            answer = self._connection.recv(MESSAGE_BYTES)
+        except OSError as error:
+            raise NotPreparedError(f"the process that forks them does not answer ({error})") from None
+        if not answer:
+            raise NotPreparedError("the process that forks them has ended")
+        fields: dict[str, Any] = json.loads(answer)
+        if fields.get("refusal"):
+            raise NotPreparedError(fields["refusal"])
+        return fields
+
+
+def _environment_of_parent(more: Mapping[str, str]) -> dict[str, str]:
+    environment = {**os.environ, **more}
+    # Threads of OpenBLAS start when it is loaded. A question for a GPU must not open it.
+    environment |= {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    return {name: value for name, value in environment.items() if name not in OF_A_WORKER and name not in COVERAGE}
+
+
+class Starter:
+    """Starts the workers of a node.
+
+    Args:
+        command: What they run.
+        environment: The variables that all of them have beside this process's.
+        tell_user: Called with why they start slowly, once.
+        prepared: Whether they are forked where that can be.
+
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        tell_user: Callable[[str], None],
+        prepared: bool = True,
+    ) -> None:
+        self._command = command
+        self._environment = environment
+        self._tell_user = tell_user
+        self._parent: PreparedParent | None = None
+        #: Whether it could be forked.
+        self._was_ready = False
+        if prepared:
+            self._prepare()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a worker would start now, rather than wait for imports."""
+        while self._parent is not None:
+            try:
+                if not self._parent.is_ready:
+                    return False
+                self._was_ready = True
+                break
+            except NotPreparedError as error:
+                self._do_without(error)
+        return True
+
+    def start(self, environment: Mapping[str, str], errors: int) -> Process:
+        """Start a worker, in a session of its own. It dies with this process.
+
+        Args:
+            environment: What it has beside this process's and the common variables.
+            errors: Its standard error.
+
+        Raises:
+            OSError: If there can be no more processes.
+
+        """
+        variables = {**os.environ, **self._environment, **environment}
+        if self._parent is not None:
+            try:
+                return self._parent.fork(variables, [0, 1, errors])
+            except NotPreparedError as error:
+                self._do_without(error)
+        tied = [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid())]
+        return subprocess.Popen([*tied, *self._command], env=variables, stderr=errors, start_new_session=True)
+
+    def import_too(self, modules: Sequence[str]) -> None:
+        """Let later workers find imported what an earlier one has imported."""
+        if self._parent is not None:
+            with suppress(NotPreparedError):
+                self._parent.import_too(modules)
+
+    def close(self) -> None:
+        """End the prepared parent, if there is one."""
+        if self._parent is not None:
+            self._parent.close()
+            self._parent = None
+
+    def _prepare(self) -> None:
+        self._was_ready = False
+        try:
+            self._parent = PreparedParent(self._command, self._environment)
+        except NotPreparedError as error:
+            self._do_without(error)
+
+    def _do_without(self, error: NotPreparedError) -> None:
+        """Replace a parent that could be forked before, e.g. until a module changed; else say what is in the way."""
+        self.close()
+        if self._was_ready:
+            self._prepare()
+        else:
+            self._tell_user(f"workers start as programs of their own, which takes longer: {error}")
