@@ -19,7 +19,7 @@ from benchmarks.step_log import Kill, Line
 
 #: The working directory for ``python -m benchmarks...``.
 ROOT = Path(__file__).parents[1]
-_DIE_WITH_PARENT = ROOT / "lightning_scar" / "elastic" / "supervisor" / "die_with_parent.py"
+_DIE_WITH_PARENT = ROOT / "lightning_scar" / "elastic" / "prepared" / "die_with_parent.py"
 #: Seconds that a training has to end after SIGTERM.
 _GRACE = 20.0
 _POLL = 0.01
@@ -94,7 +94,8 @@ class Run:
         return step_log.read(self.folder)
 
     def workers(self) -> dict[int, psutil.Process]:
-        """Return the live workers, by rank."""
+        """Return the live workers that have logged a step, by rank."""
+        ranks = {line.pid: line.rank for line in self.lines()}
         found: dict[int, psutil.Process] = {}
         for process in self._children():
             # Processes come and go meanwhile.
@@ -103,8 +104,8 @@ class Run:
                 variables = process.environ()
                 if "LIGHTNING_SCAR_STATE" in variables:
                     self.state_folders.add(Path(variables["LIGHTNING_SCAR_STATE"]))
-                if "RANK" in variables and process.status() != psutil.STATUS_ZOMBIE:
-                    found.setdefault(int(variables["RANK"]), process)
+                if process.pid in ranks and process.status() != psutil.STATUS_ZOMBIE:
+                    found.setdefault(ranks[process.pid], process)
         return found
 
     def _children(self) -> Iterator[psutil.Process]:

@@ -12,25 +12,26 @@ What is started with ``subprocess.Popen`` itself is a real program. Where this i
 """
 
 import atexit
-import ctypes
 import gc
 import importlib
 import inspect
 import os
-import pickle
-import runpy
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import psutil
+
+from lightning_scar.elastic.prepared.child import run as run_program
+from lightning_scar.elastic.prepared.environment import watched
+from lightning_scar.elastic.prepared.parent import Parent
+from lightning_scar.elastic.prepared.program import Program
+from lightning_scar.elastic.prepared.starter import PreparedParent
 
 #: What a prepared parent has imported. Torch imports its compiler when the first optimizer is made.
 MODULES = [
@@ -51,9 +52,7 @@ MODULES = [
 ]
 #: What modules of tests import, in which the functions are that ranks call. A program must not find pytest imported.
 FOR_TESTS = ["pytest", "hypothesis", "hypothesis.strategies"]
-_SUBREAPER, _DEATH_SIGNAL = 36, 1
-_STREAMS = 3
-_DIE_WITH_PARENT = "die_with_parent.py"
+FORKS_WORKERS = "lightning_scar.elastic.prepared"
 _EXECUTE_CHILD = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 
@@ -71,25 +70,25 @@ def _execute_child(self: Any, *args: Any) -> None:
     """Stands for the method of ``subprocess.Popen``: the process comes from this one's prepared parent, if it can."""
     call = inspect.signature(_EXECUTE_CHILD).bind(self, *args).arguments
     is_plain = not (call["preexec_fn"] or call["pass_fds"] or call["shell"] or call["executable"])
-    program = _Program.of(call["args"]) if is_plain and isinstance(call["args"], list | tuple) else None
-    parent = _parent() if program is not None else None
+    words = [os.fsdecode(word) for word in call["args"]] if isinstance(call["args"], list | tuple) else []
+    parent = _parent() if is_plain and words[:1] == [sys.executable] and _can_run(words) else None
     if parent is None:
         _EXECUTE_CHILD(self, *args)
         return
     streams = [call[name] for name in ("p2cread", "c2pwrite", "errwrite")]
-    request = {
-        "program": program,
-        "environment": dict(os.environ if call["env"] is None else call["env"]),
-        "cwd": os.path.abspath(call["cwd"] or os.getcwd()),
-        "ignored": [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN],
-        "session": call["start_new_session"],
-        "asker": os.getpid(),
-    }
-    self.pid = parent.ask(request, [own if stream == -1 else stream for own, stream in enumerate(streams)])
+    environment = os.environ if call["env"] is None else call["env"]
+    streams = [own if stream == -1 else stream for own, stream in enumerate(streams)]
+    self.pid = parent.fork(words, environment, streams, call["cwd"] or "").pid
     self._child_created = True
     self._close_pipe_fds(
         *(call[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite"))
     )
+
+
+def _can_run(words: Sequence[str]) -> bool:
+    """Whether a fork can run it. It has the options of this interpreter, but for ``-u``."""
+    program = Program.of(words)
+    return program is not None and set(program.flags) <= {"-u"}
 
 
 class PreparedPopen(subprocess.Popen):  # type: ignore[type-arg]
@@ -158,234 +157,69 @@ def kill_all(pid: int) -> None:
                 process.kill()
 
 
-# -- the program ---------------------------------------------------------------------------------------------------
-
-
-class _Program:
-    """What is to run, taken from a command line of Python.
-
-    Args:
-        kind: ``"-m"``, ``"-c"`` or ``"script"``.
-        what: The module, the code, or the path.
-        arguments: What follows.
-        command: All of it.
-
-    """
-
-    def __init__(self, kind: str, what: str, arguments: list[str], command: list[str]) -> None:
-        self.kind, self.what, self.arguments = kind, what, arguments
-        self.command = command
-        self.is_unbuffered = False
-
-    @classmethod
-    def of(cls, command: Sequence[Any]) -> "_Program | None":
-        """``None`` if it is none of Python's, or one with options that a fork cannot give it."""
-        words = [os.fspath(word) for word in command]
-        words = [word.decode() if isinstance(word, bytes) else word for word in words]
-        # Every fork dies with its parent, too.
-        if words[0] == sys.executable and words[1:3] == ["-I", "-S"] and Path(words[3]).name == _DIE_WITH_PARENT:
-            words = words[5:]
-        if words[0] != sys.executable or len(words) < 2:
-            return None
-        rest, is_unbuffered = words[1:], False
-        while rest and rest[0] == "-u":
-            rest, is_unbuffered = rest[1:], True
-        if not rest:
-            return None
-        if rest[0] in ("-m", "-c"):
-            program = cls(rest[0], rest[1], rest[2:], words)
-        elif rest[0].startswith("-"):
-            return None
-        else:
-            program = cls("script", rest[0], rest[1:], words)
-        program.is_unbuffered = is_unbuffered
-        return program
-
-    def run(self) -> None:
-        """Runs it as ``__main__``."""
-        sys.orig_argv = list(self.command)
-        sys.argv = ["-c" if self.kind == "-c" else self.what, *self.arguments]
-        if self.kind == "-m":
-            sys.path.insert(0, os.getcwd())
-            runpy.run_module(self.what, run_name="__main__", alter_sys=True)
-            return
-        main = types.ModuleType("__main__")
-        sys.modules["__main__"] = main
-        if self.kind == "-c":
-            sys.path.insert(0, "")
-            text, name = self.what, "<string>"
-        else:
-            name = os.path.abspath(self.what)
-            sys.path.insert(0, os.path.dirname(name))
-            text = Path(name).read_bytes()  # type: ignore[assignment]
-            main.__file__ = name
-        exec(compile(text, name, "exec"), vars(main))
-
-
 # -- the parent ----------------------------------------------------------------------------------------------------
 
-
-class _Parent:
-    """The end of a connection to a prepared parent.
-
-    Args:
-        connection: To it.
-
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._lock = threading.Lock()
-        self.owner = os.getpid()
-
-    def ask(self, request: dict[str, Any], streams: list[int]) -> int:
-        """The number of a new process, a child of this one."""
-        with self._lock:
-            # An orphan goes to this process instead of to init.
-            _prctl(_SUBREAPER, 1)
-            try:
-                _send(self._connection, pickle.dumps(request), streams)
-                answer, _ = _receive(self._connection)
-            finally:
-                _prctl(_SUBREAPER, 0)
-        return int(answer)
+_current: PreparedParent | None = None
+_owner = -1
 
 
-_current: _Parent | None = None
-
-
-def _parent() -> _Parent | None:
+def _parent() -> PreparedParent | None:
     """That of this process; ``None`` if it has none."""
-    global _current
+    global _current, _owner
     if sys.platform != "linux":
         return None
-    if _current is not None and _current.owner == os.getpid():
-        return _current
-    if "pytest" not in sys.modules:
-        return None  # A fork of a prepared process, which has to start everything anew.
-    mine, theirs = socket.socketpair()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-    command = [sys.executable, __file__, str(theirs.fileno()), str(os.getpid())]
-    server = subprocess.Popen(
-        command,
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-    )
-    theirs.close()
-    _current = _Parent(mine)
-    atexit.register(_end, mine, server)
-    return _current
+    if _current is None and "pytest" in sys.modules:
+        mine, theirs = _pair()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+        server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=theirs,
+            stdout=subprocess.DEVNULL,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        theirs.close()
+        _current, _owner = PreparedParent(mine), os.getpid()
+        atexit.register(server.wait, 10)
+        atexit.register(_current.close)
+    # A fork of this process by others has none.
+    return _current if _owner == os.getpid() else None
 
 
-def _end(connection: socket.socket, server: "subprocess.Popen[bytes]") -> None:
-    connection.close()
-    server.wait(10)
+def _pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def _serve(connection: socket.socket) -> NoReturn:
     """Forks a process for each request, until nobody can ask any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    while True:
-        try:
-            message, streams = _receive(connection)
-        except EOFError:
-            os._exit(0)
-        heard, told = os.pipe()
-        between = os.fork()
-        if not between:
-            if not os.fork():
-                os.close(heard)
-                connection.close()
-                _become(pickle.loads(message), streams, told)
-            os._exit(0)
-        os.close(told)
-        # Its child is an orphan then, and goes to whoever asked for it.
-        os.waitpid(between, 0)
-        _send(connection, os.read(heard, 20), [])
-        for descriptor in (*streams, heard):
-            os.close(descriptor)
+    _run(Parent(connection).serve())
 
 
-def _become(request: dict[str, Any], streams: list[int], told: int) -> NoReturn:
-    """Makes this fork a process of its own and ends it.
-
-    Args:
-        request: What is to run, and how.
-        streams: Its standard input, output and error.
-        told: Who waits for the process gets its number here, once it can be sent signals as any other.
-
-    """
-    program: _Program = request["program"]
-    while os.getppid() != request["asker"]:
-        if not os.path.exists(f"/proc/{request['asker']}"):
-            os._exit(0)
-        os.sched_yield()
-    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != request["asker"]:
-        os._exit(0)
-    if request["session"]:
-        os.setsid()
-    for number in signal.valid_signals():
-        with suppress(OSError, ValueError):
-            signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    if signal.SIGINT not in request["ignored"]:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.write(told, str(os.getpid()).encode())
-    global _current
-    # A worker starts nothing.
-    _current = None if "LIGHTNING_SCAR_STORE" in request["environment"] else _a_parent_of_its_own()
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-    os.closerange(_STREAMS, _current._connection.fileno() if _current else 1 << 16)
-    if _current:
-        os.closerange(_current._connection.fileno() + 1, 1 << 16)
-    os.chdir(request["cwd"])
-    os.environ.clear()
-    os.environ.update(request["environment"])
-    more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:0] = [path for path in more if path and path not in sys.path]
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()
-    _run(program)
-
-
-def _start(program: _Program) -> NoReturn:
+def _run(program: Program) -> NoReturn:
     """Runs a program in this process, which has imported everything."""
-    global _current
-    _current = _a_parent_of_its_own()
-    _run(program)
-
-
-def _run(program: _Program) -> NoReturn:
-    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
-    if program.is_unbuffered or os.environ.get("PYTHONUNBUFFERED"):
+    if "-u" in program.flags or os.environ.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-    if _current:
-        subprocess.Popen._execute_child = _execute_child  # type: ignore[attr-defined]
+    if program.kind != "-c" and program.path is not None:
+        sys.path.insert(0, program.path)
+    # A worker starts nothing, and what forks workers forks itself.
+    if "LIGHTNING_SCAR_STORE" not in os.environ and program.what != FORKS_WORKERS:
+        _get_a_parent()
     os.execv = _exec  # type: ignore[assignment]
-    _end_with(program.run)
+    run_program(program)
 
 
-def _a_parent_of_its_own() -> _Parent:
-    mine, theirs = socket.socketpair()
-    owner = os.getpid()
+def _get_a_parent() -> None:
+    global _current, _owner
+    mine, theirs = _pair()
     if not os.fork():
-        mine.close()
-        _prctl(_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != owner:
-            os._exit(0)
         null = os.open(os.devnull, os.O_RDWR)
-        for number in range(_STREAMS):
+        for number in range(3):
             os.dup2(null, number)
-        os.dup2(theirs.fileno(), _STREAMS)
-        os.closerange(_STREAMS + 1, 1 << 16)
-        theirs.detach()
-        _serve(socket.socket(fileno=_STREAMS))
+        mine.close()
+        _serve(theirs)
     theirs.close()
-    return _Parent(mine)
+    _current, _owner = PreparedParent(mine), os.getpid()
+    subprocess.Popen._execute_child = _execute_child  # type: ignore[attr-defined]
 
 
 def _exec(path: str, command: Sequence[str]) -> None:
@@ -400,81 +234,19 @@ def _exec(path: str, command: Sequence[str]) -> None:
     os._exit(code)
 
 
-def _end_with(main: Callable[[], None]) -> NoReturn:
-    """Ends this process as the interpreter does when a program is over."""
-    if any(name.startswith("COVERAGE_PROCESS") for name in os.environ):
-        importlib.import_module("coverage").process_startup()
-    code = 0
-    try:
-        main()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        if code == 1 and not isinstance(error.code, int):
-            print(error.code, file=sys.stderr)
-    except BaseException as error:
-        # Without the frames of this module.
-        own = error.__traceback__
-        while own is not None and own.tb_next is not None and own.tb_frame.f_code.co_filename == __file__:
-            own = own.tb_next
-        sys.excepthook(type(error), error.with_traceback(own), own)
-        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    with suppress(BaseException):
-        threading._shutdown()  # type: ignore[attr-defined]
-    with suppress(BaseException):
-        atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(BaseException):
-            stream.flush()
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code & 0xFF)
-
-
-# -- messages ------------------------------------------------------------------------------------------------------
-
-
-def _send(connection: socket.socket, content: bytes, descriptors: Sequence[int]) -> None:
-    socket.send_fds(connection, [len(content).to_bytes(8, "big")], descriptors)
-    connection.sendall(content)
-
-
-def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
-    head, descriptors, _, _ = socket.recv_fds(connection, 8, _STREAMS)
-    if not head:
-        raise EOFError
-    size, content = int.from_bytes(head, "big"), b""
-    while len(content) < size:
-        chunk = connection.recv(size - len(content))
-        if not chunk:
-            raise EOFError
-        content += chunk
-    return content, list(descriptors)
-
-
-def _prctl(option: int, value: int) -> None:
-    ctypes.CDLL(None).prctl(option, value)
-
-
 def main() -> None:
-    """Runs a prepared parent, or a program that has one.
-
-    Arguments are the parent's connection and the process that it belongs to, or ``run`` and a command.
-    """
-    # Whoever unpickles a request knows this module by its name.
+    """Runs a prepared parent, or a program that has one: after ``run`` follows a command."""
+    # Whoever is imported by a program is another module than this one.
     this = importlib.import_module("prepared")
-    is_program = sys.argv[1] == "run"
-    if not is_program:
-        _prctl(_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != int(sys.argv[2]):
-            return
-    for module in MODULES:
-        importlib.import_module(module)
+    sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
+    with watched():
+        for module in MODULES:
+            importlib.import_module(module)
     gc.freeze()
-    if is_program:
-        this._start(this._Program.of(sys.argv[2:]))
+    if sys.argv[1:]:
+        this._run(Program.of(sys.argv[2:]))
     else:
-        this._serve(socket.socket(fileno=int(sys.argv[1])))
+        this._serve(socket.socket(fileno=os.dup(0)))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ FORBIDDEN = {
         "lightning_scar.storage",
     },
     "elastic/protocol": {"lightning_scar.elastic.worker", "lightning_scar.elastic.supervisor"},
-    "elastic/worker": {"lightning_scar.elastic.supervisor"},
+    "elastic/worker": {"lightning_scar.elastic.prepared", "lightning_scar.elastic.supervisor"},
+    "elastic/prepared": {"lightning_scar.elastic.supervisor"},
 }
 
 

@@ -7,9 +7,7 @@ import sys
 
 import psutil
 import pytest
-from prepared import PreparedPopen, _Program, run
-
-from lightning_scar.elastic.supervisor import process
+from prepared import PreparedPopen, run
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they do start anew")
 PRINT = "import os, sys; print(__name__, sys.argv[1:], os.environ['A'], os.getcwd(), sys.stdin.read()); sys.exit(3)"
@@ -56,11 +54,3 @@ def test_it_is_a_child_that_has_imported_everything() -> None:
         assert child.stdout is not None
         assert child.stdout.readline() == f"True {child.pid}\n"
         assert psutil.Process(child.pid).ppid() == os.getpid()
-
-
-def test_workers_of_a_supervisor_come_from_its_parent() -> None:
-    dying = [sys.executable, "-I", "-S", str(process._DIE_WITH_PARENT), "1"]
-    program = _Program.of([*dying, sys.executable, "-u", "train.py", "a"])
-    assert program is not None
-    assert (program.what, program.arguments, program.is_unbuffered) == ("train.py", ["a"], True)
-    assert _Program.of([*dying, "sleep", "1"]) is None

@@ -6,19 +6,25 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 from elastic_helpers import assert_gone
 
+from lightning_scar.elastic.prepared.starter import Starter
 from lightning_scar.elastic.supervisor import process as worker_process
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
 from lightning_scar.elastic.supervisor.process import WorkerProcess
 from lightning_scar.elastic.worker.state_folder import DISK
 
 
+def started(*command: str) -> WorkerProcess:
+    return WorkerProcess(partial(Starter(command, {"GREETING": "hello"}, print, prepared=False).start, {}))
+
+
 def finished(*arguments: str) -> tuple[int, WorkerProcess]:
-    worker = WorkerProcess([sys.executable, *arguments], {"GREETING": "hello"})
+    worker = started(sys.executable, *arguments)
     return code_of(worker), worker
 
 
@@ -53,7 +59,7 @@ def test_a_worker_killed_in_mid_sentence_is_heard_to_the_end(capfd: pytest.Captu
 
 
 def test_a_command_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
-    assert code_of(WorkerProcess(["no-such-program"], {})) == 1
+    assert code_of(started("no-such-program")) == 1
     assert "cannot run no-such-program" in capfd.readouterr().err
 
 
@@ -61,7 +67,7 @@ def orphan(child: str, is_apart: bool = False) -> WorkerProcess:
     """A worker that is gone and unnoticed yet; what it started is still there, perhaps in a session of its own."""
     start = f"subprocess.Popen([{child}], start_new_session={is_apart})"
     text = f"import subprocess, sys; sys.stderr.write(str({start}.pid))"
-    worker = WorkerProcess([sys.executable, "-c", text], {})
+    worker = started(sys.executable, "-c", text)
     os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
     return worker
 

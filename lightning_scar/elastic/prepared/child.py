@@ -1,16 +1,19 @@
 """What makes a fork of a prepared parent a process like any other."""
 
+import atexit
 import ctypes
 import importlib
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from lightning_scar.elastic.prepared.environment import readers
 from lightning_scar.elastic.prepared.program import Program
 
 _PR_SET_PDEATHSIG = 1
@@ -19,14 +22,13 @@ COVERAGE = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
 _OWN_FOLDER = os.path.dirname(__file__)
 
 
-def become(request: Mapping[str, Any], streams: Sequence[int], told: int, readers: Mapping[str, Sequence[str]]) -> None:
+def become(request: Mapping[str, Any], streams: Sequence[int], told: int) -> None:
     """Make this fork a process of its own.
 
     Args:
         request: Its ``environment``, its working directory ``cwd``, and the process whose child it becomes, ``parent``.
         streams: Its standard input, output and error.
         told: Whoever waits for its number reads it from this pipe, once it can be treated as any other.
-        readers: Modules that have read variables of a worker when they were imported, and which.
 
     """
     _become_child_of(request["parent"])
@@ -41,7 +43,7 @@ def become(request: Mapping[str, Any], streams: Sequence[int], told: int, reader
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    _renew_modules(readers)
+    _renew_modules()
 
 
 def _become_child_of(parent: int) -> None:
@@ -53,7 +55,7 @@ def _become_child_of(parent: int) -> None:
         os._exit(0)
 
 
-def _renew_modules(readers: Mapping[str, Sequence[str]]) -> None:
+def _renew_modules() -> None:
     """Do again what modules do differently in each process when they are imported."""
     importlib.invalidate_caches()
     multiprocessing.current_process().authkey = os.urandom(32)
@@ -73,7 +75,8 @@ def _set_blas_threads() -> None:
     count = int(wanted) if wanted.isdecimal() else os.cpu_count() or 1
     if count == 1:
         return
-    for path in {line.split()[-1] for line in Path("/proc/self/maps").open() if "openblas" in line}:
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    for path in {line.split()[-1] for line in maps if "openblas" in line}:
         library = ctypes.CDLL(path)
         for name in ("openblas_set_num_threads", "scipy_openblas_set_num_threads"):
             for function in (getattr(library, name + end, None) for end in ("", "64_")):
@@ -81,21 +84,40 @@ def _set_blas_threads() -> None:
                     function(count)
 
 
-def run(program: Program) -> None:
-    """Run a program as Python itself would: nothing of this package is seen in a traceback.
+def run(program: Program) -> NoReturn:
+    """Run a program, and end this process as Python does, but for one thing: modules are not torn down.
 
-    Raises:
-        BaseException: What the program raises; it has been reported.
-
+    That would copy all the memory that this process shares with its parent, only to free it.
     """
+    code = _code_of(program)
+    # In the order in which the interpreter does it.
+    with suppress(BaseException):
+        threading._shutdown()  # type: ignore[attr-defined]
+    with suppress(BaseException):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BaseException):
+            stream.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code & 0xFF)
+
+
+def _code_of(program: Program) -> int:
+    """Run a program. Return its exit code, negative for the signal that is to end it."""
     try:
         program.run()
-    except SystemExit:
-        raise
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
     except BaseException as error:
+        # Nothing of this package is seen in the traceback.
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OWN_FOLDER):
             trace = trace.tb_next
         sys.excepthook(type(error), error.with_traceback(trace), trace)
-        sys.excepthook = lambda *_: None
-        raise
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return 0

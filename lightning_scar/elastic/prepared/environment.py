@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 #: What differs between the workers of a job, or between the starts of one.
@@ -29,34 +29,29 @@ OF_A_WORKER = frozenset(
 )
 
 
-class _Watched(os._Environ):  # type: ignore[type-arg]
-    """``os.environ``, which tells who reads a variable of :data:`OF_A_WORKER`."""
+#: Modules of this process that have read variables of :data:`OF_A_WORKER` when they were imported, and which.
+readers: dict[str, list[str]] = {}
 
-    asked: Callable[[str, str], None]
+
+class _Watched(os._Environ):  # type: ignore[type-arg]
+    """``os.environ``, which notes who reads a variable of :data:`OF_A_WORKER`."""
 
     def __getitem__(self, name: str) -> str:
         if name in OF_A_WORKER:
             frame = sys._getframe(1)
             while frame.f_back is not None and frame.f_globals.get("__name__") in ("os", "collections.abc"):
                 frame = frame.f_back
-            self.asked(str(frame.f_globals.get("__name__")), name)
+            readers.setdefault(str(frame.f_globals.get("__name__")), []).append(name)
         value: str = super().__getitem__(name)
         return value
 
 
 @contextmanager
-def watched(asked: Callable[[str, str], None]) -> Iterator[None]:
-    """Call a function before somebody reads a variable of :data:`OF_A_WORKER` from ``os.environ``.
-
-    Args:
-        asked: Gets the name of the module that reads it, and that of the variable.
-
-    """
+def watched() -> Iterator[None]:
+    """Note in :data:`readers` which modules read variables of a worker."""
     plain = os.environ.__class__
-    _Watched.asked = staticmethod(asked)  # type: ignore[assignment]
-    os.environ.__class__ = _Watched  # type: ignore[assignment]
+    os.environ.__class__ = _Watched
     try:
         yield
     finally:
         os.environ.__class__ = plain
-

@@ -1,4 +1,4 @@
-"""A process that imports what workers import, does nothing else, and forks them: ``python -m ... program ...``.
+"""A process that imports what workers import, does nothing else, and forks them.
 
 It has one thread, computes nothing and opens nothing: a fork of a process that did may hang. What it finds odd about
 itself it says, and is not used. Its standard input is the connection to whoever started it; see
@@ -12,11 +12,12 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_scar.elastic.prepared.child import become, run
-from lightning_scar.elastic.prepared.environment import watched
+from lightning_scar.elastic.prepared.environment import readers, watched
 from lightning_scar.elastic.prepared.imports import is_installed
 from lightning_scar.elastic.prepared.program import Program, file_of
 
@@ -37,8 +38,6 @@ class Parent:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._descriptors = _descriptors()
-        #: Which variables of a worker a module has read when it was imported.
-        self._readers: dict[str, list[str]] = {}
         #: The files of modules, and their state when they were imported.
         self._files: dict[str, tuple[int, int]] = {}
 
@@ -66,7 +65,7 @@ class Parent:
 
     def _import(self, modules: Sequence[str]) -> str:
         """Import modules. Return why this process may not be forked after it, or ""."""
-        with watched(lambda module, variable: self._readers.setdefault(module, []).append(variable)):
+        with watched():
             for name in modules:
                 if name in sys.modules or (file := file_of(name)) is None or not is_installed(file):
                     continue
@@ -81,9 +80,9 @@ class Parent:
 
     def _oddity(self) -> str:
         """Return what forks would inherit beside imported modules, or ""."""
-        for name in self._readers:
+        for name, variables in readers.items():
             if not hasattr(getattr(sys.modules.get(name), "rank_zero_only", None), "rank"):
-                return f"{name} reads {self._readers[name][0]} when it is imported"
+                return f"{name} reads {variables[0]} when it is imported"
         if len(os.listdir("/proc/self/task")) > 1:
             return "an imported package has started a thread"
         torch = sys.modules.get("torch")
@@ -115,7 +114,7 @@ class Parent:
             if _forked_again():
                 os._exit(0)
             self._connection.detach()
-            become(request, streams, told, self._readers)
+            become(request, streams, told)
             program = Program.of(request["command"])
             assert program is not None
             return program
@@ -151,10 +150,9 @@ def _state(file: str) -> tuple[int, int]:
 def _descriptors() -> set[str]:
     found = set()
     for number in os.listdir("/proc/self/fd"):
-        try:
+        # The listing's own is closed by now.
+        with suppress(OSError):
             found.add(os.readlink(f"/proc/self/fd/{number}"))
-        except OSError:
-            pass  # That of the listing.
     return found
 
 
@@ -165,8 +163,3 @@ def main() -> NoReturn:
     assert program is not None
     sys.path[:1] = [program.path] if program.path is not None else []
     run(Parent(socket.socket(fileno=os.dup(0))).serve())
-    sys.exit()
-
-
-if __name__ == "__main__":
-    main()

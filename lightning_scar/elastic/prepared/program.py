@@ -102,10 +102,11 @@ class Program:
 
 def file_of(module: str) -> Path | None:
     """Return the file of a module, found without importing anything; ``None`` if it has none, or is not there."""
-    where, parts = None, module.split(".")
+    where: list[str] | None = None
+    origin, parts = None, module.split(".")
     for count in range(1, len(parts) + 1):
         spec = PathFinder.find_spec(".".join(parts[:count]), where)
         if spec is None:
             return None
-        where = list(spec.submodule_search_locations or [])
-    return Path(spec.origin) if spec.origin is not None else None
+        where, origin = list(spec.submodule_search_locations or []), spec.origin
+    return Path(origin) if origin is not None else None

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from typing_extensions import override
+
 from lightning_scar.elastic.prepared.child import COVERAGE
 from lightning_scar.elastic.prepared.environment import OF_A_WORKER
 from lightning_scar.elastic.prepared.imports import Imports, NotPreparedError
@@ -63,35 +65,17 @@ class ForkedProcess:
 
 
 class PreparedParent:
-    """The end of a connection to a :mod:`parent <lightning_scar.elastic.prepared.parent>`, which this starts.
+    """The end of a connection to a :mod:`parent <lightning_scar.elastic.prepared.parent>`.
 
     Args:
-        command: The command line that its forks will run.
-        environment: The variables that all of them will have.
-
-    Raises:
-        NotPreparedError: If there can be none for this command, or on this operating system.
+        connection: To it. Its messages are kept apart by the kernel.
 
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        if sys.platform != "linux":
-            raise NotPreparedError("this is not Linux, where a process can be forked safely")
-        program = Program.of(command)
-        if program is None or command[0] != sys.executable:
-            raise NotPreparedError(f"{' '.join(command[:2])} is not a Python program of its own")
-        self._command = list(command)
-        imports = Imports(program)
-        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            # In a list of processes its forks look as the program does.
-            parent = [command[0], *program.flags, "-m", "lightning_scar.elastic.prepared.parent", *program.words]
-            variables = _environment_of_parent({**environment, **imports.environment})
-            self._process = subprocess.Popen(parent, stdin=theirs, env=variables, start_new_session=True)
-        self._connection = mine
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
         #: How many answers are still to come before it can fork.
         self._waits = 0
-        self.import_too(imports.modules)
 
     @property
     def is_ready(self) -> bool:
@@ -116,14 +100,14 @@ class PreparedParent:
         self._waits += 1
 
     def fork(
-        self, environment: Mapping[str, str], streams: Sequence[int], command: Sequence[str] = (), cwd: str = ""
+        self, command: Sequence[str], environment: Mapping[str, str], streams: Sequence[int], cwd: str = ""
     ) -> ForkedProcess:
-        """Return a child of this process that runs the command.
+        """Return a child of this process.
 
         Args:
+            command: Its command line.
             environment: All its variables.
             streams: Its standard input, output and error.
-            command: Another command line than the one that the parent was started for.
             cwd: Another working directory than this process's.
 
         Raises:
@@ -134,7 +118,7 @@ class PreparedParent:
             self._read_answer(_IMPORT_SECONDS)
             self._waits -= 1
         request = {
-            "command": list(command) or self._command,
+            "command": list(command),
             "environment": dict(environment),
             "cwd": os.path.abspath(cwd),
             "parent": os.getpid(),
@@ -149,10 +133,8 @@ class PreparedParent:
             libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
     def close(self) -> None:
-        """End it. Its forks live on."""
+        """Let it end. Its forks live on."""
         self._connection.close()
-        self._process.kill()
-        self._process.wait()
 
     def _ask(self, request: Mapping[str, Any], streams: Sequence[int]) -> None:
         try:
@@ -172,6 +154,41 @@ class PreparedParent:
         if fields.get("refusal"):
             raise NotPreparedError(fields["refusal"])
         return fields
+
+
+class ProgramParent(PreparedParent):
+    """A parent that imports what a program imports.
+
+    Args:
+        command: The program's command line.
+        environment: The variables that all its forks will have.
+
+    Raises:
+        NotPreparedError: If there can be none for this command, or on this operating system.
+
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        if sys.platform != "linux":
+            raise NotPreparedError("only on Linux a process can be forked safely")
+        program = Program.of(command)
+        if program is None or command[0] != sys.executable:
+            raise NotPreparedError(f"`{' '.join(command)}` does not name a script, a module or code")
+        imports = Imports(program)
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        super().__init__(mine)
+        with theirs:
+            # In a list of processes its forks look as the program does.
+            parent = [command[0], *program.flags, "-m", "lightning_scar.elastic.prepared", *program.words]
+            variables = _environment_of_parent({**environment, **imports.environment})
+            self._process = subprocess.Popen(parent, stdin=theirs.fileno(), env=variables, start_new_session=True)
+        self.import_too(imports.modules)
+
+    @override
+    def close(self) -> None:
+        super().close()
+        self._process.kill()
+        self._process.wait()
 
 
 def _environment_of_parent(more: Mapping[str, str]) -> dict[str, str]:
@@ -202,7 +219,7 @@ class Starter:
         self._command = command
         self._environment = environment
         self._tell_user = tell_user
-        self._parent: PreparedParent | None = None
+        self._parent: ProgramParent | None = None
         #: Whether it could be forked.
         self._was_ready = False
         if prepared:
@@ -235,7 +252,7 @@ class Starter:
         variables = {**os.environ, **self._environment, **environment}
         if self._parent is not None:
             try:
-                return self._parent.fork(variables, [0, 1, errors])
+                return self._parent.fork(self._command, variables, [0, 1, errors])
             except NotPreparedError as error:
                 self._do_without(error)
         tied = [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid())]
@@ -256,7 +273,7 @@ class Starter:
     def _prepare(self) -> None:
         self._was_ready = False
         try:
-            self._parent = PreparedParent(self._command, self._environment)
+            self._parent = ProgramParent(self._command, self._environment)
         except NotPreparedError as error:
             self._do_without(error)
 

@@ -38,7 +38,7 @@ class WorkerProcess:
             raise
         finally:
             os.close(errors)
-        self._errors = _ErrorStream(open(source, "rb", buffering=0))
+        self._errors = _ErrorStream(os.fdopen(source, "rb", buffering=0))
         self._died_at: float | None = None
 
     @property
