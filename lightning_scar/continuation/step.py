@@ -21,6 +21,7 @@ from lightning_scar.continuation.stale_gradients import StaleGradients, feasible
 from lightning_scar.elastic.protocol.messages import RESTART_EXIT_CODE
 from lightning_scar.elastic.worker.errors import PLANNED, Loss, RestartError, UnevenDataError
 from lightning_scar.elastic.worker.member import Member
+from lightning_scar.elastic.worker.state_folder import tell_imports
 
 #: What the leader announces before the collectives of a step, so that all members know it after that step.
 _JOIN, _STOP = "join", "stop"
@@ -219,6 +220,7 @@ class Continuation:
         return attempt(checked)
 
     def _complete(self) -> None:
+        tell_imports()
         self._random_state = random_state()
         self._generations.steps += 1
         self._generations.substeps = self._stale_gradients.applied if self._stale_gradients is not None else 0

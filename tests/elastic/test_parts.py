@@ -20,7 +20,9 @@ from lightning_scar.elastic.worker.state_folder import DISK
 
 
 def started(*command: str) -> WorkerProcess:
-    return WorkerProcess(partial(Starter(command, {"GREETING": "hello"}, print, prepared=False).start, {}))
+    return WorkerProcess(
+        partial(Starter(command, {"GREETING": "hello"}, Path("none"), print, prepared=False).start, {})
+    )
 
 
 def finished(*arguments: str) -> tuple[int, WorkerProcess]:

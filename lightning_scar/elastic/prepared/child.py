@@ -61,6 +61,8 @@ def _renew_modules() -> None:
     multiprocessing.current_process().authkey = os.urandom(32)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.seed()
     for name, variables in readers.items():
         ranks = [os.environ[variable] for variable in variables if variable in os.environ]
         sys.modules[name].rank_zero_only.rank = int(ranks[0]) if ranks else 0

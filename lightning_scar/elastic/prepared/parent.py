@@ -89,7 +89,7 @@ class Parent:
         if torch is not None and torch.cuda.is_initialized():
             return "an imported package has initialized CUDA"
         if opened := _descriptors() - self._descriptors:
-            return f"an imported package keeps {opened.pop()} open"
+            return f"an imported package keeps {opened.pop()[1]} open"
         if sys.gettrace() is not None or sys.getprofile() is not None:
             return "a debugger or profiler runs in it"
         if "/dev/shm/" in Path("/proc/self/maps").read_text():
@@ -147,12 +147,13 @@ def _state(file: str) -> tuple[int, int]:
     return about.st_mtime_ns, about.st_size
 
 
-def _descriptors() -> set[str]:
+def _descriptors() -> set[tuple[str, str]]:
+    """Return which descriptors are open, and what they lead to."""
     found = set()
     for number in os.listdir("/proc/self/fd"):
         # The listing's own is closed by now.
         with suppress(OSError):
-            found.add(os.readlink(f"/proc/self/fd/{number}"))
+            found.add((number, os.readlink(f"/proc/self/fd/{number}")))
     return found
 
 

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 
-#: Options of Python that take a value, in the next word if it is not in the same one.
-_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
-#: Options of one letter that another one may follow in the same word.
-_FLAGS = frozenset("bBdEhiIOPqsSuvx")
+#: Options of Python without a value.
+_FLAGS = frozenset("bBdEiIOPqsSuvx")
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,7 @@ class Program:
     """What Python is asked to run.
 
     Args:
+        command: All the words of the command line.
         flags: The options of Python itself.
         kind: ``"-m"``, ``"-c"`` or ``"script"``.
         what: The module, the code, or the path.
@@ -28,13 +27,13 @@ class Program:
 
     Example::
 
-        >>> Program.of(["python", "-u", "train.py", "--lr", "0.1"])
-        Program(flags=('-u',), kind='script', what='train.py', arguments=('--lr', '0.1'))
-        >>> Program.of(["python"]) is None
-        True
+        >>> program = Program.of(["python", "-Bu", "train.py", "--lr", "0.1"])
+        >>> program.flags, program.what, program.arguments
+        (('-B', '-u'), 'train.py', ('--lr', '0.1'))
 
     """
 
+    command: tuple[str, ...]
     flags: tuple[str, ...]
     kind: str
     what: str
@@ -44,22 +43,26 @@ class Program:
     def of(cls, command: Sequence[str]) -> "Program | None":
         """Return the program of a command line; ``None`` if it names none, e.g. to read it from standard input."""
         flags, rest = list[str](), list(command[1:])
-        while rest and rest[0].startswith("-") and len(rest[0]) > 1:
+        while rest and rest[0].startswith("-"):
             word = rest.pop(0)
-            letters, kind = word[1:-1], f"-{word[-1]}"
-            if kind in ("-m", "-c") and _FLAGS.issuperset(letters):
-                flags += [f"-{letter}" for letter in letters]
-                return cls(tuple(flags), kind, rest[0], tuple(rest[1:])) if rest else None
-            flags.append(word)
-            if word in _WITH_VALUE:
-                if not rest:
-                    return None
-                flags.append(rest.pop(0))
-            elif not word.startswith(_WITH_VALUE) and not _FLAGS.issuperset(word[1:]):
+            if word == "--check-hash-based-pycs" and rest:
+                flags += [word, rest.pop(0)]
+                continue
+            if word == "-" or word.startswith("--"):
                 return None
-        if not rest or rest[0] == "-" or Path(rest[0]).is_dir():
+            for place, letter in enumerate(word[1:], start=2):
+                if letter in "mcWX":
+                    value = word[place:] or (rest.pop(0) if rest else "")
+                    if letter in "mc":
+                        return cls(tuple(command), tuple(flags), f"-{letter}", value, tuple(rest)) if value else None
+                    flags += [f"-{letter}", value]
+                    break
+                if letter not in _FLAGS:
+                    return None
+                flags.append(f"-{letter}")
+        if not rest or Path(rest[0]).is_dir():
             return None
-        return cls(tuple(flags), "script", rest[0], tuple(rest[1:]))
+        return cls(tuple(command), tuple(flags), "script", rest[0], tuple(rest[1:]))
 
     @property
     def words(self) -> list[str]:
@@ -84,7 +87,7 @@ class Program:
 
     def run(self) -> None:
         """Run it in this process, in the place of the program that this process began with."""
-        sys.orig_argv = [sys.executable, *self.flags, *self.words]
+        sys.orig_argv = list(self.command)
         sys.argv = ["-c" if self.kind == "-c" else self.what, *self.arguments]
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         main.__builtins__ = builtins  # type: ignore[attr-defined]
@@ -97,7 +100,16 @@ class Program:
             main.__file__ = os.path.abspath(self.what)
             main.__loader__ = SourceFileLoader("__main__", main.__file__)
             main.__cached__ = None  # type: ignore[attr-defined]
-            exec(compile(Path(self.what).read_bytes(), main.__file__, "exec"), vars(main))
+            exec(compile(_read(main.__file__), main.__file__, "exec"), vars(main))
+
+
+def _read(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        # Python's own words and exit code.
+        print(f"{sys.executable}: can't open file {file!r}: [Errno {error.errno}] {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 def file_of(module: str) -> Path | None:

@@ -204,6 +204,7 @@ class Starter:
     Args:
         command: What they run.
         environment: The variables that all of them have beside this process's.
+        imports: Where one that trains lists the modules that it has imported.
         tell_user: Called with why they start slowly, once.
         prepared: Whether they are forked where that can be.
 
@@ -213,11 +214,13 @@ class Starter:
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
+        imports: Path,
         tell_user: Callable[[str], None],
         prepared: bool = True,
     ) -> None:
         self._command = command
         self._environment = environment
+        self._imports = imports
         self._tell_user = tell_user
         self._parent: ProgramParent | None = None
         #: Whether it could be forked.
@@ -258,9 +261,11 @@ class Starter:
         tied = [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid())]
         return subprocess.Popen([*tied, *self._command], env=variables, stderr=errors, start_new_session=True)
 
-    def import_too(self, modules: Sequence[str]) -> None:
-        """Let later workers find imported what an earlier one has imported."""
-        if self._parent is not None:
+    def import_more(self) -> None:
+        """Let later workers start with what one that trains has imported, once it has listed that."""
+        if self._parent is not None and self._was_ready and self._imports.exists():
+            modules = json.loads(self._imports.read_text())
+            self._imports.unlink()
             with suppress(NotPreparedError):
                 self._parent.import_too(modules)
 

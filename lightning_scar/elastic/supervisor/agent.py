@@ -150,6 +150,7 @@ class Agent:
             beat(self._store, self._layout.node, self._admission.agent)
             self._beat_at = now
             self._check_loss()
+            self._starter.import_more()
 
     def _check_loss(self) -> None:
         """End the job on this node if another agent may have taken this one's place."""
