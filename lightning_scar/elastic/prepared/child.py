@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from lightning_scar.elastic.prepared.program import Program
 _PR_SET_PDEATHSIG = 1
 #: What measures coverage in every process starts in a worker, not in the process that forks it.
 COVERAGE = ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG")
+#: The kernel makes an orphan somebody else's child in microseconds.
+_ADOPTION_SECONDS = 10.0
 _OWN_FOLDER = os.path.dirname(__file__)
 
 
@@ -48,7 +51,8 @@ def become(request: Mapping[str, Any], streams: Sequence[int], told: int) -> Non
 
 def _become_child_of(parent: int) -> None:
     # It has asked the kernel to get orphans, and waits for the number.
-    while os.getppid() != parent and os.path.exists(f"/proc/{parent}"):
+    deadline = time.monotonic() + _ADOPTION_SECONDS
+    while os.getppid() != parent and time.monotonic() < deadline:
         os.sched_yield()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -7,8 +7,9 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ from lightning_scar.elastic.prepared.program import Program
 _PR_SET_CHILD_SUBREAPER = 36
 #: Seconds that a parent has for a fork, and for the imports of a program: a worker would not start sooner.
 _FORK_SECONDS, _IMPORT_SECONDS = 30.0, 600.0
+#: One thread at a time changes who gets orphans.
+_orphans = threading.Lock()
 _DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 
 
@@ -123,14 +126,9 @@ class PreparedParent:
             "cwd": os.path.abspath(cwd),
             "parent": os.getpid(),
         }
-        libc = ctypes.CDLL(None)
-        # An orphan goes to this process instead of to init.
-        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        try:
+        with _receiving_orphans():
             self._ask(request, streams)
             return ForkedProcess(self._read_answer(_FORK_SECONDS)["pid"])
-        finally:
-            libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
     def close(self) -> None:
         """Let it end. Its forks live on."""
@@ -189,6 +187,18 @@ class ProgramParent(PreparedParent):
         super().close()
         self._process.kill()
         self._process.wait()
+
+
+@contextmanager
+def _receiving_orphans() -> Iterator[None]:
+    """Become the parent of what the children of this process leave behind, instead of init."""
+    libc = ctypes.CDLL(None)
+    with _orphans:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        try:
+            yield
+        finally:
+            libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
 def _environment_of_parent(more: Mapping[str, str]) -> dict[str, str]:
