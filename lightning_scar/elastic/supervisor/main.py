@@ -26,7 +26,7 @@ from lightning_scar.elastic.supervisor.gate import Gate, NotLetInError, Tunnel, 
 from lightning_scar.elastic.supervisor.node_zero import NodeZero
 from lightning_scar.elastic.supervisor.nodes import JOIN_SECONDS
 from lightning_scar.elastic.supervisor.policy import Policy
-from lightning_scar.elastic.supervisor.token import IMPORTS, VARIABLE as TOKEN
+from lightning_scar.elastic.supervisor.token import VARIABLE as TOKEN
 from lightning_scar.elastic.supervisor.token import TokenError, find_token
 from lightning_scar.elastic.supervisor.wakeups import Wakeups
 from lightning_scar.elastic.supervisor.wording import signal_name
