@@ -151,7 +151,6 @@ class Agent:
             self._beat_at = now
             self._check_loss()
             self._starter.import_more()
-            self._starter.import_more()
 
     def _check_loss(self) -> None:
         """End the job on this node if another agent may have taken this one's place."""

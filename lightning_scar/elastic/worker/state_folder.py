@@ -74,6 +74,9 @@ def _folders() -> list[Path]:
 def tell_imports() -> None:
     """Tell the supervisor which modules this worker, which trains, has imported: later ones then start with them."""
     if VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+        whole = Path(os.environ[VARIABLE]) / IMPORTS
+        partial = whole.with_suffix(".partial")
         # Without room later ones start more slowly, no more.
         with suppress(OSError):
-            write(IMPORTS, lambda file: file.write(json.dumps(sorted(sys.modules)).encode()))
+            partial.write_text(json.dumps(sorted(sys.modules)))
+            partial.replace(whole)
