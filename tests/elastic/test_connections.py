@@ -147,6 +147,21 @@ def test_cutting_nothing_is_no_error() -> None:
     Connections().cut()
 
 
+def test_a_groups_store_is_one_as_any_other(connect: Callable[[], TCPStore]) -> None:
+    with Connections().forming(connect) as store:
+        group = PrefixStore("group", store)
+        group.set("key", "value")
+        assert (group.get("key"), group.check(["key"]), group.check(["other"])) == (b"value", True, False)
+        assert (group.add("number", 2), group.add("number", 3)) == (2, 5)
+        assert group.compare_set("key", "value", "next") == b"next"
+        assert group.num_keys() > 0
+        assert (group.delete_key("key"), group.delete_key("key")) == (True, False)
+        group.set_timeout(timedelta(milliseconds=100))
+        for ask in (lambda: group.get("key"), lambda: group.wait(["key"])):
+            with pytest.raises(dist.DistError):
+                ask()
+
+
 # -- a real group -----------------------------------------------------------------------------------------------------
 
 

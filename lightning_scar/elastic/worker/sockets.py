@@ -89,6 +89,9 @@ class _GroupStore(Store):
     def num_keys(self) -> int:
         return int(self._store.num_keys())
 
+    #: What torch calls them from C++.
+    deleteKey, getNumKeys = delete_key, num_keys
+
 
 class Connections:
     """The sockets of a process group, and that of the store which it forms over; no others.
