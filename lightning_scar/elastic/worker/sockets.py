@@ -142,7 +142,7 @@ class Connections:
         """Check that this rank's group has no connection but to members. All of them call it, when it has formed.
 
         gloo takes whoever connects first and knows a number that can be guessed. So members tell each other between
-        which addresses their connections are. Each connection has to be known at both ends.
+        which addresses their connections are. Each connection has to be known at both ends; rank 0 looks at them all.
 
         Args:
             store: That of the group.
@@ -161,10 +161,12 @@ class Connections:
             if any(_packed(connection, end) in published for end in ends)
         ]
         store.set(f"connections/{rank}", json.dumps(found))
-        seen = {(there, here) for other in range(size) for here, there in json.loads(store.get(f"connections/{other}"))}
-        strangers = [there for here, there in found if (here, there) not in seen]
-        if strangers:
-            raise GroupLostError(f"{', '.join(strangers)} got into the process group and is no member")
+        if rank == 0:
+            told = [json.loads(store.get(f"connections/{other}")) for other in range(size)]
+            ends = {(here, there) for connections in told for here, there in connections}
+            store.set("strangers", ", ".join(there for here, there in ends if (there, here) not in ends))
+        if strangers := store.get("strangers").decode():
+            raise GroupLostError(f"{strangers} got into the process group and is no member")
 
     def cut(self) -> None:
         """Shut them down, from any thread. While the group forms also those that are opened later."""
