@@ -113,6 +113,7 @@ class PreparedPopen(subprocess.Popen):  # type: ignore[type-arg]
 @contextmanager
 def workers_are_prepared() -> Iterator[None]:
     """Whatever this process starts meanwhile comes from a prepared parent."""
+    _parent()  # It is no child of itself.
     subprocess.Popen._execute_child = _execute_child  # type: ignore[attr-defined]
     try:
         yield
