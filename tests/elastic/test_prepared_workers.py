@@ -480,3 +480,19 @@ def test_nobody_forks_over_a_broken_connection() -> None:
     theirs.close()
     with mine, pytest.raises(NotPreparedError, match="cannot be asked"):
         prepared.PreparedParent(mine).fork([sys.executable, "-c", ""], {}, [0, 1, 2])
+
+
+@linux
+def test_what_cannot_wait_is_done_until_a_fork_is_there() -> None:
+    """Its parent answers, as far as this test goes, not before it was done three times."""
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    done: list[int] = []
+
+    def meanwhile() -> None:
+        done.append(len(done))
+        if len(done) == 3:
+            theirs.send(json.dumps({"pid": 1234}).encode())
+
+    with mine, theirs:
+        process = prepared.PreparedParent(mine).fork([sys.executable], {}, [0, 1, 2], meanwhile=meanwhile)
+    assert (process.pid, done) == (1234, [0, 1, 2])

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ from lightning_scar.elastic.prepared.program import Program
 _PR_SET_CHILD_SUBREAPER = 36
 #: Seconds that a parent has for a fork, and for the imports of a program: a worker would not start sooner.
 _FORK_SECONDS, _IMPORT_SECONDS = 30.0, 600.0
+#: Seconds between two calls of who has something else to do meanwhile.
+_MOMENT = 0.005
 #: One thread at a time changes who gets orphans.
 _orphans = threading.Lock()
 _DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
@@ -88,7 +91,7 @@ class PreparedParent:
             NotPreparedError: If it must not be forked.
 
         """
-        while self._waits and select.select([self._connection], [], [], 0)[0]:
+        while self._waits and self._has_answer(0):
             self._read_answer(_FORK_SECONDS)
             self._waits -= 1
         return not self._waits
@@ -103,7 +106,12 @@ class PreparedParent:
         self._waits += 1
 
     def fork(
-        self, command: Sequence[str], environment: Mapping[str, str], streams: Sequence[int], cwd: str = ""
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        streams: Sequence[int],
+        cwd: str = "",
+        meanwhile: Callable[[], None] | None = None,
     ) -> ForkedProcess:
         """Return a child of this process.
 
@@ -112,6 +120,7 @@ class PreparedParent:
             environment: All its variables.
             streams: Its standard input, output and error.
             cwd: Another working directory than this process's.
+            meanwhile: Called until it is there, for what cannot wait: where the processors are busy it takes 0.2 s.
 
         Raises:
             NotPreparedError: If there is none.
@@ -128,6 +137,9 @@ class PreparedParent:
         }
         with _receiving_orphans():
             self._ask(request, streams)
+            deadline = time.monotonic() + _FORK_SECONDS
+            while meanwhile is not None and not self._has_answer(_MOMENT) and time.monotonic() < deadline:
+                meanwhile()
             return ForkedProcess(self._read_answer(_FORK_SECONDS)["pid"])
 
     def close(self) -> None:
@@ -139,6 +151,9 @@ class PreparedParent:
             socket.send_fds(self._connection, [json.dumps(request).encode()], streams)
         except OSError as error:
             raise NotPreparedError(f"the process that forks them cannot be asked ({error})") from None
+
+    def _has_answer(self, seconds: float) -> bool:
+        return bool(select.select([self._connection], [], [], seconds)[0])
 
     def _read_answer(self, seconds: float) -> dict[str, Any]:
         self._connection.settimeout(seconds)
@@ -232,6 +247,8 @@ class Starter:
         self._environment = environment
         self._imports = imports
         self._tell_user = tell_user
+        #: Called while a worker is forked, again and again.
+        self.meanwhile: Callable[[], None] | None = None
         self._parent: ProgramParent | None = None
         #: Whether it could be forked.
         self._was_ready = False
@@ -265,7 +282,7 @@ class Starter:
         variables = {**os.environ, **self._environment, **environment}
         if self._parent is not None:
             try:
-                return self._parent.fork(self._command, variables, [0, 1, errors])
+                return self._parent.fork(self._command, variables, [0, 1, errors], meanwhile=self.meanwhile)
             except NotPreparedError as error:
                 self._do_without(error)
         tied = [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid())]

@@ -92,6 +92,8 @@ def supervise(job: Job) -> int:
         stack.enter_context(wakeups.woken_by_signals())
         environment = _environment(job, store, folder, wakeups)
         zero = NodeZero(store, job.layout, job.policy, wakeups, tell_user) if job.layout.node == 0 else None
+        # The survivors of an outage need not wait until the replacement is forked.
+        starter.meanwhile = None if zero is None else zero.step
         admission = Admission() if zero is not None else _arrive(job, store, wakeups, signals)
         events = Events(store, wakeups.report)
         try:
