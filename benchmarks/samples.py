@@ -10,8 +10,6 @@ samples, and deep inside it.
 import contextlib
 import io
 import json
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,12 +23,11 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
 
-from benchmarks import report
+from benchmarks import processes, report
 from benchmarks.report import Target
 from lightning_scar import SCARAccelerator, SCARCheckpoint, SCARLoop
 from lightning_scar.core.data_order import EpochOrder
@@ -201,7 +198,6 @@ def _step(model: nn.Module, optimizer: Any, batch: Tensor, epoch: int, note: Cal
 
 def _rank(rank: int, door: str, ranks: int, folder: Path, loader: str, side: str, is_first: bool) -> None:
     """Run one process, and write down what it sees."""
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     served: list[tuple[int, list[int]]] = []
     dies_at = int(SAMPLES / BATCH / ranks * (1 + DIES_AFTER)) if is_first else -1
@@ -211,31 +207,19 @@ def _rank(rank: int, door: str, ranks: int, folder: Path, loader: str, side: str
             raise _Crash
         served.append((epoch, [int(i) for i in batch.flatten()]))
 
-    if ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "samples"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        store = dist.FileStore(  # type: ignore[attr-defined]
-            str(folder / f"store-{side}-{is_first}"), ranks
-        )
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     torch.manual_seed(1 + is_first)
     # Accelerate divides the data itself.
     data = LOADERS[loader](*((0, 1) if door == "accelerate" else (rank, ranks)))
     with contextlib.suppress(_Crash), contextlib.redirect_stderr(io.StringIO()):
         {"trainer": trainer, "accelerate": accelerate, "plain": plain}[door](folder, data, side, is_first, note)
     (folder / f"{side}-{is_first}-{rank}.json").write_text(json.dumps(served))
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def measure(door: str, ranks: int, folder: Path, loader: str, side: str) -> tuple[int, int]:
     """Return the numbers of samples that are repeated, and skipped, in the epoch that was cut short."""
     counts = [0] * SAMPLES
     for is_first in (True, False):
-        start_processes(  # type: ignore[no-untyped-call]
-            _rank, (door, ranks, folder, loader, side, is_first), nprocs=ranks, start_method="fork"
-        )
+        processes.run(_rank, ranks, folder, door, ranks, folder, loader, side, is_first)
         for rank in range(ranks):
             for epoch, indices in json.loads((folder / f"{side}-{is_first}-{rank}.json").read_text()):
                 for i in indices if epoch == 1 else ():

@@ -2,18 +2,20 @@
 
 import contextlib
 import itertools
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import loop_runs
+import numpy as np
 import pytest
 import torch
 from helpers import BATCH_SIZE, Stream, samples
 from lightning.fabric import Fabric
 from loop_runs import Net, accelerator, seedable
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_scar import SCARAccelerator, SCARLoop
@@ -89,9 +91,13 @@ class Crash(Exception):
     """The end of a loop that is cut short."""
 
 
-def seen_in(door: Door, make: Any, dirpath: Path, seed: int, after: int | None = None) -> list[Any]:
-    """What is seen in two epochs, or before a crash."""
+def seen_in(
+    door: Door, make: Any, dirpath: Path, seed: int, after: int | None = None, draws: bool = False
+) -> list[Any]:
+    """What is seen in two epochs, or before a crash; perhaps the batch that crashes has drawn random numbers."""
     torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
     scar, loader = door(dirpath, make())
     seen: list[Any] = []
     with warnings.catch_warnings(), contextlib.suppress(Crash), scar:
@@ -100,6 +106,7 @@ def seen_in(door: Door, make: Any, dirpath: Path, seed: int, after: int | None =
         for epoch in range(scar.epoch, 2):
             for x, _ in scar.batches(loader):
                 if scar.batches_done == after:
+                    torch.rand(int(draws))
                     raise Crash
                 # What a model draws goes on as well.
                 seen.append((epoch, float(x.sum()), float(torch.rand(()))))
@@ -137,3 +144,41 @@ def test_a_list_of_batches_continues(door: Door, after: int, tmp_path: Path) -> 
     whole = seen_in(door, make, tmp_path / "whole", seed=1)
     first = seen_in(door, make, tmp_path / "cut", seed=1, after=after)
     assert first + seen_in(door, make, tmp_path / "cut", seed=2) == whole
+
+
+@pytest.mark.parametrize("make", [shuffled, pytest.param(lambda: augmented(), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("door", [plain, with_accelerate, pytest.param(with_seed, marks=pytest.mark.slow)])
+def test_an_error_within_a_batch_repeats_its_random_numbers(
+    door: Door, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the batch has drawn is drawn again, when it is repeated; also right behind a resume."""
+    whole = seen_in(door, make, tmp_path / "whole", seed=1)
+    monkeypatch.setitem(OPTIONS, "every_n_steps", 1000)
+    monkeypatch.setitem(OPTIONS, "save_on_exception", True)
+    seen = []
+    for seed, after in ((1, 5), (2, 5), (3, 11), (4, None)):
+        seen += seen_in(door, make, tmp_path / "cut", seed=seed, after=after, draws=True)
+    assert seen == whole
+
+
+class Augmented(Dataset[Any]):
+    """Adds noise of every kind."""
+
+    def __len__(self) -> int:
+        return 8 * BATCH_SIZE
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((8,), float(index)) + torch.rand(8) + random.random() + float(np.random.rand()), index
+
+
+def augmented() -> Any:
+    return DataLoader(Augmented(), batch_size=BATCH_SIZE, shuffle=True)
+
+
+@pytest.mark.parametrize("after", [5, *(pytest.param(after, marks=pytest.mark.slow) for after in (7, 8, 11))])
+@pytest.mark.parametrize("door", [plain, with_accelerate, stateful, dispatched])
+def test_random_numbers_of_a_dataset_go_on(door: Door, after: int, tmp_path: Path) -> None:
+    """Also those of the batch that Accelerate has fetched ahead, before the save."""
+    whole = seen_in(door, augmented, tmp_path / "whole", seed=1)
+    seen = seen_in(door, augmented, tmp_path / "cut", seed=1, after=after)
+    assert seen + seen_in(door, augmented, tmp_path / "cut", seed=2) == whole

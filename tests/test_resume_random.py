@@ -1,6 +1,8 @@
 """Random numbers of a resumed run are those that it would have drawn: dropout, augmentation, orders of later epochs."""
 
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from helpers import BATCH_SIZE, TinyModel, assert_same, cut_short, fit, saver
+from helpers import BATCH_SIZE, Stopped, TinyModel, assert_same, cut_short, fit, saver
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -70,3 +72,45 @@ def test_random_numbers_go_on(after: int, validated: str, tmp_path: Path) -> Non
     first, second = run("cut", seed=1, after=after), run("cut", seed=2)
     assert first.seen + second.seen == whole.seen
     assert_same(second.final["state_dict"], whole.final["state_dict"])
+
+
+#: Where an error comes, behind numbers that are drawn again: in a batch, and where the next one begins.
+HOOKS = ["training_step", "validation_step", "on_train_batch_start", "on_train_epoch_end", "on_train_epoch_start"]
+
+
+class Fails(Noisy):
+    """Draws, and fails, in one of the hooks, at its second time or later."""
+
+    def __init__(self, seed: int, hook: str, at: int) -> None:
+        super().__init__(seed)
+        inner, times = getattr(self, hook), iter(range(100))
+
+        def failing(*args: Any) -> Any:
+            torch.rand(1)
+            if next(times) == at:
+                self.end()
+            return inner(*args)
+
+        setattr(self, hook, failing)
+
+    def end(self) -> None:
+        if not self.trainer.validating:
+            raise Stopped
+        # In a validation, only a signal brings a save.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("accumulated", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("hook", [*HOOKS[:2], *(pytest.param(hook, marks=pytest.mark.slow) for hook in HOOKS[2:])])
+@pytest.mark.parametrize("at", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_random_numbers_go_on_behind_an_error(hook: str, at: int, accumulated: int, tmp_path: Path) -> None:
+    def run(folder: str, seed: int, at: int) -> TinyModel:
+        scar, model = saver(tmp_path / folder, every_n_train_steps=1000, save_on_exception=True), Fails(seed, hook, at)
+        options: dict[str, Any] = {"max_epochs": 4, "data": Loaders(), "accumulate_grad_batches": accumulated}
+        fit(scar, model=model, num_sanity_val_steps=0, **options)
+        return model
+
+    whole = run("whole", seed=1, at=-1)
+    with pytest.raises((Stopped, SystemExit)):
+        run("cut", seed=1, at=at * (8 + 3) if hook in ("training_step", "on_train_batch_start") else at)
+    assert_same(run("cut", seed=2, at=-1).final["state_dict"], whole.final["state_dict"])

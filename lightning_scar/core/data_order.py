@@ -8,7 +8,7 @@ states as they were when the epoch began, let the sampler draw, and skip indices
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
@@ -19,6 +19,7 @@ from lightning_scar.core.random_generators import (
     Generator,
     cpu_generators,
     generator_state,
+    kept_generators,
     same_state,
     set_generator_state,
     set_random_generators,
@@ -84,6 +85,7 @@ class EpochOrder(OwnGenerators):
 
     Args:
         loader: A loader of a dataset with indices.
+        ahead: The number of items that are loaded in this process before they are needed.
 
     Example::
 
@@ -96,12 +98,14 @@ class EpochOrder(OwnGenerators):
 
     """
 
-    def __init__(self, loader: "DataLoader[Any]") -> None:
+    def __init__(self, loader: "DataLoader[Any]", ahead: int = 0) -> None:
         self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         self.own: Any = getattr(loader, self._name)
         super().__init__(loader, self.own)
         self._place: tuple[dict[str, Any], int, Mapping[str, Any] | None] | None = None
         self._rest: list[Any] | None = None
+        #: The last items that were asked for, and the states of the global generators then.
+        self._asked: deque[tuple[int, Callable[[], dict[str, Any]]]] = deque(maxlen=ahead)
         # DataLoader forbids setting the attribute. Its iterators keep the sampler that they started with.
         vars(loader)[self._name] = self
         forget_iterator(loader)
@@ -133,7 +137,8 @@ class EpochOrder(OwnGenerators):
         Args:
             state: The state.
             done: The number of items to skip.
-            then: The states of the global generators when its first item is asked for; by default, what they are.
+            then: The states of the global generators when its first item is asked for; by default, what they are. With
+                ``state["ahead"]``, the items that were loaded ahead begin with those, and ``then`` is for what follows.
 
         """
         self._place = dict(state), done, then
@@ -141,6 +146,10 @@ class EpochOrder(OwnGenerators):
     def begin_with(self, rest: list[list[int]]) -> None:
         """Let the next epoch consist of the given batches."""
         self._rest = rest
+
+    def loaded_ahead(self, done: int) -> Callable[[], dict[str, Any]] | None:
+        """Return what gives the states of the global generators when an item was asked for; ``None`` if it was not."""
+        return next((kept for item, kept in self._asked if item == done), None)
 
     # -- an epoch ------------------------------------------------------------------------------------------------
 
@@ -152,16 +161,27 @@ class EpochOrder(OwnGenerators):
         if rest is not None:
             yield from rest
         elif place is None:
-            yield from self._items(0)
+            yield from self._noted(self._items(0), 0)
         else:
             state, done, then = place
             # The program has drawn other numbers from the global generators since the epoch began.
             present = then or cpu_generators()
             self._set_own({**state["now"], **state["began"]})
             set_random_generators({key: value for key, value in state["began"].items() if isinstance(key, str)})
-            items = self._items(done)
+            items = self._noted(self._items(done), done)
+            if ahead := state.get("ahead"):
+                set_random_generators(ahead)
+                yield from itertools.islice(items, self._asked.maxlen)
             set_random_generators(present)
             yield from items
+
+    def _noted(self, items: Iterator[Any], first: int) -> Iterator[Any]:
+        """Yield items, and note with which random numbers each is loaded."""
+        self._asked.clear()
+        for number, item in enumerate(items, first):
+            if self._asked.maxlen:
+                self._asked.append((number, kept_generators()))
+            yield item
 
     def _items(self, done: int) -> Iterator[Any]:
         """Return an iterator over what is not done, after the order is drawn."""

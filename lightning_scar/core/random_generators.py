@@ -1,7 +1,8 @@
 """The states of random generators, as plain values and tensors."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,18 @@ def random_generators() -> dict[str, Any]:
         True
 
     """
+    return kept_generators()()
+
+
+def kept_generators() -> Callable[[], dict[str, Any]]:
+    """Keep the present states, without the cost of making them plain; the result returns them as such."""
     uses_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return {
-        **cpu_generators(),
-        "cuda": torch.cuda.get_rng_state_all() if uses_cuda else [],
-    }
+    cuda = torch.cuda.get_rng_state_all() if uses_cuda else []
+    return partial(_plain_states, random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state(), cuda)
+
+
+def _plain_states(python: Any, numpy: Any, torch_cpu: Tensor, cuda: list[Tensor]) -> dict[str, Any]:
+    return {"python": _of_python(python), "numpy": _of_numpy(numpy), "torch": torch_cpu, "cuda": cuda}
 
 
 def cpu_generators() -> dict[str, Any]:

@@ -336,6 +336,7 @@ class SCARCheckpoint(Checkpoint):
         self._log(trainer)
         self._steps.count_batch(trainer)
         self._steps.start_batch(trainer)
+        moment.keep_random(trainer)
         step = self._steps.of(trainer)
         if not self._schedule.is_new(step):
             return

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightning_scar.core.random_generators import random_generators, set_random_generators
+from lightning_scar.core.random_generators import kept_generators, random_generators, set_random_generators
 from lightning_scar.lightning import private, private_loops, progress
 from lightning_scar.lightning.progress import KEY, Pending
 from lightning_scar.lightning.results import results, set_results
@@ -17,17 +17,24 @@ from lightning_scar.lightning.results import results, set_results
 class Beginnings(Callback):
     """Keeps what callbacks and logged metrics were when the present validation, or the end of the epoch, began.
 
-    If an error ends the training there, or in the hooks at the start of an epoch, that begins again.
+    If an error ends the training there, or in the hooks at the start of an epoch, that begins again. It also keeps the
+    random numbers with which a batch begins again, or the validation behind it: those at the end of the last step.
     """
 
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
         self.results: list[dict[str, Any]] = []
+        self.random: Callable[[], dict[str, Any]] = random_generators
+
+    def keep_random(self) -> None:
+        """Let what an error ends from now on begin again with the present random numbers."""
+        self.random = kept_generators()
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Note the beginning; the other callbacks' hooks follow."""
         self._note(trainer)
+        self.keep_random()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -38,6 +45,7 @@ class Beginnings(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Note the beginning; the other callbacks' hooks follow."""
         self._note(trainer)
+        self.keep_random()
 
     def _note(self, trainer: pl.Trainer) -> None:
         private_loops.begins(trainer)
@@ -50,6 +58,12 @@ class Beginnings(Callback):
         return next((callback for callback in callbacks if isinstance(callback, cls)), Beginnings())
 
 
+def keep_random(trainer: pl.Trainer) -> None:
+    """Keep the random numbers at the end of a batch, unless its gradients are still accumulated."""
+    if not private_loops.accumulates(trainer):
+        Beginnings.of(trainer).keep_random()
+
+
 def dump(trainer: pl.Trainer, pending: Pending | None = None) -> dict[str, Any]:
     """Return Lightning's checkpoint dict with the moment, and with references to live tensors.
 
@@ -60,24 +74,26 @@ def dump(trainer: pl.Trainer, pending: Pending | None = None) -> dict[str, Any]:
 
     """
     checkpoint = private.dump_checkpoint(trainer)
-    logged = results(trainer)
+    logged, random = results(trainer), random_generators
     if pending is None:
         pending = private_loops.pending(trainer)
         beginnings = Beginnings.of(trainer)
         begins = trainer.validating or private_loops.begins_epoch(trainer)
         if not private_loops.is_between_epochs(trainer):
             progress.undo_unfinished_step(checkpoint, trainer.accumulate_grad_batches)
+            random = beginnings.random
         elif pending == "epoch end" or private_loops.ended_within_epoch(trainer):
             # In the first case its end is made again, in the second a run with higher limits may go on within it.
             progress.reopen_epoch(checkpoint)
             logged, begins = beginnings.results, begins or pending == "epoch end"
         if begins:
             checkpoint.get("callbacks", {}).update(beginnings.states)
+            random = beginnings.random
     checkpoint[KEY] = {
         "pending": pending,
         "metrics": private_loops.present_metrics(trainer),
         "results": logged,
-        "random": random_generators(),
+        "random": random(),
     }
     return checkpoint
 
@@ -115,6 +131,7 @@ class Moment:
             private.set_metrics(self._trainer, self._saved["metrics"])
             set_results(self._trainer, self._saved["results"])
         private_loops.go_on(self._trainer, self.pending, set_random or _leave_random)
+        Beginnings.of(self._trainer).keep_random()
 
 
 def _leave_random() -> None:

@@ -58,6 +58,11 @@ def begins_epoch(trainer: pl.Trainer) -> bool:
     return bool(epoch.ready > epoch.started)
 
 
+def accumulates(trainer: pl.Trainer) -> bool:
+    """Return whether the gradients of the present batch are accumulated with those of the next one."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()
+
+
 def callback_states(trainer: pl.Trainer) -> dict[str, Any]:
     """Return copies of the states of callbacks, as in a checkpoint dict, but not of large ones: averaged weights."""
     states = call._call_callbacks_state_dict(trainer)
@@ -144,7 +149,7 @@ def go_on(trainer: pl.Trainer, pending: Pending, set_random: Callable[[], None])
         loop.val_loop._restart_stage = "restarted_mid_evaluation"
         loop.val_loop.restarting = False
         return
-    steps = not loop._should_accumulate()
+    steps = not accumulates(trainer)
     if pending == "batch end":
         loop.update_lr_schedulers("step", update_plateau_schedulers=True)
         loop._batches_that_stepped += steps

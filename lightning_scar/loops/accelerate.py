@@ -134,6 +134,10 @@ class WithAccelerate(Framework):
         return private.batches_per_fetch(loader)
 
     @override
+    def batches_ahead(self, loader: Any) -> int:
+        return private.batches_per_fetch(loader)
+
+    @override
     def share(self, loader: Any, ranks: Ranks) -> tuple[int, int]:
         # The main process takes what all need, and hands it out.
         return (0, 1) if private.runs_collectives(loader) else super().share(loader, ranks)

@@ -67,11 +67,20 @@ class LoopData:
         known = {**known, "batch_size": batch_size} if known is not None else None
         return {**state, "order": {**self._order.state(), "recipe": known, "shared": self._shared}}
 
+    def loaded_ahead(self) -> Callable[[], dict[str, Any]] | None:
+        """Return what gives the random numbers with which the next batch was loaded; ``None`` if it was not yet."""
+        if not self._is_in_epoch:
+            ahead = self._saved.get("ahead")
+            return None if ahead is None else lambda: ahead
+        if self._order is None:
+            return None
+        return self._order.loaded_ahead(self._done * self._framework.batches_per_fetch(self.loader))
+
     def load(self, state: Mapping[str, Any], before: int, ranks: Ranks) -> None:
         """Continue at a place that was saved, perhaps by another number of ranks.
 
         Args:
-            state: The :meth:`state`.
+            state: The :meth:`state`, with what :meth:`loaded_ahead` gave as ``"ahead"``.
             before: The number of ranks that saved it.
             ranks: The present ones.
 
@@ -115,7 +124,9 @@ class LoopData:
         inner = self._framework.torch_loader(loader)
         if self._order is None or self._order.loader is not inner:
             self.close()
-            self._order = EpochOrder(inner) if is_indexed(inner) else None
+            # Workers draw random numbers of their own.
+            ahead = self._framework.batches_ahead(loader) if getattr(inner, "num_workers", 0) == 0 else 0
+            self._order = EpochOrder(inner, ahead) if is_indexed(inner) else None
         self.loader = loader
 
     def _end(self) -> None:
@@ -152,7 +163,7 @@ class LoopData:
         if saved["before"] != ranks.world_size or is_divided_anew or state["shared"]:
             return self._share_out(state, saved["before"], ranks)
         if self._done:
-            self._begin_at(state)
+            self._begin_at({**state, "ahead": saved.get("ahead")})
         else:
             self._order.begin_next(state)
         return 0

@@ -74,6 +74,10 @@ class Framework:
         """Return how many batches of its sampler a loader of this process takes for one batch."""
         return 1
 
+    def batches_ahead(self, loader: Any) -> int:
+        """Return how many batches of its sampler a loader takes before they are needed."""
+        return 0
+
     def share(self, loader: Any, ranks: Ranks) -> tuple[int, int]:
         """Return the number of this rank's share of the data, and the number of shares."""
         return ranks.rank, ranks.world_size

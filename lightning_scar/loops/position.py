@@ -1,11 +1,12 @@
 """The state of a loop and its position in the data, and how both are resumed."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from lightning_scar.core.compatibility import ModelMismatchError, check_ranks_agree
 from lightning_scar.core.optimizer_loading import NO_OWNERS, Owners, owners_of_states
-from lightning_scar.core.random_generators import random_generators, set_random_generators
+from lightning_scar.core.random_generators import kept_generators, random_generators, set_random_generators
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.resumption import check_not_all_damaged, newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
@@ -42,6 +43,8 @@ class LoopState:
         self._strict = strict
         self.data = LoopData(framework)
         self._position: dict[str, Any] = {}
+        self._ahead: Callable[[], dict[str, Any]] | None = None
+        self._random: Callable[[], dict[str, Any]] = random_generators
 
     def collect_parts(self) -> None:
         """Determine what is saved: objects that are created or deleted later do not change it.
@@ -63,8 +66,9 @@ class LoopState:
         self.batches += 1
 
     def record_position(self) -> None:
-        """Record the data position after a step, which belongs to the present weights."""
-        self._position = self._present_position()
+        """Record the data position and the random numbers after a step, which belong to the present weights."""
+        self._position, self._random = self._present_position(), kept_generators()
+        self._ahead = self.data.loaded_ahead()
 
     def _present_position(self, uncounted: int = 0) -> dict[str, Any]:
         return {
@@ -83,15 +87,17 @@ class LoopState:
             uncounted: 1 if the batch that made the last step is not counted yet.
 
         """
-        position = self._position
+        position, random = self._position, self._random
         if uncounted:
             self.framework.record_batch()
-            position = self._present_position(uncounted)
+            position, random = self._present_position(uncounted), random_generators
+        elif self._ahead is not None:
+            position = {**position, "data": {**position["data"], "ahead": self._ahead()}}
         return {
             **self.parts.dump(),
             "global_step": self.steps + uncounted,
             "loop": position,
-            "random": random_generators(),
+            "random": random(),
         }
 
     def load(self, checkpoint: dict[str, Any], strict: bool = True, owners: Owners = NO_OWNERS) -> None:
@@ -162,6 +168,7 @@ class LoopState:
         self.load(checkpoint, self._strict, owners_of_states(restored.map))
         if is_own:
             set_random_generators(restored.own["random"])
+            self.record_position()
         if self.ranks.rank == 0:
             path = self._dirpath
             found = f"{path} holds a finished run" if is_finished else f"resuming from the running checkpoint {path}"
