@@ -12,9 +12,12 @@ import loop_runs
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from ddp_runs import launched_by_torchrun
 from helpers import BATCH_SIZE, Stream, samples
 from lightning.fabric import Fabric
 from loop_runs import Net, accelerator, seedable
+from ranks import run_ranks
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -38,7 +41,8 @@ def plain(dirpath: Path, loader: Any) -> tuple[SCARLoop, Any]:
 
 
 def fabric(dirpath: Path, loader: Any) -> tuple[SCARLoop, Any]:
-    fabric = Fabric(accelerator="cpu", devices=1)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    fabric = Fabric(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto")
     fabric.launch()
     model = Net()
     model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), 0.01))
@@ -96,9 +100,11 @@ def seen_in(
 ) -> list[Any]:
     """What is seen in two epochs, or before a crash; perhaps the batch that crashes has drawn random numbers."""
     torch.manual_seed(seed)
+    scar, loader = door(dirpath, make())
+    # The model's first values had another seed.
+    torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
-    scar, loader = door(dirpath, make())
     seen: list[Any] = []
     with warnings.catch_warnings(), contextlib.suppress(Crash), scar:
         warnings.filterwarnings("error", message=".*repeated")
@@ -182,3 +188,40 @@ def test_random_numbers_of_a_dataset_go_on(door: Door, after: int, tmp_path: Pat
     whole = seen_in(door, augmented, tmp_path / "whole", seed=1)
     seen = seen_in(door, augmented, tmp_path / "cut", seed=1, after=after)
     assert seen + seen_in(door, augmented, tmp_path / "cut", seed=2) == whole
+
+
+def distributed() -> Any:
+    return DataLoader(samples(16), BATCH_SIZE, sampler=DistributedSampler(samples(16)))
+
+
+#: What two ranks iterate over: a plain loop over what each was given, Fabric over what it has divided among them.
+OF_TWO: dict[str, tuple[Door, Callable[[], Any]]] = {
+    "plain, distributed": (plain, distributed),
+    "plain, each its own": (plain, shuffled),
+    "plain, a stream": (plain, LOADERS["a stream with a state"]),
+    "Fabric, shuffled": (fabric, lambda: DataLoader(samples(16), BATCH_SIZE, shuffle=True)),
+    "Fabric, distributed": (fabric, distributed),
+    "Fabric, stateful": (fabric, lambda: StatefulDataLoader(samples(16), batch_size=BATCH_SIZE, shuffle=True)),
+}
+
+
+def see_as_rank(rank: int, names: list[str], folder: Path, after: int) -> list[Any]:
+    launched_by_torchrun(rank)
+    seen = []
+    for name in names:
+        door, make = OF_TWO[name]
+        whole = seen_in(door, make, folder / name / "whole", seed=rank)
+        first = seen_in(door, make, folder / name / "cut", seed=rank, after=after)
+        seen.append((whole, first + seen_in(door, make, folder / name / "cut", seed=5 + rank)))
+    return seen
+
+
+@pytest.mark.parametrize("after", [11, *(pytest.param(after, marks=pytest.mark.slow) for after in (5, 8))])
+def test_loops_on_two_ranks_continue_where_their_data_were(after: int, tmp_path: Path) -> None:
+    of_rank = run_ranks(see_as_rank, 2, list(OF_TWO), tmp_path, after)
+    for name, *of_name in zip(OF_TWO, *of_rank, strict=True):
+        for whole, resumed in of_name:
+            assert len(whole) == 16, name
+            assert resumed == whole, name
+        # Each rank sees and draws what is its own.
+        assert of_name[0] != of_name[1]
