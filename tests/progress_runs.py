@@ -14,7 +14,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchmetrics import MeanSquaredError
+from torchmetrics import MeanSquaredError, SpearmanCorrCoef
 
 
 class Killed(BaseException):
@@ -28,15 +28,20 @@ class Model(TinyModel):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 1))
         self.error = MeanSquaredError()
+        # Its state are lists of tensors.
+        self.ranks = SpearmanCorrCoef()
         self.monitor = monitor
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.error(self(batch[0]), batch[1])
+        outputs = self(batch[0])
+        self.error(outputs, batch[1])
+        self.ranks(outputs.flatten(), batch[1].flatten())
         # Of all ranks, which must agree on their rates.
         self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         self.log("largest", loss, reduce_fx="max", on_step=False, on_epoch=True, sync_dist=True)
         self.log("error", self.error, on_step=False, on_epoch=True)
+        self.log("ranks", self.ranks, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from torch import Tensor
 
-#: Metrics with larger states are not saved.
-_SMALL_BYTES = 64 * 1024
+#: Metrics with larger states are not saved. Each tensor of a state that is a list counts as if it were larger.
+_SMALL_BYTES, _TENSOR_BYTES = 64 * 1024, 64
 #: What :func:`results` keeps of how a value was logged.
 _PLAIN = (
     "fx",
@@ -27,14 +27,14 @@ _PLAIN = (
 def results(trainer: pl.Trainer) -> list[dict[str, Any]]:
     """Return what the present epoch has logged so far and will reduce at its end, as plain values.
 
-    Of ``torchmetrics`` those whose state is a few small tensors.
+    Of ``torchmetrics`` those whose state is small: tensors, and lists of tensors.
     """
     found = []
     for key, result in trainer.fit_loop.epoch_loop._results.items():
         meta = result.meta
         metric = result if result.is_tensor else result.value
         states = {name: getattr(metric, name) for name in metric._defaults}
-        small = all(isinstance(state, Tensor) and state.nbytes <= _SMALL_BYTES for state in states.values())
+        small = all(_bytes_in(state) <= _SMALL_BYTES for state in states.values())
         if result.has_reset or not meta.on_epoch or not small or meta.sync.group is not None:
             continue
         found.append(
@@ -65,7 +65,7 @@ def set_results(trainer: pl.Trainer, saved: list[dict[str, Any]]) -> None:
         if metric is None or set(metric._defaults) != set(each["states"]):
             continue
         for name, state in each["states"].items():
-            setattr(metric, name, _of_bytes(state).to(device))
+            setattr(metric, name, _of_bytes(state, device))
         metric._update_count = each["updates"]
         trainer.fit_loop.epoch_loop._results[each["key"]] = result
 
@@ -80,13 +80,22 @@ class _Resumed(_Metadata):
         return True
 
 
-def _bytes_of(tensor: Tensor) -> list[Any]:
+def _bytes_in(state: Any) -> float:
+    if isinstance(state, list):
+        return sum(_bytes_in(each) + _TENSOR_BYTES for each in state)
+    return state.nbytes if isinstance(state, Tensor) else float("inf")
+
+
+def _bytes_of(tensor: Any) -> list[Any]:
+    if isinstance(tensor, list):
+        return [_bytes_of(each) for each in tensor]
     # On its device, because a save copies all small tensors from there at once.
     values = tensor.detach().reshape(-1).view(torch.uint8)
     return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), values]
 
 
-def _of_bytes(saved: list[Any]) -> Tensor:
+def _of_bytes(saved: list[Any], device: torch.device) -> Any:
+    if not saved or isinstance(saved[0], list):
+        return [_of_bytes(each, device) for each in saved]
     dtype, shape, values = saved
-    tensor: Tensor = values.clone().view(getattr(torch, dtype)).reshape(shape)
-    return tensor
+    return values.clone().view(getattr(torch, dtype)).reshape(shape).to(device)
