@@ -54,7 +54,7 @@ def options_for_a_loop() -> dict[str, Any]:
 class Short:
     """A loader with fewer batches."""
 
-    def __init__(self, loader: Any, batches: int) -> None:
+    def __init__(self, loader: Any, batches: Any) -> None:
         self.loader, self.batches = loader, batches
 
     def __iter__(self) -> Any:
@@ -156,10 +156,13 @@ class Loop:
         with self.scar:
             self.scar.resume()
             for epoch in range(self.scar.epoch, self.epochs):
-                loader = self.loader if self.batches is None else Short(self.loader, self.batches)
-                for batch in self.scar.batches(loader):
+                is_short = self.batches is not None and not asked["data"].get("breaks")
+                loader = Short(self.loader, self.batches) if is_short else self.loader
+                for number, batch in enumerate(self.scar.batches(loader), 1):
                     with self.accumulating():
                         self.train(batch)
+                    if number == self.batches:
+                        break
                 self.validate(epoch)
 
     def train(self, batch: Any) -> None:

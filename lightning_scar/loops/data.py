@@ -96,6 +96,7 @@ class LoopData:
         if self._is_in_epoch:
             # The last one was left early.
             self._end()
+            self.at_end()
         saved, self._saved = self._saved, {}
         self._follow(loader)
         self._is_in_epoch, self._shared = True, None
