@@ -166,6 +166,7 @@ def _read(folder: Path) -> tuple[int, dict[str, Any]]:
     last = {rank: {at: rest for at, *rest in lines} for rank, lines in batches.items()}
     ends = {path.stem: torch.load(path, weights_only=False) for path in sorted(folder.glob("end-*.pt"))}
     return again, {
+        # Another number of ranks counts batches in another way.
         "all samples": Counter(i for lines in batches.values() for _, ids, _ in lines for i in ids),
         "samples": {rank: {at: ids for at, (ids, _) in lines.items()} for rank, lines in last.items()},
         "random numbers": {rank: {at: drawn for at, (_, drawn) in lines.items()} for rank, lines in last.items()},
@@ -242,7 +243,8 @@ def differences(cut: Mapping[str, Any], whole: Mapping[str, Any], served_once: b
 
     """
     if served_once:
-        return "exact" if cut["all samples"] == whole["all samples"] else f"other {_named('samples', cut, whole)}"
+        served, wanted = cut["all samples"], whole["all samples"]
+        return "exact" if served == wanted else f"other {_samples(served, wanted)}"
     off = [name for name in whole if name != "all samples" and not _same(cut[name], whole[name])]
     named = [_named(name, cut, whole) for name in off if not set(_FOLLOWS.get(name, ())) & set(off)]
     return "other " + ", ".join(named) if named else "exact"
@@ -250,13 +252,20 @@ def differences(cut: Mapping[str, Any], whole: Mapping[str, Any], served_once: b
 
 def _named(name: str, cut: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
     if name == "samples":
-        served, wanted = cut["all samples"], whole["all samples"]
-        return f"samples ({(served - wanted).total()} again, {(wanted - served).total()} never)"
+        return _samples(*(_counted(record["samples"]) for record in (cut, whole)))
     if name not in ("validations", "steps", "epochs"):
         return name
     one, other = (next(iter(record[name].values()), None) for record in (cut, whole))
     one, other = (len(value) if isinstance(value, dict) else value for value in (one, other))
     return name if one == other else f"{name} ({one}, not {other})"
+
+
+def _samples(served: Counter[int], wanted: Counter[int]) -> str:
+    return f"samples ({(served - wanted).total()} again, {(wanted - served).total()} never)"
+
+
+def _counted(by_rank: Mapping[str, Mapping[int, list[int]]]) -> Counter[int]:
+    return Counter(i for lines in by_rank.values() for ids in lines.values() for i in ids)
 
 
 def _same(a: Any, b: Any) -> bool:

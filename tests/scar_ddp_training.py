@@ -152,12 +152,16 @@ class Data(pl.LightningDataModule):
     Args:
         iterable: Whether the data have no length.
         batches: How many each rank then has.
+        own: Whether each rank has an order of its own, by a generator of its own.
         spawn: Whether a spawned process loads them, and collates them with a method that knows the Trainer.
 
     """
 
-    def __init__(self, iterable: bool = False, batches: list[int] | None = None, spawn: bool = False) -> None:
+    def __init__(
+        self, iterable: bool = False, batches: list[int] | None = None, spawn: bool = False, own: bool = False
+    ) -> None:
         super().__init__()
+        self.generator = torch.Generator().manual_seed(slot) if own else None
         self.iterable = iterable
         self.batches = batches
         self.options: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "spawn"} if spawn else {}
@@ -168,7 +172,8 @@ class Data(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         data = Stream(self.batches) if self.iterable else samples()
         shuffle = None if self.iterable else True
-        return DataLoader(data, batch_size=BATCH_SIZE, shuffle=shuffle, collate_fn=self.collate, **self.options)
+        options = {"shuffle": shuffle, "generator": self.generator, "collate_fn": self.collate, **self.options}
+        return DataLoader(data, batch_size=BATCH_SIZE, **options)
 
     def val_dataloader(self) -> Any:
         return DataLoader(samples(), batch_size=24)

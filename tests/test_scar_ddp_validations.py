@@ -71,3 +71,17 @@ def test_a_death_in_the_sanity_check_is_not_the_end(tmp_path: Path) -> None:
     assert_done(training, steps=24)
     assert_same(training.state, _undisturbed("each epoch").state)
     assert_same(_counts(training), _counts(_undisturbed("each epoch")))
+
+
+@pytest.mark.slow
+def test_survivors_go_on_with_what_is_their_own(tmp_path: Path) -> None:
+    """Each of three ranks has an order of its own; no survivor's is that of the one that kept the state."""
+    options: dict[str, Any] = {"ranks": 3, "data": {"own": True}, "model": {"dropout": True}}
+    options["trainer"] = {"use_distributed_sampler": False, "val_check_interval": 0.5, "max_epochs": 2}
+
+    def used(folder: Path, *faults: Fault) -> dict[int, dict[int, Any]]:
+        training = train(folder, *faults, **options)
+        assert training.code == 0, training.console
+        return {slot: {s["step"]: s["used"] for s in training.steps if s["slot"] == slot} for slot in (1, 2)}
+
+    assert used(tmp_path / "cut", ("validation", 0, 0, "kill")) == used(tmp_path / "whole")

@@ -82,6 +82,9 @@ class Training(Protocol):
     def prepare_restart(self) -> None:
         """Save what only this worker holds: all workers will be restarted."""
 
+    def own_state(self) -> dict[str, Any]:
+        """Return what differs from worker to worker in the exact state, for the restart of this one."""
+
     def save_restart_state(self, more: dict[str, Any]) -> None:
         """Write the exact state, with ``more``, for the restart."""
 

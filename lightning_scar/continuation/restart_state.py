@@ -98,19 +98,23 @@ def share_restart_state(training: int) -> None:
     dist.barrier()
 
 
-def save_random_state(slot: int, state: list[Any]) -> None:
-    """Write the state of this worker's random generators, which no other worker has."""
-    write(f"random-{slot}.pt", lambda file: torch.save(state, file))
+def save_own_state(slot: int, state: dict[str, Any]) -> None:
+    """Write what no other worker has of this one's state, such as its random generators."""
+    write(f"own-{slot}.pt", lambda file: torch.save(state, file))
 
 
-def pop_random_state(slot: int) -> list[Any] | None:
-    """Return the saved state of a worker's random generators, and remove it; ``None`` if there is none."""
-    path = find(f"random-{slot}.pt")
-    if path is None:
-        return None
-    state: list[Any] = torch.load(path, weights_only=True)
-    path.unlink()
+def own_state(slot: int) -> dict[str, Any]:
+    """Return what a worker has saved by :func:`save_own_state`; nothing if it was killed."""
+    path = find(f"own-{slot}.pt")
+    # Safe, because this program wrote the file itself.
+    state: dict[str, Any] = torch.load(path, weights_only=False) if path is not None else {}
     return state
+
+
+def forget_own_state(slot: int) -> None:
+    """Remove what :func:`save_own_state` wrote, so that it does not count in a later restart."""
+    for path in find_all(f"own-{slot}.pt"):
+        path.unlink(missing_ok=True)
 
 
 def note_incarnation(training: int, incarnation: int) -> None:

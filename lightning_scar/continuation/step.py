@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning_scar.continuation.outages import OutagePolicy, Outages
 from lightning_scar.continuation.protocol import Training
 from lightning_scar.continuation.regroup import Generations
-from lightning_scar.continuation.restart_state import pop_random_state, save_random_state
+from lightning_scar.continuation.restart_state import forget_own_state, own_state, save_own_state
 from lightning_scar.continuation.snapshot import StepSnapshot, random_state, set_random_state
 from lightning_scar.continuation.stale_gradients import StaleGradients, feasible
 from lightning_scar.elastic.protocol.messages import RESTART_EXIT_CODE
@@ -100,7 +100,8 @@ class Continuation:
         if restart_state is not None:
             self.outages.list = restart_state["outages"]
             self.outages.rejoined(steps)
-            set_random_state(pop_random_state(self._member.slot) or restart_state["random"])
+            set_random_state(own_state(self._member.slot).get("random", restart_state["random"]))
+            forget_own_state(self._member.slot)
         if self._training.is_first:
             self._member.begin(self._training.can_admit)
 
@@ -375,7 +376,7 @@ class Continuation:
             try:
                 if restart.keeper == self._member.slot:
                     self._training.save_restart_state({"outages": self.outages.list, "random": self._random_state})
-                save_random_state(self._member.slot, self._random_state)
+                save_own_state(self._member.slot, {"random": self._random_state, **self._training.own_state()})
             except OSError as error:
                 print(f"lightning-scar: {error}; the last save counts", file=sys.stderr, flush=True)
         self._training.release()

@@ -98,6 +98,10 @@ def dump(trainer: pl.Trainer, pending: Pending | None = None) -> dict[str, Any]:
     return checkpoint
 
 
+def _leave_random() -> None:
+    """Leave the random generators as they are."""
+
+
 class Moment:
     """The moment of the checkpoint that a ``fit`` resumes from.
 
@@ -118,21 +122,17 @@ class Moment:
         if self.pending != "nothing":
             private_loops.let_the_last_step_end(trainer)
 
-    def go_on(self, set_random: Callable[[], None] | None = None) -> None:
+    def go_on(self, set_random: Callable[[], None] = _leave_random) -> None:
         """Go on from it in ``on_train_start``, as the last thing before the first batch.
 
         Args:
-            set_random: Sets the random generators, if not to those of the checkpoint.
+            set_random: Sets the random generators, if this rank has not saved them.
 
         """
-        if set_random is None and self._saved.get("random") is not None:
+        if self._saved.get("random") is not None:
             set_random = partial(set_random_generators, self._saved["random"])
         if "metrics" in self._saved:
             private.set_metrics(self._trainer, self._saved["metrics"])
             set_results(self._trainer, self._saved["results"])
-        private_loops.go_on(self._trainer, self.pending, set_random or _leave_random)
+        private_loops.go_on(self._trainer, self.pending, set_random)
         Beginnings.of(self._trainer).keep_random()
-
-
-def _leave_random() -> None:
-    """Leave the random generators as they are."""

@@ -7,9 +7,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_scar.continuation.restart_state import RestartState, newest_restart_state, save_restart_state
+from lightning_scar.continuation.restart_state import (
+    RestartState,
+    newest_restart_state,
+    own_state,
+    save_restart_state,
+)
 from lightning_scar.continuation.snapshot import random_state
 from lightning_scar.lightning import moment, private, replacement
+from lightning_scar.lightning.data import use_own_loader_states
 from lightning_scar.lightning.moment import Moment
 from lightning_scar.lightning.progress import KEY
 
@@ -60,6 +66,13 @@ class TrainerCalls:
             finished = number != self.number or not (trainer.training or trainer.validating)
             save_restart_state(_state(trainer, finished, more), number, trainer.global_step)
 
+    def own_state(self) -> dict[str, Any]:
+        """Return what no other worker has of the state of the current ``fit``."""
+        if self._last_fit is None or self._last_fit[0] != self.number:
+            return {}
+        checkpoint = moment.dump(self._last_fit[1])
+        return {name: checkpoint[name] for name in ("global_step", "loops", KEY)}
+
     def restart_state(self) -> RestartState | None:
         """Return the newest restart state of the current call, if there is one."""
         return newest_restart_state(self.number)
@@ -77,7 +90,11 @@ class TrainerCalls:
             # Safe, because this program wrote the file itself.
             checkpoint: dict[str, Any] = torch.load(restart_state.path, map_location="cpu", weights_only=False)
             self.resumed = resumed = checkpoint[KEY]
-            self.moment = Moment(trainer, checkpoint, own=checkpoint)
+            own = own_state(trainer.global_rank)
+            # One that was a step behind goes on with the other's.
+            is_same_step = own.get("global_step") == checkpoint["global_step"]
+            use_own_loader_states(checkpoint, own if is_same_step else None)
+            self.moment = Moment(trainer, checkpoint, own if is_same_step else None)
             trainer.should_stop = resumed["finished"] or resumed["live"]["should_stop"]
             if "optimizer_states" not in checkpoint:
                 checkpoint["optimizer_states"] = replacement.scar_checkpoints(trainer)[0].optimizer_states(trainer)

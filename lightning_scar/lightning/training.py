@@ -19,7 +19,7 @@ from lightning_scar.elastic.worker.errors import CutOffError, RestartError
 from lightning_scar.elastic.worker.member import Member
 from lightning_scar.lightning import loggers, private, replacement
 from lightning_scar.lightning.data import TrainingData
-from lightning_scar.lightning.moment import Beginnings
+from lightning_scar.lightning.moment import Beginnings, keep_random
 from lightning_scar.lightning.preemption import Preemption
 from lightning_scar.lightning.restart import trainer_calls
 
@@ -39,7 +39,8 @@ class _Ends(Beginnings):
         return Callback, ()
 
     @override
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        keep_random(trainer)
         self._raise_pending()
 
     @override
@@ -113,7 +114,7 @@ class TrainerTraining:
             loggers.share_versions(self._trainer)
         self.continuation.start(self._trainer.global_step, trainer_calls.resumed)
         if trainer_calls.moment is not None and not self.continuation.is_joiner:
-            trainer_calls.moment.go_on(set_random=partial(set_random_state, random_state()))
+            trainer_calls.moment.go_on(partial(set_random_state, random_state()))
 
     def _end_epoch(self) -> None:
         # A validation has drawn numbers since the last step.
@@ -235,6 +236,10 @@ class TrainerTraining:
         if replacement.has_sharded_optimizer(self._trainer):
             for callback in replacement.scar_checkpoints(self._trainer):
                 callback.save_all(self._trainer)
+
+    def own_state(self) -> dict[str, Any]:
+        """Return the loops' place in the data, what was logged, and all random numbers."""
+        return trainer_calls.own_state()
 
     def save_restart_state(self, more: dict[str, Any]) -> None:
         """Write the state of this call."""

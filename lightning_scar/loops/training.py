@@ -14,11 +14,13 @@ from lightning_scar.continuation.restart_state import (
     newest_restart_state,
     note_incarnation,
     noted_incarnation,
+    own_state,
     save_restart_state,
     share_restart_state,
 )
 from lightning_scar.continuation.step import Continuation
 from lightning_scar.continuation.wrappers import Wrappers
+from lightning_scar.core.random_generators import set_random_generators
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.signals import PassedOnSignals, stop_signals
 from lightning_scar.elastic.worker.member import Member
@@ -122,12 +124,15 @@ class LoopTraining:
             return None
         # Safe, because this program wrote the file itself.
         checkpoint: dict[str, Any] = torch.load(restart_state.path, weights_only=False)
-        return checkpoint
+        own = own_state(self._member.slot)
+        return {**checkpoint, **own} if own.get("global_step") == checkpoint["global_step"] else checkpoint
 
     def start(self, restart_state: dict[str, Any] | None) -> None:
         """Start the engine; a replacement joins here."""
         self.signals = PassedOnSignals(stop_signals(), self._member.ask_to_stop)
         self.engine.start(self._loop.steps, restart_state[_KEY] if restart_state is not None else None)
+        if restart_state is not None:
+            set_random_generators(restart_state.get("generators", {}))
         if self.engine.is_joiner:
             self.engine.join()
         self.count()
@@ -309,6 +314,11 @@ class LoopTraining:
 
     def prepare_restart(self) -> None:
         """Do nothing: every worker holds the complete state."""
+
+    def own_state(self) -> dict[str, Any]:
+        """Return the place in the data, and all random numbers."""
+        state = self._loop.state.dump(uncounted=self._uncounted)
+        return {name: state[name] for name in ("global_step", "loop")} | {"generators": state["random"]}
 
     def save_restart_state(self, more: dict[str, Any]) -> None:
         """Write the state after the last step."""
