@@ -301,11 +301,14 @@ def main() -> None:
                     continue
                 report.progress(f"{name}; {door}; {side}")
                 with report.scratch(options.dir) as folder:
-                    found = figures[f"{side}, {door}, {name}"] = cell(SITUATIONS[name], door, side, folder)
-                row[-1] += f"**{found}**" if side == "scar" else f"; {found}"
+                    words = figures[f"{side}, {door}, {name}"] = cell(SITUATIONS[name], door, side, folder)
+                row[-1] += f"**{words}**" if side == "scar" else f"; {words}"
         rows.append(row)
-    exact = [key for key, found in figures.items() if key.startswith("peer") and found.endswith("exact")]
-    behind = [key for key in exact if not figures.get(key.replace("peer", "scar", 1), "exact").endswith("exact")]
+    found = {key: words for key, words in figures.items() if key != "settings"}
+    exact = {key for key, words in found.items() if words.endswith("exact")}
+    peers = [key for key in exact if key.startswith("peer")]
+    behind = [key for key in peers if f"scar{key[4:]}" in found.keys() - exact]
+    figures |= {"cells": len(found), "cells_behind": len(behind)}
     targets = [Target("cells in which the framework's own is exact and ours is not", len(behind), 0)]
     # Whole lines, which a page can take.
     for row in [["", *doors], ["---"] * (len(doors) + 1), *rows]:

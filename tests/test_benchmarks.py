@@ -37,6 +37,7 @@ PROMISED = {
     ],
     "resume": [f"{source}_{what}" for source in ("scar", "torch", "safetensors") for what in ("s", "cold_s")],
     "samples": ["scar_repeated_or_skipped", "begin_s", "deep_s"],
+    "resume_table": ["cells", "cells_behind"],
     "choice": [f"distance_of_{ranks}_ranks_over_one_{size}_byte_blocks" for ranks in (2, 4, 8) for size in (512, 2048)],
     "rework": [
         *(f"{task}{kind}_measured_steps" for task in ("sgd", "adam") for kind in ("", "_refresh")),
@@ -51,7 +52,7 @@ PROMISED = {
 }
 
 #: Those whose figures are what others measure, in more ways or for longer.
-LONG = ("stall --ranks 2", "choice", "rework")
+LONG = ("stall --ranks 2", "choice", "rework", "resume_table")
 
 
 @pytest.mark.timeout(400)
