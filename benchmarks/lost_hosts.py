@@ -5,6 +5,7 @@ part to the host's memory, from where it is copied to the next host's. A killed 
 memory.
 """
 
+import secrets
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing_extensions import override
 from benchmarks.kills import Run, start_child
 from benchmarks.step_log import Kill
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
+from lightning_scar.elastic.supervisor.token import VARIABLE as TOKEN
 from lightning_scar.storage.host_memory import VARIABLE
 
 
@@ -38,7 +40,7 @@ class LostHosts(Run):
         endpoint = ["--nnodes", str(hosts), "--rdzv-endpoint", f"127.0.0.1:{get_free_port()}"]  # type: ignore[no-untyped-call]
         self._run = ["-m", "lightning_scar", "run", *endpoint, "--max-restarts", "1000"]
         self._training = training
-        self._environment = environment
+        self._environment = {**environment, TOKEN: secrets.token_hex()}
         self._memory = MemoryFolder()
         self._memories = [self._memory.path / f"host-{host}" for host in range(hosts)]
         for memory in self._memories:
