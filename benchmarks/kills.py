@@ -94,8 +94,8 @@ class Run:
         return step_log.read(self.folder)
 
     def workers(self) -> dict[int, psutil.Process]:
-        """Return the live workers that have logged a step, by rank."""
-        ranks = {line.pid: line.rank for line in self.lines()}
+        """Return the live workers that have a log, by rank."""
+        ranks = step_log.ranks(self.folder)
         found: dict[int, psutil.Process] = {}
         for process in self._children():
             # Processes come and go meanwhile.

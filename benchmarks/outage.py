@@ -6,6 +6,10 @@ ranks step together (``rejoined_s``), the number of repeated steps (``redone``) 
 For comparison: the start-up of the same script alone, and the same figures for torchrun with a ModelCheckpoint and for
 torchft.
 
+``spare`` is ``shrink`` with a replacement that waits; ``fresh`` is ``shrink`` with replacements that are programs of
+their own, not forks of a process that has imported torch and Lightning. The start of four workers is measured with
+both.
+
 ``backup`` loses more: a host with its supervisor, its worker and its memory, while the optimizer's state is sharded.
 All workers restart, and the lost part is read from the memory of the next host.
 
@@ -35,6 +39,10 @@ _START_LIMIT, _LIMIT = 180.0, 120.0
 #: Steps before the first kill, and between a recovery and what comes next.
 _CALM = 10
 _TRAINING = [sys.executable, "-m", "benchmarks.elastic_training"]
+#: Options of `lightning-scar run` for ways that a script does not choose itself.
+_SUPERVISED = {"spare": ["--spares", "1"], "fresh": ["--fresh"]}
+#: Workers of the start that is measured.
+_STARTED = 4
 #: So small that survivors leave the cores to the replacement: an accelerator computes for most of a step.
 _SIZE = ["--width", "256", "--pause", "0.05"]
 
@@ -43,7 +51,8 @@ def command(method: str, folder: Path) -> list[str]:
     """Return the command that starts a training.
 
     Args:
-        method: A value of ``on_failure``, ``"torchrun"``, ``"backup"``, or ``"bare"`` for one worker alone.
+        method: A value of ``on_failure``, ``"spare"``, ``"fresh"``, ``"torchrun"``, ``"backup"``, or ``"bare"`` for one
+            worker alone.
         folder: Where its workers write.
 
     """
@@ -56,7 +65,14 @@ def command(method: str, folder: Path) -> list[str]:
         return [sys.executable, "-m", *run, "-m", "benchmarks.elastic_training", *own, *how]
     if method == "backup":
         return ["-m", "benchmarks.elastic_training", *own, "--nodes", str(RANKS), "--sharded", "--memory-every", "1"]
+    if method in _SUPERVISED:
+        return _supervised(RANKS, _SUPERVISED[method], own)
     return [*_TRAINING, *own, "--on-failure", method]
+
+
+def _supervised(ranks: int, options: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    run = [sys.executable, "-m", "lightning_scar", "run", "--nproc-per-node", str(ranks), "--max-restarts", "1000"]
+    return [*run, *options, "-m", "benchmarks.elastic_training", *arguments]
 
 
 def _start(method: str, folder: Path) -> Run:
@@ -72,6 +88,21 @@ def startup(folder: Path) -> float:
         if not run.wait_until(lambda: run.all_at(2, 1), _START_LIMIT):
             raise RuntimeError(f"a training of one worker does not start:\n{run.output[-2000:]}")
         return run.lines()[0].time - run.started
+
+
+def start_of_all(folder: Path, options: Sequence[str]) -> float:
+    """Return the seconds from the start of a job of four workers to the end of the last one's first step.
+
+    Args:
+        folder: Where its workers write.
+        options: Those of ``lightning-scar run``.
+
+    """
+    own = ["--folder", str(folder), "--ranks", str(_STARTED), *_SIZE]
+    with Run(_supervised(_STARTED, options, own), folder, kills.environment()) as run:
+        if not run.wait_until(lambda: run.all_at(1, _STARTED), _START_LIMIT):
+            raise RuntimeError(f"a training of {_STARTED} workers does not start:\n{run.output[-2000:]}")
+        return max(line.time for line in run.lines() if line.step == 1) - run.started
 
 
 def _plan(count: int, ranks: Sequence[int], chance: random.Random) -> Iterator[list[tuple[int, bool]]]:
@@ -161,15 +192,19 @@ def measure(folder: Path, methods: dict[str, int], seed: int) -> tuple[dict[str,
 def targets(found: dict[str, Any]) -> list[Target]:
     """Return the targets."""
     return [
-        Target("shrink_survivors_s", found["shrink_survivors_s"], 0.5),
-        Target("shrink_rejoined_s", found["shrink_rejoined_s"], found["startup_s"] + 0.5),
+        Target("shrink_survivors_s", found["shrink_survivors_s"], 0.2),
+        Target("shrink_survivors_most_s", found["shrink_survivors_most_s"], 0.3),
+        Target("shrink_rejoined_s", found["shrink_rejoined_s"], 0.8),
+        Target("shrink_rejoined_most_s", found["shrink_rejoined_most_s"], 1.5),
         Target("shrink_redone", found["shrink_redone"], 0),
         Target("shrink_hung", found["shrink_hung"], 0),
+        *([Target("spare_rejoined_s", found["spare_rejoined_s"], 0.5)] if "spare_kills" in found else []),
     ]
 
 
 def _rows(found: dict[str, Any], names: Sequence[str]) -> list[list[str]]:
-    times, counts = ("survivors_s", "survivors_most_s", "rejoined_s", "pause_s"), ("redone", "hung", "kills")
+    times = ("survivors_s", "survivors_most_s", "rejoined_s", "rejoined_most_s", "pause_s")
+    counts = ("redone", "hung", "kills")
     return [
         [
             name,
@@ -193,9 +228,8 @@ def collected(found: dict[str, Found], startups: list[float]) -> dict[str, Any]:
 def _options() -> argparse.Namespace:
     parser = report.arguments((__doc__ or "").split("\n")[0], rounds=21)
     parser.add_argument("--seed", type=int, default=0, help="seed of victims and moments")
-    parser.add_argument(
-        "--methods", default="shrink,buffer,wait,backup,torchrun,torchft", help="those to measure, comma-separated"
-    )
+    methods = "shrink,spare,fresh,buffer,wait,backup,torchrun,torchft"
+    parser.add_argument("--methods", default=methods, help="those to measure, comma-separated")
     torchft_peer.add_argument(parser)
     return parser.parse_args()
 
@@ -207,17 +241,24 @@ def main() -> None:
     names = options.methods.split(",")
     # Fewer kills of peers and other ways: they have no targets.
     few = min(count, 9)
-    methods = {name: count if name == "shrink" else few for name in names if name != "torchft"}
+    methods = {name: count if name in ("shrink", "spare") else few for name in names if name != "torchft"}
     with report.scratch(options.dir) as folder:
         found, startups = measure(folder.resolve(), methods, options.seed)
         if "torchft" in names:
             found |= torchft_peer.kill_some(folder.resolve(), options.torchft, few, options.seed)
-    figures = collected(found, startups)
+        starts = {
+            f"start_of_{_STARTED}{name}_s": [start_of_all(folder.resolve() / f"all{name}-{i}", how) for i in range(few)]
+            for name, how in (("", []), ("_fresh", ["--fresh"]))
+        }
+    figures = collected(found, startups) | {name: median(seconds) for name, seconds in starts.items()}
+    figures["samples"] |= starts
     figures["settings"] = {"seed": options.seed, "ranks": RANKS, "kills": count}
     title = f"one of {RANKS} ranks killed; a worker alone starts in {figures['startup_s']:.2f} s"
-    columns = ["method", "survivors s", "at most", "rejoined s", "pause s", "redone", "hung", "kills"]
+    columns = ["method", "survivors s", "at most", "rejoined s", "at most", "pause s", "redone", "hung", "kills"]
     aims = targets(figures) if "shrink" in names and not options.quick else []
     report.show(title, columns, _rows(figures, names), aims)
+    for name in starts:
+        print(f"{name}: {figures[name]:.2f}")
     report.write(options.json, figures, aims)
 
 

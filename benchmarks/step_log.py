@@ -47,6 +47,12 @@ class StepLog:
         os.write(self._file, f"{time.monotonic()} {step} {int(made)}\n".encode())
 
 
+def ranks(folder: Path) -> dict[int, int]:
+    """Return the ranks of all processes that have a log, by process id."""
+    names = (path.name.split("-") for path in folder.glob("steps-*"))
+    return {int(pid): int(rank) for _, rank, pid in names}
+
+
 def read(folder: Path) -> list[Line]:
     """Return all lines of all workers, ordered by time."""
     lines = []

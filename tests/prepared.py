@@ -91,6 +91,12 @@ def _can_run(words: Sequence[str]) -> bool:
     return program is not None and set(program.flags) <= {"-u"}
 
 
+class _Popen(subprocess.Popen):  # type: ignore[type-arg]
+    """A program that starts anew, always."""
+
+    _execute_child = _EXECUTE_CHILD
+
+
 class PreparedPopen(subprocess.Popen):  # type: ignore[type-arg]
     """A process that a prepared parent forks, where that can be; else a program that starts anew."""
 
@@ -172,9 +178,9 @@ def _parent() -> PreparedParent | None:
     if _current is None and "pytest" in sys.modules:
         mine, theirs = _pair()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-        server = subprocess.Popen(
+        server = _Popen(
             [sys.executable, __file__],
-            stdin=theirs,
+            stdin=theirs.fileno(),
             stdout=subprocess.DEVNULL,
             env={**environment, "OMP_NUM_THREADS": "1"},
             start_new_session=True,

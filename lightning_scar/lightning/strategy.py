@@ -43,6 +43,7 @@ class SCARDDPStrategy(DDPStrategy):
         flush: How collected gradients are applied: ``"mean"`` as one step, ``"replay"`` one by one.
         max_restarts: The number of failures within an hour after which the job is not continued.
         hang_timeout: Seconds that the others wait for a worker that hangs; by default the process group's ``timeout``.
+        spares: How many replacements wait on each node, having run the script up to its Trainer. They cost host memory.
         kwargs: Arguments of :class:`~lightning.pytorch.strategies.DDPStrategy`.
 
     Raises:
@@ -68,6 +69,7 @@ class SCARDDPStrategy(DDPStrategy):
         flush: FlushMode = "mean",
         max_restarts: int = 3,
         hang_timeout: float | None = None,
+        spares: int = 0,
         **kwargs: Any,
     ) -> None:
         if hang_timeout is not None:
@@ -75,6 +77,7 @@ class SCARDDPStrategy(DDPStrategy):
         super().__init__(**kwargs)
         self._policy = OutagePolicy(on_failure, min_world_size, max_staleness, flush)
         self._max_restarts = max_restarts
+        self._spares = spares
         self._member: Member | None = None
         self._training: TrainerTraining | None = None
         self._starts_workers = False
@@ -125,6 +128,7 @@ class SCARDDPStrategy(DDPStrategy):
 
     def _run_options(self) -> list[str]:
         options = ["--nproc-per-node", str(self.num_processes), "--max-restarts", str(self._max_restarts)]
+        options += ["--spares", str(self._spares)] if self._spares else []
         if self._timeout is not None:
             options += ["--hang-timeout", f"{self._timeout.total_seconds():g}"]
         if self.num_nodes > 1:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning_scar.elastic.prepared.environment import readers
+from lightning_scar.elastic.prepared.environment import PLACE, become_spare, set_ranks
 from lightning_scar.elastic.prepared.program import Program
 
 _PR_SET_PDEATHSIG = 1
@@ -30,7 +30,7 @@ def become(request: Mapping[str, Any], streams: Sequence[int], told: int) -> Non
 
     Args:
         request: Its ``environment``, its working directory ``cwd``, and the process whose child it becomes, ``parent``.
-        streams: Its standard input, output and error.
+        streams: Its standard input, output and error, and over what a spare gets its place.
         told: Whoever waits for its number reads it from this pipe, once it can be treated as any other.
 
     """
@@ -47,6 +47,8 @@ def become(request: Mapping[str, Any], streams: Sequence[int], told: int) -> Non
     os.environ.clear()
     os.environ.update(request["environment"])
     _renew_modules()
+    if len(streams) > PLACE:
+        become_spare()
 
 
 def _become_child_of(parent: int) -> None:
@@ -67,9 +69,7 @@ def _renew_modules() -> None:
         sys.modules["numpy"].random.seed()
     if "torch" in sys.modules:
         sys.modules["torch"].default_generator.seed()
-    for name, variables in readers.items():
-        ranks = [os.environ[variable] for variable in variables if variable in os.environ]
-        sys.modules[name].rank_zero_only.rank = int(ranks[0]) if ranks else 0
+    set_ranks()
     _set_blas_threads()
     if any(name in os.environ for name in COVERAGE):
         importlib.import_module("coverage").process_startup()

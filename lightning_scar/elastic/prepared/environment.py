@@ -1,9 +1,12 @@
 """The variables in which a worker finds its place in the job, and who reads them when."""
 
+import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 #: What differs between the workers of a job, or between the starts of one.
 OF_A_WORKER = frozenset(
@@ -33,6 +36,12 @@ OF_A_WORKER = frozenset(
 readers: dict[str, list[str]] = {}
 
 
+_PLAIN: type[os._Environ[str]] = os.environ.__class__
+#: The descriptor over which a spare gets its place.
+PLACE = 3
+_place_lock = threading.Lock()
+
+
 class _Watched(os._Environ):  # type: ignore[type-arg]
     """``os.environ``, which notes who reads a variable of :data:`OF_A_WORKER`."""
 
@@ -55,3 +64,57 @@ def watched() -> Iterator[None]:
         yield
     finally:
         os.environ.__class__ = plain
+
+
+class _WithoutPlace(os._Environ):  # type: ignore[type-arg]
+    """``os.environ`` of a spare: whoever reads a variable of :data:`OF_A_WORKER` waits until it has a place."""
+
+    def __getitem__(self, name: str) -> str:
+        if name in OF_A_WORKER:
+            _wait_for_place()
+        # Its class is another one by now.
+        value: str = _PLAIN.__getitem__(self, name)
+        return value
+
+
+def become_spare() -> None:
+    """Let this process wait for its place in the job when it first asks for it, or opens a device."""
+    os.environ.update(dict.fromkeys(OF_A_WORKER, ""))
+    os.environ.__class__ = _WithoutPlace
+    # Only rank 0 prints and writes.
+    set_ranks(1)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        open_device = torch.cuda._lazy_init
+
+        def wait_and_open(*args: Any) -> None:
+            _wait_for_place()
+            torch.cuda._lazy_init = open_device
+            open_device(*args)
+
+        torch.cuda._lazy_init = wait_and_open
+
+
+def _wait_for_place() -> None:
+    with _place_lock:
+        if os.environ.__class__ is not _WithoutPlace:
+            return
+        with os.fdopen(PLACE) as source:
+            place = source.read()
+        if not place:
+            os._exit(0)  # The supervisor has ended.
+        os.environ.__class__ = _PLAIN  # type: ignore[assignment]
+        os.environ.update(json.loads(place))
+        set_ranks()
+
+
+def set_ranks(rank: int | None = None) -> None:
+    """Tell modules the rank that they would have read when they were imported.
+
+    Args:
+        rank: Another one.
+
+    """
+    for name, variables in readers.items():
+        ranks = [os.environ[variable] for variable in variables if rank is None and variable in os.environ]
+        sys.modules[name].rank_zero_only.rank = rank if rank is not None else int(ranks[0]) if ranks else 0

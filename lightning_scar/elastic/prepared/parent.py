@@ -21,8 +21,8 @@ from lightning_scar.elastic.prepared.environment import readers, watched
 from lightning_scar.elastic.prepared.imports import is_installed
 from lightning_scar.elastic.prepared.program import Program, file_of
 
-#: Standard input, output and error.
-_STREAMS = 3
+#: Standard input, output and error, and one for a spare.
+_STREAMS = 4
 #: How long a message may be.
 MESSAGE_BYTES = 1 << 20
 

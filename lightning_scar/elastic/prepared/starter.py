@@ -118,7 +118,7 @@ class PreparedParent:
         Args:
             command: Its command line.
             environment: All its variables.
-            streams: Its standard input, output and error.
+            streams: Its standard input, output and error; for a spare also where it reads its place.
             cwd: Another working directory than this process's.
             meanwhile: Called until it is there, for what cannot wait: where the processors are busy it takes 0.2 s.
 
@@ -252,6 +252,8 @@ class Starter:
         self._parent: ProgramParent | None = None
         #: Whether it could be forked.
         self._was_ready = False
+        #: Whether a worker has told what it imports to train.
+        self.knows_imports = False
         if prepared:
             self._prepare()
 
@@ -288,11 +290,29 @@ class Starter:
         tied = [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid())]
         return subprocess.Popen([*tied, *self._command], env=variables, stderr=errors, start_new_session=True)
 
+    def start_spare(self, environment: Mapping[str, str], errors: int, place: int) -> Process:
+        """Start a spare, which runs the program until it asks for its place in the job.
+
+        Args:
+            environment: What it has beside this process's and the common variables.
+            errors: Its standard error.
+            place: Where it reads the variables of its place, as JSON to the end.
+
+        Raises:
+            NotPreparedError: If it cannot be forked now.
+
+        """
+        if self._parent is None or not self.is_ready:
+            raise NotPreparedError("nothing is there that could fork them")
+        variables = {**os.environ, **self._environment, **environment}
+        return self._parent.fork(self._command, variables, [0, 1, errors, place])
+
     def import_more(self) -> None:
         """Let later workers start with what one that trains has imported, once it has listed that."""
         if self._parent is not None and self._was_ready and self._imports.exists():
             modules = json.loads(self._imports.read_text())
             self._imports.unlink()
+            self.knows_imports = True
             with suppress(NotPreparedError):
                 self._parent.import_too(modules)
 

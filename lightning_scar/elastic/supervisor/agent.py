@@ -24,6 +24,7 @@ from lightning_scar.elastic.protocol.messages import (
 from lightning_scar.elastic.supervisor.admission import BEAT_SECONDS, Admission, beat, left_key, loss_key
 from lightning_scar.elastic.supervisor.gate import Tunnel
 from lightning_scar.elastic.supervisor.process import WorkerProcess
+from lightning_scar.elastic.supervisor.spares import Spares
 
 #: Seconds that workers have to exit when the supervisor itself fails.
 _LAST_GRACE = 5.0
@@ -70,6 +71,7 @@ class Agent:
         layout: The nodes, and which of them this one is.
         admission: Its right to run this node's workers.
         starter: Starts them.
+        spares: Replacements that wait.
         environment: What is added to every worker's environment.
         events: What it reports to.
 
@@ -82,6 +84,7 @@ class Agent:
         layout: Layout,
         admission: Admission,
         starter: Starter,
+        spares: Spares,
         environment: Mapping[str, str],
         events: Events,
     ) -> None:
@@ -92,6 +95,7 @@ class Agent:
         self._layout = layout
         self._admission = admission
         self._starter = starter
+        self._spares = spares
         self._environment = environment
         self._events = events
         self._notices = Notices(store)
@@ -135,6 +139,7 @@ class Agent:
 
     def close(self) -> None:
         """End all workers that are left."""
+        self._spares.close()
         deadline = time.monotonic() + _LAST_GRACE
         workers = [worker for _, worker in self._workers.values()]
         for worker in workers:
@@ -151,6 +156,7 @@ class Agent:
             self._beat_at = now
             self._check_loss()
             self._starter.import_more()
+            self._spares.refill()
 
     def _check_loss(self) -> None:
         """End the job on this node if another agent may have taken this one's place."""
@@ -177,8 +183,11 @@ class Agent:
             self._store.set(left_key(self._layout.node), "")
 
     def _start(self, spawn: Spawn) -> None:
+        environment = self._environment_of(spawn)
+        # In the place of a member of a new start a spare might remember what is not true any more.
+        worker = self._spares.take(environment) if spawn.generation < 0 else None
         try:
-            worker = WorkerProcess(partial(self._starter.start, self._environment_of(spawn)))
+            worker = worker or WorkerProcess(partial(self._starter.start, environment))
         except OSError as error:
             self._events.append(Exited(spawn.slot, spawn.spawn, 1, f"cannot start a process: {error}"))
             return

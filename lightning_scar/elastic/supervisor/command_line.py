@@ -58,8 +58,18 @@ def _job(options: Namespace) -> Job:
         stop_timeout=options.stop_timeout,
         node_timeout=options.node_timeout,
     )
+    if options.spares < 0 or (options.spares and options.fresh):
+        raise LaunchError(f"--spares is {options.spares}; it takes a number from 0, and none together with --fresh")
     return Job(
-        options.command, layout, policy, host, port, options.rdzv_id, options.hang_timeout, prepared=not options.fresh
+        options.command,
+        layout,
+        policy,
+        host,
+        port,
+        options.rdzv_id,
+        options.hang_timeout,
+        prepared=not options.fresh,
+        spares=options.spares,
     )
 
 
@@ -146,6 +156,13 @@ def _parser() -> ArgumentParser:
         default=default.node_timeout,
         metavar="SECONDS",
         help="how long to wait for a lost node; 0 ends the job at once (%(default)s)",
+    )
+    add(
+        "--spares",
+        type=int,
+        default=0,
+        metavar="K",
+        help="replacements on each node that have run the script up to where it asks for its rank (%(default)s)",
     )
     add(
         "--fresh",

@@ -26,6 +26,7 @@ from lightning_scar.elastic.supervisor.gate import Gate, NotLetInError, Tunnel, 
 from lightning_scar.elastic.supervisor.node_zero import NodeZero
 from lightning_scar.elastic.supervisor.nodes import JOIN_SECONDS
 from lightning_scar.elastic.supervisor.policy import Policy
+from lightning_scar.elastic.supervisor.spares import Spares
 from lightning_scar.elastic.supervisor.token import VARIABLE as TOKEN
 from lightning_scar.elastic.supervisor.token import TokenError, find_token
 from lightning_scar.elastic.supervisor.wakeups import Wakeups
@@ -57,6 +58,7 @@ class Job:
         run_id: A name of the job; random if empty.
         hang_timeout: What the user chose, passed to the workers; ``None`` for the process group's timeout.
         prepared: Whether workers are forked from a process that has imported what they import.
+        spares: How many replacements wait on each node.
 
     """
 
@@ -68,6 +70,7 @@ class Job:
     run_id: str = ""
     hang_timeout: float | None = None
     prepared: bool = True
+    spares: int = 0
 
 
 def supervise(job: Job) -> int:
@@ -97,7 +100,8 @@ def supervise(job: Job) -> int:
         admission = Admission() if zero is not None else _arrive(job, store, wakeups, signals)
         events = Events(store, wakeups.report)
         try:
-            agent = Agent(store, tunnel, job.layout, admission, starter, environment, events)
+            spares = Spares(starter, job.spares, environment, tell_user)
+            agent = Agent(store, tunnel, job.layout, admission, starter, spares, environment, events)
             stack.enter_context(closing(agent))
             return _run(agent, zero, events, wakeups, signals, job.layout.node)
         except DistError as error:
