@@ -71,6 +71,8 @@ def _execute_child(self: Any, *args: Any) -> None:
     call = inspect.signature(_EXECUTE_CHILD).bind(self, *args).arguments
     is_plain = not (call["preexec_fn"] or call["pass_fds"] or call["shell"] or call["executable"])
     words = [os.fsdecode(word) for word in call["args"]] if isinstance(call["args"], list | tuple) else []
+    if words[1:3] == ["-I", "-S"] and Path(words[3]).name == "die_with_parent.py":
+        words = words[5:]  # Every fork dies with its parent.
     parent = _parent() if is_plain and words[:1] == [sys.executable] and _can_run(words) else None
     if parent is None:
         _EXECUTE_CHILD(self, *args)

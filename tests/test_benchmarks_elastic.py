@@ -41,8 +41,7 @@ LONG = ("overhead", "soak", "continuation")
 def test_a_benchmark_of_failures_measures_what_is_promised(name: str, tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     run = prepared.run(
-        # They know workers by the environment that they were started with: so these start anew.
-        ["env", sys.executable, "-m", f"benchmarks.{name}", *RUNS[name], "--json", str(out), "--dir", str(tmp_path)],
+        [sys.executable, "-m", f"benchmarks.{name}", *RUNS[name], "--json", str(out), "--dir", str(tmp_path)],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
