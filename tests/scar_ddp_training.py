@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -124,7 +125,10 @@ class Model(pl.LightningModule):
         place("save", self.current_epoch if asked.get("callbacks") else self.global_step)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        place("sanity check" if self.trainer.sanity_checking else "validation", self.current_epoch)
+        phase = "sanity check" if self.trainer.sanity_checking else "validation"
+        if (folder() / f"kept-{slot}.jsonl").exists():
+            place(f"third fit's {phase}", self.current_epoch)
+        place(phase, self.current_epoch)
         x, y, _ = batch
         out = self.net(x)
         self.val_error(out, y)
@@ -260,6 +264,10 @@ def main() -> None:
         cli = LightningCLI(Model, Data, args=asked["cli"], run=False)
         cli.trainer.fit(cli.model, cli.datamodule)
         return write_result(cli.trainer, cli.model)
+    for _ in range(asked.get("fits_before", 0)):
+        make_trainer().fit(Model(**asked["model"]), Data(**asked["data"]))
+    kept = Path(os.environ.get("LIGHTNING_SCAR_STATE", folder()))
+    write_down("kept", in_memory=[path.name for path in kept.glob("call-*")])
     trainer, module, data = make_trainer(), Model(**asked["model"]), Data(**asked["data"])
     trainer.fit(module, data)
     place("end", 0)

@@ -1,5 +1,6 @@
 """What workers leave for a start of all: where it lies, when memory is full, and how much of it there is."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,20 @@ def test_finished_trainings_do_not_pile_up_in_memory(memory: Path) -> None:
         save_restart_state({}, training, step=9, is_finished=True)
     assert (names(memory), len(names(memory / DISK))) == ([], 3)
     assert [newest_restart_state(training) is not None for training in (1, 2, 3, 4)] == [True] * 3 + [False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["sanity check", "validation"])
+def test_finished_fits_are_kept_on_disk_and_not_made_again(tmp_path: Path, where: str) -> None:
+    """Of three, the last one is cut short; nobody saves to storage."""
+    training = train(tmp_path, (f"third fit's {where}", 0, 1, "kill"), fits_before=2)
+    assert training.code == 0, training.console
+    assert "starting all workers again" in training.console
+    for slot in (0, 1):
+        assert [step["step"] for step in training.steps if step["slot"] == slot] == [*range(1, 25)] * 3
+        kept = (tmp_path / f"kept-{slot}.jsonl").read_text().splitlines()
+        assert json.loads(kept[0])["in_memory"] == []
+    assert training.results[0]["global_step"] == 24
 
 
 @pytest.mark.slow

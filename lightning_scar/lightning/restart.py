@@ -63,6 +63,8 @@ class TrainerCalls:
         """
         if self._last_fit is not None:
             number, trainer = self._last_fit
+            if number == self.number and trainer.sanity_checking:
+                return  # It has trained nothing yet.
             finished = number != self.number or not (trainer.training or trainer.validating)
             save_restart_state(_state(trainer, finished, more), number, trainer.global_step)
 
