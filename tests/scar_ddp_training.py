@@ -16,6 +16,7 @@ from scar_job import (
     BATCH_SIZE,
     RATE,
     SAMPLES,
+    Averaging,
     asked,
     begin,
     folder,
@@ -60,6 +61,7 @@ class Model(pl.LightningModule):
         manual: Whether it optimizes manually.
         plateau: Whether it lowers its rate when a validation is not better.
         sharded: Whether each rank has a part of the optimizer's state.
+        averaging: Whether the optimizer communicates.
 
     """
 
@@ -69,6 +71,7 @@ class Model(pl.LightningModule):
         dropout: bool = False,
         manual: bool = False,
         sharded: bool = False,
+        averaging: bool = False,
         plateau: bool = False,
     ) -> None:
         super().__init__()
@@ -78,6 +81,7 @@ class Model(pl.LightningModule):
         self.rich = rich
         self.plateau = plateau
         self.sharded = sharded
+        self.averaging = averaging
         self.automatic_optimization = not manual
         self.val_error = torchmetrics.MeanSquaredError()
         self.now: list[int] = []
@@ -142,7 +146,7 @@ class Model(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.sharded:
             return ZeroRedundancyOptimizer(self.parameters(), torch.optim.Adam, lr=RATE)
-        optimizer = torch.optim.Adam(self.parameters(), RATE)
+        optimizer = (Averaging if self.averaging else torch.optim.Adam)(self.parameters(), RATE)
         if self.plateau:
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.9)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
 SAMPLES, BATCH_SIZE = 96, 4
@@ -139,6 +140,18 @@ def note_saves(schedule: Any) -> None:
         note(step, full)
 
     schedule.note = noted
+
+
+class Averaging(torch.optim.Adam):
+    """Communicates when it has changed the parameters already, as post-local SGD does."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            for parameter in self.param_groups[0]["params"]:
+                dist.all_reduce(parameter.data)
+                parameter.data /= dist.get_world_size()
+        return loss
 
 
 # -- data ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from scar_job import (
     BATCH_SIZE,
     RATE,
+    Averaging,
     asked,
     begin,
     folder,
@@ -32,7 +33,7 @@ from lightning_scar import SCARAccelerator, SCARContinuation, SCARLoop
 class Net(nn.Module):
     """As the Trainer's model."""
 
-    def __init__(self, rich: bool = False, dropout: bool = False) -> None:
+    def __init__(self, rich: bool = False, dropout: bool = False, averaging: bool = False) -> None:
         super().__init__()
         torch.manual_seed(1)
         between = [*([nn.BatchNorm1d(16)] if rich else []), *([nn.Dropout(0.2)] if dropout else [])]
@@ -80,7 +81,8 @@ class Loop:
         self.now: list[int] = []
         self.used: list[list[int]] = []
         model = Net(**asked["model"])
-        optimizer = torch.optim.Adam(model.parameters(), RATE)
+        kind = Averaging if asked["model"].get("averaging") else torch.optim.Adam
+        optimizer = kind(model.parameters(), RATE)
         schedule = StepLR(optimizer, 20, 0.5) if asked["model"].get("rich") else None
         self.set_up(model, optimizer, schedule, DataLoader(samples(), batch_size=BATCH_SIZE, shuffle=True))
 

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import assert_same
@@ -36,6 +37,25 @@ def test_a_failure_outside_of_steps_costs_nothing_but_time(tmp_path: Path, case:
     # A generation that never began has no outage.
     if case != "at start-up":
         assert len(training.outages(0)) == len(CASES[case])
+
+
+@pytest.mark.parametrize("door", ["Trainer", pytest.param("Accelerate", marks=pytest.mark.slow)])
+def test_an_optimizer_that_fails_after_it_has_changed_parameters_is_not_stepped_twice(
+    tmp_path: Path, door: str
+) -> None:
+    """Rank 1 dies when all gradients are there, so rank 0 fails where the optimizer communicates behind its step."""
+    scar = {"every_n_train_steps": 4, "fraction": 1.0}
+    options: dict[str, Any] = {"model": {"averaging": True}, "scar": scar, "door": door}
+    undisturbed = train(tmp_path / "undisturbed", **options)
+    training = train(tmp_path / "cut short", ("before_step", 6, 1, "kill"), **options)
+    assert training.code == 0, training.console
+    assert "nobody has a whole state, since an update was cut short; the last save counts" in training.console
+    assert "starting all workers again" in training.console
+    # Those behind the save at the fourth are made again.
+    made = [step["step"] for step in training.steps if step["slot"] == 0]
+    assert made == [*range(1, 8), *range(5, 25)]
+    for training_result in (training.results[0], training.results[1]):
+        assert_same(training_result["state"], undisturbed.state)
 
 
 def test_the_state_that_one_node_keeps_goes_to_the_others(tmp_path: Path) -> None:

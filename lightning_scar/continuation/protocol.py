@@ -39,6 +39,13 @@ class Training(Protocol):
     def load_weights(self, state: Any) -> None:
         """Load only what an optimizer step changes from another member's :meth:`state`."""
 
+    def changes(self) -> int:
+        """Return a number that grows with every change of parameters or of the optimizers' state."""
+
+    @property
+    def counted_steps(self) -> int | None:
+        """The number of completed steps as the loops count them; ``None`` if they need not agree."""
+
     # -- its steps -----------------------------------------------------------------------------------------------
 
     @property
@@ -79,8 +86,8 @@ class Training(Protocol):
     def log(self, metrics: dict[str, float]) -> None:
         """Log metrics."""
 
-    def prepare_restart(self) -> None:
-        """Save what only this worker holds: all workers will be restarted."""
+    def prepare_restart(self, is_whole: bool) -> None:
+        """Save what only this worker holds, unless its state is not whole: all workers will be restarted."""
 
     def own_state(self) -> dict[str, Any]:
         """Return what differs from worker to worker in the exact state, for the restart of this one."""

@@ -1,10 +1,13 @@
 """A snapshot of what a failed step has changed, so that the step can be repeated."""
 
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.optim import Optimizer
 
 
 def random_state() -> list[Any]:
@@ -20,6 +23,68 @@ def set_random_state(state: list[Any]) -> None:
     torch.set_rng_state(cpu)
     if device is not None:
         torch.cuda.set_rng_state(device)
+
+
+def changes(optimizers: Iterable[Optimizer]) -> int:
+    """Return a number that grows with every change of parameters or of the state of their optimizers.
+
+    Example::
+
+        >>> parameter = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([parameter], lr=0.1)
+        >>> before = changes([optimizer])
+        >>> parameter.sum().backward()
+        >>> changes([optimizer]) == before
+        True
+        >>> optimizer.step()
+        >>> changes([optimizer]) > before
+        True
+
+    """
+    return sum(_changes(optimizer) for optimizer in optimizers)
+
+
+def _changes(optimizer: Optimizer) -> int:
+    states: Iterable[Any] = optimizer.state.values()
+    if type(optimizer).__module__.startswith("torch.optim"):
+        # These change all or nothing. A fused one does not count changes of parameters, but of its steps.
+        states = itertools.islice(states, 1)
+    tensors = (value for state in states for value in state.values() if isinstance(value, Tensor))
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    versions: Iterable[int] = (tensor._version for tensor in itertools.chain(parameters, tensors))
+    return len(optimizer.state) + sum(versions)
+
+
+class Update:
+    """Knows whether an attempt of a step that failed has changed parameters: then it cannot be made again.
+
+    Args:
+        changes: See :func:`changes`.
+
+    """
+
+    def __init__(self, changes: Callable[[], int]) -> None:
+        self._changes = changes
+        #: What it was when the gradients were there; ``None`` before.
+        self._before: int | None = None
+
+    def attempt(self, attempt: Callable[[Callable[[], Any]], Any], closure: Callable[[], Any]) -> Any:
+        """Make an attempt, given what computes the gradients and returns the loss. Return what it returned."""
+
+        def noted() -> Any:
+            loss = closure()
+            self._before = self._changes()
+            return loss
+
+        self._before = None
+        output = attempt(noted)
+        self._before = None
+        return output
+
+    @property
+    def is_half_made(self) -> bool:
+        """Whether the last attempt has failed after it changed something."""
+        return self._before is not None and self._before != self._changes()
 
 
 class StepSnapshot:

@@ -16,7 +16,7 @@ from lightning_scar.continuation.outages import OutagePolicy, Outages
 from lightning_scar.continuation.protocol import Training
 from lightning_scar.continuation.regroup import Generations
 from lightning_scar.continuation.restart_state import forget_own_state, own_state, save_own_state
-from lightning_scar.continuation.snapshot import StepSnapshot, random_state, set_random_state
+from lightning_scar.continuation.snapshot import StepSnapshot, Update, random_state, set_random_state
 from lightning_scar.continuation.stale_gradients import StaleGradients, feasible
 from lightning_scar.elastic.protocol.messages import RESTART_EXIT_CODE
 from lightning_scar.elastic.worker.errors import PLANNED, Loss, RestartError, UnevenDataError
@@ -62,6 +62,7 @@ class Continuation:
         self._has_stepped = False
         #: The number of completed steps after which this worker had no more batches, for the last time.
         self._left_after = -1
+        self._update = Update(training.changes)
         #: The state of the random generators after the last step.
         self._random_state = random_state()
 
@@ -210,15 +211,20 @@ class Continuation:
         return Loss.of(error, seconds if seconds < self._training.timeout else _LONG_ENOUGH)
 
     def _attempt(self, attempt: Attempt, closure: Closure) -> Any:
-        if self._stale_gradients is not None:
-            return self._stale_gradients.flush(attempt)
-
         def checked() -> Any:
             loss = closure()
             self._member.check_health()
             return loss
 
-        return attempt(checked)
+        if self._stale_gradients is not None:
+            return self._stale_gradients.flush(lambda gradients: self._update.attempt(attempt, gradients))
+        return self._update.attempt(attempt, checked)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the state is that between two steps: an optimizer may communicate after it has changed parameters."""
+        counted = self._training.counted_steps
+        return not self._update.is_half_made and counted in (None, self._generations.steps)
 
     def _complete(self) -> None:
         tell_imports()
@@ -287,7 +293,7 @@ class Continuation:
 
     def _can_survive(self, error: Exception) -> bool:
         self._check_not_left_behind(error)
-        is_possible = self._training.is_first and self._training.can_admit
+        is_possible = self._training.is_first and self._training.can_admit and self._is_whole
         return is_possible and self._member.caused_by_peer_loss(error)
 
     def _recover(self, closure: Closure, loss: Loss) -> bool:
@@ -363,20 +369,22 @@ class Continuation:
     def restart(self) -> None:
         """Exit this process with the code that makes the supervisor restart all workers with the present state.
 
-        Return if the job ends instead.
+        In the middle of an update there is none, and another worker keeps its own. Return if the job ends instead.
         """
         self._training.unwrap()
-        self._training.prepare_restart()
+        is_whole = self._is_whole
+        self._training.prepare_restart(is_whole)
         self.outages.record_failure(self._generations.steps)
         try:
-            self._member.strand(self._generations.steps)
+            self._member.strand(self._generations.steps if is_whole else -1)
             return
         except RestartError as restart:
             self.outages.restarting(restart.deaths)
             try:
                 if restart.keeper == self._member.slot:
                     self._training.save_restart_state({"outages": self.outages.list, "random": self._random_state})
-                save_own_state(self._member.slot, {"random": self._random_state, **self._training.own_state()})
+                if restart.keeper >= 0:
+                    save_own_state(self._member.slot, {"random": self._random_state, **self._training.own_state()})
             except OSError as error:
                 print(f"lightning-scar: {error}; the last save counts", file=sys.stderr, flush=True)
         self._training.release()

@@ -216,10 +216,11 @@ class SCARCheckpoint(Checkpoint):
         if self._running is not None:
             self._running.fence()
 
-    def save_all(self, trainer: pl.Trainer) -> None:
-        """Save all blocks of this rank, before a restart of all workers."""
+    def suspend(self, trainer: pl.Trainer, saves: bool) -> None:
+        """Finish the saves, before a restart of all workers; with ``saves`` also one of all blocks of this rank."""
         if self._running is not None:
-            self._save(trainer, full=True)
+            if saves:
+                self._save(trainer, full=True)
             self._running.suspend()
 
     def optimizer_states(self, trainer: pl.Trainer) -> list[Any]:

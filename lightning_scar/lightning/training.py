@@ -12,10 +12,10 @@ from typing_extensions import override
 
 from lightning_scar.continuation.outages import OutagePolicy
 from lightning_scar.continuation.restart_state import share_restart_state
-from lightning_scar.continuation.snapshot import random_state, set_random_state
+from lightning_scar.continuation.snapshot import changes, random_state, set_random_state
 from lightning_scar.continuation.stale_gradients import reshuffled
 from lightning_scar.continuation.step import Continuation
-from lightning_scar.elastic.worker.errors import CutOffError, RestartError
+from lightning_scar.elastic.worker.errors import FinalError
 from lightning_scar.elastic.worker.member import Member
 from lightning_scar.lightning import loggers, private, replacement
 from lightning_scar.lightning.data import TrainingData
@@ -132,7 +132,7 @@ class TrainerTraining:
             output = self.continuation.step(attempt, closure)
         try:
             self.continuation.after_step()
-        except (CutOffError, RestartError) as error:
+        except FinalError as error:
             self._pending = error
         return output
 
@@ -177,6 +177,15 @@ class TrainerTraining:
     def load_weights(self, state: Any) -> None:
         """Load what an optimizer step changes."""
         replacement.load_weights(self._trainer, state[0])
+
+    def changes(self) -> int:
+        """Return a number that grows with each change of parameters or optimizer state."""
+        return changes(self._trainer.optimizers)
+
+    @property
+    def counted_steps(self) -> int | None:
+        """The number of steps that the Trainer has counted, in its training loop."""
+        return self._trainer.global_step if self._trainer.training else None
 
     @property
     def accumulates(self) -> bool:
@@ -229,13 +238,14 @@ class TrainerTraining:
         for logger in self._trainer.loggers:
             logger.log_metrics(metrics, step=private.logger_step(self._trainer))
 
-    def prepare_restart(self) -> None:
+    def prepare_restart(self, is_whole: bool) -> None:
         """Save the logs, and the optimizer shards, which no other worker has."""
         for logger in self._trainer.loggers:
             logger.save()
-        if replacement.has_sharded_optimizer(self._trainer):
+        is_sharded = replacement.has_sharded_optimizer(self._trainer)
+        if is_sharded or not is_whole:
             for callback in replacement.scar_checkpoints(self._trainer):
-                callback.save_all(self._trainer)
+                callback.suspend(self._trainer, saves=is_whole)
 
     def own_state(self) -> dict[str, Any]:
         """Return the loops' place in the data, what was logged, and all random numbers."""

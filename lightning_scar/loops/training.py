@@ -18,6 +18,7 @@ from lightning_scar.continuation.restart_state import (
     save_restart_state,
     share_restart_state,
 )
+from lightning_scar.continuation.snapshot import changes
 from lightning_scar.continuation.step import Continuation
 from lightning_scar.continuation.wrappers import Wrappers
 from lightning_scar.core.random_generators import set_random_generators
@@ -216,7 +217,7 @@ class LoopTraining:
 
         In that case this process exits here.
         """
-        if self.engine.caused_by_peer_loss(error) and not self._is_updating:
+        if self.engine.caused_by_peer_loss(error):
             self.engine.restart()
         elif isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code):
             self._member.end()
@@ -261,6 +262,14 @@ class LoopTraining:
     def load_weights(self, state: Any) -> None:
         """Load what the step changed."""
         self._loop.load_step(state[0])
+
+    def changes(self) -> int:
+        """Return a number that grows with each change of parameters or optimizer state."""
+        return changes(self._loop.state.parts.inner_optimizers)
+
+    @property
+    def counted_steps(self) -> None:
+        """Nothing: a batch may be counted later than its step is completed."""
 
     @property
     def accumulates(self) -> bool:
@@ -312,7 +321,7 @@ class LoopTraining:
     def log(self, metrics: dict[str, float]) -> None:
         """Do nothing: the user reads :attr:`SCARContinuation.outages`."""
 
-    def prepare_restart(self) -> None:
+    def prepare_restart(self, is_whole: bool) -> None:
         """Do nothing: every worker holds the complete state."""
 
     def own_state(self) -> dict[str, Any]:

@@ -235,6 +235,8 @@ class Coordinator:
         if not present.deaths or all(worker.can_take_in for worker in members):
             self._tell_user(f"the group cannot be put together again where it failed; {Remedy.RESTART.value}")
         keeper, _ = furthest([worker for worker in members if worker.began and worker.steps >= 0])
+        if keeper < 0 and any(worker.began for worker in members):
+            self._tell_user("nobody has a whole state, since an update was cut short; the last save counts")
         self._crew.say(Restart(present.generation.number, keeper, ", ".join(present.deaths)))
         self._due[-1] = self._crew.now + self._group.pause()
         self._leave(Phase.RESTARTING, self._policy.stop_timeout, spare_state=True)
