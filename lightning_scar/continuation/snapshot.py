@@ -45,14 +45,17 @@ def changes(optimizers: Iterable[Optimizer]) -> int:
 
 
 def _changes(optimizer: Optimizer) -> int:
-    states: Iterable[Any] = optimizer.state.values()
+    parameters: Iterable[Tensor] = (parameter for group in optimizer.param_groups for parameter in group["params"])
     if type(optimizer).__module__.startswith("torch.optim"):
-        # These change all or nothing. A fused one does not count changes of parameters, but of its steps.
-        states = itertools.islice(states, 1)
-    tensors = (value for state in states for value in state.values() if isinstance(value, Tensor))
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    versions: Iterable[int] = (tensor._version for tensor in itertools.chain(parameters, tensors))
-    return len(optimizer.state) + sum(versions)
+        # These change all that have a gradient, or nothing. A fused one counts no changes of parameters, but its steps.
+        parameters = itertools.islice((parameter for parameter in parameters if parameter.grad is not None), 1)
+    total = len(optimizer.state)
+    for parameter in parameters:
+        total += parameter._version
+        total += sum(
+            value._version for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)
+        )
+    return total
 
 
 class Update:
