@@ -12,11 +12,12 @@ from scar_ddp_runs import assert_done, train
 
 from lightning_scar.continuation.restart_state import (
     drop_restart_state,
+    forget_own_state,
     newest_restart_state,
     note_incarnation,
     noted_incarnation,
-    pop_random_state,
-    save_random_state,
+    own_state,
+    save_own_state,
     save_restart_state,
 )
 from lightning_scar.elastic.worker.state_folder import DISK, VARIABLE
@@ -61,14 +62,15 @@ def test_a_state_that_memory_has_no_room_for_goes_to_disk(memory: Path, capsys: 
 
 def test_what_is_small_goes_to_disk_with_it(memory: Path) -> None:
     (memory / "filler").write_bytes(b"x" * (64 << 10))
-    save_random_state(1, [torch.zeros(5000, dtype=torch.uint8), None])
+    save_own_state(1, {"random": torch.zeros(5000, dtype=torch.uint8)})
     note_incarnation(1, 5)
-    assert names(memory / DISK) == ["random-1.pt", "start-0001"]
+    assert names(memory / DISK) == ["own-1.pt", "start-0001"]
     (memory / "filler").unlink()
     note_incarnation(1, 6)
-    assert (noted_incarnation(1), names(memory / DISK)) == (6, ["random-1.pt"])
-    assert pop_random_state(1) is not None
-    assert pop_random_state(1) is None
+    assert (noted_incarnation(1), names(memory / DISK)) == (6, ["own-1.pt"])
+    assert own_state(1)["random"].numel() == 5000
+    forget_own_state(1)
+    assert own_state(1) == {}
 
 
 def test_where_the_disk_is_full_too_the_file_is_named(memory: Path) -> None:
