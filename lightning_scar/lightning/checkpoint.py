@@ -231,14 +231,12 @@ class SCARCheckpoint(Checkpoint):
         rank_zero_info(f"Optimizer states from the running checkpoint {self.dirpath}: {self._running.recovery}")
         return states
 
-    def _open(
-        self, trainer: pl.Trainer, ticket: ReplacementTicket | None = None, known: Any = None
-    ) -> RunningCheckpoint:
+    def _open(self, trainer: pl.Trainer, ticket: ReplacementTicket | None = None, due: Any = None) -> RunningCheckpoint:
         assert self._io is not None
         ranks = Ranks.of_default_group() if ticket is None else Ranks(trainer.global_rank, trainer.world_size)
         running = RunningCheckpoint(self.dirpath, self._settings, self._options.storage_options, ranks, ticket)
         self._running, self.stats = running, running.stats
-        self._schedule.begin(self._steps.of(trainer), running, known)
+        self._schedule.begin(self._steps.of(trainer), running, due)
         self._io.attach(running)
         self._logged_saves = 0
         private.after_batches(trainer, partial(self._after_batch, trainer))
