@@ -283,12 +283,11 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_a_parent_says_why_it_may_not_be_forked(name: str, tmp_path: Path) -> None:
     text, expected = ODD[name]
+    (tmp_path / "odd-1.0.dist-info").mkdir()
     (tmp_path / "odd.py").write_text(text)
-    # A folder of installed packages, for a process of this test alone.
     code = """
-    import site, socket, sys
+    import socket, sys
     sys.path.append(sys.argv[1])
-    site.getsitepackages = lambda: [sys.argv[1]]
     from lightning_scar.elastic.prepared.parent import Parent
     print(repr(Parent(socket.socket())._import(["odd"])))
     """
@@ -300,11 +299,11 @@ def test_a_parent_says_why_it_may_not_be_forked(name: str, tmp_path: Path) -> No
 
 @linux
 def test_a_changed_module_makes_the_parent_stale(tmp_path: Path) -> None:
+    (tmp_path / "odd-1.0.dist-info").mkdir()
     (tmp_path / "odd.py").write_text("")
     code = """
-    import os, site, socket, sys
+    import os, socket, sys
     sys.path.append(sys.argv[1])
-    site.getsitepackages = lambda: [sys.argv[1]]
     from lightning_scar.elastic.prepared.parent import Parent
     parent = Parent(socket.socket())
     assert not parent._import(["odd"]) and not parent._stale()
@@ -413,6 +412,12 @@ def test_imports_are_read_from_a_script_and_the_users_own_modules(tmp_path: Path
     expected = {"yaml", "psutil", "fsspec", "numpy.linalg", "mlxtend", "torch"}
     assert expected <= set(found)
     assert not set(found) & {"json", "helper", "pack", "accelerate", "nothing_of_that_name", "torchmetrics", "typing"}
+
+
+def test_a_long_chain_of_modules_and_namespaces_of_the_user_is_read_in_part(tmp_path: Path) -> None:
+    chain = [(f"link{i}.py", f"import link{i + 1}") for i in range(2000)]
+    found = imports(tmp_path, "import psutil, link0, space.inner.part", *chain, ("space/inner/part.py", "import yaml"))
+    assert {"psutil", "torch"} <= set(found.modules)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 import ast
 import os
-import site
 import sys
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from lightning_scar.elastic.prepared.program import Program, file_of
@@ -18,6 +18,9 @@ _COMPANIONS = {
     "accelerate": ["lightning_scar.loops.accelerate"],
     "lightning_scar": ["lightning_scar.loops.continuation"],
 }
+
+#: How many files of the user's own are read. What only later ones import is known when a worker trains.
+_MOST_FILES = 100
 
 
 class NotPreparedError(Exception):
@@ -68,7 +71,7 @@ class Imports:
         self.modules += [name for name in (name, *_COMPANIONS.get(first, [])) if name not in self.modules]
 
     def _read_file(self, file: Path) -> None:
-        if file in self._read or file.suffix != ".py":
+        if file in self._read or file.suffix != ".py" or len(self._read) == _MOST_FILES:
             return
         self._read.add(file)
         try:
@@ -115,15 +118,19 @@ class Imports:
 def is_installed(file: Path) -> bool:
     """Return whether a module's file is of Python, an installed package or this one, not the user's own."""
     where = file.resolve()
-    return any(where.is_relative_to(folder) for folder in _installed_folders())
+    own = [*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")), str(Path(__file__).parents[2])]
+    return any(where.is_relative_to(folder) for folder in (*map(_resolved, own), *_installed_folders(tuple(sys.path))))
 
 
-def _installed_folders() -> Iterator[Path]:
-    paths = sysconfig.get_paths()
-    own = str(Path(__file__).parents[2])
-    installed = [*(paths[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")), *site.getsitepackages()]
-    for folder in (*installed, own, *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])):
-        yield Path(folder).resolve()
+@cache
+def _installed_folders(path: tuple[str, ...]) -> list[Path]:
+    """Return those of a search path to which packages were installed."""
+    return [_resolved(folder) for folder in path if next(Path(folder).glob("*.dist-info"), None) is not None]
+
+
+@cache
+def _resolved(folder: str) -> Path:
+    return Path(folder).resolve()
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -117,7 +117,10 @@ def file_of(module: str) -> Path | None:
     where: list[str] | None = None
     origin, parts = None, module.split(".")
     for count in range(1, len(parts) + 1):
-        spec = PathFinder.find_spec(".".join(parts[:count]), where)
+        try:
+            spec = PathFinder.find_spec(".".join(parts[:count]), where)
+        except (ImportError, KeyError, ValueError):
+            return None  # It lies in a namespace package, which is found when that is imported.
         if spec is None:
             return None
         where, origin = list(spec.submodule_search_locations or []), spec.origin
