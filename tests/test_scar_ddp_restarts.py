@@ -39,6 +39,16 @@ def test_a_failure_outside_of_steps_costs_nothing_but_time(tmp_path: Path, case:
         assert len(training.outages(0)) == len(CASES[case])
 
 
+@pytest.mark.parametrize("where", [("epoch_end", 1), pytest.param(("validation", 1), marks=pytest.mark.slow)])
+def test_a_worker_that_dies_behind_the_last_step_has_nothing_trained_twice(
+    tmp_path: Path, where: tuple[str, int]
+) -> None:
+    """The other one, which has done all that it has to do, waits for it, and keeps the state."""
+    training = train(tmp_path, (*where, 0, "die late"))
+    assert_done(training, steps=24)
+    assert "starting all workers again" in training.console
+
+
 @pytest.mark.parametrize("door", ["Trainer", pytest.param("Accelerate", marks=pytest.mark.slow)])
 def test_an_optimizer_that_fails_after_it_has_changed_parameters_is_not_stepped_twice(
     tmp_path: Path, door: str

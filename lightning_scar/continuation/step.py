@@ -111,6 +111,11 @@ class Continuation:
         if self._training.is_first:
             self._member.end()
 
+    def wait_until_over(self) -> None:
+        """Wait until the training is over for all: who goes on, and exits, takes along what another one may need."""
+        if self._member.generation is not None:
+            self._member.wait_until_over(len(self._member.generation.spawns), self._training.timeout)
+
     # -- a step --------------------------------------------------------------------------------------------------
 
     def join(self) -> None:

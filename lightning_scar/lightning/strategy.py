@@ -261,6 +261,7 @@ class SCARDDPStrategy(DDPStrategy):
         if self._training is not None:
             self._training.continuation.end_epoch()
             self._training.continuation.finish()
+            self._training.continuation.wait_until_over()
 
     def _on_call(self, trainer: "pl.Trainer") -> None:
         if self._starts_workers:

@@ -356,6 +356,15 @@ def test_all_start_again_when_nobody_survives(job: Job) -> None:
     assert job.generation.number == 1
 
 
+def test_who_has_finished_has_taken_the_state_along(job: Job) -> None:
+    for slot in range(3):
+        job.tell(Ended(slot, slot))
+    job.died(0, code=0)
+    job.died(1, code=0)
+    assert [n.attempt for n in job.died(2) if isinstance(n, Spawn)] == [1, 1, 1]
+    assert job.said[1:] == ["nobody is left who has the state; the last save counts, if there is one"]
+
+
 def test_stranded_workers_leave_their_state_and_start_again(job: Job) -> None:
     assert job.died(2) == [Broken(0, "rank 2 was killed by SIGKILL"), Spawn(2, 3, generation=-1, attempt=0)]
     job.strands(0, step=7)
@@ -758,6 +767,7 @@ def test_what_is_to_be_waited_for_is_told_anew_when_it_changes(job: Job) -> None
         "node 1 was lost; the job goes on without it",
         "rank 0 was killed by SIGKILL; starting a replacement",
         "rank 1 was killed by SIGKILL; starting all workers again",
+        "nobody is left who has the state; the last save counts, if there is one",
         "node 1 was lost; all workers are started again when it is back",
         "node 1 is back",
     ]

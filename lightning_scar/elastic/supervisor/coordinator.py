@@ -126,6 +126,8 @@ class Coordinator:
         self._attempt += 1
         #: Slots whose worker exited with code 0.
         self._finished: set[int] = set()
+        #: Whether a worker has begun a training.
+        self._has_begun = False
         #: When a slot may be filled again, if its node is there.
         self._due: dict[int, float] = {}
         #: Whether workers were told to exit for a restart: they form no more groups, not even to stop.
@@ -142,6 +144,7 @@ class Coordinator:
                 worker.registered = True
             case Began():
                 worker.began, worker.ended, worker.can_take_in = True, False, event.can_take_in
+                self._has_begun = True
             case Stepped() if not worker.is_replacement:
                 self._slowest_start = max(self._slowest_start, self._crew.now - worker.born)
             case Ended():
@@ -199,6 +202,8 @@ class Coordinator:
             # The training ended, perhaps without its replacements: they have nothing to join.
             self._leave(Phase.STOPPING, grace=0)
         elif not members or (missing and remedy is Remedy.RESTART):
+            if not members and self._has_begun:
+                self._tell_user("nobody is left who has the state; the last save counts, if there is one")
             self._leave(Phase.RESTARTING, grace=self._policy.kill_grace)
         else:
             if remedy in (Remedy.REPLACEMENT, Remedy.RESTART_OF_SHARDS):

@@ -1,8 +1,11 @@
 """Which worker has no more batches where another one goes on: nobody would answer the collectives of that one."""
 
+import time
 from collections.abc import Callable
 
 from torch.distributed import Store  # type: ignore[attr-defined]
+
+_POLL_SECONDS = 0.02
 
 
 class Epochs:
@@ -62,6 +65,22 @@ class Epochs:
             return None
         step, slot = map(int, store.get(key).decode().split())
         return (slot, step) if done >= step else None
+
+    def wait_until_over(self, store: Store, members: int, limit: float, stops: Callable[[], bool]) -> None:
+        """Tell the others that this worker's training is over, and wait until theirs are.
+
+        Args:
+            store: The supervisor's.
+            members: The number of workers, with this one.
+            limit: For how many seconds at most.
+            stops: Whether to stop waiting.
+
+        """
+        key = f"epochs/{self._generation()}/{self.trainings}/over"
+        over, until = store.add(key, 1), time.monotonic() + limit
+        while over < members and time.monotonic() < until and not stops():
+            time.sleep(_POLL_SECONDS)
+            over = store.add(key, 0)
 
     def _key(self, times: int) -> str:
         return f"epochs/{self._generation()}/{self.trainings}/{times}"

@@ -102,6 +102,13 @@ class Member:
         """Report that the training is over."""
         self._report(Ended(self.slot, self._spawn))
 
+    def wait_until_over(self, members: int, limit: float) -> None:
+        """Wait until the training is over for all members, or so many seconds. Raise an error if one is lost before."""
+        with or_cut_off():
+            self.epochs.wait_until_over(self._store, members, limit, stops=lambda: self.has_news)
+        if self.is_broken:
+            raise GroupLostError
+
     # -- generations ---------------------------------------------------------------------------------------------
 
     def enter_first(self, **options: Any) -> Generation:
@@ -263,13 +270,7 @@ class Member:
         return self._history.is_joined(self._number)
 
     def wait_for_joiners(self) -> None:
-        """Wait until replacements are ready, the generation breaks or the job ends.
-
-        Raises:
-            RestartError: If all workers will be started again instead.
-            CutOffError: If the supervisor is gone.
-
-        """
+        """Wait until replacements are ready, the generation breaks or the job ends; else as :meth:`enter_next`."""
         self._history.wait_until(lambda: self.has_news)
 
     @property
