@@ -12,11 +12,10 @@ from scar_ddp_runs import assert_done, train
 
 from lightning_scar.continuation.restart_state import (
     drop_restart_state,
-    forget_own_state,
     newest_restart_state,
     note_incarnation,
     noted_incarnation,
-    own_state,
+    pop_own_state,
     save_own_state,
     save_restart_state,
 )
@@ -68,9 +67,8 @@ def test_what_is_small_goes_to_disk_with_it(memory: Path) -> None:
     (memory / "filler").unlink()
     note_incarnation(1, 6)
     assert (noted_incarnation(1), names(memory / DISK)) == (6, ["own-1.pt"])
-    assert own_state(1)["random"].numel() == 5000
-    forget_own_state(1)
-    assert own_state(1) == {}
+    assert pop_own_state(1)["random"].numel() == 5000
+    assert pop_own_state(1) == {}
 
 
 def test_where_the_disk_is_full_too_the_file_is_named(memory: Path) -> None:

@@ -103,18 +103,15 @@ def save_own_state(slot: int, state: dict[str, Any]) -> None:
     write(f"own-{slot}.pt", lambda file: torch.save(state, file))
 
 
-def own_state(slot: int) -> dict[str, Any]:
-    """Return what a worker has saved by :func:`save_own_state`; nothing if it was killed."""
+def pop_own_state(slot: int) -> dict[str, Any]:
+    """Return what a worker has saved by :func:`save_own_state`, and remove it; nothing if it was killed."""
     path = find(f"own-{slot}.pt")
+    if path is None:
+        return {}
     # Safe, because this program wrote the file itself.
-    state: dict[str, Any] = torch.load(path, weights_only=False) if path is not None else {}
+    state: dict[str, Any] = torch.load(path, weights_only=False)
+    path.unlink()
     return state
-
-
-def forget_own_state(slot: int) -> None:
-    """Remove what :func:`save_own_state` wrote, so that it does not count in a later restart."""
-    for path in find_all(f"own-{slot}.pt"):
-        path.unlink(missing_ok=True)
 
 
 def note_incarnation(training: int, incarnation: int) -> None:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from lightning_scar.continuation.outages import OutagePolicy, Outages
 from lightning_scar.continuation.protocol import Training
 from lightning_scar.continuation.regroup import Generations
-from lightning_scar.continuation.restart_state import forget_own_state, own_state, save_own_state
-from lightning_scar.continuation.snapshot import StepSnapshot, Update, random_state, set_random_state
+from lightning_scar.continuation.restart_state import save_own_state
+from lightning_scar.continuation.snapshot import StepSnapshot, Update
 from lightning_scar.continuation.stale_gradients import StaleGradients, feasible
 from lightning_scar.elastic.protocol.messages import RESTART_EXIT_CODE
 from lightning_scar.elastic.worker.errors import PLANNED, Loss, RestartError, UnevenDataError
@@ -63,8 +63,6 @@ class Continuation:
         #: The number of completed steps after which this worker had no more batches, for the last time.
         self._left_after = -1
         self._update = Update(training.changes)
-        #: The state of the random generators after the last step.
-        self._random_state = random_state()
 
     # -- start and end of a training -----------------------------------------------------------------------------
 
@@ -101,8 +99,6 @@ class Continuation:
         if restart_state is not None:
             self.outages.list = restart_state["outages"]
             self.outages.rejoined(steps)
-            set_random_state(own_state(self._member.slot).get("random", restart_state["random"]))
-            forget_own_state(self._member.slot)
         if self._training.is_first:
             self._member.begin(self._training.can_admit)
 
@@ -187,10 +183,6 @@ class Continuation:
         self._member.epochs.goes_on_after = self.steps, self._generations.epochs
         return time.monotonic()
 
-    def keep_random_state(self) -> None:
-        """Let a restart go on with the present random numbers, not with those behind the last step."""
-        self._random_state = random_state()
-
     def end_epoch(self) -> None:
         """Note that this worker has no more batches for now: its epoch or its training ends, or a validation follows.
 
@@ -233,7 +225,6 @@ class Continuation:
 
     def _complete(self) -> None:
         tell_imports()
-        self._random_state = random_state()
         self._generations.steps += 1
         self._generations.substeps = self._stale_gradients.applied if self._stale_gradients is not None else 0
         self._stale_gradients = None
@@ -387,9 +378,9 @@ class Continuation:
             self.outages.restarting(restart.deaths)
             try:
                 if restart.keeper == self._member.slot:
-                    self._training.save_restart_state({"outages": self.outages.list, "random": self._random_state})
+                    self._training.save_restart_state({"outages": self.outages.list})
                 if restart.keeper >= 0:
-                    save_own_state(self._member.slot, {"random": self._random_state, **self._training.own_state()})
+                    save_own_state(self._member.slot, self._training.own_state())
             except OSError as error:
                 print(f"lightning-scar: {error}; the last save counts", file=sys.stderr, flush=True)
         self._training.release()

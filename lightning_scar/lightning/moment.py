@@ -98,10 +98,6 @@ def dump(trainer: pl.Trainer, pending: Pending | None = None) -> dict[str, Any]:
     return checkpoint
 
 
-def _leave_random() -> None:
-    """Leave the random generators as they are."""
-
-
 class Moment:
     """The moment of the checkpoint that a ``fit`` resumes from.
 
@@ -122,15 +118,9 @@ class Moment:
         if self.pending != "nothing":
             private_loops.let_the_last_step_end(trainer)
 
-    def go_on(self, set_random: Callable[[], None] = _leave_random) -> None:
-        """Go on from it in ``on_train_start``, as the last thing before the first batch.
-
-        Args:
-            set_random: Sets the random generators, if this rank has not saved them.
-
-        """
-        if self._saved.get("random") is not None:
-            set_random = partial(set_random_generators, self._saved["random"])
+    def go_on(self) -> None:
+        """Go on from it in ``on_train_start``, as the last thing before the first batch."""
+        set_random = partial(set_random_generators, self._saved.get("random") or {})
         if "metrics" in self._saved:
             private.set_metrics(self._trainer, self._saved["metrics"])
             set_results(self._trainer, self._saved["results"])

@@ -10,10 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_scar.continuation.restart_state import (
     RestartState,
     newest_restart_state,
-    own_state,
+    pop_own_state,
     save_restart_state,
 )
-from lightning_scar.continuation.snapshot import random_state
 from lightning_scar.lightning import moment, private, replacement
 from lightning_scar.lightning.data import use_own_loader_states
 from lightning_scar.lightning.moment import Moment
@@ -45,7 +44,7 @@ class TrainerCalls:
             return
         if self._last_fit is not None and writes:
             number, last = self._last_fit
-            more = {"outages": [], "random": random_state()}
+            more: dict[str, Any] = {"outages": []}
             _keep_finished(last, number, more)
         self._last_fit = self.number, trainer
 
@@ -92,11 +91,11 @@ class TrainerCalls:
             # Safe, because this program wrote the file itself.
             checkpoint: dict[str, Any] = torch.load(restart_state.path, map_location="cpu", weights_only=False)
             self.resumed = resumed = checkpoint[KEY]
-            own = own_state(trainer.global_rank)
-            # One that was a step behind goes on with the other's.
-            is_same_step = own.get("global_step") == checkpoint["global_step"]
-            use_own_loader_states(checkpoint, own if is_same_step else None)
-            self.moment = Moment(trainer, checkpoint, own if is_same_step else None)
+            own = pop_own_state(trainer.global_rank)
+            if own.get("global_step") != checkpoint["global_step"]:
+                own = checkpoint  # One that was killed, or a step behind, goes on with all of the other's.
+            use_own_loader_states(checkpoint, own)
+            self.moment = Moment(trainer, checkpoint, own)
             trainer.should_stop = resumed["finished"] or resumed["live"]["should_stop"]
             if "optimizer_states" not in checkpoint:
                 checkpoint["optimizer_states"] = replacement.scar_checkpoints(trainer)[0].optimizer_states(trainer)

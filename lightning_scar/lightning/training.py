@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -12,7 +11,7 @@ from typing_extensions import override
 
 from lightning_scar.continuation.outages import OutagePolicy
 from lightning_scar.continuation.restart_state import share_restart_state
-from lightning_scar.continuation.snapshot import changes, random_state, set_random_state
+from lightning_scar.continuation.snapshot import changes
 from lightning_scar.continuation.stale_gradients import reshuffled
 from lightning_scar.continuation.step import Continuation
 from lightning_scar.elastic.worker.errors import FinalError
@@ -109,17 +108,12 @@ class TrainerTraining:
         private.silence_sigterm_broadcast(self._trainer)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, _Ends) for callback in callbacks):
-            callbacks.insert(0, _Ends(self._raise_pending, self._end_epoch))
+            callbacks.insert(0, _Ends(self._raise_pending, self.continuation.end_epoch))
         if not self.continuation.is_joiner:
             loggers.share_versions(self._trainer)
         self.continuation.start(self._trainer.global_step, trainer_calls.resumed)
         if trainer_calls.moment is not None and not self.continuation.is_joiner:
-            trainer_calls.moment.go_on(partial(set_random_state, random_state()))
-
-    def _end_epoch(self) -> None:
-        # A validation has drawn numbers since the last step.
-        self.continuation.keep_random_state()
-        self.continuation.end_epoch()
+            trainer_calls.moment.go_on()
 
     def step(self, attempt: Callable[[Callable[[], Any]], Any], closure: Callable[[], Any]) -> Any:
         """Make an optimizer step; see :meth:`Continuation.step`."""

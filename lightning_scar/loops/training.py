@@ -14,7 +14,7 @@ from lightning_scar.continuation.restart_state import (
     newest_restart_state,
     note_incarnation,
     noted_incarnation,
-    own_state,
+    pop_own_state,
     save_restart_state,
     share_restart_state,
 )
@@ -125,7 +125,7 @@ class LoopTraining:
             return None
         # Safe, because this program wrote the file itself.
         checkpoint: dict[str, Any] = torch.load(restart_state.path, weights_only=False)
-        own = own_state(self._member.slot)
+        own = pop_own_state(self._member.slot)
         return {**checkpoint, **own} if own.get("global_step") == checkpoint["global_step"] else checkpoint
 
     def start(self, restart_state: dict[str, Any] | None) -> None:
@@ -133,7 +133,7 @@ class LoopTraining:
         self.signals = PassedOnSignals(stop_signals(), self._member.ask_to_stop)
         self.engine.start(self._loop.steps, restart_state[_KEY] if restart_state is not None else None)
         if restart_state is not None:
-            set_random_generators(restart_state.get("generators", {}))
+            set_random_generators(restart_state["random"])
         if self.engine.is_joiner:
             self.engine.join()
         self.count()
@@ -327,7 +327,7 @@ class LoopTraining:
     def own_state(self) -> dict[str, Any]:
         """Return the place in the data, and all random numbers."""
         state = self._loop.state.dump(uncounted=self._uncounted)
-        return {name: state[name] for name in ("global_step", "loop")} | {"generators": state["random"]}
+        return {name: state[name] for name in ("global_step", "loop", "random")}
 
     def save_restart_state(self, more: dict[str, Any]) -> None:
         """Write the state after the last step."""
