@@ -55,7 +55,7 @@ def options_for_a_loop() -> dict[str, Any]:
 class Short:
     """A loader with fewer batches."""
 
-    def __init__(self, loader: Any, batches: Any) -> None:
+    def __init__(self, loader: Any, batches: int) -> None:
         self.loader, self.batches = loader, batches
 
     def __iter__(self) -> Any:
@@ -158,12 +158,12 @@ class Loop:
         with self.scar:
             self.scar.resume()
             for epoch in range(self.scar.epoch, self.epochs):
-                is_short = self.batches is not None and not asked["data"].get("breaks")
-                loader = Short(self.loader, self.batches) if is_short else self.loader
+                breaks = asked["data"].get("breaks")
+                loader = self.loader if self.batches is None or breaks else Short(self.loader, self.batches)
                 for number, batch in enumerate(self.scar.batches(loader), 1):
                     with self.accumulating():
                         self.train(batch)
-                    if number == self.batches:
+                    if breaks and number == self.batches:
                         break
                 self.validate(epoch)
 
