@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from elastic_helpers import assert_gone
+from torch.distributed import HashStore
 
 from lightning_scar.elastic.prepared.starter import Starter
 from lightning_scar.elastic.supervisor import process as worker_process
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
 from lightning_scar.elastic.supervisor.process import WorkerProcess
+from lightning_scar.elastic.worker.epochs import Epochs
 from lightning_scar.elastic.worker.state_folder import DISK
 
 
@@ -129,6 +131,19 @@ def test_in_the_folder_in_memory_a_link_leads_to_one_on_disk(tmp_path: Path, mon
     assert (on_disk / "state").exists()
     folder.close()
     assert [*memory.iterdir(), *disk.iterdir()] == []
+
+
+def test_who_was_left_behind_knows_it_whatever_it_does_until_it_looks() -> None:
+    """Its thread wakes it, and it may come to the end of its epoch before it meets the shut connection."""
+    store = HashStore()
+    first, second = Epochs(0, lambda: 0), Epochs(1, lambda: 0)
+    first.end(store, step=6, times=1)
+    second.goes_on_after = (6, 0)
+    assert second.left_behind_by(store) == (0, 6)
+    second.goes_on_after = None
+    second.end(store, step=9, times=1)
+    second.goes_on_after = (9, 1)
+    assert second.left_behind_by(store) == (0, 6)
 
 
 def test_owners_that_come_and_go_at_the_same_time_leave_each_others_folders_alone(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ class Epochs:
         #: The number of completed steps after which this worker has begun another batch, and how many times it had no
         #: more batches before; ``None`` if it is elsewhere.
         self.goes_on_after: tuple[int, int] | None = None
+        #: What :meth:`left_behind_by` has found. It stays true, whatever this worker does until it learns of it.
+        self._found: tuple[int, int] | None = None
 
     def end(self, store: Store, step: int, times: int) -> None:
         """Tell the others that this worker has no more batches for now, before any collective that follows.
@@ -57,14 +59,15 @@ class Epochs:
             store: The supervisor's.
 
         """
-        if self.goes_on_after is None:
-            return None
-        done, times = self.goes_on_after
+        goes_on_after = self.goes_on_after
+        if self._found is not None or goes_on_after is None:
+            return self._found
+        done, times = goes_on_after
         key = self._key(times + 1)
-        if not store.check([key]):
-            return None
-        step, slot = map(int, store.get(key).decode().split())
-        return (slot, step) if done >= step else None
+        if store.check([key]):
+            step, slot = map(int, store.get(key).decode().split())
+            self._found = (slot, step) if done >= step else None
+        return self._found
 
     def wait_until_over(self, store: Store, members: int, limit: float, stops: Callable[[], bool]) -> None:
         """Tell the others that this worker's training is over, and wait until theirs are.
