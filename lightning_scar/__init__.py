@@ -3,10 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_scar.core.restoration import load
 from lightning_scar.lightning.registration import register as _register
 
 if TYPE_CHECKING:
+    from lightning_scar.core.restoration import load
     from lightning_scar.lightning.checkpoint import SCARCheckpoint
     from lightning_scar.lightning.checkpoint_io import SCARCheckpointIO
     from lightning_scar.lightning.strategy import SCARDDPStrategy
@@ -24,7 +24,7 @@ __all__ = [
     "load",
 ]
 
-#: Where the names are. Lightning and Accelerate take seconds to import: who does not name them does without.
+#: Where the names are. Torch, Lightning and Accelerate take seconds to import: who does not name them does without.
 _MODULES = {
     "SCARCheckpoint": "lightning_scar.lightning.checkpoint",
     "SCARCheckpointIO": "lightning_scar.lightning.checkpoint_io",
@@ -32,6 +32,7 @@ _MODULES = {
     "SCARAccelerator": "lightning_scar.loops.accelerate",
     "SCARContinuation": "lightning_scar.loops.continuation",
     "SCARLoop": "lightning_scar.loops.loop",
+    "load": "lightning_scar.core.restoration",
 }
 
 

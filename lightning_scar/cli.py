@@ -16,7 +16,6 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_scar.core.memory import readable
-from lightning_scar.core.platforms import supervisor_refusal
 from lightning_scar.core.recovery import known_distance, known_rework
 from lightning_scar.core.restoration import NoCheckpointError, load
 from lightning_scar.core.skeletons import is_skeleton
@@ -28,7 +27,7 @@ from lightning_scar.storage.store import DeltaStore, rank_folder, rank_of, retry
 
 def run() -> int:
     """Run a script in several workers, and replace those that die; see ``lightning-scar run --help``."""
-    raise NotImplementedError("main() reads its command line")
+    raise NotImplementedError("it has a command line of its own")
 
 
 def inspect(dir: str, storage_options: dict[str, Any] | None = None) -> int:
@@ -105,16 +104,9 @@ def export(
 
 
 def main() -> None:
-    """Run the command."""
+    """Run a command that looks at checkpoints."""
     commands: Any = {"run": run, "inspect": inspect, "verify": verify, "export": export}
     try:
-        if sys.argv[1:2] == ["run"]:
-            if (refusal := supervisor_refusal()) is not None:
-                sys.exit(f"lightning-scar: {refusal}")
-            # Its arguments include the script's own, which jsonargparse must not parse.
-            from lightning_scar.elastic.supervisor.command_line import main as run_main
-
-            sys.exit(run_main(sys.argv[2:]))
         sys.exit(jsonargparse.auto_cli(commands, prog="lightning-scar", description=__doc__))
     except (StorageError, OSError, ValueError) as error:
         sys.exit(f"lightning-scar: {error}")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_scar import load
-from lightning_scar.cli import main
+from lightning_scar.__main__ import main
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
 from lightning_scar.storage.delta import StoredBlock

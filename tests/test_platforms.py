@@ -43,7 +43,7 @@ assert torch.equal(lightning_scar.load(sys.argv[1])["state_dict"]["weight"], mod
 with SCARLoop(sys.argv[1], state, every_n_steps=2) as scar:
     assert scar.resume() == 4
 
-from lightning_scar.cli import main
+from lightning_scar.__main__ import main
 sys.argv = ["lightning-scar", "run", "train.py"]
 main()
 """

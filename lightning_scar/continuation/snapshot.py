@@ -52,9 +52,9 @@ def _changes(optimizer: Optimizer) -> int:
     total = len(optimizer.state)
     for parameter in parameters:
         total += parameter._version
-        total += sum(
-            value._version for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)
-        )
+        # A sharded optimizer may hold None for the parameters of other ranks.
+        state = optimizer.state.get(parameter) or {}
+        total += sum(value._version for value in state.values() if isinstance(value, Tensor))
     return total
 
 

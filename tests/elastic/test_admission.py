@@ -18,7 +18,7 @@ from lightning_scar.elastic.supervisor.admission import (
     beat,
     loss_key,
 )
-from lightning_scar.elastic.supervisor.agent import Layout
+from lightning_scar.elastic.supervisor.job import Layout
 from lightning_scar.elastic.supervisor.nodes import Nodes
 from lightning_scar.elastic.supervisor.wakeups import Wakeups
 

@@ -44,22 +44,26 @@ class Parent:
     def serve(self) -> Program:
         """Answer requests; return in each process that is forked, with what it is to run."""
         while True:
-            message, streams, *_ = socket.recv_fds(self._connection, MESSAGE_BYTES, _STREAMS)
+            try:
+                message, streams, *_ = socket.recv_fds(self._connection, MESSAGE_BYTES, _STREAMS)
+            except ConnectionError:
+                message, streams = b"", []
             if not message:
-                os._exit(0)
+                os._exit(0)  # Nobody asks any more.
             request = json.loads(message)
             if "modules" in request:
                 self._answer(refusal=self._import(request["modules"]))
                 continue
             if stale := self._stale():
                 self._answer(refusal=f"{stale} has changed")
-            elif (command := self._fork(request, streams)) is not None:
-                return command
+            elif (program := self._fork(request, streams)) is not None:
+                return program
             for descriptor in streams:
                 os.close(descriptor)
 
     def _answer(self, **fields: Any) -> None:
-        self._connection.send(json.dumps(fields).encode())
+        with suppress(ConnectionError):
+            self._connection.send(json.dumps(fields).encode())
 
     # -- what is imported ----------------------------------------------------------------------------------------
 

@@ -199,9 +199,9 @@ class ProgramParent(PreparedParent):
 
     @override
     def close(self) -> None:
-        super().close()
         self._process.kill()
         self._process.wait()
+        super().close()
 
 
 @contextmanager

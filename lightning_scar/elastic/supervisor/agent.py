@@ -3,7 +3,6 @@
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from lightning_scar.elastic.protocol.messages import (
 )
 from lightning_scar.elastic.supervisor.admission import BEAT_SECONDS, Admission, beat, left_key, loss_key
 from lightning_scar.elastic.supervisor.gate import Tunnel
+from lightning_scar.elastic.supervisor.job import Layout
 from lightning_scar.elastic.supervisor.process import WorkerProcess
 from lightning_scar.elastic.supervisor.spares import Spares
 
@@ -30,31 +30,6 @@ from lightning_scar.elastic.supervisor.spares import Spares
 _LAST_GRACE = 5.0
 #: Signals whose meaning is up to the program. A scheduler sends them to the supervisor only.
 USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The nodes of the job, and which of them this one is.
-
-    Args:
-        node: Its number.
-        nodes: How many there are.
-        per_node: How many workers each of them runs.
-
-    """
-
-    node: int
-    nodes: int
-    per_node: int
-
-    @property
-    def world_size(self) -> int:
-        """How many workers there are."""
-        return self.nodes * self.per_node
-
-    def slots(self, node: int) -> range:
-        """Return the slots of a node."""
-        return range(node * self.per_node, (node + 1) * self.per_node)
 
 
 def port_key(attempt: int) -> str:

@@ -4,10 +4,15 @@ import os
 import sys
 from argparse import REMAINDER, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import closing
 
-from lightning_scar.elastic.supervisor.agent import Layout
-from lightning_scar.elastic.supervisor.main import Job, LaunchError, supervise, tell_user
+from lightning_scar.elastic.prepared.starter import Starter
+from lightning_scar.elastic.supervisor.folder import MemoryFolder
+from lightning_scar.elastic.supervisor.job import Job, LaunchError, Layout
 from lightning_scar.elastic.supervisor.policy import Policy
+from lightning_scar.elastic.supervisor.token import VARIABLE as TOKEN
+from lightning_scar.elastic.supervisor.wording import tell_user
+from lightning_scar.elastic.worker.state_folder import IMPORTS
 
 _EXAMPLES = """examples:
   lightning-scar run --nproc-per-node 4 train.py --lr 0.1
@@ -26,7 +31,12 @@ def main(arguments: Sequence[str]) -> int:
     if not options.command:
         parser.error("which script? give a file, -m and a module, or -- and Python's arguments")
     try:
-        return supervise(_job(options))
+        job = _job(options)
+        with closing(MemoryFolder()) as folder, closing(_starter(job, folder)) as starter:
+            # It imports while this process imports torch itself, and looks for the others.
+            from lightning_scar.elastic.supervisor.main import supervise
+
+            return supervise(job, folder, starter)
     except LaunchError as error:
         tell_user(str(error))
         return 1
@@ -71,6 +81,14 @@ def _job(options: Namespace) -> Job:
         prepared=not options.fresh,
         spares=options.spares,
     )
+
+
+def _starter(job: Job, folder: MemoryFolder) -> Starter:
+    # Workers do not need the token, and what logs their environment should not know it.
+    common = {TOKEN: ""}
+    if job.layout.per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
+        common["OMP_NUM_THREADS"] = "1"
+    return Starter(job.command, common, folder.path / IMPORTS, tell_user, job.prepared)
 
 
 def _endpoint(options: Namespace) -> tuple[str, int]:

@@ -5,12 +5,10 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
@@ -20,18 +18,17 @@ from lightning_scar.elastic.protocol.doorbell import LOOPBACK
 from lightning_scar.elastic.protocol.log import Events
 from lightning_scar.elastic.protocol.messages import StopAsked
 from lightning_scar.elastic.supervisor.admission import Admission, NotAdmittedError, arrive
-from lightning_scar.elastic.supervisor.agent import USER_SIGNALS, Agent, Layout
+from lightning_scar.elastic.supervisor.agent import USER_SIGNALS, Agent
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
 from lightning_scar.elastic.supervisor.gate import Gate, NotLetInError, Tunnel, loopback_store
+from lightning_scar.elastic.supervisor.job import Job, LaunchError
 from lightning_scar.elastic.supervisor.node_zero import NodeZero
 from lightning_scar.elastic.supervisor.nodes import JOIN_SECONDS
-from lightning_scar.elastic.supervisor.policy import Policy
 from lightning_scar.elastic.supervisor.spares import Spares
-from lightning_scar.elastic.supervisor.token import VARIABLE as TOKEN
 from lightning_scar.elastic.supervisor.token import TokenError, find_token
 from lightning_scar.elastic.supervisor.wakeups import Wakeups
-from lightning_scar.elastic.supervisor.wording import signal_name
-from lightning_scar.elastic.worker.state_folder import IMPORTS, VARIABLE
+from lightning_scar.elastic.supervisor.wording import signal_name, tell_user
+from lightning_scar.elastic.worker.state_folder import VARIABLE
 
 #: Seconds after which the supervisor looks for what is due by the clock.
 _TICK_SECONDS = 0.1
@@ -41,40 +38,13 @@ _ANSWER_SECONDS = 30
 _DOORBELL_KEY = "doorbell"
 
 
-class LaunchError(Exception):
-    """The job cannot start."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to run, and where.
+def supervise(job: Job, folder: MemoryFolder, starter: Starter) -> int:
+    """Run a job on this node, to its end.
 
     Args:
-        command: What a worker runs: a program and its arguments.
-        layout: How many workers there are, on which nodes.
-        policy: What happens when they fail.
-        host: The address of node 0.
-        port: The port where it lets other nodes in; with one node that of its store, 0 for any free one.
-        run_id: A name of the job; random if empty.
-        hang_timeout: What the user chose, passed to the workers; ``None`` for the process group's timeout.
-        prepared: Whether workers are forked from a process that has imported what they import.
-        spares: How many replacements wait on each node.
-
-    """
-
-    command: Sequence[str]
-    layout: Layout
-    policy: Policy = field(default_factory=Policy)
-    host: str = "127.0.0.1"
-    port: int = 0
-    run_id: str = ""
-    hang_timeout: float | None = None
-    prepared: bool = True
-    spares: int = 0
-
-
-def supervise(job: Job) -> int:
-    """Run a job on this node, to its end.
+        job: The job.
+        folder: Where its workers leave files for those that come after them.
+        starter: Starts them.
 
     Returns:
         The exit code: 0 if all workers exited with 0, 128 + the signal's number after a signal, else 1.
@@ -86,9 +56,6 @@ def supervise(job: Job) -> int:
     signals: list[int] = []
     with ExitStack() as stack:
         stack.enter_context(_collected(signals))
-        folder = stack.enter_context(closing(MemoryFolder()))
-        # It imports while this process looks for the others.
-        starter = stack.enter_context(closing(_starter(job, folder)))
         tunnel = None if job.layout.node == 0 else stack.enter_context(closing(_tunnel(job, signals)))
         store = _serve(job, stack) if tunnel is None else _join(job, tunnel)
         wakeups = stack.enter_context(closing(_wakeups(store, tunnel)))
@@ -107,12 +74,6 @@ def supervise(job: Job) -> int:
         except DistError as error:
             tell_user(f"the supervisor on node 0 is gone or out of reach; ending the workers of this node ({error})")
             return 1
-
-
-def tell_user(line: str) -> None:
-    """Print a line for the user."""
-    with suppress(OSError, ValueError):
-        print(f"lightning-scar: {line}", file=sys.stderr, flush=True)
 
 
 def _run(agent: Agent, zero: NodeZero | None, events: Events, wakeups: Wakeups, signals: list[int], node: int) -> int:
@@ -145,14 +106,6 @@ def _collected(signals: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _starter(job: Job, folder: MemoryFolder) -> Starter:
-    # Workers do not need the token, and what logs their environment should not know it.
-    common = {TOKEN: ""}
-    if job.layout.per_node > 1 and "OMP_NUM_THREADS" not in os.environ:
-        common["OMP_NUM_THREADS"] = "1"
-    return Starter(job.command, common, folder.path / IMPORTS, tell_user, job.prepared)
 
 
 def _environment(job: Job, store: TCPStore, folder: MemoryFolder, wakeups: Wakeups) -> dict[str, str]:

@@ -7,9 +7,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar.elastic.protocol.log import Events, Notices
 from lightning_scar.elastic.protocol.messages import Arrived, Notice, Spawn
-from lightning_scar.elastic.supervisor.agent import Layout, port_key
+from lightning_scar.elastic.supervisor.agent import port_key
 from lightning_scar.elastic.supervisor.coordinator import Coordinator
 from lightning_scar.elastic.supervisor.gate import loopback_store
+from lightning_scar.elastic.supervisor.job import Layout
 from lightning_scar.elastic.supervisor.nodes import Nodes
 from lightning_scar.elastic.supervisor.policy import Policy
 from lightning_scar.elastic.supervisor.wakeups import Wakeups

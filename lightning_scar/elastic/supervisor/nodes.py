@@ -16,7 +16,7 @@ from lightning_scar.elastic.supervisor.admission import (
     left_key,
     loss_key,
 )
-from lightning_scar.elastic.supervisor.agent import Layout
+from lightning_scar.elastic.supervisor.job import Layout
 
 #: Seconds that nodes have to arrive at the start.
 JOIN_SECONDS = 600.0

@@ -2,7 +2,9 @@
 
 import re
 import signal
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 
 from lightning_scar.elastic.supervisor.policy import Policy
 
@@ -83,3 +85,9 @@ def out_of_restarts(policy: Policy) -> str:
         f"It was not started again: --max-restarts {policy.max_restarts} within {policy.restart_window:g} s is used "
         "up. Fix the cause, or allow more with --max-restarts and --restart-window.\n"
     )
+
+
+def tell_user(line: str) -> None:
+    """Print a line for the user."""
+    with suppress(OSError, ValueError):
+        print(f"lightning-scar: {line}", file=sys.stderr, flush=True)
