@@ -80,7 +80,7 @@ def _use_a_pool() -> None:
 
 def _die_late() -> None:
     """When another rank has come to the end of its script, or waits for this one."""
-    deadline = time.monotonic() + 4
+    deadline = time.monotonic() + 2
     while not list(folder().glob("result-*.pt")) and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.5)

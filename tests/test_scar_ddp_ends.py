@@ -53,14 +53,17 @@ def test_a_signal_stops_all_behind_one_step_and_the_next_start_resumes(
     assert_same(saved_state(resumed), resumed.state)
 
 
-@in_each_door
+@pytest.mark.parametrize("door", ["Trainer", pytest.param("Accelerate", marks=pytest.mark.slow)])
 def test_a_pool_of_forked_processes_that_ends_does_not_end_the_job(tmp_path: Path, door: str) -> None:
     training = train(tmp_path, ("training_step", 4, 0, "pool"), door=door)
     assert_done(training, steps=24)
     assert training.outages(1) == []
 
 
-@pytest.mark.parametrize(("how", "code"), [("terminate the job", 143), ("interrupt the job", 130)])
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [("terminate the job", 143), pytest.param("interrupt the job", 130, marks=pytest.mark.slow)],
+)
 @in_each_door
 def test_a_signal_behind_the_training_ends_the_script_whatever_it_does(
     tmp_path: Path, how: str, code: int, door: str

@@ -85,7 +85,7 @@ while generation.number == 0 or len(generation.spawns) < world_size or "endless"
         events.append(Stepped(slot, spawn))
     (folder / f"step{slot}").write_text(str(step))
     if "busy" in what and slot == 0 and generation.number == 0 and step == 3:
-        time.sleep(4)
+        time.sleep(2.5)
     look()
     g = generation.number
     if "hang" in what and g == 0 and slot == 1:
