@@ -96,10 +96,6 @@ class PreparedParent:
             self._waits -= 1
         return not self._waits
 
-    def fileno(self) -> int:
-        """Return the descriptor that can be read when it becomes ready."""
-        return self._connection.fileno()
-
     def import_too(self, modules: Sequence[str]) -> None:
         """Let it import more modules. It is not ready until it has."""
         self._ask({"modules": list(modules)}, [])
