@@ -58,7 +58,6 @@ class Run:
     Attributes:
         seen: The processes that have belonged to it, as far as they were seen, with their start times.
         kills: The kills.
-        state_folders: Where the supervisor keeps states in memory.
 
     """
 
@@ -69,7 +68,6 @@ class Run:
         self.started = time.monotonic()
         self.process = start_child(command, environment, self._output)
         self.seen: dict[int, float] = {self.process.pid: psutil.Process(self.process.pid).create_time()}
-        self.state_folders: set[Path] = set()
         self.kills: list[Kill] = []
 
     def __enter__(self) -> Self:
@@ -101,9 +99,6 @@ class Run:
             # Processes come and go meanwhile.
             with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
                 self.seen[process.pid] = process.create_time()
-                variables = process.environ()
-                if "LIGHTNING_SCAR_STATE" in variables:
-                    self.state_folders.add(Path(variables["LIGHTNING_SCAR_STATE"]))
                 if process.pid in ranks and process.status() != psutil.STATUS_ZOMBIE:
                     found.setdefault(ranks[process.pid], process)
         return found

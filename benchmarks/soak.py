@@ -107,11 +107,11 @@ def in_memory() -> set[Path]:
     return set(_MEMORY.iterdir()) if _MEMORY.exists() else set()
 
 
-def leaked(before: set[Path], run: Run) -> list[Path]:
+def leaked(before: set[Path]) -> list[Path]:
     """Return what the training left in memory: new files that no live process has open."""
     new = in_memory() - before
     held = set(_held()) if new else set()
-    return sorted((new - held) | {folder for folder in run.state_folders if folder.exists()})
+    return sorted(new - held)
 
 
 def _held() -> Iterator[Path]:
@@ -141,10 +141,10 @@ def verdict(run: Run, total: int, ranks: int, before: set[Path]) -> list[str]:
         wrong.append(f"the ranks' states differ at the end: {hashes}")
     # The last processes may be about to end.
     deadline = time.monotonic() + 3
-    while (run.survivors() or leaked(before, run)) and time.monotonic() < deadline:
+    while (run.survivors() or leaked(before)) and time.monotonic() < deadline:
         time.sleep(0.1)
     wrong += [f"process {process.pid} is left" for process in run.survivors()]
-    wrong += [f"{path} is left in memory" for path in leaked(before, run)]
+    wrong += [f"{path} is left in memory" for path in leaked(before)]
     return wrong
 
 
