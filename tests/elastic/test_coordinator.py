@@ -24,6 +24,7 @@ from lightning_scar.elastic.protocol.messages import (
     Ready,
     Registered,
     Restart,
+    SparesWaiting,
     Spawn,
     Stepped,
     Stop,
@@ -42,13 +43,13 @@ POLICY = Policy(max_restarts=3, restart_window=3600, hang_timeout=100, stop_time
 class Job:
     """A coordinator with a clock, and what it said."""
 
-    def __init__(self, world_size: int = 3, policy: Policy = POLICY) -> None:
+    def __init__(self, world_size: int = 3, policy: Policy = POLICY, per_node: int | None = None) -> None:
         self.said: list[str] = []
         self.now = 1000.0
         self.world_size = world_size
         self.spawns: dict[int, int] = {}
         self.generation = Generation(-1, {}, 0)
-        self.coordinator = Coordinator(world_size, policy, self.said.append)
+        self.coordinator = Coordinator(world_size, policy, self.said.append, per_node)
         self.first = self.noted(self.coordinator.start(self.now))
 
     def noted(self, notices: list[Notice]) -> list[Notice]:
@@ -870,3 +871,70 @@ def test_a_program_that_fails_since_another_worker_was_lost_is_started_again() -
     assert job.died(0, code=1) == [Kill(1, 1, signal.SIGKILL)]
     job.tell(Lost(1, (1,)))
     assert [notice.slot for notice in job.tell(Back(1, (1,))) if isinstance(notice, Spawn)] == [0, 1]
+
+
+# -- slots that move to another node ----------------------------------------------------------------------------------
+
+
+def spawned(notices: list[Notice]) -> list[tuple[int, int]]:
+    """The slots that are filled, and on which nodes."""
+    return [(notice.slot, notice.node) for notice in notices if isinstance(notice, Spawn)]
+
+
+def broken(max_restarts: int = 9, spares: int = 1) -> Job:
+    """Slot 2, of node 1, has died, and its first replacement too."""
+    job = Job(4, replace(POLICY, max_restarts=max_restarts), per_node=2)
+    job.train()
+    job.tell(SparesWaiting(0, spares), SparesWaiting(1, 1))
+    assert spawned(job.died(2)) == [(2, 1)]
+    assert spawned(job.died(2, code=1) + job.later(60)) == [(2, 1)]
+    return job
+
+
+def test_a_slot_that_cannot_start_moves_to_a_spare_elsewhere() -> None:
+    job = broken()
+    assert spawned(job.died(2, code=1)) == [(2, 0)]
+    assert job.said[-1] == (
+        "rank 2 exited with code 1; a spare of node 0 takes its place, since it cannot start on its own node"
+    )
+    # There it stays.
+    job.is_ready(2)
+    assert spawned(job.died(2) + job.later(60)) == [(2, 0)]
+
+
+def test_a_slot_stays_where_no_spare_waits_elsewhere() -> None:
+    job = broken(spares=0)
+    assert spawned(job.died(2, code=1) + job.later(60)) == [(2, 1)]
+
+
+def test_a_replacement_that_gets_ready_proves_its_node() -> None:
+    job = broken()
+    job.is_ready(2)
+    assert spawned(job.died(2) + job.later(60)) == [(2, 1)]
+
+
+def test_each_spare_serves_once() -> None:
+    job = broken()
+    job.died(2, code=1)
+    job.died(3)
+    for _ in range(2):
+        assert spawned(job.died(3, code=1) + job.later(60)) == [(3, 1)]
+
+
+def test_a_slot_that_moved_outlives_its_own_node_and_not_the_other_one() -> None:
+    job = broken()
+    job.died(2, code=1)
+    job.tell(Lost(1, (2, 3)))
+    assert 2 in job.coordinator._crew
+    assert 3 not in job.coordinator._crew
+    job.tell(Lost(0, (0, 1)))
+    assert 2 not in job.coordinator._crew
+
+
+def test_a_new_start_leaves_a_slot_where_it_moved() -> None:
+    job = broken()
+    job.died(2, code=1)
+    # The members, and then the replacements that have nobody to join.
+    notices = [notice for slot in (0, 1, 3, *range(4)) for notice in job.died(slot)] + job.later(60)
+    again = [notice for notice in notices if isinstance(notice, Spawn) and notice.attempt == 1]
+    assert spawned(list(again)) == [(0, 0), (1, 0), (2, 0), (3, 1)]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from elastic_helpers import assert_gone, ours, run, script, wait_for
+from elastic_helpers import assert_gone, ours, run, running, script, wait_for
 from prepared import workers_are_prepared
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from lightning_scar.elastic.prepared.environment import OF_A_WORKER
 from lightning_scar.elastic.prepared.starter import Starter
@@ -158,7 +159,7 @@ import lightning_scar
 import lightning.pytorch as pl
 import torch
 
-folder = Path(sys.argv[1])
+folder, nodes, is_broken = Path(sys.argv[1]), int(sys.argv[2]), "broken" in sys.argv
 (folder / f"started-{os.getpid()}").touch()
 
 class Model(pl.LightningModule):
@@ -168,7 +169,7 @@ class Model(pl.LightningModule):
 
     def training_step(self, batch, i):
         if i == 5 and self.global_rank == 1 and not (folder / "killed").exists():
-            while len(list(folder.glob("started-*"))) < 3:
+            while len(list(folder.glob("started-*"))) < 2 + nodes:
                 time.sleep(0.02)
             (folder / "killed").write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
@@ -178,9 +179,11 @@ class Model(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 trainer = pl.Trainer(
-    accelerator="cpu", devices=2, strategy="scar_ddp", max_steps=12, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False,
+    accelerator="cpu", devices=2 // nodes, num_nodes=nodes, strategy="scar_ddp", max_steps=12, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
 )
+if is_broken and (folder / "killed").exists():
+    os._exit(3)
 trainer.fit(Model(), torch.utils.data.DataLoader(torch.randn(64, 2), batch_size=2))
 (folder / f"end-{trainer.global_rank}").write_text(f"{os.getpid()} {trainer.global_step}")
 """
@@ -188,7 +191,7 @@ trainer.fit(Model(), torch.utils.data.DataLoader(torch.randn(64, 2), batch_size=
 
 @pytest.mark.timeout(120)
 def test_a_spare_takes_the_place_of_a_worker_that_dies(tmp_path: Path) -> None:
-    done = run("--nproc-per-node", "2", "--spares", "1", script(tmp_path, TRAINING), tmp_path)
+    done = run("--nproc-per-node", "2", "--spares", "1", script(tmp_path, TRAINING), tmp_path, "1")
     assert done.returncode == 0, done.stderr
     assert [line for line in ours(done.stderr) if "there again" in line]
     killed = (tmp_path / "killed").read_text()
@@ -198,3 +201,18 @@ def test_a_spare_takes_the_place_of_a_worker_that_dies(tmp_path: Path) -> None:
     there = sorted((path.stat().st_mtime_ns, path.name.split("-")[1]) for path in tmp_path.glob("started-*"))[:3]
     assert pid != killed
     assert {killed, pid} <= {number for _, number in there}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_spare_elsewhere_takes_the_slot_of_a_node_that_is_broken(tmp_path: Path) -> None:
+    """Whatever starts on node 1 dies when its device is opened."""
+    path, port = script(tmp_path, TRAINING), get_free_port()
+    common = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}", "--spares", "1", "--max-restarts", "5"]
+    with running(*common, "--node-rank", "1", path, tmp_path, "2", "broken") as other:
+        done = run(*common, "--node-rank", "0", path, tmp_path, "2")
+        other.communicate(timeout=30)
+    assert (done.returncode, other.returncode) == (0, 0), done.stderr
+    moved = "rank 1 exited with code 3; a spare of node 0 takes its place, since it cannot start on its own node"
+    assert moved in ours(done.stderr)
+    assert (tmp_path / "end-1").read_text().endswith(" 12")

@@ -149,6 +149,14 @@ class Started:
 
 
 @dataclass(frozen=True)
+class SparesWaiting:
+    """An agent reports how many spares wait on its node."""
+
+    node: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Exited:
     """A worker's process is gone.
 
@@ -240,9 +248,11 @@ class Back:
     slots: tuple[int, ...]
 
 
-Event: TypeAlias = (
+WorkerEvent: TypeAlias = (
     Registered | Began | Stepped | Waiting | Stranded | Ready | Ended | GaveUp | Started | Exited | StopAsked
 )
+
+Event: TypeAlias = WorkerEvent | SparesWaiting
 
 Change: TypeAlias = Lost | Back
 
@@ -327,6 +337,7 @@ class Spawn:
         spawn: Its spawn number.
         generation: The generation that it starts in; -1 for a replacement, which joins later.
         attempt: How many times all workers have been started again.
+        node: The node whose agent starts it.
 
     """
 
@@ -334,6 +345,7 @@ class Spawn:
     spawn: int
     generation: int
     attempt: int
+    node: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lightning_scar.elastic.protocol.messages import (
     Finish,
     Kill,
     Notice,
+    SparesWaiting,
     Spawn,
     Started,
     Stop,
@@ -71,6 +72,8 @@ class Agent:
         self._admission = admission
         self._starter = starter
         self._spares = spares
+        #: How many of them the coordinator knows of.
+        self._told_spares = 0
         self._environment = environment
         self._events = events
         self._notices = Notices(store)
@@ -132,6 +135,9 @@ class Agent:
             self._check_loss()
             self._starter.import_more()
             self._spares.refill()
+            if self._spares.waiting != self._told_spares:
+                self._told_spares = self._spares.waiting
+                self._events.append(SparesWaiting(self._layout.node, self._told_spares))
 
     def _check_loss(self) -> None:
         """End the job on this node if another agent may have taken this one's place."""
@@ -139,7 +145,7 @@ class Agent:
             self.code, self.reason = 1, "node 0 has given this node up for lost"
 
     def _handle(self, notice: Notice) -> None:
-        if isinstance(notice, Spawn) and notice.slot in self._layout.slots(self._layout.node):
+        if isinstance(notice, Spawn) and notice.node == self._layout.node:
             self._check_loss()
             if self.code is None:
                 self._due[notice.slot] = notice
@@ -177,7 +183,8 @@ class Agent:
             "LOCAL_RANK": spawn.slot % layout.per_node,
             "WORLD_SIZE": layout.world_size,
             "LOCAL_WORLD_SIZE": layout.per_node,
-            "GROUP_RANK": layout.node,
+            # Of the slot's own node, whoever runs it, as its local rank is.
+            "GROUP_RANK": spawn.slot // layout.per_node,
             "GROUP_WORLD_SIZE": layout.nodes,
             "ROLE_NAME": "default",
             "ROLE_RANK": spawn.slot,

@@ -12,12 +12,15 @@ The rules, in the order of an outage:
 4. A replacement that is :class:`Ready` is announced (:class:`Joining`). The members agree on a step, and leave their
    generation after it. The next generation takes the replacement in. One that is not ready in time is killed.
 
+5. A slot whose replacements die on their way in moves to a node where a spare waits (:class:`SparesWaiting`).
+
 When a node is :class:`Lost` all its workers died, and their slots stay empty until it is :class:`Back`.
 Failures beyond ``max_restarts`` and signals end the job: workers with something to save are told to (:class:`Stop`).
 """
 
 import signal
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from lightning_scar.elastic.protocol.messages import (
     Back,
@@ -33,14 +36,17 @@ from lightning_scar.elastic.protocol.messages import (
     Ready,
     Registered,
     Restart,
+    SparesWaiting,
     Stepped,
     Stop,
     StopAsked,
     Stranded,
     Waiting,
+    WorkerEvent,
 )
 from lightning_scar.elastic.supervisor.crew import Crew
 from lightning_scar.elastic.supervisor.group import Group
+from lightning_scar.elastic.supervisor.homes import Homes
 from lightning_scar.elastic.supervisor.policy import BackOff, Policy
 from lightning_scar.elastic.supervisor.roster import LostNodes, Phase, Remedy, Worker, furthest, remedy_for
 from lightning_scar.elastic.supervisor.wording import (
@@ -66,14 +72,18 @@ class Coordinator:
         world_size: How many slots there are.
         policy: What the user chose.
         tell_user: Called with each line that the user should read.
+        per_node: How many slots each node has; all by default.
 
     """
 
-    def __init__(self, world_size: int, policy: Policy, tell_user: Callable[[str], None]) -> None:
+    def __init__(
+        self, world_size: int, policy: Policy, tell_user: Callable[[str], None], per_node: int | None = None
+    ) -> None:
         self._slots = frozenset(range(world_size))
         self._policy = policy
         self._tell_user = tell_user
-        self._crew = Crew()
+        self._homes = Homes(per_node or world_size)
+        self._crew = Crew(self._homes)
         self._group = Group(self._crew, policy, tell_user)
         self._back_off = BackOff()
         self._lost_nodes = LostNodes()
@@ -106,6 +116,8 @@ class Coordinator:
                     self._tell_user(f"node {event.node} is back")
             case StopAsked(slot=-1):
                 self._on_stop_asked(event)
+            case SparesWaiting():
+                self._homes.note_spares(event.node, event.count)
             case _:
                 worker = self._crew.get(event.slot)
                 if worker is not None and worker.spawn == event.spawn:
@@ -138,7 +150,7 @@ class Coordinator:
 
     # -- events of workers -------------------------------------------------------------------------------------------
 
-    def _on_worker_event(self, worker: Worker, event: Event) -> None:
+    def _on_worker_event(self, worker: Worker, event: WorkerEvent) -> None:
         match event:
             case Registered():
                 worker.registered = True
@@ -151,6 +163,7 @@ class Coordinator:
                 worker.ended = True
                 self._pass_on([worker])
             case Ready():
+                self._homes.succeed(worker.slot)
                 self._group.wait_to_join(worker)
             case Waiting() | Stranded():
                 self._group.leave(worker, event)
@@ -181,9 +194,18 @@ class Coordinator:
             self._give_up(failure, words)
         # A replacement that has not joined is in no generation: its death always counts.
         elif self._group.may_restart(is_new=not worker.is_member):
-            self._tell_user(f"{failure}; {remedy_for(self._crew.members).value}")
+            self._tell_user(f"{failure}; {self._remedy_for(worker)}")
         else:
             self._give_up(failure, words + out_of_restarts(self._policy))
+
+    def _remedy_for(self, worker: Worker) -> str:
+        """Return in words what becomes of the slot of a worker that died."""
+        is_on_its_way = worker.is_replacement and not worker.is_member and not worker.ready
+        node = self._homes.fail(worker.slot) if is_on_its_way else None
+        if node is None:
+            return remedy_for(self._crew.members).value
+        self._due[worker.slot] = self._crew.now
+        return f"a spare of node {node} takes its place, since it cannot start on its own node"
 
     # -- decisions -------------------------------------------------------------------------------------------------
 
@@ -312,11 +334,12 @@ class Coordinator:
                 self._crew.kill(worker, self._code - 128)
 
     def _on_lost(self, event: Lost) -> None:
-        gone = [self._crew.pop(slot) for slot in event.slots if slot in self._crew]
-        self._lost_nodes[event.node] = event
+        slots = self._homes.lose(event.node, event.slots)
+        gone = [self._crew.pop(slot) for slot in sorted(slots) if slot in self._crew]
+        self._lost_nodes[event.node] = replace(event, slots=tuple(sorted(slots & set(event.slots))))
         if any(worker.is_member for worker in gone):
             self._group.lose(event.reason)
-        is_missed = self._phase is Phase.RUNNING and not self._finished >= set(event.slots)
+        is_missed = self._phase is Phase.RUNNING and not self._finished >= slots
         if not is_missed and self._phase is not Phase.RESTARTING:
             return
         if event.for_good:

@@ -3,11 +3,15 @@
 import signal
 
 from lightning_scar.elastic.protocol.messages import Kill, Notice, Spawn
+from lightning_scar.elastic.supervisor.homes import Homes
 from lightning_scar.elastic.supervisor.roster import Worker
 
 
 class Crew(dict[int, Worker]):
     """The living workers, by their slots.
+
+    Args:
+        homes: Where they run.
 
     Attributes:
         now: The time of the present decision.
@@ -15,16 +19,17 @@ class Crew(dict[int, Worker]):
 
     Example::
 
-        >>> crew = Crew()
+        >>> crew = Crew(Homes(per_node=2))
         >>> crew.spawn(slot=1, generation=0, attempt=0)
         >>> crew.kill(crew[1], signal.SIGKILL)
         >>> crew.drain_notices()
-        [Spawn(slot=1, spawn=0, generation=0, attempt=0), Kill(slot=1, spawn=0, signal=9)]
+        [Spawn(slot=1, spawn=0, generation=0, attempt=0, node=0), Kill(slot=1, spawn=0, signal=9)]
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, homes: Homes) -> None:
         super().__init__()
+        self._homes = homes
         self.now = 0.0
         self.spawns = 0
         self._notices: list[Notice] = []
@@ -58,7 +63,7 @@ class Crew(dict[int, Worker]):
 
         """
         self[slot] = Worker(slot, self.spawns, self.now, is_member=generation >= 0, is_replacement=generation < 0)
-        self.say(Spawn(slot, self.spawns, generation, attempt))
+        self.say(Spawn(slot, self.spawns, generation, attempt, self._homes.node_of(slot)))
         self.spawns += 1
 
     def kill(self, worker: Worker, number: int) -> None:

@@ -39,7 +39,7 @@ class NodeZero:
         self._events = Events(store)
         self._notices = Notices(store, wakeups.ring)
         self._wakeups = wakeups
-        self._coordinator = Coordinator(layout.world_size, policy, tell_user)
+        self._coordinator = Coordinator(layout.world_size, policy, tell_user, layout.per_node)
         self._nodes = Nodes(store, layout, self._notices, wakeups.ring, policy.node_timeout, time.monotonic())
         self._attempt = -1
         self._group_store = store

@@ -32,6 +32,11 @@ class Spares:
         #: Each with the end of a pipe through which it gets its place.
         self._waiting: list[tuple[WorkerProcess, int]] = []
 
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
     def refill(self) -> None:
         """Start those that are missing."""
         for worker, place in list(self._waiting):
