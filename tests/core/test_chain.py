@@ -238,7 +238,8 @@ def without_room_for_copies(rank: int, hosts: list[Path], url: str) -> tuple[int
 def test_copies_that_find_no_room_are_counted_and_warned_of_once(url: str, host: Path) -> None:
     hosts = hosts_of(host, 2)
     behind, trouble, said = run_ranks(without_room_for_copies, 2, hosts, url)[0]
-    assert behind == 11
+    # Whether the last one was refused yet is up to the thread that copies.
+    assert behind in (11, 12)
     assert re.search(r"no room for \d{5} bytes, this rank has taken 0 of 10000 there: raise memory_limit", trouble)
     assert len([text for text in said if "lag" in text and "saves behind" in text]) == 1
     assert_same(load(url), state_at(12))
