@@ -132,7 +132,14 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(way: str, tmp_path: Path) ->
     assert_all_agree(seconds, way)
 
 
-@pytest.mark.parametrize("way", [way for way in loop_runs.WAYS if way not in loop_runs.SPECIAL])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=[pytest.mark.slow] if way == "two workers of a loader" else [])
+        for way in loop_runs.WAYS
+        if way not in loop_runs.SPECIAL
+    ],
+)
 def test_a_resumed_loop_ends_as_an_uninterrupted_one(way: str, tmp_path: Path) -> None:
     calls = [
         call(tmp_path / "whole", way=way),

@@ -104,6 +104,7 @@ def test_where_two_neighbours_are_lost_at_once_a_shard_comes_from_storage(tmp_pa
     assert not [path for host in hosts for path in host.left_in_memory()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", [2], indirect=True)
 def test_without_node_0_the_job_ends_and_goes_on_from_its_neighbours_memory(tmp_path: Path, hosts: list[Host]) -> None:
     fault: Fault = ("training_step", 7, 0, "lose the host")

@@ -113,7 +113,11 @@ def test_a_synchronising_micro_batch_is_repeated_with_the_gradients_of_those_bef
 
 @pytest.mark.parametrize(
     ("way", "door"),
-    [("the strategy's argument", "Trainer"), ("--hang-timeout", "Trainer"), ("--hang-timeout", "Accelerate")],
+    [
+        ("the strategy's argument", "Trainer"),
+        pytest.param("--hang-timeout", "Trainer", marks=pytest.mark.slow),
+        ("--hang-timeout", "Accelerate"),
+    ],
 )
 def test_a_worker_that_hangs_is_replaced(tmp_path: Path, way: str, door: str) -> None:
     by_argument = way == "the strategy's argument"
