@@ -37,6 +37,12 @@ class Beginnings(Callback):
         self.keep_random()
 
     @override
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the random numbers of the first batch: its loader has begun since the epoch did."""
+        if batch_idx == 0:
+            self.keep_random()
+
+    @override
     def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Note the beginning; the other callbacks' hooks follow."""
         self._note(trainer)
