@@ -16,10 +16,10 @@ from typing_extensions import Self
 
 from benchmarks import step_log
 from benchmarks.step_log import Kill, Line
+from lightning_scar.elastic.prepared.starter import dying_with_this_process
 
 #: The working directory for ``python -m benchmarks...``.
 ROOT = Path(__file__).parents[1]
-_DIE_WITH_PARENT = ROOT / "lightning_scar" / "elastic" / "prepared" / "die_with_parent.py"
 #: Seconds that a training has to end after SIGTERM.
 _GRACE = 20.0
 _POLL = 0.01
@@ -41,9 +41,13 @@ def environment(**more: str) -> dict[str, str]:
 
 def start_child(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> "subprocess.Popen[bytes]":
     """Start a process that never outlives this one."""
-    tied = [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid())]
     return subprocess.Popen(
-        [*tied, *command], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        dying_with_this_process(command),
+        cwd=ROOT,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -103,6 +107,12 @@ class Run:
                     found.setdefault(ranks[process.pid], process)
         return found
 
+    def worker(self, rank: int) -> psutil.Process | None:
+        """Return the live worker of a rank; ``None`` if there is none for some seconds."""
+        # Processes that end during the look-up hide the others.
+        self.wait_until(lambda: rank in self.workers(), 5)
+        return self.workers().get(rank)
+
     def _children(self) -> Iterator[psutil.Process]:
         for pid in self.supervisors():
             with suppress(psutil.NoSuchProcess):
@@ -139,9 +149,7 @@ class Run:
             ``None`` if there is no such worker.
 
         """
-        # Processes that end during the look-up hide the others.
-        self.wait_until(lambda: rank in self.workers(), 5)
-        worker = self.workers().get(rank)
+        worker = self.worker(rank)
         if worker is None:
             return None
         when = time.monotonic()

@@ -54,7 +54,7 @@ class LostHosts(Run):
 
     @override
     def kill(self, rank: int, in_collective: bool = False) -> Kill | None:
-        worker = self.workers().get(rank)
+        worker = self.worker(rank)
         if worker is None:
             return None
         supervisor, when = self._others[rank - 1], time.monotonic()

@@ -224,12 +224,12 @@ class Continuation:
         return not self._update.is_half_made and counted in (None, self._generations.steps)
 
     def _complete(self) -> None:
-        tell_imports()
         self._generations.steps += 1
         self._generations.substeps = self._stale_gradients.applied if self._stale_gradients is not None else 0
         self._stale_gradients = None
         if not self._has_stepped:
             self._has_stepped = True
+            tell_imports()
             self._member.complete_start()
 
     def _announce(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Protocol
 
 import psutil
 from prepared import PreparedPopen, kill_all, workers_are_prepared
@@ -143,6 +144,22 @@ def running(
         if process.poll() is None:
             kill_all(process.pid)
         process.communicate()
+
+
+class Ending(Protocol):
+    """A process, or a worker."""
+
+    def poll(self) -> int | None:
+        """Its exit code, once it has one."""
+
+
+def code_of(process: Ending, timeout: float = 30) -> int:
+    """Its exit code, once it has ended."""
+    deadline = time.monotonic() + timeout
+    while (code := process.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return code
 
 
 def wait_for(*paths: Path, timeout: float = 30) -> list[str]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from elastic_helpers import assert_gone
+from elastic_helpers import assert_gone, code_of
 from torch.distributed import HashStore
 
 from lightning_scar.elastic.prepared.starter import Starter
@@ -30,14 +30,6 @@ def started(*command: str) -> WorkerProcess:
 def finished(*arguments: str) -> tuple[int, WorkerProcess]:
     worker = started(sys.executable, *arguments)
     return code_of(worker), worker
-
-
-def code_of(worker: WorkerProcess) -> int:
-    deadline = time.monotonic() + 30
-    while (code := worker.poll()) is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert code is not None
-    return code
 
 
 def test_standard_error_is_passed_on_byte_by_byte(capfdbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import prepared
 import pytest
-from elastic_helpers import run, script
+from elastic_helpers import code_of, run, script
 
 from lightning_scar.elastic.prepared.environment import OF_A_WORKER
 from lightning_scar.elastic.prepared.imports import Imports, NotPreparedError
 from lightning_scar.elastic.prepared.program import Program
-from lightning_scar.elastic.prepared.starter import Process, ProgramParent, Starter
+from lightning_scar.elastic.prepared.starter import ProgramParent, Starter
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are programs of their own")
 
@@ -97,18 +97,10 @@ def environment(folder: Path) -> dict[str, str]:
     return {"PROBE": str(folder / "seen"), "RANK": "1", "PYTHONHASHSEED": "3", "OMP_NUM_THREADS": "1"}
 
 
-def wait(process: Process) -> int:
-    deadline = time.monotonic() + 60
-    while (code := process.poll()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return code
-
-
 def seen_by(starter: Starter, folder: Path) -> dict[str, Any]:
     """What a worker sees that runs :data:`PROBE`."""
     with open(os.devnull, "w") as errors:
-        assert wait(starter.start(environment(folder), errors.fileno())) == 0
+        assert code_of(starter.start(environment(folder), errors.fileno()), timeout=60) == 0
     found: dict[str, Any] = json.loads((folder / "seen").read_text())
     return found
 
@@ -158,7 +150,7 @@ def test_forked_workers_see_what_fresh_ones_see(
 def outcome(starter: Starter, folder: Path, **environment: str) -> tuple[int, str]:
     """The exit code and the standard error of a worker."""
     with (folder / "errors").open("w") as errors:
-        code = wait(starter.start(environment, errors.fileno()))
+        code = code_of(starter.start(environment, errors.fileno()), timeout=60)
     return code, (folder / "errors").read_text()
 
 
@@ -331,7 +323,7 @@ def test_a_parent_that_is_lost_is_replaced_by_another_one(tmp_path: Path, starte
         parents.append(starter._parent._process.pid)
         if code == 4:
             os.kill(parents[-1], signal.SIGKILL)
-        assert wait(starter.start({"CODE": str(code)}, 2)) == code
+        assert code_of(starter.start({"CODE": str(code)}, 2)) == code
     assert told == []
     assert parents[0] == parents[1] != parents[2]
 
@@ -345,12 +337,12 @@ def test_what_a_training_worker_has_imported_the_next_ones_find_imported(
     path.write_text("import sys; sys.exit(int('mlxtend' in sys.modules))")
     starter = Starter([sys.executable, "-s", str(path)], {}, tmp_path / "imports", print)
     starters.append(starter)
-    assert wait(starter.start({}, 2)) == 0
+    assert code_of(starter.start({}, 2)) == 0
     assert starter.is_ready
     (tmp_path / "imports").write_text(json.dumps(["__main__", "worker", "mlxtend"]))
     starter.import_more()
     assert not (tmp_path / "imports").exists()
-    assert wait(starter.start({}, 2)) == 1
+    assert code_of(starter.start({}, 2)) == 1
 
 
 def test_a_fork_never_meets_the_threads_of_who_asks_for_it(tmp_path: Path, starters: list[Starter]) -> None:
@@ -362,7 +354,7 @@ def test_a_fork_never_meets_the_threads_of_who_asks_for_it(tmp_path: Path, start
     for thread in threads:
         thread.start()
     try:
-        assert wait(starters[0].start({}, 2)) == 11
+        assert code_of(starters[0].start({}, 2)) == 11
     finally:
         busy.set()
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from elastic_helpers import assert_gone, ours, run, running, script, wait_for
+from elastic_helpers import assert_gone, code_of, ours, run, running, script, wait_for
 from prepared import workers_are_prepared
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from lightning_scar.elastic.prepared.environment import OF_A_WORKER
 from lightning_scar.elastic.prepared.starter import Starter
 from lightning_scar.elastic.supervisor.command_line import main
-from lightning_scar.elastic.supervisor.process import WorkerProcess
 from lightning_scar.elastic.supervisor.spares import Spares
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
@@ -84,14 +83,6 @@ def spares_of(tmp_path: Path, told: list[str]) -> Iterator[Callable[[str], Spare
         one.close()
 
 
-def wait(worker: WorkerProcess) -> int:
-    deadline = time.monotonic() + 60
-    while (code := worker.poll()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return code
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_spare_waits_where_the_script_asks_for_its_place(
     way: str, tmp_path: Path, spares_of: Callable[[str], Spares]
@@ -106,7 +97,7 @@ def test_a_spare_waits_where_the_script_asks_for_its_place(
     worker = spares.take(SEVENTH)
     assert worker is not None
     assert worker.pid == int(pid)
-    assert wait(worker) == 0
+    assert code_of(worker) == 0
     assert (tmp_path / "place").read_text() == "7x"
     assert spares.take(SEVENTH) is None
 
@@ -128,12 +119,12 @@ def test_a_spare_that_was_killed_is_replaced(tmp_path: Path, spares_of: Callable
     spares = spares_of(ASKS.format(WAYS["reads it"]))
     [(first, _)] = spares._waiting
     os.kill(first.pid, 9)
-    wait(first)
+    code_of(first)
     spares.refill()
     worker = spares.take(SEVENTH)
     assert worker is not None
     assert worker.pid != first.pid
-    assert wait(worker) == 0
+    assert code_of(worker) == 0
 
 
 def test_spares_end_with_the_job(tmp_path: Path, spares_of: Callable[[str], Spares]) -> None:
@@ -141,7 +132,7 @@ def test_spares_end_with_the_job(tmp_path: Path, spares_of: Callable[[str], Spar
     [pid] = wait_for(tmp_path / "waits")
     [(worker, _)] = spares._waiting
     spares.close()
-    wait(worker)
+    code_of(worker)
     assert_gone(pid)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,12 +58,11 @@ class _Watched(os._Environ):  # type: ignore[type-arg]
 @contextmanager
 def watched() -> Iterator[None]:
     """Note in :data:`readers` which modules read variables of a worker."""
-    plain = os.environ.__class__
     os.environ.__class__ = _Watched
     try:
         yield
     finally:
-        os.environ.__class__ = plain
+        os.environ.__class__ = _PLAIN
 
 
 class _WithoutPlace(os._Environ):  # type: ignore[type-arg]
@@ -116,5 +115,8 @@ def set_ranks(rank: int | None = None) -> None:
 
     """
     for name, variables in readers.items():
-        ranks = [os.environ[variable] for variable in variables if rank is None and variable in os.environ]
-        sys.modules[name].rank_zero_only.rank = rank if rank is not None else int(ranks[0]) if ranks else 0
+        sys.modules[name].rank_zero_only.rank = _read_rank(variables) if rank is None else rank
+
+
+def _read_rank(variables: Iterable[str]) -> int:
+    return int(next((os.environ[name] for name in variables if name in os.environ), "0"))

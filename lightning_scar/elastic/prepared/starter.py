@@ -45,6 +45,11 @@ class Process(Protocol):
         """Send it a signal."""
 
 
+def dying_with_this_process(command: Sequence[str]) -> list[str]:
+    """Return the command line of a program that is killed when this process ends, even by SIGKILL."""
+    return [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid()), *command]
+
+
 class ForkedProcess:
     """A child of this process that a prepared parent has forked.
 
@@ -92,8 +97,7 @@ class PreparedParent:
 
         """
         while self._waits and self._has_answer(0):
-            self._read_answer(_FORK_SECONDS)
-            self._waits -= 1
+            self._finish_import()
         return not self._waits
 
     def import_too(self, modules: Sequence[str]) -> None:
@@ -123,8 +127,7 @@ class PreparedParent:
 
         """
         while self._waits:
-            self._read_answer(_IMPORT_SECONDS)
-            self._waits -= 1
+            self._finish_import()
         request = {
             "command": list(command),
             "environment": dict(environment),
@@ -147,6 +150,10 @@ class PreparedParent:
             socket.send_fds(self._connection, [json.dumps(request).encode()], streams)
         except OSError as error:
             raise NotPreparedError(f"the process that forks them cannot be asked ({error})") from None
+
+    def _finish_import(self) -> None:
+        self._read_answer(_IMPORT_SECONDS)
+        self._waits -= 1
 
     def _has_answer(self, seconds: float) -> bool:
         return bool(select.select([self._connection], [], [], seconds)[0])
@@ -277,14 +284,14 @@ class Starter:
             OSError: If there can be no more processes.
 
         """
-        variables = {**os.environ, **self._environment, **environment}
+        variables = self._variables(environment)
         if self._parent is not None:
             try:
                 return self._parent.fork(self._command, variables, [0, 1, errors], meanwhile=self.meanwhile)
             except NotPreparedError as error:
                 self._do_without(error)
-        tied = [sys.executable, "-I", "-S", str(_DIE_WITH_PARENT), str(os.getpid())]
-        return subprocess.Popen([*tied, *self._command], env=variables, stderr=errors, start_new_session=True)
+        command = dying_with_this_process(self._command)
+        return subprocess.Popen(command, env=variables, stderr=errors, start_new_session=True)
 
     def start_spare(self, environment: Mapping[str, str], errors: int, place: int) -> Process:
         """Start a spare, which runs the program until it asks for its place in the job.
@@ -300,8 +307,7 @@ class Starter:
         """
         if self._parent is None or not self.is_ready:
             raise NotPreparedError("nothing is there that could fork them")
-        variables = {**os.environ, **self._environment, **environment}
-        return self._parent.fork(self._command, variables, [0, 1, errors, place])
+        return self._parent.fork(self._command, self._variables(environment), [0, 1, errors, place])
 
     def import_more(self) -> None:
         """Let later workers start with what one that trains has imported, once it has listed that."""
@@ -317,6 +323,9 @@ class Starter:
         if self._parent is not None:
             self._parent.close()
             self._parent = None
+
+    def _variables(self, environment: Mapping[str, str]) -> dict[str, str]:
+        return {**os.environ, **self._environment, **environment}
 
     def _prepare(self) -> None:
         self._was_ready = False

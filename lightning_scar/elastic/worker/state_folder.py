@@ -33,15 +33,10 @@ def write(name: str, fill: Callable[[IO[bytes]], Any], to_disk: bool = False) ->
     folders = _folders()
     failure: Exception | None = None
     for folder in reversed(folders) if to_disk else folders:
-        # Several workers of a node may write the same file.
-        partial = folder / f"{name}.{os.getpid()}.partial"
         try:
-            with partial.open("wb") as file:
-                fill(file)
-            partial.replace(folder / name)
+            _write_whole(folder / name, fill)
         # Torch raises a RuntimeError behind the OSError.
         except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
             failure = error.__context__ if isinstance(error.__context__, OSError) else error
             continue
         for other in folders:
@@ -52,6 +47,18 @@ def write(name: str, fill: Callable[[IO[bytes]], Any], to_disk: bool = False) ->
             print(f"lightning-scar: {what}: {failure}", file=sys.stderr, flush=True)
         return
     raise OSError(f"there is no room for {name}, which a restart needs: {failure}") from failure
+
+
+def _write_whole(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
+    # Several workers of a node may write the same file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            fill(file)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def find(name: str) -> Path | None:
@@ -74,9 +81,7 @@ def _folders() -> list[Path]:
 def tell_imports() -> None:
     """Tell the supervisor which modules this worker, which trains, has imported: later ones then start with them."""
     if VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
-        whole = Path(os.environ[VARIABLE]) / IMPORTS
-        partial = whole.with_suffix(".partial")
+        names = json.dumps(sorted(sys.modules)).encode()
         # Without room later ones start more slowly, no more.
         with suppress(OSError):
-            partial.write_text(json.dumps(sorted(sys.modules)))
-            partial.replace(whole)
+            _write_whole(Path(os.environ[VARIABLE]) / IMPORTS, lambda file: file.write(names))
