@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from lightning_scar.continuation.restart_state import (
     save_own_state,
     save_restart_state,
 )
+from lightning_scar.continuation.snapshot import random_state
+from lightning_scar.continuation.step_generators import StepGenerators
 from lightning_scar.elastic.worker.state_folder import DISK, VARIABLE
 
 
@@ -69,6 +72,19 @@ def test_what_is_small_goes_to_disk_with_it(memory: Path) -> None:
     assert (noted_incarnation(1), names(memory / DISK)) == (6, ["own-1.pt"])
     assert pop_own_state(1)["random"].numel() == 5000
     assert pop_own_state(1) == {}
+
+
+def test_generators_that_find_no_room_are_not_known(memory: Path) -> None:
+    """Nor does anything fail, also where memory fills up later."""
+    generators = StepGenerators(slot=0)
+    generators.note(1, random_state())
+    with (memory / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+        while filler.write(b"x" * 4096):
+            pass
+    generators.note(2, random_state())
+    assert generators.of(0, step=2) is not None
+    generators.note(2, random_state(), slot=1)
+    assert generators.of(1, step=2) is None
 
 
 def test_where_the_disk_is_full_too_the_file_is_named(memory: Path) -> None:

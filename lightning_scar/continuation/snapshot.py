@@ -106,7 +106,8 @@ class StepSnapshot:
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._gradients: list[Tensor | None] = []
-        self._random: list[Any] = []
+        #: The :func:`random_state` that was saved.
+        self.random: list[Any] = []
 
     def save(self, gradients: bool) -> None:
         """Copy the present values.
@@ -123,7 +124,7 @@ class StepSnapshot:
         if self._buffers:
             # One call for all: a model with batch normalization has hundreds of buffers.
             torch._foreach_copy_(self._copies, [buffer.detach() for buffer in self._buffers])
-        self._random = random_state()
+        self.random = random_state()
         self._gradients = [_clone(p.grad) for p in self._module.parameters()] if gradients else []
 
     @torch.no_grad()
@@ -137,7 +138,7 @@ class StepSnapshot:
         assert self._module is not None
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._copies)
-        set_random_state(self._random)
+        set_random_state(self.random)
         if not gradients:
             return
         parameters = list(self._module.parameters())

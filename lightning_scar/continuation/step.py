@@ -16,8 +16,9 @@ from lightning_scar.continuation.outages import OutagePolicy, Outages
 from lightning_scar.continuation.protocol import Training
 from lightning_scar.continuation.regroup import Generations
 from lightning_scar.continuation.restart_state import save_own_state
-from lightning_scar.continuation.snapshot import StepSnapshot, Update
+from lightning_scar.continuation.snapshot import StepSnapshot, Update, random_state
 from lightning_scar.continuation.stale_gradients import StaleGradients, feasible
+from lightning_scar.continuation.step_generators import StepGenerators
 from lightning_scar.elastic.protocol.messages import RESTART_EXIT_CODE
 from lightning_scar.elastic.worker.errors import PLANNED, Loss, RestartError, UnevenDataError
 from lightning_scar.elastic.worker.member import Member
@@ -53,6 +54,7 @@ class Continuation:
         if member.is_joiner:
             self._generations.steps = -1
         self._snapshot = StepSnapshot()
+        self.generators = StepGenerators(member.slot)
         self._stale_gradients: StaleGradients | None = None
         #: Whether this worker made the last step itself, and must still read what was announced for after it.
         self._checks_announcement = False
@@ -117,6 +119,7 @@ class Continuation:
     def join(self) -> None:
         """Let this worker, a replacement, join: it receives the others' state, between two of their steps."""
         self._generations.enter_next(boundary=True)
+        self.generators.take_over(self.steps)
         self._member.begin()
 
     def step(self, attempt: Attempt, closure: Closure) -> Any:
@@ -132,6 +135,7 @@ class Continuation:
         """
         started = self._begin_batch()
         self._snapshot.save(gradients=self._training.accumulates)
+        self.generators.begin(self.steps, self._snapshot.random)
         if self._left_alone is not None and self._recover(closure, self._left_alone):
             return None
         while True:
@@ -168,6 +172,7 @@ class Continuation:
             return compute()
         started = self._begin_batch()
         self._snapshot.save(gradients)
+        self.generators.begin(self.steps, self._snapshot.random)
         try:
             return compute()
         except Exception as error:
@@ -225,6 +230,7 @@ class Continuation:
 
     def _complete(self) -> None:
         self._generations.steps += 1
+        self.generators.note(self.steps, random_state())
         self._generations.substeps = self._stale_gradients.applied if self._stale_gradients is not None else 0
         self._stale_gradients = None
         if not self._has_stepped:

@@ -72,6 +72,11 @@ def find_all(pattern: str) -> list[Path]:
     return [path for folder in folders for path in folder.glob(pattern)]
 
 
+def in_memory(name: str) -> Path | None:
+    """Return where a file of this name lies in this node's memory; ``None`` without a supervisor."""
+    return Path(os.environ[VARIABLE]) / name if VARIABLE in os.environ else None
+
+
 def _folders() -> list[Path]:
     memory = Path(os.environ[VARIABLE])
     return [memory, memory / DISK] if (memory / DISK).exists() else [memory]
@@ -80,8 +85,9 @@ def _folders() -> list[Path]:
 @cache
 def tell_imports() -> None:
     """Tell the supervisor which modules this worker, which trains, has imported: later ones then start with them."""
-    if VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+    path = in_memory(IMPORTS)
+    if path is not None and os.environ.get("LOCAL_RANK", "0") == "0":
         names = json.dumps(sorted(sys.modules)).encode()
         # Without room later ones start more slowly, no more.
         with suppress(OSError):
-            _write_whole(Path(os.environ[VARIABLE]) / IMPORTS, lambda file: file.write(names))
+            _write_whole(path, lambda file: file.write(names))
