@@ -20,10 +20,12 @@ from scar_job import (
     asked,
     begin,
     folder,
+    generators,
     note_saves,
     options_of_scar,
     place,
     samples,
+    seed_of_slot,
     slot,
     write_down,
 )
@@ -86,6 +88,8 @@ class Model(pl.LightningModule):
         self.val_error = torchmetrics.MeanSquaredError()
         self.now: list[int] = []
         self.used: list[list[int]] = []
+        self.random = 0
+        seed_of_slot()
 
     def setup(self, stage: str) -> None:
         place("setup", asked["predecessors"])
@@ -104,6 +108,7 @@ class Model(pl.LightningModule):
         strategy = self.trainer.strategy
         is_joiner = isinstance(strategy, SCARDDPStrategy) and strategy.is_joiner
         place(*(("join", asked["predecessors"]) if is_joiner else ("training_step", self.batches_done)))
+        self.random = generators()
         x, y, ids = batch
         if ids.tolist() != self.now:  # an extra batch, of an outage
             self.used.append(ids.tolist())
@@ -116,7 +121,8 @@ class Model(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        write_down("steps", step=self.global_step + 1, used=self.used, world_size=world_size)
+        random = [self.random, generators()]
+        write_down("steps", step=self.global_step + 1, used=self.used, world_size=world_size, random=random)
         place("before_step", self.batches_done)
 
     def on_train_batch_end(self, *args: Any) -> None:

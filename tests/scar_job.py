@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -128,6 +129,20 @@ def write_down(name: str, **values: Any) -> None:
     """What outlives this process."""
     with (folder() / f"{name}-{slot}.jsonl").open("a") as file:
         file.write(json.dumps({"slot": slot, "pid": os.getpid(), **values}) + "\n")
+
+
+# -- random numbers ------------------------------------------------------------------------------------------------
+
+
+def seed_of_slot() -> None:
+    """Lets each rank draw other numbers, if that is asked for."""
+    if asked.get("seeds"):
+        torch.manual_seed(100 + slot)
+
+
+def generators() -> int:
+    """A number that tells where torch's generator stands."""
+    return zlib.crc32(torch.get_rng_state().numpy())
 
 
 # -- saves ---------------------------------------------------------------------------------------------------------

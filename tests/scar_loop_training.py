@@ -16,10 +16,12 @@ from scar_job import (
     asked,
     begin,
     folder,
+    generators,
     note_saves,
     options_of_scar,
     place,
     samples,
+    seed_of_slot,
     slot,
     write_down,
 )
@@ -80,11 +82,13 @@ class Loop:
         self.batches = batches[slot] if batches else None
         self.now: list[int] = []
         self.used: list[list[int]] = []
+        self.random = 0
         model = Net(**asked["model"])
         kind = Averaging if asked["model"].get("averaging") else torch.optim.Adam
         optimizer = kind(model.parameters(), RATE)
         schedule = StepLR(optimizer, 20, 0.5) if asked["model"].get("rich") else None
         self.set_up(model, optimizer, schedule, DataLoader(samples(), batch_size=BATCH_SIZE, shuffle=True))
+        seed_of_slot()
 
     def set_up(self, model: Any, optimizer: Any, schedule: Any, loader: Any) -> None:
         config = DataLoaderConfiguration(use_seedable_sampler=True)
@@ -131,6 +135,7 @@ class Loop:
             time.sleep(0.8)
         time.sleep(0.02)  # Nor for its first save, which has to be there before anybody dies.
         place("training_step", batches)
+        self.random = generators()
         if ids.tolist() != self.now:  # an extra batch, of an outage
             self.used.append(ids.tolist())
         out = self.model(x)
@@ -142,7 +147,8 @@ class Loop:
     def update(self) -> None:
         if self.synchronizes:
             world_size = dist.get_world_size() if dist.is_initialized() else 1
-            write_down("steps", step=self.scar.steps + 1, used=self.used, world_size=world_size)
+            random = [self.random, generators()]
+            write_down("steps", step=self.scar.steps + 1, used=self.used, world_size=world_size, random=random)
             place("before_step", self.scar.batches_done)
             if self.clip:
                 self.clip_gradients()

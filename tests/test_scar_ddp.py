@@ -1,5 +1,6 @@
 """``strategy="scar_ddp"``: workers die in their steps, and the others go on. Real processes, real signals."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,23 @@ def test_a_replacement_dies_on_its_way_in(tmp_path: Path, door: str) -> None:
     assert_lived_through(training, 0, "rank 1 was killed by SIGKILL")
     assert len(training.processes) == 5
     assert_steps_of_what_they_saw(training)
+
+
+@pytest.mark.parametrize("door", ["Trainer", pytest.param("Accelerate", marks=pytest.mark.slow)])
+def test_a_replacement_draws_what_the_dead_worker_would_have_drawn(tmp_path: Path, door: str) -> None:
+    """They die before anybody has their gradients, when all may have them, and between two steps."""
+    faults: list[Fault] = [("backward", 3, 1, "kill"), ("before_step", 8, 0, "kill"), ("batch_end", 15, 1, "kill")]
+    how: dict[str, Any] = {"strategy": {"on_failure": "wait"}, "model": {"dropout": True}, "seeds": True}
+    training = train(tmp_path, *faults, door=door, **how)
+    assert_done(training, steps=24)
+    assert len(training.processes) == 5
+    for slot in (0, 1):
+        made = [step for step in training.steps if step["slot"] == slot]
+        assert len(made) < 24
+        for step, following in pairwise(made):
+            # Where an epoch begins, the loader draws a number.
+            goes_on = following["random"][0] == step["random"][1]
+            assert goes_on or step["step"] <= 12 < following["step"], f"rank {slot}: {step}, {following}"
+        assert len({step["random"][0] for step in made}) == len(made)
+    first = {step["slot"]: step["random"][0] for step in training.steps if step["step"] == 1}
+    assert first[0] != first[1]

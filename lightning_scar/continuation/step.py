@@ -215,6 +215,7 @@ class Continuation:
     def _attempt(self, attempt: Attempt, closure: Closure) -> Any:
         def checked() -> Any:
             loss = closure()
+            self.generators.note(self.steps + 1, random_state())
             self._member.check_health()
             return loss
 
@@ -230,7 +231,6 @@ class Continuation:
 
     def _complete(self) -> None:
         self._generations.steps += 1
-        self.generators.note(self.steps, random_state())
         self._generations.substeps = self._stale_gradients.applied if self._stale_gradients is not None else 0
         self._stale_gradients = None
         if not self._has_stepped:
