@@ -9,14 +9,14 @@ import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_scar.core.private import forget_iterator
 from lightning_scar.core.random_generators import (
-    Generator,
     cpu_generators,
     generator_state,
     kept_generators,
@@ -24,6 +24,26 @@ from lightning_scar.core.random_generators import (
     set_generator_state,
     set_random_generators,
 )
+from lightning_scar.core.samplers import copied, generators, is_divided
+
+#: Gives the batches of a rank: indices of samples.
+Share = Callable[[int], list[list[int]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """How an epoch began that several ranks divide: the order of each of them follows from it.
+
+    Attributes:
+        sampler: This rank's sampler as it was then, a copy; ``None`` with a ``share``.
+        share: Gives the batches of a rank, if the rest of an epoch was shared out.
+        draws_global: Whether the order depends on random generators that the sampler does not own.
+
+    """
+
+    sampler: Any
+    share: Share | None = None
+    draws_global: bool = False
 
 
 class OwnGenerators:
@@ -40,9 +60,11 @@ class OwnGenerators:
     def __init__(self, loader: Any, sampler: Any) -> None:
         self.loader = loader
         own = getattr(loader, "generator", None)
-        inner = [each for each in _generators(sampler) if each is not own]
+        inner = [each for each in generators(sampler) if each is not own]
         self._generators = [*([own] if own is not None else []), *inner]
         self._began: dict[Any, Any] = {}
+        #: How the present epoch began; ``None`` if ranks do not divide it.
+        self.beginning: Beginning | None = None
 
     def states(self) -> dict[Any, Any]:
         """Return the present states of the generators."""
@@ -103,7 +125,9 @@ class EpochOrder(OwnGenerators):
         self.own: Any = getattr(loader, self._name)
         super().__init__(loader, self.own)
         self._place: tuple[dict[str, Any], int, Mapping[str, Any] | None] | None = None
-        self._rest: list[Any] | None = None
+        self._rest: tuple[Share, int] | None = None
+        #: The last item of the present epoch that was asked for, and its number.
+        self.latest: tuple[int, Any] | None = None
         #: The last items that were asked for, and the states of the global generators then.
         self._asked: deque[tuple[int, Callable[[], dict[str, Any]]]] = deque(maxlen=ahead)
         # DataLoader forbids setting the attribute. Its iterators keep the sampler that they started with.
@@ -143,9 +167,15 @@ class EpochOrder(OwnGenerators):
         """
         self._place = dict(state), done, then
 
-    def begin_with(self, rest: list[list[int]]) -> None:
-        """Let the next epoch consist of the given batches."""
-        self._rest = rest
+    def begin_with(self, share: Share, rank: int) -> None:
+        """Let the next epoch consist of the given batches.
+
+        Args:
+            share: Gives the batches of each rank.
+            rank: The rank of this process.
+
+        """
+        self._rest = share, rank
 
     def loaded_ahead(self, done: int) -> Callable[[], dict[str, Any]] | None:
         """Return what gives the states of the global generators when an item was asked for; ``None`` if it was not."""
@@ -159,7 +189,10 @@ class EpochOrder(OwnGenerators):
         place, self._place = self._place, None
         rest, self._rest = self._rest, None
         if rest is not None:
-            yield from rest
+            share, rank = rest
+            self.beginning = Beginning(None, share)
+            for self.latest in enumerate(share(rank)):
+                yield self.latest[1]
         elif place is None:
             yield from self._noted(self._items(0), 0)
         else:
@@ -181,6 +214,7 @@ class EpochOrder(OwnGenerators):
         for number, item in enumerate(items, first):
             if self._asked.maxlen:
                 self._asked.append((number, kept_generators()))
+            self.latest = number, item
             yield item
 
     def _items(self, done: int) -> Iterator[Any]:
@@ -189,11 +223,14 @@ class EpochOrder(OwnGenerators):
         # Without making lists of what is skipped.
         by_index = done > 0 and type(sampler) is BatchSampler
         skipped = done * sampler.batch_size if by_index else done
+        copy = copied(sampler, self.loader.dataset) if is_divided(sampler) else None
         before = self._states()
         items = iter(sampler.sampler if by_index else sampler)
         first = list(itertools.islice(items, 1))
         after = self._states()
         self._began = {key: state for key, state in before.items() if not same_state(state, after[key])}
+        draws_global = any(isinstance(key, str) for key in self._began)
+        self.beginning = Beginning(copy, draws_global=draws_global) if copy is not None else None
         if not skipped:
             return itertools.chain(first, items)
         deque(itertools.islice(items, skipped - 1), maxlen=0)
@@ -213,21 +250,3 @@ class EpochOrder(OwnGenerators):
 def is_indexed(loader: Any) -> bool:
     """Return whether a loader serves a dataset with indices, so that an :class:`EpochOrder` can place it."""
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-
-
-def _generators(sampler: Any) -> list[Any]:
-    """Return the random generators of a sampler and of the samplers inside it."""
-    found: dict[int, Any] = {}
-
-    def visit(value: Any) -> None:
-        if id(value) in found or not hasattr(value, "__dict__"):
-            return
-        found[id(value)] = value
-        for inner in vars(value).values():
-            if isinstance(inner, Generator):
-                found[id(inner)] = inner
-            elif isinstance(inner, Sampler) or hasattr(inner, "_sampler"):
-                visit(inner)
-
-    visit(sampler)
-    return [value for value in found.values() if isinstance(value, Generator)]

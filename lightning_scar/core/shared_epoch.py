@@ -5,12 +5,13 @@ what is left of it can be divided anew, so that each sample is served once.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
-from lightning_scar.core.data_order import EpochOrder
+from lightning_scar.core.data_order import EpochOrder, Share
 
 
 def recipe(batch_sampler: Any) -> dict[str, Any] | None:
@@ -104,11 +105,10 @@ class RestOfEpoch:
         """Return what :meth:`of` needs to share the rest of this rest out."""
         return {"recipe": self._known, "began": self._began, "done": self._done}
 
-    def batches(self, rank: int, ranks: int, batch_size: int, drop_last: bool) -> list[list[int]]:
-        """Return the batches of one rank: the samples are divided as ``DistributedSampler`` divides an epoch.
+    def share(self, ranks: int, batch_size: int, drop_last: bool) -> Share:
+        """Return what gives the batches of a rank: the samples are divided as ``DistributedSampler`` divides an epoch.
 
         Args:
-            rank: The rank.
             ranks: The number of ranks.
             batch_size: Samples in a batch of one rank.
             drop_last: Whether to leave out what does not suffice for all ranks, instead of repeating some samples.
@@ -116,8 +116,8 @@ class RestOfEpoch:
         Example::
 
             >>> sampler = BatchSampler(SequentialSampler(range(10)), batch_size=2, drop_last=False)
-            >>> rest = RestOfEpoch(recipe(sampler), {}, done=5)
-            >>> rest.batches(0, 2, 2, drop_last=False), rest.batches(1, 2, 2, drop_last=False)
+            >>> share = RestOfEpoch(recipe(sampler), {}, done=5).share(2, 2, drop_last=False)
+            >>> share(0), share(1)
             ([[5, 7], [9]], [[6, 8], [5]])
 
         """
@@ -127,7 +127,7 @@ class RestOfEpoch:
             samples = samples[:-surplus]
         elif surplus:
             samples += (samples * ranks)[: ranks - surplus]
-        return list(BatchSampler(samples[rank::ranks], batch_size, drop_last))
+        return partial(_batches, samples, ranks, batch_size, drop_last)
 
     def _samples(self) -> list[int]:
         known, dataset = self._known, range(self._known["length"])
@@ -146,3 +146,7 @@ class RestOfEpoch:
         order = EpochOrder(DataLoader(dataset, batch_size=None, sampler=sampler))  # type: ignore[arg-type]
         order.begin_at({"began": self._began if own is None else {0: own}, "now": {}}, done=0)
         return list(order)[self._done :]
+
+
+def _batches(samples: list[int], ranks: int, batch_size: int, drop_last: bool, rank: int) -> list[list[int]]:
+    return list(BatchSampler(samples[rank::ranks], batch_size, drop_last))

@@ -6,6 +6,7 @@ the first batch that is not done, although Lightning may have fetched that batch
 """
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_scar.core.data_order import EpochOrder, OwnGenerators, is_indexed
+from lightning_scar.core.rank_batches import RankBatches
 from lightning_scar.core.shared_epoch import RestOfEpoch, not_shared_out, recipe
 
 #: What is added to the state that Lightning saves of its training loop.
@@ -47,6 +49,7 @@ class TrainingData:
         self._discards: list[int] = []
         #: The rest of an epoch that these ranks have shared out, and the epoch.
         self._shared: dict[str, Any] = {}
+        self._others: RankBatches | None = None
         loop.__dict__.update(
             on_save_checkpoint=self._save,
             on_load_checkpoint=self._load,
@@ -80,6 +83,7 @@ class TrainingData:
         ]
 
     def _unfollow(self) -> None:
+        self.release_batches()
         for order in self._orders:
             order.remove()
         self._orders = []
@@ -187,13 +191,15 @@ class TrainingData:
         if self._begins_next:
             self._set_done((done + 1) * before if total is None else total)
         elif total is not None and (rest := RestOfEpoch.of(self._state_of(0), done, before, sampler)) is not None:
-            batches = rest.batches(self._trainer.global_rank, now, sampler.batch_size, sampler.drop_last)
-            self._shared = {**rest.state(), "at": max(total - len(batches), 0), "epoch": self._epochs.started}
+            rank = self._trainer.global_rank
+            share = rest.share(now, sampler.batch_size, sampler.drop_last)
+            batches = len(share(rank))
+            self._shared = {**rest.state(), "at": max(total - batches, 0), "epoch": self._epochs.started}
             order = self._orders[0]
             if not isinstance(order, EpochOrder):
                 # For this epoch only, in which its state would not help.
                 order = self._orders[0] = EpochOrder(self._loaders[0])
-            order.begin_with(batches)
+            order.begin_with(share, rank)
             self._set_done(self._shared["at"])
         else:
             rank_zero_warn(not_shared_out(before, now))
@@ -288,6 +294,46 @@ class TrainingData:
             iter(fetcher)
             for _ in range(done):
                 next(fetcher)
+
+    # -- other ranks -------------------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """The number of the present batch in its epoch, from 0 on."""
+        return int(self._batches.ready) - 1
+
+    def why_batches_unknown(self) -> str | None:
+        """Return why the batches of other ranks cannot be known, as far as is known; ``None`` if they can."""
+        if len(self._orders) > 1:
+            return "there are several training loaders; use a single one"
+        return self._rank_batches.why_unknown() if self._orders else None
+
+    def batches_of(self, rank: int, positions: Iterable[int]) -> list[Any]:
+        """Return batches of another rank in the present epoch, as its loader gives them: on the CPU.
+
+        Args:
+            rank: Its rank among all.
+            positions: Their numbers, as in :attr:`position`.
+
+        Returns:
+            The batches; ``None`` in the place of one that the rank does not have.
+
+        """
+        at = self._shared["at"] if self._shared else 0
+        return self._rank_batches.batches(rank, [position - at for position in positions])
+
+    def release_batches(self) -> None:
+        """Forget the batches of other ranks, and end the processes that load them."""
+        if self._others is not None:
+            self._others.close()
+        self._others = None
+
+    @property
+    def _rank_batches(self) -> RankBatches:
+        if self._others is None:
+            order, trainer = self._orders[0], self._trainer
+            self._others = RankBatches(order.loader, order, trainer.global_rank, trainer.world_size)
+        return self._others
 
     @property
     def _batches(self) -> Any:

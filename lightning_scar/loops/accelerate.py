@@ -138,6 +138,10 @@ class WithAccelerate(Framework):
         return private.batches_per_fetch(loader)
 
     @override
+    def given(self, loader: Any, batch: Any) -> Any:
+        return private.to_device_of(loader, batch)
+
+    @override
     def share(self, loader: Any, ranks: Ranks) -> tuple[int, int]:
         # The main process takes what all need, and hands it out.
         return (0, 1) if private.runs_collectives(loader) else super().share(loader, ranks)

@@ -4,7 +4,7 @@ import itertools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import isgenerator
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_scar.core.data_order import EpochOrder, is_indexed
 from lightning_scar.core.private import forget_iterator
 from lightning_scar.core.random_generators import cpu_generators, set_random_generators
+from lightning_scar.core.rank_batches import RankBatches
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.shared_epoch import RestOfEpoch, not_shared_out, recipe
 from lightning_scar.loops.framework import Framework
@@ -27,6 +28,7 @@ class LoopData:
     Attributes:
         epoch: The number of epochs that are done.
         loader: The loader of the present epoch; ``None`` before the first one.
+        ranks: The ranks that the data are divided among, including dead ones.
         at_end: Called when this rank has no more batches in an epoch.
 
     """
@@ -35,12 +37,14 @@ class LoopData:
         self.at_end: Callable[[], None] = _do_nothing
         self.epoch = 0
         self.loader: Any = None
+        self.ranks = Ranks()
         self._framework = framework
         self._done = 0
         self._order: EpochOrder | None = None
         self._is_in_epoch = False
         self._shared: dict[str, Any] | None = None
         self._saved: dict[str, Any] = {}
+        self._others: RankBatches | None = None
 
     def count(self) -> None:
         """Count a batch of the present epoch."""
@@ -76,17 +80,16 @@ class LoopData:
             return None
         return self._order.loaded_ahead(self._done * self._framework.batches_per_fetch(self.loader))
 
-    def load(self, state: Mapping[str, Any], before: int, ranks: Ranks) -> None:
+    def load(self, state: Mapping[str, Any], before: int) -> None:
         """Continue at a place that was saved, perhaps by another number of ranks.
 
         Args:
             state: The :meth:`state`, with what :meth:`loaded_ahead` gave as ``"ahead"``.
             before: The number of ranks that saved it.
-            ranks: The present ones.
 
         """
         self.epoch, self._done = state["epoch"], state["done"]
-        self._saved = {**state, "before": before, "ranks": ranks}
+        self._saved = {**state, "before": before}
         self._is_in_epoch = False
 
     # -- an epoch ------------------------------------------------------------------------------------------------
@@ -136,6 +139,7 @@ class LoopData:
 
     def close(self) -> None:
         """Give the loader back as it was."""
+        self.release_batches()
         if self._order is not None:
             self._order.remove()
 
@@ -146,7 +150,7 @@ class LoopData:
             The number of batches to load and discard; ``None`` if nothing is left of the epoch.
 
         """
-        state, ranks = saved.get("order"), saved["ranks"]
+        state, ranks = saved.get("order"), self.ranks
         is_over = saved.get("is_over") or self._done >= (sized_len(self.loader) or math.inf)
         if is_over and saved["before"] == ranks.world_size:
             if self._order is not None and state is not None:
@@ -162,7 +166,7 @@ class LoopData:
         sampler, batch_size = self._framework.whole_sampler(self._order.own)
         is_divided_anew = (state["recipe"] or {}).get("batch_size") != (batch_size if recipe(sampler) else None)
         if saved["before"] != ranks.world_size or is_divided_anew or state["shared"]:
-            return self._share_out(state, saved["before"], ranks)
+            return self._share_out(state, saved["before"])
         if self._done:
             self._begin_at({**state, "ahead": saved.get("ahead")})
         else:
@@ -176,32 +180,72 @@ class LoopData:
         self._order.begin_at(state, self._done * each, then=cpu_generators())
 
     def _place_by_state(self, saved: Mapping[str, Any]) -> int:
-        is_same_ranks = saved["before"] == saved["ranks"].world_size
+        is_same_ranks = saved["before"] == self.ranks.world_size
         if not is_same_ranks:
-            self._done = self._done * int(saved["before"]) // int(saved["ranks"].world_size)
+            self._done = self._done * int(saved["before"]) // self.ranks.world_size
         if saved.get("loader") is None or not is_same_ranks:
             return self._done
         self._framework.load_loader_state(self.loader, saved["loader"])
         return 0
 
-    def _share_out(self, state: Mapping[str, Any], before: int, ranks: Ranks) -> int | None:
+    def _share_out(self, state: Mapping[str, Any], before: int) -> int | None:
         assert self._order is not None
         sampler, batch_size = self._framework.whole_sampler(self._order.own)
         rest = RestOfEpoch.of(state, self._done, before, sampler)
         if rest is not None:
-            rank, size = self._framework.share(self.loader, ranks)
+            rank, size = self._framework.share(self.loader, self.ranks)
             self._shared = {**rest.state(), "at": 0}
-            batches = rest.batches(rank, size, batch_size, sampler.drop_last)
+            share = rest.share(size, batch_size, sampler.drop_last)
             self._done = 0
-            if not batches:
+            if not share(rank):
                 return None
-            self._order.begin_with(batches)
+            self._order.begin_with(share, rank)
             return 0
-        self._done = self._done * before // ranks.world_size
+        self._done = self._done * before // self.ranks.world_size
         self._begin_at(state)
-        if ranks.rank == 0:
-            warnings.warn(not_shared_out(before, ranks.world_size), stacklevel=4)
+        if self.ranks.rank == 0:
+            warnings.warn(not_shared_out(before, self.ranks.world_size), stacklevel=4)
         return 0
+
+    # -- other ranks ---------------------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """The number of the present batch in its epoch, or in the shared rest of it, from 0 on."""
+        return self._done
+
+    def why_batches_unknown(self) -> str | None:
+        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can."""
+        if not self._is_in_epoch:
+            return "the loop does not take its batches from `scar.batches(loader)`, which would know their order"
+        return self._rank_batches.why_unknown()
+
+    def batches_of(self, rank: int, positions: Iterable[int]) -> list[Any]:
+        """Return batches of another rank in the present epoch, as its loader gives them.
+
+        Args:
+            rank: Its rank among all.
+            positions: Their numbers, as in :attr:`position`.
+
+        Returns:
+            The batches; ``None`` in the place of one that the rank does not have.
+
+        """
+        batches = self._rank_batches.batches(rank, list(positions))
+        return [None if batch is None else self._framework.given(self.loader, batch) for batch in batches]
+
+    def release_batches(self) -> None:
+        """Forget the batches of other ranks, and end the processes that load them."""
+        if self._others is not None:
+            self._others.close()
+        self._others = None
+
+    @property
+    def _rank_batches(self) -> RankBatches:
+        if self._others is None:
+            inner = self._framework.torch_loader(self.loader)
+            self._others = RankBatches(inner, self._order, self.ranks.rank, self.ranks.world_size)
+        return self._others
 
 
 def _do_nothing() -> None:

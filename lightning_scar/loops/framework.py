@@ -1,5 +1,6 @@
 """The framework of a loop: plain PyTorch or Lightning Fabric. Accelerate, which knows more, has its own module."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -77,6 +78,14 @@ class Framework:
     def batches_ahead(self, loader: Any) -> int:
         """Return how many batches of its sampler a loader takes before they are needed."""
         return 0
+
+    def given(self, loader: Any, batch: Any) -> Any:
+        """Return a batch as a loader gives it to the loop: on its device."""
+        if not hasattr(loader, "_dataloader"):
+            return batch
+        alike = copy.copy(loader)
+        alike._dataloader = [batch]
+        return next(iter(alike))
 
     def share(self, loader: Any, ranks: Ranks) -> tuple[int, int]:
         """Return the number of this rank's share of the data, and the number of shares."""

@@ -171,9 +171,9 @@ class SCARLoop:
             restart_state = training.restart_state()
         if training is not None and training.engine.is_joiner:
             # This process must not run a collective before it joins.
-            self.state.ranks = training.ranks
+            self.state.data.ranks = training.ranks
         else:
-            self.state.ranks = Ranks.of_default_group()
+            self.state.data.ranks = Ranks.of_default_group()
             self.state.record_position()
             running = self._open()
             first: int | None = 0

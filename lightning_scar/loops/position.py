@@ -26,7 +26,6 @@ class LoopState:
     Attributes:
         framework: The loop's framework.
         parts: The models, optimizers and other parts, after :meth:`collect_parts`.
-        ranks: The ranks that the data are divided among, including dead ones.
         batches: The number of batches that each rank has done.
         steps: The number of batches with an optimizer step.
         data: The place in the training data.
@@ -36,7 +35,6 @@ class LoopState:
     def __init__(self, framework: Framework, dirpath: str, strict: bool) -> None:
         self.framework = framework
         self.parts = TrainingState()
-        self.ranks = Ranks()
         self.batches = 0
         self.steps = 0
         self._dirpath = dirpath
@@ -45,6 +43,11 @@ class LoopState:
         self._position: dict[str, Any] = {}
         self._ahead: Callable[[], dict[str, Any]] | None = None
         self._random: Callable[[], dict[str, Any]] = random_generators
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that the data are divided among, including dead ones."""
+        return self.data.ranks
 
     def collect_parts(self) -> None:
         """Determine what is saved: objects that are created or deleted later do not change it.
@@ -107,7 +110,7 @@ class LoopState:
         self.steps = checkpoint["global_step"]
         self.batches = position["batches"] * position["ranks"] // now
         self.framework.restore_accumulated(position)
-        self.data.load(position["data"], position["ranks"], self.ranks)
+        self.data.load(position["data"], position["ranks"])
         self.record_position()
 
     def load_step(self, checkpoint: dict[str, Any], strict: bool = True, owners: Owners = NO_OWNERS) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, SeedableRandomSampler, get_sampler
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 
 from lightning_scar.core.training_state import TrainingState
 
@@ -73,6 +73,12 @@ def batches_per_fetch(loader: Any) -> int:
     """Return how many batches of its sampler a prepared loader takes for one batch."""
     is_dispatcher = isinstance(loader, DataLoaderDispatcher) and not loader.split_batches
     return int(loader.state.num_processes) if is_dispatcher else 1
+
+
+def to_device_of(loader: Any, batch: Any) -> Any:
+    """Return a batch on the device that a prepared loader moves its own to."""
+    device = getattr(loader, "device", None)
+    return batch if device is None else send_to_device(batch, device, non_blocking=loader._non_blocking)
 
 
 def shuffle_seed(loader: Any) -> int | None:

@@ -1,0 +1,198 @@
+"""The batches of other ranks: a survivor loads those of the ranks that are missing."""
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_scar.core.data_order import Beginning, EpochOrder, is_indexed
+from lightning_scar.core.private import forget_iterator
+from lightning_scar.core.random_generators import kept_generators, set_random_generators
+from lightning_scar.core.samplers import chain, copied, knows_rank
+
+
+class RankBatches:
+    """The batches of the present epoch, as the loaders of other ranks give them.
+
+    The order of a rank is a function of its sampler and of the generators when the epoch began. So a copy of this
+    rank's sampler, which serves the other rank, gives its indices, and a copy of this rank's loader loads them.
+    Neither random numbers nor the order of this process change.
+
+    Args:
+        loader: The loader of this rank.
+        order: Its :class:`~lightning_scar.core.data_order.EpochOrder`; ``None`` if it has none.
+        rank: This rank in the complete group, which the samplers divide the data among.
+        size: The number of ranks in it.
+
+    Attributes:
+        loader: The loader of this rank.
+
+    Example::
+
+        >>> from torch.utils.data import DistributedSampler
+        >>> sampler = DistributedSampler(range(8), num_replicas=2, rank=0, shuffle=False)
+        >>> loader = DataLoader(range(8), batch_size=2, sampler=sampler)
+        >>> others = RankBatches(loader, EpochOrder(loader), rank=0, size=2)
+        >>> next(iter(loader)), others.batches(1, [0, 1])
+        (tensor([0, 2]), [tensor([1, 3]), tensor([5, 7])])
+
+    """
+
+    def __init__(self, loader: Any, order: Any, rank: int, size: int) -> None:
+        self.loader = loader
+        self._order = order
+        self._rank, self._size = rank, size
+        self._beginning: Beginning | None = None
+        self._verdict: str | None = None
+        #: By rank: the number of the next batch, and an iterator.
+        self._iterators: dict[int, tuple[int, Iterator[Any]]] = {}
+        #: By rank: the batches of the last call, by number.
+        self._kept: dict[int, dict[int, Any]] = {}
+
+    def batches(self, rank: int, positions: Sequence[int]) -> list[Any]:
+        """Return batches of a rank; those of the last call are kept, so that a step can be repeated.
+
+        Args:
+            rank: The rank.
+            positions: The numbers of its batches in the present epoch, or in the shared rest of it, from 0 on. Rising
+                ones are fast.
+
+        Returns:
+            The batches, on the CPU; ``None`` in the place of one that the rank does not have.
+
+        Raises:
+            ValueError: If the batches are unknown; see :meth:`why_unknown`.
+
+        """
+        if reason := self.why_unknown():
+            raise ValueError(reason)
+        kept = self._kept.get(rank, {})
+        with _same_random_numbers():
+            batches = {i: kept[i] if i in kept else self._load(rank, i) for i in positions}
+        self._kept[rank] = batches
+        return [batches[i] for i in positions]
+
+    def close(self) -> None:
+        """Forget the batches, and end the processes that load them."""
+        self._iterators, self._kept = {}, {}
+
+    # -- whether they are known ----------------------------------------------------------------------------------
+
+    def why_unknown(self) -> str | None:
+        """Return why the batches of other ranks cannot be known, and what would help; ``None`` if they can.
+
+        More is known once an epoch has begun: then the order that a copy draws is compared with the one that was drawn.
+        """
+        if isinstance(self._order, EpochOrder) and self._order.beginning is not None:
+            self._follow(self._order.beginning)
+            return self._verdict
+        return self._why_never()
+
+    def _follow(self, beginning: Beginning) -> None:
+        """Begin anew in another epoch."""
+        if beginning is not self._beginning:
+            self.close()
+            self._beginning = beginning
+            with _same_random_numbers():
+                self._verdict = self._why_never() if beginning.share is None else None
+                self._verdict = self._verdict or self._why_not_now(beginning)
+
+    def _why_never(self) -> str | None:
+        loader, name = self.loader, type(self.loader).__name__
+        if not isinstance(loader, DataLoader):
+            return f"{name} is no DataLoader of torch; use one with a DistributedSampler"
+        if not is_indexed(loader):
+            return f"{type(loader.dataset).__name__} has no indices; use a map-style dataset"
+        if not isinstance(self._order, EpochOrder):
+            return f"{name} places itself; use torch's DataLoader"
+        if not knows_rank(self._order.own, self._rank, self._size):
+            return (
+                f"{_names(self._order.own)} does not know its rank, so each rank has an order of its own; use a "
+                "DistributedSampler, or give your sampler the attributes `rank` and `num_replicas`"
+            )
+        return None
+
+    def _why_not_now(self, beginning: Beginning) -> str | None:
+        order = self._order
+        if beginning.share is not None or order.latest is None:
+            return None
+        name = _names(order.own)
+        if beginning.draws_global:
+            return (
+                f"{name} draws from a global random generator, which each rank has of its own; give it a "
+                "torch.Generator with the same seed on all ranks"
+            )
+        number, item = order.latest
+        try:
+            again = next(iter(self._order_of(self._rank, number)), None)
+            if again is None or not _same(again, item):
+                return f"{name} does not draw the same order again; let it depend on its epoch and generator only"
+            if len(self.loader.dataset) > np.size(item) and self._are_all_the_same():
+                return f"the order of {name} does not depend on its rank; use a DistributedSampler"
+        except Exception as error:
+            return f"a copy of {name} fails ({error!r}); use a DistributedSampler"
+        return None
+
+    def _are_all_the_same(self) -> bool:
+        """Return whether all ranks have the same order."""
+        pairs = (
+            itertools.zip_longest(self._order_of(self._rank, 0), self._order_of(rank, 0))
+            for rank in range(self._size)
+            if rank != self._rank
+        )
+        return all(_same(a, b) for a, b in itertools.chain.from_iterable(pairs))
+
+    # -- the order of a rank -------------------------------------------------------------------------------------
+
+    def _load(self, rank: int, position: int) -> Any:
+        at, iterator = self._iterators.pop(rank, (-1, iter(())))
+        if at != position:
+            del iterator  # Its processes end before others start.
+            iterator = iter(self._order_of(rank, position).loader)
+        batch = next(iterator, None)
+        self._iterators[rank] = position + 1, iterator
+        return batch
+
+    def _order_of(self, rank: int, first: int) -> EpochOrder:
+        """Return the order of a copy of the loader, which begins behind the first batches of a rank."""
+        beginning = self._beginning
+        assert beginning is not None
+        loader = copy.copy(self.loader)
+        # A generator of its own gives the seeds of its workers.
+        vars(loader).update(generator=torch.Generator(), persistent_workers=False)
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        own = self._order.own if beginning.sampler is None else beginning.sampler
+        vars(loader)[name] = copied(own, loader.dataset, self._rank, self._size, rank)
+        forget_iterator(loader)
+        order = EpochOrder(loader)
+        if (share := beginning.share) is not None:
+            order.begin_with(lambda rank: share(rank)[first:], rank)
+        elif first:
+            order.begin_at({"began": {}, "now": {}}, first)
+        return order
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Return a context behind which the random generators are as they were."""
+    kept = kept_generators()
+    try:
+        yield
+    finally:
+        set_random_generators(kept())
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Return whether two items of samplers are equal: an index, or those of a batch."""
+    return bool(np.array_equal(np.asarray(a, dtype=object), np.asarray(b, dtype=object)))
+
+
+def _names(sampler: Any) -> str:
+    """Return the names of a sampler's class and of those inside it."""
+    names = [type(each).__name__ for each in chain(sampler)]
+    return f"{names[0]} of {names[1]}" if len(names) > 1 else names[0]
