@@ -29,8 +29,8 @@ SCRIPTS = {
 }
 #: With buffers, a schedule and clipping.
 REFERENCE: dict[str, Any] = {"model": {"rich": True}, "trainer": {"max_epochs": 3, "gradient_clip_val": 0.5}}
-#: With random numbers besides.
-WITH_DROPOUT: dict[str, Any] = {**REFERENCE, "model": {"rich": True, "dropout": True}}
+#: With random numbers besides, of each rank others.
+WITH_DROPOUT: dict[str, Any] = {**REFERENCE, "model": {"rich": True, "dropout": True}, "seeds": True}
 
 #: Where nothing depends on the words of Fabric, the other two tell enough.
 DOORS = ["Trainer", "Accelerate"]

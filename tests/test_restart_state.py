@@ -64,14 +64,16 @@ def test_a_state_that_memory_has_no_room_for_goes_to_disk(memory: Path, capsys: 
 
 def test_what_is_small_goes_to_disk_with_it(memory: Path) -> None:
     (memory / "filler").write_bytes(b"x" * (64 << 10))
-    save_own_state(1, {"random": torch.zeros(5000, dtype=torch.uint8)})
+    save_own_state(1, {"random": torch.zeros(5000, dtype=torch.uint8), "global_step": 3})
     note_incarnation(1, 5)
     assert names(memory / DISK) == ["own-1.pt", "start-0001"]
     (memory / "filler").unlink()
     note_incarnation(1, 6)
     assert (noted_incarnation(1), names(memory / DISK)) == (6, ["own-1.pt"])
-    assert pop_own_state(1)["random"].numel() == 5000
-    assert pop_own_state(1) == {}
+    assert pop_own_state(1, 3)["random"].numel() == 5000
+    assert pop_own_state(1, 3) == {}
+    save_own_state(1, {"global_step": 3})
+    assert pop_own_state(1, 4) == {}
 
 
 def test_generators_that_find_no_room_are_not_known(memory: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from helpers import assert_same
-from scar_ddp_runs import REFERENCE, Fault, assert_done, reference, train, world_sizes
+from scar_ddp_runs import REFERENCE, WITH_DROPOUT, Fault, assert_done, reference, train, world_sizes
 
 ENDINGS = {"kill": "was killed by SIGKILL", "error": "exited with code 1", "exit": "exited with code 3"}
 CASES: dict[str, list[Fault]] = {
@@ -28,9 +28,9 @@ THROUGH = [
 @pytest.mark.parametrize(("case", "door"), THROUGH)
 def test_a_failure_outside_of_steps_costs_nothing_but_time(tmp_path: Path, case: str, door: str) -> None:
     callbacks = ["ModelCheckpoint"] if case == "in a save" else []
-    training = train(tmp_path, *CASES[case], **REFERENCE, callbacks=callbacks, door=door)
+    training = train(tmp_path, *CASES[case], **WITH_DROPOUT, callbacks=callbacks, door=door)
     assert_done(training, steps=36)
-    assert_same(training.state, reference(door=door))
+    assert_same(training.state, reference(dropout=True, door=door))
     assert "starting all workers again" in training.console
     for _, _, slot, how in CASES[case]:
         assert f"rank {slot} {ENDINGS[how]}; " in training.console

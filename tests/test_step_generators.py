@@ -64,6 +64,9 @@ def test_a_replacement_goes_on_where_the_dead_worker_stood(folder: Path) -> None
     drawn = torch.rand(3)
     StepGenerators(slot=1).take_over(5)
     assert torch.equal(torch.rand(3), drawn)
+    # Nor does it lose that while it has no state of the training yet.
+    StepGenerators(slot=1).note(-1, random_state())
+    assert StepGenerators(slot=1).of(1, step=5) is not None
     # Of a step that is not reached, or of which nothing is known, nothing is taken.
     before = torch.get_rng_state()
     StepGenerators(slot=1).take_over(3)

@@ -103,15 +103,21 @@ def save_own_state(slot: int, state: dict[str, Any]) -> None:
     write(f"own-{slot}.pt", lambda file: torch.save(state, file))
 
 
-def pop_own_state(slot: int) -> dict[str, Any]:
-    """Return what a worker has saved by :func:`save_own_state`, and remove it; nothing if it was killed."""
+def pop_own_state(slot: int, step: int) -> dict[str, Any]:
+    """Return what a worker has saved by :func:`save_own_state`, and remove it.
+
+    Args:
+        slot: The worker's.
+        step: The number of completed steps; nothing is returned if the worker saved it at another, or was killed.
+
+    """
     path = find(f"own-{slot}.pt")
     if path is None:
         return {}
     # Safe, because this program wrote the file itself.
     state: dict[str, Any] = torch.load(path, weights_only=False)
     path.unlink()
-    return state
+    return state if state.get("global_step") == step else {}
 
 
 def note_incarnation(training: int, incarnation: int) -> None:

@@ -62,7 +62,7 @@ class StepGenerators:
         """Note with which state a slot begins a step, unless it draws numbers before.
 
         Args:
-            step: The number of steps that are completed.
+            step: The number of steps that are completed; -1 in a replacement that has no state yet.
             state: From :func:`~lightning_scar.continuation.snapshot.random_state`.
             slot: The slot; by default this worker's.
 
@@ -74,7 +74,7 @@ class StepGenerators:
         cpu, device = state
         head = _HEAD.pack(step, cpu.numel(), 0 if device is None else device.numel())
         parts = [head, cpu.numpy(), *(() if device is None else (device.numpy(),))]
-        if file is None or sum(map(len, parts)) + _CHECKSUM.size > _RECORD:
+        if file is None or step < 0 or sum(map(len, parts)) + _CHECKSUM.size > _RECORD:
             return
         at, checksum = step % 2 * _RECORD, 0
         for part in parts:
@@ -91,6 +91,15 @@ class StepGenerators:
 
         """
         return dict(_records(slot)).get(step)
+
+    def plain(self, step: int) -> dict[str, Any]:
+        """Return :meth:`of` this worker, as ``set_random_generators`` takes it; nothing if that is not known.
+
+        Args:
+            step: The number of steps that are completed.
+
+        """
+        return dict(zip(("torch", "device"), self.of(self._slot, step) or (), strict=False))
 
     def take_over(self, step: int) -> None:
         """Let this process, a replacement, draw what the worker before it would have drawn.

@@ -58,6 +58,8 @@ def set_random_generators(states: Mapping[str, Any]) -> None:
     cuda = states.get("cuda")
     if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
+    if states.get("device") is not None:
+        torch.cuda.set_rng_state(states["device"])
 
 
 # -- a generator of one's own ------------------------------------------------------------------------------------------

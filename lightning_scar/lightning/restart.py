@@ -13,6 +13,7 @@ from lightning_scar.continuation.restart_state import (
     pop_own_state,
     save_restart_state,
 )
+from lightning_scar.continuation.step_generators import StepGenerators
 from lightning_scar.lightning import moment, private, replacement
 from lightning_scar.lightning.data import use_own_loader_states
 from lightning_scar.lightning.moment import Moment
@@ -91,9 +92,12 @@ class TrainerCalls:
             # Safe, because this program wrote the file itself.
             checkpoint: dict[str, Any] = torch.load(restart_state.path, map_location="cpu", weights_only=False)
             self.resumed = resumed = checkpoint[KEY]
-            own = pop_own_state(trainer.global_rank)
-            if own.get("global_step") != checkpoint["global_step"]:
-                own = checkpoint  # One that was killed, or a step behind, goes on with all of the other's.
+            slot, step = trainer.global_rank, checkpoint["global_step"]
+            own = pop_own_state(slot, step)
+            if not own:
+                # One that was killed, or a step behind, goes on with the other's.
+                own = checkpoint
+                own[KEY]["random"] = {**own[KEY]["random"], **StepGenerators(slot).plain(step)}
             use_own_loader_states(checkpoint, own)
             self.moment = Moment(trainer, checkpoint, own)
             trainer.should_stop = resumed["finished"] or resumed["live"]["should_stop"]

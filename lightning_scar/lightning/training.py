@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_scar.continuation.outages import OutagePolicy
 from lightning_scar.continuation.restart_state import share_restart_state
-from lightning_scar.continuation.snapshot import changes
+from lightning_scar.continuation.snapshot import changes, random_state
 from lightning_scar.continuation.stale_gradients import reshuffled
 from lightning_scar.continuation.step import Continuation
 from lightning_scar.elastic.worker.errors import FinalError
@@ -26,13 +26,13 @@ from lightning_scar.lightning.restart import trainer_calls
 class _Ends(Beginnings):
     """Raises an error of a completed step after the loops have counted it; else the step would be repeated.
 
-    It also notes the end of an epoch.
+    It also notes the end of an epoch, and lets the random numbers that it keeps outlive this process.
     """
 
-    def __init__(self, raise_pending: Callable[[], None], end_epoch: Callable[[], None]) -> None:
+    def __init__(self, raise_pending: Callable[[], None], continuation: Continuation) -> None:
         super().__init__()
         self._raise_pending = raise_pending
-        self._end_epoch = end_epoch
+        self._continuation = continuation
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
         return Callback, ()
@@ -45,7 +45,12 @@ class _Ends(Beginnings):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         super().on_train_epoch_end(trainer)
-        self._end_epoch()
+        self._continuation.end_epoch()
+
+    @override
+    def keep_random(self) -> None:
+        super().keep_random()
+        self._continuation.generators.note(self._continuation.steps, random_state())
 
 
 class GroupStrategy(Protocol):
@@ -108,7 +113,7 @@ class TrainerTraining:
         private.silence_sigterm_broadcast(self._trainer)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, _Ends) for callback in callbacks):
-            callbacks.insert(0, _Ends(self._raise_pending, self.continuation.end_epoch))
+            callbacks.insert(0, _Ends(self._raise_pending, self.continuation))
         if not self.continuation.is_joiner:
             loggers.share_versions(self._trainer)
         self.continuation.start(self._trainer.global_step, trainer_calls.resumed)

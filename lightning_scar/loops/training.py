@@ -20,6 +20,7 @@ from lightning_scar.continuation.restart_state import (
 )
 from lightning_scar.continuation.snapshot import changes
 from lightning_scar.continuation.step import Continuation
+from lightning_scar.continuation.step_generators import StepGenerators
 from lightning_scar.continuation.wrappers import Wrappers
 from lightning_scar.core.random_generators import set_random_generators
 from lightning_scar.core.ranks import Ranks
@@ -125,8 +126,10 @@ class LoopTraining:
             return None
         # Safe, because this program wrote the file itself.
         checkpoint: dict[str, Any] = torch.load(restart_state.path, weights_only=False)
-        own = pop_own_state(self._member.slot)
-        return {**checkpoint, **own} if own.get("global_step") == checkpoint["global_step"] else checkpoint
+        slot, step = self._member.slot, checkpoint["global_step"]
+        own = pop_own_state(slot, step)
+        # One that was killed goes on with the other's.
+        return {**checkpoint, "random": {**checkpoint["random"], **StepGenerators(slot).plain(step)}, **own}
 
     def start(self, restart_state: dict[str, Any] | None) -> None:
         """Start the engine; a replacement joins here."""
