@@ -168,7 +168,7 @@ def run(way: str, folder: Path, *dies: Callback, more: Any = None, **options: An
         "lines": diary.lines,
         "EarlyStopping": stops.state_dict(),
         "ModelCheckpoint": {name: best.state_dict()[name] for name in kept},
-        "files": len(best.state_dict()["best_k_models"]),
+        "files": sorted(path.name for path in (folder / "best").iterdir()),
         "loops": {name: loop[name] for name in counts},
         **{name: model.final[name] for name in ("global_step", "epoch", "lr_schedulers", "state_dict")},
         "optimizer_states": model.final["optimizer_states"],

@@ -5,7 +5,10 @@ When one of these fails after an upgrade, the function of the same name in ``lig
 
 import dataclasses
 import inspect
+import os
+import pickle
 import re
+import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -15,7 +18,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import TinyModel, loader, make_trainer
-from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata
@@ -107,6 +110,22 @@ def test_slurm_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train"}.items():
         monkeypatch.setenv(name, value)
     assert private_paths.slurm_checkpoint(trainer) == str(tmp_path / "hpc_ckpt_12.ckpt")
+
+
+def test_overwrite_lost_files(tmp_path: Path) -> None:
+    """Of an earlier run, of this one before its last save, lost since, and of this process."""
+    trainer = make_trainer(ModelCheckpoint(tmp_path), default_root_dir=tmp_path)
+    (callback,) = (each for each in trainer.callbacks if isinstance(each, ModelCheckpoint))
+    now = time.time()
+    for name, age in {"earlier": 1000, "before": 100, "lost": 10, "own": -10}.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (now - age, now - age))
+    private_paths.overwrite_lost_files(trainer, since=now - 50)
+    assert pickle.loads(pickle.dumps(callback)).dirpath == callback.dirpath
+    found = [
+        name for name in ("earlier", "before", "lost", "own", "none") if callback.file_exists(tmp_path / name, trainer)
+    ]
+    assert found == ["earlier", "before", "own"]
 
 
 def test_after_batches() -> None:

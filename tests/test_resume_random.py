@@ -74,6 +74,20 @@ def test_random_numbers_go_on(after: int, validated: str, tmp_path: Path) -> Non
     assert_same(second.final["state_dict"], whole.final["state_dict"])
 
 
+def test_random_numbers_of_workers_go_on_in_the_next_epoch(tmp_path: Path) -> None:
+    def run(folder: str, seed: int, after: int | None = None) -> list[tuple[int, float]]:
+        options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 0}
+        options["data"] = DataLoader(Augmented(), batch_size=BATCH_SIZE, num_workers=1)
+        scar, model = saver(tmp_path / folder, **EXACT), Noisy(seed)
+        done = cut_short(scar, model=model, after=after, **options) if after else fit(scar, model=model, **options)
+        return done.seen
+
+    whole = run("whole", seed=1)
+    first, second = run("cut", seed=1, after=3), run("cut", seed=2)
+    assert len(first + second) == len(whole)
+    assert second[-8:] == whole[-8:]
+
+
 #: Where an error comes, behind numbers that are drawn again: in a batch, and where the next one begins.
 HOOKS = ["training_step", "validation_step", "on_train_batch_start", "on_train_epoch_end", "on_train_epoch_start"]
 

@@ -1,5 +1,6 @@
 """The moment of a checkpoint: what was left to do, and the metrics and random numbers that it goes on with."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing_extensions import override
 
 from lightning_scar.core.random_generators import kept_generators, random_generators, set_random_generators
 from lightning_scar.lightning import private, private_loops, progress
+from lightning_scar.lightning.private_paths import overwrite_lost_files
 from lightning_scar.lightning.progress import KEY, Pending
 from lightning_scar.lightning.results import results, set_results
 
@@ -24,6 +26,7 @@ class Beginnings(Callback):
     def __init__(self) -> None:
         self.states: dict[str, Any] = {}
         self.results: list[dict[str, Any]] = []
+        self.time = time.time()
         self.random: Callable[[], dict[str, Any]] = random_generators
 
     def keep_random(self) -> None:
@@ -55,6 +58,7 @@ class Beginnings(Callback):
 
     def _note(self, trainer: pl.Trainer) -> None:
         private_loops.begins(trainer)
+        self.time = time.time()
         self.states, self.results = private_loops.callback_states(trainer), results(trainer)
 
     @classmethod
@@ -80,7 +84,7 @@ def dump(trainer: pl.Trainer, pending: Pending | None = None) -> dict[str, Any]:
 
     """
     checkpoint = private.dump_checkpoint(trainer)
-    logged, random = results(trainer), random_generators
+    logged, random, since = results(trainer), random_generators, time.time()
     if pending is None:
         pending = private_loops.pending(trainer)
         beginnings = Beginnings.of(trainer)
@@ -94,9 +98,10 @@ def dump(trainer: pl.Trainer, pending: Pending | None = None) -> dict[str, Any]:
             logged, begins = beginnings.results, begins or pending == "epoch end"
         if begins:
             checkpoint.get("callbacks", {}).update(beginnings.states)
-            random = beginnings.random
+            random, since = beginnings.random, beginnings.time
     checkpoint[KEY] = {
         "pending": pending,
+        "time": since,
         "metrics": private_loops.present_metrics(trainer),
         "results": logged,
         "random": random(),
@@ -130,5 +135,7 @@ class Moment:
         if "metrics" in self._saved:
             private.set_metrics(self._trainer, self._saved["metrics"])
             set_results(self._trainer, self._saved["results"])
+        if "time" in self._saved:
+            overwrite_lost_files(self._trainer, since=self._saved["time"])
         private_loops.go_on(self._trainer, self.pending, set_random)
         Beginnings.of(self._trainer).keep_random()

@@ -1,11 +1,18 @@
-"""The private API with which Lightning chooses ``ckpt_path``. Each use is in one function here, with a test."""
+"""The private API with which Lightning chooses paths of checkpoints. Each use is in one function here, with a test."""
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+
+#: Seconds; file systems tell the time of a write no more exactly.
+_GRAIN = 2.0
 
 
 def select_paths(select: Callable[[pl.Trainer, Any, bool, Callable[[Any], Any]], Any]) -> None:
@@ -32,3 +39,35 @@ def select_paths(select: Callable[[pl.Trainer, Any, bool, Callable[[Any], Any]],
 def slurm_checkpoint(trainer: pl.Trainer) -> str | None:
     """Return the path that Lightning loads without being asked when it runs on SLURM; ``None`` if there is none."""
     return trainer._checkpoint_connector._hpc_resume_path if SLURMEnvironment.detect() else None
+
+
+def overwrite_lost_files(trainer: pl.Trainer, since: float) -> None:
+    """Let ModelCheckpoints overwrite what this run wrote before it died and has lost since; else ``-v1`` lies beside.
+
+    Args:
+        trainer: The trainer.
+        since: When the state was saved that the run goes on from, in seconds since the epoch.
+
+    """
+    until = time.time()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint):
+            exists = partial(_exists_and_counts, type(callback).file_exists, callback, since - _GRAIN, until)
+            callback.file_exists = exists  # type: ignore[method-assign]
+
+
+def _exists_and_counts(
+    exists: Callable[..., bool],
+    callback: ModelCheckpoint,
+    since: float,
+    until: float,
+    filepath: Any,
+    trainer: pl.Trainer,
+) -> bool:
+    if not exists(callback, filepath, trainer):
+        return False
+    is_lost = False
+    # Some places do not know when a file was written.
+    with suppress(NotImplementedError, OSError):
+        is_lost = trainer.is_global_zero and since <= callback._fs.modified(filepath).timestamp() <= until
+    return not trainer.strategy.broadcast(is_lost)
