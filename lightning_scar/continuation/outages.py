@@ -4,12 +4,29 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Literal, get_args
 
 from lightning_scar.elastic.worker.member import Member
 
-OnFailure = Literal["shrink", "buffer", "wait"]
+OnFailure = Literal["cover", "shrink", "buffer", "wait"]
 FlushMode = Literal["mean", "replay"]
+
+#: What survivors do, for the user.
+_HOW = {
+    "cover": "go on, and compute the missing batches",
+    "shrink": "go on",
+    "buffer": "collect stale gradients",
+    "wait": "wait",
+}
+
+
+class Finding(IntEnum):
+    """Whether survivors can compute missing batches. The smallest finding of all counts."""
+
+    IMPOSSIBLE = 0
+    WHOLE = 1
+    SLICED = 2
 
 
 @dataclass(frozen=True)
@@ -17,7 +34,7 @@ class OutagePolicy:
     """What survivors do while a worker is missing.
 
     Args:
-        on_failure: ``"shrink"``, ``"buffer"`` or ``"wait"``.
+        on_failure: ``"cover"``, ``"shrink"``, ``"buffer"`` or ``"wait"``.
         min_world_size: If fewer workers are left, they save and stop.
         max_staleness: The most gradients that a survivor collects beyond that of the interrupted step.
         flush: How collected gradients are applied.
@@ -27,7 +44,7 @@ class OutagePolicy:
 
     """
 
-    on_failure: OnFailure = "shrink"
+    on_failure: OnFailure = "cover"
     min_world_size: int = 1
     max_staleness: int = 16
     flush: FlushMode = "mean"
@@ -56,6 +73,7 @@ class Outage:
         reason: Who was lost and how, e.g. ``"rank 2 was killed by SIGKILL"``.
         survivors_seconds: Seconds until this worker had completed the interrupted step.
         seconds: Seconds until the group was complete again; ``None`` before.
+        covered_batches: The batches of missing workers that survivors computed.
         stale_gradients: The gradients, beyond that of the interrupted step, that this worker collected and applied.
         steps_lost: Completed steps that had to be repeated.
 
@@ -65,6 +83,7 @@ class Outage:
     reason: str = ""
     survivors_seconds: float | None = None
     seconds: float | None = None
+    covered_batches: int = 0
     stale_gradients: int = 0
     steps_lost: int = 0
     began: float = field(default_factory=time.monotonic, repr=False)
@@ -83,8 +102,15 @@ class Outages:
     def __init__(self, log: Callable[[dict[str, float]], None], member: Member, policy: OutagePolicy) -> None:
         self.list: list[Outage] = []
         self.policy = policy
+        #: Whether missing batches can be computed; ``None`` before it is known.
+        self.finding: Finding | None = None
         self._log = log
         self._member = member
+
+    @property
+    def covers(self) -> bool:
+        """Whether survivors compute missing batches, as far as it is known."""
+        return self.policy.on_failure == "cover" and self.finding != Finding.IMPOSSIBLE
 
     @property
     def current(self) -> Outage | None:
@@ -103,7 +129,7 @@ class Outages:
             return
         outage.reason = generation.deaths or "the connection was lost"
         here, all_of_them = len(generation.spawns), self._member.world_size
-        how = {"shrink": "go on", "buffer": "collect stale gradients", "wait": "wait"}[self.policy.on_failure]
+        how = _HOW["shrink" if self.finding == Finding.IMPOSSIBLE else self.policy.on_failure]
         self._say(f"{outage.reason} in step {outage.step + 1}; {here} of {all_of_them} workers {how}")
 
     def restarting(self, deaths: str) -> None:
@@ -125,11 +151,13 @@ class Outages:
         outage.seconds = time.monotonic() - outage.began
         self._say(
             f"all {self._member.world_size} workers are there again at step {step}: outage {outage.seconds:.1f} s, "
-            f"stale gradients applied: {outage.stale_gradients}, steps lost: {outage.steps_lost}"
+            f"batches covered: {outage.covered_batches}, stale gradients applied: {outage.stale_gradients}, "
+            f"steps lost: {outage.steps_lost}"
         )
         metrics = {
             "scar/outages": float(len(self.list)),
             "scar/outage_seconds": outage.seconds,
+            "scar/covered_batches": float(outage.covered_batches),
             "scar/stale_gradients": float(outage.stale_gradients),
         }
         self._log(metrics)

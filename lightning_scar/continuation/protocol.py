@@ -1,9 +1,11 @@
 """What the engine of continuation requires of a front door."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Training(Protocol):
@@ -23,6 +25,9 @@ class Training(Protocol):
 
     def unwrap(self) -> None:
         """Remove the wrapper, so that the model works without a group."""
+
+    def wrappers(self) -> list[DistributedDataParallel]:
+        """Return the present wrappers of the model; none without a group."""
 
     # -- its state -----------------------------------------------------------------------------------------------
 
@@ -71,8 +76,8 @@ class Training(Protocol):
     def extra_batches(self) -> Iterator[Any] | None:
         """Return endless batches of the training data in this process's own order; ``None`` if not supported."""
 
-    def compute_gradient(self, batch: Any) -> None:
-        """Compute the gradient of a batch; discard the gradients before it."""
+    def compute_gradient(self, batch: Any) -> Any:
+        """Compute the gradient of a batch; discard the gradients before it. Return the loss."""
 
     def samples(self, batch: Any) -> int:
         """Return the number of samples in a batch."""
@@ -80,6 +85,37 @@ class Training(Protocol):
     @property
     def micro_batches(self) -> int:
         """The number of batches in a step."""
+
+    # -- batches of missing workers ------------------------------------------------------------------------------
+
+    def why_unknown(self) -> str | None:
+        """Return why the batches of missing workers are unknown; ``None`` if they are not, or before the first step."""
+
+    def batches_of(self, slot: int) -> list[Any]:
+        """Return the batches of the worker in a slot in the present step, as a training step gets them."""
+
+    def release_batches(self) -> None:
+        """Stop loading batches of missing workers."""
+
+    @property
+    def batches_in_step(self) -> int:
+        """The number of batches of each worker in the present step, up to the present one."""
+
+    def covering(self, share: float) -> AbstractContextManager[None]:
+        """Return a context to compute a batch of a missing worker.
+
+        Args:
+            share: The share of a whole batch that is computed; with 0, what is logged is discarded.
+
+        """
+
+    def counting_covered(self, scale: float) -> AbstractContextManager[None]:
+        """Return a context for this worker's own batch, in which what was logged in :meth:`covering` counts, too.
+
+        Args:
+            scale: The share of workers that are present.
+
+        """
 
     # -- logging and restarts ------------------------------------------------------------------------------------
 

@@ -71,6 +71,25 @@ class Generations:
                     raise
                 loss = Loss.of(error, loss.waited)
 
+    def check_size(self, smallest: int) -> None:
+        """End the job if too few workers are left.
+
+        Args:
+            smallest: The number of workers that suffices.
+
+        Raises:
+            RuntimeError: If there are fewer.
+
+        """
+        assert self._member.generation is not None
+        present = len(self._member.generation.spawns)
+        if present < smallest:
+            reason = f"{present} workers are left, fewer than min_world_size={smallest}"
+            self._member.give_up(reason)
+            raise RuntimeError(
+                f"lightning-scar: {reason}. The training stops. Start it again to resume from its last save."
+            )
+
     def leave(self) -> None:
         """Leave the group and unwrap the model."""
         self._training.unwrap()
@@ -86,12 +105,14 @@ class Generations:
     def _synchronize(self, closure: Callable[[], Any] | None, ready: bool, was_behind: bool) -> bool:
         """Send the state of the member with the most completed steps to those behind it."""
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (self.steps, self.substeps, ready, was_behind))
-        self.some_are_ready = any(ready for *_, ready, _ in gathered)
+        dist.all_gather_object(gathered, (self.steps, self.substeps, ready, was_behind, self._outages.finding))
+        self.some_are_ready = any(ready for _, _, ready, _, _ in gathered)
+        # A worker may have failed where the others agreed, and a replacement knows nothing.
+        self._outages.finding = next((finding for *_, finding in gathered if finding is not None), None)
         progress = [(steps, substeps) for steps, substeps, *_ in gathered]
         source = progress.index(max(progress))
         behind = [rank for rank, completed in enumerate(progress) if completed < progress[source]]
-        are_late = any(was_behind for *_, was_behind in gathered)
+        are_late = any(was_behind for *_, was_behind, _ in gathered)
         self.some_were_behind = are_late or any(progress[rank][0] >= 0 for rank in behind)
         if dist.get_rank() == source and behind:
             send([self._training.state(), self._outages.list, self.epochs], behind)

@@ -1,9 +1,7 @@
 """The gradients that a survivor collects while the weights stay unchanged."""
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,23 +100,3 @@ def reshuffled(loader: "DataLoader[Any]", seed: int, batch_size: int | None = No
         drop_last=loader.drop_last,
     )
     return itertools.chain.from_iterable(itertools.repeat(own))
-
-
-def feasible(policy: OutagePolicy, training: Training, warns: bool) -> OutagePolicy:
-    """Return the policy, or ``"shrink"`` where ``"buffer"`` is impossible.
-
-    Args:
-        policy: The requested policy.
-        training: The training, after its data were set up.
-        warns: Whether this process warns about a change.
-
-    """
-    if policy.on_failure != "buffer" or training.extra_batches() is not None:
-        return policy
-    if warns:
-        warnings.warn(
-            "lightning-scar: on_failure='buffer' loads extra batches, so it requires a map-style dataset in a single "
-            "DataLoader with a batch size. Here the group shrinks after a failure instead.",
-            stacklevel=2,
-        )
-    return replace(policy, on_failure="shrink")

@@ -8,16 +8,19 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
 
+from lightning_scar.continuation.cover import Cover
+from lightning_scar.continuation.feasibility import feasible
 from lightning_scar.continuation.outages import OutagePolicy, Outages
 from lightning_scar.continuation.protocol import Training
 from lightning_scar.continuation.regroup import Generations
 from lightning_scar.continuation.restart_state import save_own_state
 from lightning_scar.continuation.snapshot import StepSnapshot, Update, random_state
-from lightning_scar.continuation.stale_gradients import StaleGradients, feasible
+from lightning_scar.continuation.stale_gradients import StaleGradients
 from lightning_scar.continuation.step_generators import StepGenerators
 from lightning_scar.elastic.protocol.messages import RESTART_EXIT_CODE
 from lightning_scar.elastic.worker.errors import PLANNED, Loss, RestartError, UnevenDataError
@@ -56,6 +59,7 @@ class Continuation:
         self._snapshot = StepSnapshot()
         self.generators = StepGenerators(member.slot)
         self._stale_gradients: StaleGradients | None = None
+        self._cover: Cover | None = None
         #: Whether this worker made the last step itself, and must still read what was announced for after it.
         self._checks_announcement = False
         #: How this worker lost its group between two steps; ``None`` if it is in one.
@@ -94,6 +98,7 @@ class Continuation:
         self._member.epochs.trainings += 1
         self._left_after, self._generations.epochs = -1, 0
         self._snapshot = StepSnapshot(self._training.module)
+        self._cover = Cover(self._training, self._member, self.outages, self.generators)
         self.outages.policy = feasible(self.outages.policy, self._training, warns=self._member.is_leader)
         if self.is_joiner:
             return
@@ -221,7 +226,9 @@ class Continuation:
 
         if self._stale_gradients is not None:
             return self._stale_gradients.flush(lambda gradients: self._update.attempt(attempt, gradients))
-        return self._update.attempt(attempt, checked)
+        assert self._cover is not None
+        with self._cover.step(self.steps) if self._cover.is_due(self.batch) else nullcontext():
+            return self._update.attempt(attempt, checked)
 
     @property
     def _is_whole(self) -> bool:
@@ -269,7 +276,8 @@ class Continuation:
             self._generations.enter_next(boundary=True)
         if self._training.leaves_training_next():
             self.complete_group()
-        if self._member.is_full:
+        if self._member.is_full and self.outages.current is not None:
+            self._training.release_batches()
             self.outages.rejoined(self._generations.steps)
 
     def complete_group(self) -> None:
@@ -316,7 +324,7 @@ class Continuation:
         self._stale_gradients = None
         is_done |= self._generations.enter_next(boundary=is_done, closure=closure, loss=loss)
         self.outages.regrouped()
-        self._check_size()
+        self._generations.check_size(self.outages.policy.min_world_size)
         while self._generations.some_were_behind:
             if is_done:
                 # The others are in the next step already. This worker runs alone up to there, and they wait for it.
@@ -324,7 +332,7 @@ class Continuation:
                 self._left_alone = PLANNED
                 return True
             is_done = self._generations.enter_next(boundary=False, closure=closure)
-        if not is_done and not self._member.is_full and self.outages.policy.on_failure != "shrink":
+        if not is_done and not self._member.is_full and self.outages.policy.on_failure in ("buffer", "wait"):
             self._wait_for_joiners(closure)
         return is_done
 
@@ -351,16 +359,6 @@ class Continuation:
         self._stale_gradients = stale_gradients
         if stale_gradients is not None and self.outages.current is not None:
             self.outages.current.stale_gradients += stale_gradients.extra
-
-    def _check_size(self) -> None:
-        assert self._member.generation is not None
-        here = len(self._member.generation.spawns)
-        if here < self.outages.policy.min_world_size:
-            reason = f"{here} workers are left, fewer than min_world_size={self.outages.policy.min_world_size}"
-            self._member.give_up(reason)
-            raise RuntimeError(
-                f"lightning-scar: {reason}. The training stops. Start it again to resume from its last save."
-            )
 
     # -- a restart of all workers ---------------------------------------------------------------------------------
 

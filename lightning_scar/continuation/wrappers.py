@@ -66,6 +66,10 @@ class Wrappers:
         for wrapper in self._wrappers:
             wrapper.unwrap()
 
+    def present(self) -> list[DistributedDataParallel]:
+        """Return the wrappers, unless they call their model directly."""
+        return [wrapper.ddp for wrapper in self._wrappers if wrapper.is_wrapped]
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients without synchronization, even if the group changed in the user's own ``no_sync``."""
@@ -84,12 +88,12 @@ class _Wrapper:
         self._options["bucket_cap_mb"] = wrapper.bucket_bytes_cap / (1 << 20)
         self._comm_hooks = list(getattr(wrapper, "_comm_hooks", ()))
         self._marks = {name: value for name, value in vars(wrapper).items() if name in _MARKS}
-        self._is_wrapped = True
+        self.is_wrapped = True
 
     def unwrap(self) -> None:
-        if not self._is_wrapped:
+        if not self.is_wrapped:
             return
-        self._is_wrapped = False
+        self.is_wrapped = False
         # Remove the reducer, or its hooks would continue to reduce gradients.
         with self._rebuilt():
             Module.__init__(self.ddp)
@@ -99,7 +103,7 @@ class _Wrapper:
             self.ddp.require_backward_grad_sync = True
 
     def wrap(self) -> None:
-        self._is_wrapped = True
+        self.is_wrapped = True
         with self._rebuilt():
             DistributedDataParallel.__init__(self.ddp, self._module, init_sync=False, **self._options)
             for hook, state in self._comm_hooks:

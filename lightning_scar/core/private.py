@@ -4,6 +4,8 @@ Each is wrapped in one function, with a test that fails when torch changes.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +19,17 @@ _SIZES = re.compile(r"^size mismatch for (.+): copying a param with shape (.+) f
 def default_store() -> Store:
     """Return the store of the default process group; every group has its own."""
     return dist.distributed_c10d._get_default_store()
+
+
+@contextmanager
+def without_group() -> Iterator[None]:
+    """Let this program see no default process group, though there is one: ``dist.is_initialized()`` is ``False``."""
+    members = dist.distributed_c10d.GroupMember
+    group, members.WORLD = members.WORLD, None
+    try:
+        yield
+    finally:
+        members.WORLD = group
 
 
 def complaints(error: RuntimeError) -> list[str]:

@@ -17,8 +17,10 @@ from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
+from torch import Tensor
 
 from lightning_scar.core.zero import is_sharded, shard_state
+from lightning_scar.lightning.private_logs import of_batch
 
 
 def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
@@ -215,20 +217,24 @@ def validates_by_time(trainer: pl.Trainer) -> bool:
     return getattr(trainer, "_val_check_time_interval", None) is not None
 
 
-def compute_gradient(trainer: pl.Trainer, batch: Any) -> None:
-    """Compute the gradient of a batch as a training step does; discard the gradients before it."""
-    module = trainer.lightning_module
-    module.zero_grad()
+def transferred(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return a batch of the loader as a training step gets it."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+
+def compute_gradient(trainer: pl.Trainer, batch: Any) -> Tensor:
+    """Compute the gradient of a batch as a training step does; discard the gradients before it. Return the loss."""
+    trainer.lightning_module.zero_grad()
     loop = trainer.fit_loop.epoch_loop
     kwargs = loop._build_kwargs(OrderedDict(), batch, loop.batch_idx)
-    with torch.enable_grad():
+    with torch.enable_grad(), of_batch(trainer, batch):
         output = call._call_strategy_hook(trainer, "training_step", *kwargs.values())
         loss = ClosureResult.from_training_step_output(output).closure_loss
         assert loss is not None
         call._call_strategy_hook(trainer, "backward", loss, trainer.optimizers[0])
+    return loss
 
 
 def silence_sigterm_broadcast(trainer: pl.Trainer) -> None:

@@ -35,9 +35,10 @@ class SCARDDPStrategy(DDPStrategy):
     starts. No completed step is lost. Without failures, the parameters equal those of ``"ddp"`` bit for bit.
 
     Args:
-        on_failure: What survivors do until the replacement has joined. ``"shrink"``: they continue synchronously, as a
-            smaller group. ``"buffer"``: they collect gradients on extra batches, up to ``max_staleness``, and apply
-            them as the interrupted step. ``"wait"``: they wait.
+        on_failure: What survivors do until the replacement has joined. ``"cover"``: they compute the missing worker's
+            batches besides their own, so that each step is the same as without the failure. ``"shrink"``: they continue
+            synchronously, as a smaller group. ``"buffer"``: they collect gradients on extra batches, up to
+            ``max_staleness``, and apply them as the interrupted step. ``"wait"``: they wait.
         min_world_size: If fewer workers are left, they save and stop.
         max_staleness: The most gradients that a survivor collects beyond that of the interrupted step.
         flush: How collected gradients are applied: ``"mean"`` as one step, ``"replay"`` one by one.
@@ -63,7 +64,7 @@ class SCARDDPStrategy(DDPStrategy):
     def __init__(
         self,
         *,
-        on_failure: OnFailure = "shrink",
+        on_failure: OnFailure = "cover",
         min_world_size: int = 1,
         max_staleness: int = 16,
         flush: FlushMode = "mean",

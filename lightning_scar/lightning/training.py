@@ -1,11 +1,13 @@
 """A Trainer's ``fit`` as a training that survives the death of workers."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
@@ -17,6 +19,7 @@ from lightning_scar.continuation.step import Continuation
 from lightning_scar.elastic.worker.errors import FinalError
 from lightning_scar.elastic.worker.member import Member
 from lightning_scar.lightning import loggers, private, replacement
+from lightning_scar.lightning.covered_logs import CoveredLogs
 from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.moment import Beginnings, keep_random
 from lightning_scar.lightning.preemption import Preemption
@@ -57,6 +60,7 @@ class GroupStrategy(Protocol):
     """What a :class:`TrainerTraining` requires of the strategy."""
 
     checkpoint_io: Any
+    model: Any
 
     def group_options(self) -> dict[str, Any]:
         """Return the arguments of ``init_process_group``, the same for every generation."""
@@ -89,6 +93,7 @@ class TrainerTraining:
         self._member = member
         self._pending: RuntimeError | None = None
         self._data = TrainingData.of(trainer)
+        self._logs = CoveredLogs(trainer)
         self.continuation = Continuation(self, member, policy)
 
     # -- start, and each step ------------------------------------------------------------------------------------
@@ -217,11 +222,12 @@ class TrainerTraining:
             return None
         if isinstance(loader.dataset, IterableDataset):
             return None
-        return reshuffled(loader, seed=trainer.global_step * trainer.world_size + trainer.global_rank)
+        seed = trainer.global_step * trainer.world_size + trainer.global_rank
+        return (private.transferred(trainer, batch) for batch in reshuffled(loader, seed))
 
-    def compute_gradient(self, batch: Any) -> None:
-        """Compute the gradient as a training step does."""
-        private.compute_gradient(self._trainer, batch)
+    def compute_gradient(self, batch: Any) -> Any:
+        """Compute the gradient as a training step does. Return the loss."""
+        return private.compute_gradient(self._trainer, batch)
 
     def samples(self, batch: Any) -> int:
         """Return the number of samples as Lightning's logging counts them."""
@@ -231,6 +237,38 @@ class TrainerTraining:
     def micro_batches(self) -> int:
         """The number of batches in a step."""
         return self._trainer.accumulate_grad_batches
+
+    def why_unknown(self) -> str | None:
+        """Return why the batches of missing workers are unknown."""
+        return self._data.why_batches_unknown()
+
+    def batches_of(self, slot: int) -> list[Any]:
+        """Return the batches of another rank since the last optimizer step."""
+        end = self._data.position + 1
+        batches = self._data.batches_of(slot, range(end - self.batches_in_step, end))
+        return [private.transferred(self._trainer, batch) for batch in batches if batch is not None]
+
+    def release_batches(self) -> None:
+        """Stop loading batches of other ranks."""
+        self._data.release_batches()
+
+    @property
+    def batches_in_step(self) -> int:
+        """The number of batches since the last optimizer step."""
+        return self._data.position % self.micro_batches + 1
+
+    def covering(self, share: float) -> AbstractContextManager[None]:
+        """Return a context that keeps apart what is logged."""
+        return self._logs.collecting(share)
+
+    def counting_covered(self, scale: float) -> AbstractContextManager[None]:
+        """Return a context that adds what was logged in :meth:`covering`."""
+        return self._logs.counted(scale)
+
+    def wrappers(self) -> list[DistributedDataParallel]:
+        """Return the wrapper of the model."""
+        wrapper = self._strategy.model
+        return [wrapper] if isinstance(wrapper, DistributedDataParallel) else []
 
     def log(self, metrics: dict[str, float]) -> None:
         """Pass metrics to the Trainer's loggers."""

@@ -221,6 +221,16 @@ class WithAccelerate(Framework):
 
     @override
     @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        present = self._accelerator.sync_gradients
+        private.set_sync_gradients(self._accelerator, False)
+        try:
+            yield
+        finally:
+            private.set_sync_gradients(self._accelerator, present)
+
+    @override
+    @contextmanager
     def undivided(self) -> Iterator[None]:
         steps = self._accelerator.gradient_accumulation_steps
         self._accelerator.gradient_accumulation_steps = 1

@@ -24,9 +24,10 @@ class SCARContinuation:
     ``lightning-scar run``; otherwise there are no replacements, and a warning says so.
 
     Args:
-        on_failure: What survivors do until the replacement has joined. ``"shrink"``: they continue synchronously, as a
-            smaller group. ``"buffer"``: they collect gradients on extra batches, up to ``max_staleness``, and apply
-            them as the interrupted step. ``"wait"``: they wait.
+        on_failure: What survivors do until the replacement has joined. ``"cover"``: they compute the missing worker's
+            batches besides their own, so that each step is the same as without the failure. ``"shrink"``: they continue
+            synchronously, as a smaller group. ``"buffer"``: they collect gradients on extra batches, up to
+            ``max_staleness``, and apply them as the interrupted step. ``"wait"``: they wait.
         min_world_size: If fewer workers are left, they save and stop.
         max_staleness: The most gradients that a survivor collects beyond that of the interrupted step.
         flush: How collected gradients are applied: ``"mean"`` as one step, ``"replay"`` one by one.
@@ -49,7 +50,7 @@ class SCARContinuation:
     def __init__(
         self,
         *,
-        on_failure: OnFailure = "shrink",
+        on_failure: OnFailure = "cover",
         min_world_size: int = 1,
         max_staleness: int = 16,
         flush: FlushMode = "mean",

@@ -169,6 +169,10 @@ class Framework:
         """Return a context for an update, in which schedulers advance as with ``size`` processes."""
         return nullcontext()
 
+    def accumulating(self) -> AbstractContextManager[Any]:
+        """Return a context for a batch after which no step follows."""
+        return nullcontext()
+
     def undivided(self) -> AbstractContextManager[Any]:
         """Return a context for a gradient, in which the loss is not divided for accumulation."""
         return nullcontext()

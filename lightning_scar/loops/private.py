@@ -130,6 +130,11 @@ def unmute_loaders(accelerator: Accelerator, kinds: list[Any]) -> None:
         loader.rng_types = kind
 
 
+def set_sync_gradients(accelerator: Accelerator, value: bool) -> None:
+    """Set whether a step follows the present batch."""
+    accelerator.gradient_state._set_sync_gradients(value)
+
+
 def runs_collectives(loader: Any) -> bool:
     """Return whether the main process dispatches each batch of a loader."""
     return isinstance(loader, DataLoaderDispatcher)

@@ -1,12 +1,14 @@
 """A loop, as the engine of continuation sees it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from lightning_scar.continuation.restart_state import (
@@ -88,6 +90,7 @@ class LoopTraining:
         self._closure: Callable[..., Any] | None = None
         self._steps_before = 0
         self._is_updating = False
+        self._batches_in_step = 0
         #: The handlers of signals that end the job, from the start on.
         self.signals: PassedOnSignals | None = None
         self.engine = continuation.engine = Continuation(self, member, continuation.policy)
@@ -189,8 +192,10 @@ class LoopTraining:
         self.engine.after_step()
         self._framework.before_step()
         self.count()
+        self._batches_in_step += 1
         if self._framework.synchronizes:
             self.engine.step(attempt, gradients)
+            self._batches_in_step = 0
         else:
             with self._wrappers.no_sync():
                 self.engine.accumulate(gradients, gradients=True)
@@ -304,12 +309,12 @@ class LoopTraining:
         seed = self._loop.steps * self._member.world_size + self._member.slot
         return self._framework.extra_batches(self._loop.state.data.loader, seed)
 
-    def compute_gradient(self, batch: Any) -> None:
-        """Compute the gradient with the step's own closure."""
+    def compute_gradient(self, batch: Any) -> Any:
+        """Compute the gradient with the step's own closure. Return what it returns."""
         assert self._closure is not None
         self._module.zero_grad()
         with self._framework.undivided():
-            self._closure(batch)
+            return self._closure(batch)
 
     def samples(self, batch: Any) -> int:
         """Return the first dimension of the first tensor in a batch; 1 if there is none."""
@@ -320,6 +325,42 @@ class LoopTraining:
     def micro_batches(self) -> int:
         """The number of batches in a step."""
         return self._framework.micro_batches
+
+    def why_unknown(self) -> str | None:
+        """Return why the batches of missing workers are unknown; ``None`` before the first batch."""
+        if self._closure is None:
+            return None
+        if self.engine.batch is None:
+            return "the closure computes a batch of its own; call training_step(closure, batch)"
+        return self._loop.state.data.why_batches_unknown()
+
+    def batches_of(self, slot: int) -> list[Any]:
+        """Return the batches of another rank since the last optimizer step."""
+        data = self._loop.state.data
+        end = data.position + 1
+        batches = data.batches_of(slot, range(end - self.batches_in_step, end))
+        return [batch for batch in batches if batch is not None]
+
+    def release_batches(self) -> None:
+        """Stop loading batches of other ranks."""
+        self._loop.state.data.release_batches()
+
+    @property
+    def batches_in_step(self) -> int:
+        """The number of batches since the last optimizer step."""
+        return self._batches_in_step
+
+    def covering(self, share: float) -> AbstractContextManager[None]:
+        """Return a context in which the framework takes a batch for one that makes no step."""
+        return self._framework.accumulating()
+
+    def counting_covered(self, scale: float) -> AbstractContextManager[None]:
+        """Do nothing: the user logs."""
+        return nullcontext()
+
+    def wrappers(self) -> list[DistributedDataParallel]:
+        """Return the present wrappers of the models."""
+        return self._wrappers.present()
 
     def log(self, metrics: dict[str, float]) -> None:
         """Do nothing: the user reads :attr:`SCARContinuation.outages`."""
