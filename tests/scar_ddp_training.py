@@ -14,9 +14,11 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from scar_job import (
     BATCH_SIZE,
+    OPTIMIZERS,
     RATE,
     SAMPLES,
     Averaging,
+    Used,
     asked,
     begin,
     folder,
@@ -64,6 +66,8 @@ class Model(pl.LightningModule):
         plateau: Whether it lowers its rate when a validation is not better.
         sharded: Whether each rank has a part of the optimizer's state.
         averaging: Whether the optimizer communicates.
+        optimizer: One of ``OPTIMIZERS``.
+        double: Whether it computes in double precision.
 
     """
 
@@ -75,19 +79,23 @@ class Model(pl.LightningModule):
         sharded: bool = False,
         averaging: bool = False,
         plateau: bool = False,
+        optimizer: str = "Adam",
+        double: bool = False,
     ) -> None:
         super().__init__()
         torch.manual_seed(1)
         between = [*([nn.BatchNorm1d(16)] if rich else []), *([nn.Dropout(0.2)] if dropout else [])]
         self.net = nn.Sequential(nn.Linear(8, 16), *between, nn.ReLU(), nn.Linear(16, 1))
         self.rich = rich
+        self.optimizer = optimizer
+        if double:
+            self.double()
         self.plateau = plateau
         self.sharded = sharded
         self.averaging = averaging
         self.automatic_optimization = not manual
         self.val_error = torchmetrics.MeanSquaredError()
-        self.now: list[int] = []
-        self.used: list[list[int]] = []
+        self.used = Used()
         self.random = 0
         seed_of_slot()
 
@@ -99,10 +107,7 @@ class Model(pl.LightningModule):
         return self.trainer.fit_loop.epoch_loop.total_batch_idx
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.used = []
-        self.now = batch[2].tolist()
-        self.used.append(self.now)
+        self.used.begin(batch[2].tolist(), is_first=batch_idx % self.trainer.accumulate_grad_batches == 0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         strategy = self.trainer.strategy
@@ -110,8 +115,7 @@ class Model(pl.LightningModule):
         place(*(("join", asked["predecessors"]) if is_joiner else ("training_step", self.batches_done)))
         self.random = generators()
         x, y, ids = batch
-        if ids.tolist() != self.now:  # an extra batch, of an outage
-            self.used.append(ids.tolist())
+        self.used.note(ids.tolist())
         out = self.net(x)
         if out.requires_grad:
             out.register_hook(lambda gradient: None if is_joiner else place("backward", self.batches_done))
@@ -122,7 +126,7 @@ class Model(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         random = [self.random, generators()]
-        write_down("steps", step=self.global_step + 1, used=self.used, world_size=world_size, random=random)
+        write_down("steps", step=self.global_step + 1, used=self.used.list(), world_size=world_size, random=random)
         place("before_step", self.batches_done)
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -152,7 +156,7 @@ class Model(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.sharded:
             return ZeroRedundancyOptimizer(self.parameters(), torch.optim.Adam, lr=RATE)
-        optimizer = (Averaging if self.averaging else torch.optim.Adam)(self.parameters(), RATE)
+        optimizer = (Averaging if self.averaging else OPTIMIZERS[self.optimizer])(self.parameters(), RATE)
         if self.plateau:
             plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.9)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}

@@ -179,10 +179,56 @@ class Averaging(torch.optim.Adam):
         return loss
 
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "SGD": partial(torch.optim.SGD, momentum=0.9),
+}
+
+
+class Used:
+    """Which samples a step is made of in this worker: its own ones, and those of extra batches of an outage."""
+
+    def __init__(self) -> None:
+        self._own: list[list[int]] = []
+        self._extra: list[list[int]] = []
+        self._has_ended = True
+
+    def begin(self, batch: list[int], is_first: bool) -> None:
+        """Note a batch of the loop.
+
+        Args:
+            batch: Its samples.
+            is_first: Whether it is the first one of a step.
+
+        """
+        if is_first:
+            self._own, self._extra = [], []
+        self._own.append(batch)
+
+    def note(self, batch: list[int]) -> None:
+        """Note what a training step gets."""
+        now = self._own[-1] if self._own else []
+        if batch == now:
+            self._has_ended = True
+        # Not a part of the present batch, which is computed to see whether parts do.
+        elif not set(batch) <= set(now):
+            if self._has_ended:  # so the attempt before has failed
+                self._extra = []
+            self._has_ended = False
+            # It may have failed before its own batch, too.
+            self._extra = [*(extra for extra in self._extra if not set(extra) & set(batch)), batch]
+
+    def list(self) -> list[list[int]]:
+        return [*self._own, *self._extra]
+
+
 # -- data ----------------------------------------------------------------------------------------------------------
 
 
 def samples() -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(SAMPLES, 8, generator=generator)
+    if asked.get("model", {}).get("double"):
+        x = x.double()
     return TensorDataset(x, x.sum(1, keepdim=True), torch.arange(SAMPLES))

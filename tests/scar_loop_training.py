@@ -11,8 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from scar_job import (
     BATCH_SIZE,
+    OPTIMIZERS,
     RATE,
     Averaging,
+    Used,
     asked,
     begin,
     folder,
@@ -35,11 +37,13 @@ from lightning_scar import SCARAccelerator, SCARContinuation, SCARLoop
 class Net(nn.Module):
     """As the Trainer's model."""
 
-    def __init__(self, rich: bool = False, dropout: bool = False, averaging: bool = False) -> None:
+    def __init__(self, rich: bool = False, dropout: bool = False, double: bool = False, **others: Any) -> None:
         super().__init__()
         torch.manual_seed(1)
         between = [*([nn.BatchNorm1d(16)] if rich else []), *([nn.Dropout(0.2)] if dropout else [])]
         self.net = nn.Sequential(nn.Linear(8, 16), *between, nn.ReLU(), nn.Linear(16, 1))
+        if double:
+            self.double()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -80,11 +84,10 @@ class Loop:
         batches = asked["data"].get("batches")
         #: Of an epoch; all if ``None``.
         self.batches = batches[slot] if batches else None
-        self.now: list[int] = []
-        self.used: list[list[int]] = []
+        self.used = Used()
         self.random = 0
         model = Net(**asked["model"])
-        kind = Averaging if asked["model"].get("averaging") else torch.optim.Adam
+        kind = Averaging if asked["model"].get("averaging") else OPTIMIZERS[asked["model"].get("optimizer", "Adam")]
         optimizer = kind(model.parameters(), RATE)
         schedule = StepLR(optimizer, 20, 0.5) if asked["model"].get("rich") else None
         self.set_up(model, optimizer, schedule, DataLoader(samples(), batch_size=BATCH_SIZE, shuffle=True))
@@ -136,8 +139,7 @@ class Loop:
         time.sleep(0.02)  # Nor for its first save, which has to be there before anybody dies.
         place("training_step", batches)
         self.random = generators()
-        if ids.tolist() != self.now:  # an extra batch, of an outage
-            self.used.append(ids.tolist())
+        self.used.note(ids.tolist())
         out = self.model(x)
         out.register_hook(lambda gradient: place("backward", batches))
         loss = nn.functional.mse_loss(out, y)
@@ -148,7 +150,7 @@ class Loop:
         if self.synchronizes:
             world_size = dist.get_world_size() if dist.is_initialized() else 1
             random = [self.random, generators()]
-            write_down("steps", step=self.scar.steps + 1, used=self.used, world_size=world_size, random=random)
+            write_down("steps", step=self.scar.steps + 1, used=self.used.list(), world_size=world_size, random=random)
             place("before_step", self.scar.batches_done)
             if self.clip:
                 self.clip_gradients()
@@ -174,10 +176,8 @@ class Loop:
                 self.validate(epoch)
 
     def train(self, batch: Any) -> None:
-        if self.scar.batches_done % len(self.loader) % self.micro_batches == 0:
-            self.used = []
-        self.now = batch[2].tolist()
-        self.used.append(self.now)
+        is_first = self.scar.batches_done % len(self.loader) % self.micro_batches == 0
+        self.used.begin(batch[2].tolist(), is_first)
         loss = self.scar.training_step(self.gradients, batch, self.update)
         assert loss.isfinite()
         self.scar.step()
