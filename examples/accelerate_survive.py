@@ -23,7 +23,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kill", type=int, default=0, help="the worker to kill")
     parser.add_argument("--step", type=int, default=20, help="the step after which it is killed")
-    parser.add_argument("--on-failure", default="shrink", help="shrink, buffer or wait")
+    parser.add_argument("--on-failure", default="cover", help="cover, shrink, buffer or wait")
     parser.add_argument("--dir", default="runs/accelerate_survive/scar", help="where to save")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--pause", type=float, default=0.1, help="seconds between steps: digits are learned too fast")

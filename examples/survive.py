@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=3, help="the number of ranks")
     parser.add_argument("--kill", type=int, default=0, help="the rank to kill")
     parser.add_argument("--step", type=int, default=20, help="the step after which it is killed")
-    parser.add_argument("--on-failure", default="shrink", help="shrink, buffer or wait")
+    parser.add_argument("--on-failure", default="cover", help="cover, shrink, buffer or wait")
     parser.add_argument("--epochs", type=int, default=3)
     options = parser.parse_args()
 

@@ -42,6 +42,13 @@ def test_the_scaler_is_part_of_it() -> None:
     assert private.training_state(accelerator).objects == {"scaler": accelerator.scaler}
 
 
+def test_set_sync_gradients() -> None:
+    accelerator, *_ = prepared()
+    assert accelerator.sync_gradients
+    private.set_sync_gradients(accelerator, False)
+    assert not accelerator.sync_gradients
+
+
 def test_torch_loader() -> None:
     *_, loader = prepared()
     inner = private.torch_loader(loader)

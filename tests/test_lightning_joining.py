@@ -202,7 +202,7 @@ def test_undo_unfinished_step(accumulated: int) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_compute_gradient(precision: Any) -> None:
+def test_compute_gradient_transferred(precision: Any) -> None:
     """As a training step of its own computes it, and nothing else changes."""
     computed: list[list[Tensor]] = []
 
@@ -214,7 +214,7 @@ def test_compute_gradient(precision: Any) -> None:
 
         def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
             expected = [p.grad.clone() for p in module.parameters()]
-            private.compute_gradient(trainer, self.batch)
+            private.compute_gradient(trainer, private.transferred(trainer, self.batch))
             computed.append(expected)
             for parameter, gradient in zip(module.parameters(), expected, strict=True):
                 assert torch.equal(parameter.grad, gradient)

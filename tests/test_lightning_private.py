@@ -24,12 +24,22 @@ from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_scar.lightning import private, private_paths, results
+from lightning_scar.lightning import private, private_logs, private_paths, results
 from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.model_loading import intercept_loading
 
 #: They make a process a replacement: ``test_lightning_joining.py`` compares it with the one that it replaces.
-TESTED_BY_A_JOINER = {"metrics", "set_metrics", "reset_results", "restore", "restore_step"}
+TESTED_BY_A_JOINER = {
+    "compute_gradient",
+    "transferred",
+    "metrics",
+    "set_metrics",
+    "reset_results",
+    "restore",
+    "restore_step",
+}
+#: ``test_lightning_covered_logs.py`` has them log.
+TESTED_BY_LOGS = {"add_to_epoch", "apart", "before_sync", "of_batch", "reduction", "step_value"}
 
 
 def in_training(hook: Any, **options: Any) -> TinyModel:
@@ -48,13 +58,13 @@ def in_training(hook: Any, **options: Any) -> TinyModel:
 def test_every_private_part_has_a_test() -> None:
     functions = {
         name
-        for module in (private, private_paths)
+        for module in (private, private_logs, private_paths)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
     }
     texts = [path.read_text() for path in Path(__file__).parent.glob("test_lightning_*.py")]
     tested = {name for text in texts for name in re.findall(r"^def test_(\w+)", text, re.MULTILINE)}
-    assert functions <= tested | TESTED_BY_A_JOINER, "write a test for the new private part"
+    assert functions <= tested | TESTED_BY_A_JOINER | TESTED_BY_LOGS, "write a test for the new private part"
 
 
 def test_dump_checkpoint() -> None:

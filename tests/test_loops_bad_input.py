@@ -184,7 +184,7 @@ def test_nothing_but_damaged_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_failure": "pray"}, "on_failure='pray' is not one of 'shrink', 'buffer', 'wait'"),
+        ({"on_failure": "pray"}, "on_failure='pray' is not one of 'cover', 'shrink', 'buffer', 'wait'"),
         ({"max_staleness": -1}, "max_staleness=-1 must not be negative"),
     ],
 )

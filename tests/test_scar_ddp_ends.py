@@ -209,7 +209,7 @@ def test_a_process_that_is_not_the_first_does_not_become_a_supervisor(monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_failure": "pray"}, "on_failure='pray' is not one of 'shrink', 'buffer', 'wait'"),
+        ({"on_failure": "pray"}, "on_failure='pray' is not one of 'cover', 'shrink', 'buffer', 'wait'"),
         ({"flush": "all"}, "flush='all' is not one of"),
         ({"min_world_size": 0}, "min_world_size=0 must be at least 1"),
         ({"max_staleness": -1}, "max_staleness=-1 must not be negative"),

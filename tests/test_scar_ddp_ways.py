@@ -95,7 +95,7 @@ def test_iterable_data_has_no_extra_batches(tmp_path: Path) -> None:
     training = train(tmp_path, *faults, strategy={"on_failure": "buffer"}, data={"iterable": True})
     assert_done(training, steps=24)
     assert_lived_through(training, 1, "rank 0 was killed by SIGKILL")
-    assert training.console.count("the group shrinks after a failure instead") == 1
+    assert training.console.count("The group shrinks after a failure instead") == 1
     assert "rank 0 was killed by SIGKILL in step 4; 1 of 2 workers go on" in training.console
     assert training.outages(1)[0]["stale_gradients"] == 0
     # Behind the outage each slot has its own share again.

@@ -49,9 +49,14 @@ def before_sync(trainer: pl.Trainer, change: Callable[[str, str, Tensor], Tensor
         for key, metric in trainer.fit_loop.epoch_loop._results.items():
             if metric.is_tensor and metric.meta.on_step and metric.meta.sync.should:
                 sync = metric.meta.sync
-                stack.callback(setattr, sync, "_fn", sync._fn)
                 sync._fn = partial(_reduced, partial(change, key, reduction(metric)), sync._fn)
+                stack.callback(_reset_sync, metric)
         yield
+
+
+def _reset_sync(metric: Any) -> None:
+    # The setter makes `_fn` anew. Meanwhile, Lightning has copied `sync`.
+    metric.meta.sync.should = metric.meta.sync.should
 
 
 def _reduced(change: Callable[[Tensor], Tensor], reduce: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
