@@ -1,17 +1,27 @@
 """How trainings with ``strategy="scar_ddp"`` end: by signals, by too many failures, before they begin; and resume."""
 
+import os
+import signal
 import sys
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from helpers import TinyModel, assert_same, loader
+import torch
+from helpers import TinyModel, assert_same, loader, make_trainer, saver
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from prepared import multiprocessing_context
 from scar_ddp_runs import DOORS, REFERENCE, SCRIPTS, Training, assert_done, reference, train
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar import SCARDDPStrategy, load
 from lightning_scar.core.restoration import restore
+from lightning_scar.elastic.protocol.log import Events, Notices
+from lightning_scar.elastic.protocol.messages import Formed, Generation
+from lightning_scar.elastic.supervisor.wakeups import Wakeups
 from lightning_scar.storage.store import DeltaStore
 
 SCAR = {"every_n_train_steps": 4, "fraction": 0.5}
@@ -218,3 +228,74 @@ def test_a_process_that_is_not_the_first_does_not_become_a_supervisor(monkeypatc
 def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SCARDDPStrategy(**options)
+
+
+# -- a supervisor that is gone -----------------------------------------------------------------------------------------
+
+
+def _supervise(mouth: Connection) -> None:
+    """The store of a supervisor that has one worker."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    Events.create(store)
+    Notices(store).append(Formed(Generation(0, {0: 0}, source=0)))
+    wakeups = Wakeups()
+    mouth.send((store.port, wakeups.port))
+    while True:
+        wakeups.wait(100)
+
+
+class Counts(TinyModel):
+    """Counts its batches behind each."""
+
+    def __init__(self, supervisor: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.supervisor = supervisor
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 3 and self.supervisor:
+            os.kill(self.supervisor, signal.SIGKILL)
+            deadline = time.monotonic() + 40
+            while not self.trainer.strategy._member.is_broken and time.monotonic() < deadline:  # type: ignore[attr-defined]
+                time.sleep(0.01)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.count += 1
+
+
+def _work(folder: Path, supervisor: int, port: int, doorbell: int, mouth: Connection) -> None:
+    fields = {"STORE": f"127.0.0.1:{port}", "SLOT": 0, "SPAWN": 0, "GENERATION": 0, "DOORBELL": doorbell}
+    os.environ.update({f"LIGHTNING_SCAR_{name}": str(value) for name, value in fields.items()})
+    os.environ.update(
+        WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", GLOO_SOCKET_IFNAME="lo", LIGHTNING_SCAR_STATE=str(folder)
+    )
+    torch.set_num_threads(1)
+    scar = saver(folder / "scar", fraction=1.0, full_every_n_saves=1, every_n_train_steps=100, save_on_exception=True)
+    trainer = make_trainer(scar, strategy="scar_ddp", max_epochs=1)
+    try:
+        trainer.fit(Counts(supervisor), loader())
+    except BaseException as error:
+        mouth.send(f"{type(error).__name__}: {error}")
+    os._exit(0)
+
+
+def test_hooks_of_the_last_batch_are_called_where_the_supervisor_is_gone(tmp_path: Path) -> None:
+    context = multiprocessing_context()
+    ear, mouth = context.Pipe(duplex=False)
+    supervisor = context.Process(target=_supervise, args=(mouth,), daemon=True)
+    supervisor.start()
+    port, doorbell = ear.recv()
+    worker = context.Process(target=_work, args=(tmp_path, supervisor.pid, port, doorbell, mouth), daemon=True)
+    worker.start()
+    try:
+        assert ear.poll(60)
+        assert "the supervisor is gone" in ear.recv()
+    finally:
+        for process in (worker, supervisor):
+            process.kill()
+            process.join()
+    saved = load(tmp_path / "scar")
+    assert (saved["global_step"], saved["state_dict"]["count"]) == (4, 4)
+    make_trainer(saver(tmp_path / "scar"), max_epochs=1).fit(model := Counts(), loader())
+    assert model.count == 8

@@ -27,14 +27,10 @@ from lightning_scar.lightning.restart import trainer_calls
 
 
 class _Ends(Beginnings):
-    """Raises an error of a completed step after the loops have counted it; else the step would be repeated.
+    """Notes the end of an epoch, too, and lets the random numbers that it keeps outlive this process."""
 
-    It also notes the end of an epoch, and lets the random numbers that it keeps outlive this process.
-    """
-
-    def __init__(self, raise_pending: Callable[[], None], continuation: Continuation) -> None:
+    def __init__(self, continuation: Continuation) -> None:
         super().__init__()
-        self._raise_pending = raise_pending
         self._continuation = continuation
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
@@ -43,7 +39,6 @@ class _Ends(Beginnings):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         keep_random(trainer)
-        self._raise_pending()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -91,6 +86,7 @@ class TrainerTraining:
         self._strategy = strategy
         self._trainer = trainer
         self._member = member
+        #: An error of a completed step, to be raised when the loops have counted it; else the step would be repeated.
         self._pending: RuntimeError | None = None
         self._data = TrainingData.of(trainer)
         self._logs = CoveredLogs(trainer)
@@ -118,7 +114,9 @@ class TrainerTraining:
         private.silence_sigterm_broadcast(self._trainer)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, _Ends) for callback in callbacks):
-            callbacks.insert(0, _Ends(self._raise_pending, self.continuation))
+            callbacks.insert(0, _Ends(self.continuation))
+        # Not before the hooks of the batch, which no start would call again. Their collectives find no group.
+        private.after_batches(self._trainer, self._raise_pending)
         if not self.continuation.is_joiner:
             loggers.share_versions(self._trainer)
         self.continuation.start(self._trainer.global_step, trainer_calls.resumed)
