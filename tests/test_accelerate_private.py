@@ -74,6 +74,20 @@ def test_batches_per_fetch() -> None:
     assert private.batches_per_fetch(loader) == 3
 
 
+def test_to_device_of() -> None:
+    batch = {"x": torch.ones(2), "more": [torch.zeros(1)]}
+    *_, loader = prepared()
+    assert private.to_device_of(loader, batch)["x"].device == loader.device
+    loader.device = torch.device("meta")
+    moved = private.to_device_of(loader, batch)
+    assert moved["x"].is_meta
+    assert moved["more"][0].is_meta
+    # One that stays where its batches are made, and one that is not prepared.
+    loader.device = None
+    assert private.to_device_of(loader, batch) is batch
+    assert private.to_device_of(private.torch_loader(loader), batch) is batch
+
+
 def test_shuffle_seed() -> None:
     *_, loader = prepared()
     assert private.shuffle_seed(loader) is None

@@ -9,7 +9,8 @@ import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -23,6 +24,7 @@ from lightning_scar.core.random_generators import (
     same_state,
     set_generator_state,
     set_random_generators,
+    state_digest,
 )
 from lightning_scar.core.samplers import copied, generators, is_divided
 
@@ -37,13 +39,27 @@ class Beginning:
     Attributes:
         sampler: This rank's sampler as it was then, a copy; ``None`` with a ``share``.
         share: Gives the batches of a rank, if the rest of an epoch was shared out.
-        draws_global: Whether the order depends on random generators that the sampler does not own.
+        states: The states of random generators that the order depends on; by name, those that are global.
 
     """
 
     sampler: Any
     share: Share | None = None
-    draws_global: bool = False
+    states: Mapping[Any, Any] = field(default_factory=dict)
+
+    @property
+    def draws_global(self) -> bool:
+        """Whether the order depends on random generators that the sampler does not own."""
+        return bool(self.global_states)
+
+    @property
+    def global_states(self) -> dict[str, Any]:
+        """The states of such generators."""
+        return {key: state for key, state in self.states.items() if isinstance(key, str)}
+
+    def digest(self) -> str:
+        """Return a text that is the same on all ranks whose generators are: they divide one order."""
+        return state_digest(dict(self.states))
 
 
 class OwnGenerators:
@@ -59,20 +75,42 @@ class OwnGenerators:
 
     def __init__(self, loader: Any, sampler: Any) -> None:
         self.loader = loader
+        self.own = sampler
         own = getattr(loader, "generator", None)
         inner = [each for each in generators(sampler) if each is not own]
         self._generators = [*([own] if own is not None else []), *inner]
         self._began: dict[Any, Any] = {}
         #: How the present epoch began; ``None`` if ranks do not divide it.
         self.beginning: Beginning | None = None
+        #: Called with it.
+        self.on_begin: Callable[[Beginning], object] | None = None
+        #: The last item of the present epoch that was asked for, and its number, if this is known.
+        self.latest: tuple[int, Any] | None = None
 
     def states(self) -> dict[Any, Any]:
         """Return the present states of the generators."""
         return {i: generator_state(own) for i, own in enumerate(self._generators)}
 
-    def begin(self, states: dict[Any, Any]) -> None:
-        """Note that an epoch has begun when the generators had these :meth:`states`."""
-        self._began = states
+    def before(self) -> tuple[dict[Any, Any], Any]:
+        """Return what :meth:`begin` needs: :meth:`states`, and a copy of a sampler that ranks divide.
+
+        If it cannot be copied, the sampler stands for itself.
+        """
+        if not is_divided(self.own):
+            return self.states(), None
+        with suppress(Exception):
+            return self.states(), copied(self.own, self.loader.dataset)
+        return self.states(), self.own
+
+    def begin(self, before: tuple[dict[Any, Any], Any]) -> None:
+        """Note that an epoch has begun in a place :meth:`before`."""
+        self._began, sampler = before
+        self._begin(sampler, self._began)
+
+    def _begin(self, sampler: Any, states: Mapping[Any, Any], share: Share | None = None) -> None:
+        self.beginning = Beginning(sampler, share, states) if sampler is not None or share is not None else None
+        if self.beginning is not None and self.on_begin is not None:
+            self.on_begin(self.beginning)
 
     def state(self) -> dict[str, Any]:
         """Return what the order of the present epoch depends on: values and tensors.
@@ -122,12 +160,9 @@ class EpochOrder(OwnGenerators):
 
     def __init__(self, loader: "DataLoader[Any]", ahead: int = 0) -> None:
         self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        self.own: Any = getattr(loader, self._name)
-        super().__init__(loader, self.own)
+        super().__init__(loader, getattr(loader, self._name))
         self._place: tuple[dict[str, Any], int, Mapping[str, Any] | None] | None = None
         self._rest: tuple[Share, int] | None = None
-        #: The last item of the present epoch that was asked for, and its number.
-        self.latest: tuple[int, Any] | None = None
         #: The last items that were asked for, and the states of the global generators then.
         self._asked: deque[tuple[int, Callable[[], dict[str, Any]]]] = deque(maxlen=ahead)
         # DataLoader forbids setting the attribute. Its iterators keep the sampler that they started with.
@@ -145,7 +180,11 @@ class EpochOrder(OwnGenerators):
         return getattr(self.own, name)
 
     @override
-    def begin(self, states: dict[Any, Any]) -> None:
+    def before(self) -> tuple[dict[Any, Any], Any]:
+        return {}, None
+
+    @override
+    def begin(self, before: tuple[dict[Any, Any], Any]) -> None:
         """Do nothing: an epoch begins when its first index is drawn."""
 
     @override
@@ -190,7 +229,7 @@ class EpochOrder(OwnGenerators):
         rest, self._rest = self._rest, None
         if rest is not None:
             share, rank = rest
-            self.beginning = Beginning(None, share)
+            self._begin(None, {}, share)
             for self.latest in enumerate(share(rank)):
                 yield self.latest[1]
         elif place is None:
@@ -223,14 +262,12 @@ class EpochOrder(OwnGenerators):
         # Without making lists of what is skipped.
         by_index = done > 0 and type(sampler) is BatchSampler
         skipped = done * sampler.batch_size if by_index else done
-        copy = copied(sampler, self.loader.dataset) if is_divided(sampler) else None
-        before = self._states()
+        before, (_, copy) = self._states(), super().before()
         items = iter(sampler.sampler if by_index else sampler)
         first = list(itertools.islice(items, 1))
         after = self._states()
         self._began = {key: state for key, state in before.items() if not same_state(state, after[key])}
-        draws_global = any(isinstance(key, str) for key in self._began)
-        self.beginning = Beginning(copy, draws_global=draws_global) if copy is not None else None
+        self._begin(copy, self._began)
         if not skipped:
             return itertools.chain(first, items)
         deque(itertools.islice(items, skipped - 1), maxlen=0)

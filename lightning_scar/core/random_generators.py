@@ -1,5 +1,6 @@
 """The states of random generators, as plain values and tensors."""
 
+import hashlib
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -114,6 +115,23 @@ def same_state(a: Any, b: Any) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same_state, a, b))
     return bool(a == b)
+
+
+def state_digest(state: Any) -> str:
+    """Return a short text that is the same for equal states, in all processes."""
+    parts: list[bytes] = []
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            parts.append(value.numpy().tobytes())
+        elif isinstance(value, dict | list):
+            for item in value.items() if isinstance(value, dict) else value:
+                add(list(item) if isinstance(item, tuple) else item)
+        else:
+            parts.append(repr(value).encode())
+
+    add(state)
+    return hashlib.sha1(b"|".join(parts), usedforsecurity=False).hexdigest()
 
 
 # Tensors instead of hundreds of numbers, because a save visits each value of the checkpoint.

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ class RankBatches:
         order: Its :class:`~lightning_scar.core.data_order.EpochOrder`; ``None`` if it has none.
         rank: This rank in the complete group, which the samplers divide the data among.
         size: The number of ranks in it.
+        agrees: Tells whether a rank's generators were as this one's when the epoch began; ``None`` if that is unknown.
 
     Attributes:
         loader: The loader of this rank.
@@ -43,14 +44,16 @@ class RankBatches:
 
     """
 
-    def __init__(self, loader: Any, order: Any, rank: int, size: int) -> None:
+    def __init__(
+        self, loader: Any, order: Any, rank: int, size: int, agrees: Callable[[int], bool | None] = lambda rank: None
+    ) -> None:
         self.loader = loader
         self._order = order
-        self._rank, self._size = rank, size
+        self._rank, self._size, self._agrees = rank, size, agrees
         self._beginning: Beginning | None = None
         self._verdict: str | None = None
-        #: By rank: the number of the next batch, and an iterator.
-        self._iterators: dict[int, tuple[int, Iterator[Any]]] = {}
+        #: By rank: the number of the next batch, an iterator, and its loader.
+        self._iterators: dict[int, tuple[int, Iterator[Any], Any]] = {}
         #: By rank: the batches of the last call, by number.
         self._kept: dict[int, dict[int, Any]] = {}
 
@@ -69,7 +72,7 @@ class RankBatches:
             ValueError: If the batches are unknown; see :meth:`why_unknown`.
 
         """
-        if reason := self.why_unknown():
+        if reason := self.why_unknown([rank]):
             raise ValueError(reason)
         kept = self._kept.get(rank, {})
         with _same_random_numbers():
@@ -79,37 +82,41 @@ class RankBatches:
 
     def close(self) -> None:
         """Forget the batches, and end the processes that load them."""
-        self._iterators, self._kept = {}, {}
+        for rank in [*self._iterators]:
+            self._end(rank)
+        self._kept = {}
 
     # -- whether they are known ----------------------------------------------------------------------------------
 
-    def why_unknown(self) -> str | None:
+    def why_unknown(self, missing: Sequence[int] = ()) -> str | None:
         """Return why the batches of other ranks cannot be known, and what would help; ``None`` if they can.
 
         More is known once an epoch has begun: then the order that a copy draws is compared with the one that was drawn.
+
+        Args:
+            missing: The ranks whose batches are needed.
+
         """
-        if isinstance(self._order, EpochOrder) and self._order.beginning is not None:
-            self._follow(self._order.beginning)
-            return self._verdict
-        return self._why_never()
+        if self._order is None or self._order.beginning is None:
+            return self._why_never()
+        self._follow(self._order.beginning)
+        return self._verdict or self._why_not_one_order(missing)
 
     def _follow(self, beginning: Beginning) -> None:
         """Begin anew in another epoch."""
         if beginning is not self._beginning:
             self.close()
-            self._beginning = beginning
-            with _same_random_numbers():
-                self._verdict = self._why_never() if beginning.share is None else None
-                self._verdict = self._verdict or self._why_not_now(beginning)
+            self._beginning, self._verdict = beginning, None
+            if beginning.share is None:
+                with _same_random_numbers():
+                    self._verdict = self._why_never() or self._why_not_now(beginning)
 
     def _why_never(self) -> str | None:
-        loader, name = self.loader, type(self.loader).__name__
+        loader = self.loader
         if not isinstance(loader, DataLoader):
-            return f"{name} is no DataLoader of torch; use one with a DistributedSampler"
+            return f"{type(loader).__name__} is no DataLoader of torch; use one with a DistributedSampler"
         if not is_indexed(loader):
             return f"{type(loader.dataset).__name__} has no indices; use a map-style dataset"
-        if not isinstance(self._order, EpochOrder):
-            return f"{name} places itself; use torch's DataLoader"
         if not knows_rank(self._order.own, self._rank, self._size):
             return (
                 f"{_names(self._order.own)} does not know its rank, so each rank has an order of its own; use a "
@@ -118,25 +125,31 @@ class RankBatches:
         return None
 
     def _why_not_now(self, beginning: Beginning) -> str | None:
-        order = self._order
-        if beginning.share is not None or order.latest is None:
-            return None
-        name = _names(order.own)
-        if beginning.draws_global:
-            return (
-                f"{name} draws from a global random generator, which each rank has of its own; give it a "
-                "torch.Generator with the same seed on all ranks"
-            )
-        number, item = order.latest
+        name = _names(self._order.own)
+        number, item = self._order.latest or (0, None)
         try:
-            again = next(iter(self._order_of(self._rank, number)), None)
-            if again is None or not _same(again, item):
+            again = self._order_of(self._rank, number)
+            found = next(iter(again), None)
+            is_drawn_alike = again.beginning is None or again.beginning.draws_global == beginning.draws_global
+            if not is_drawn_alike or (item is not None and not _same(found, item)):
                 return f"{name} does not draw the same order again; let it depend on its epoch and generator only"
-            if len(self.loader.dataset) > np.size(item) and self._are_all_the_same():
+            if found is not None and len(self.loader.dataset) > np.size(found) and self._are_all_the_same():
                 return f"the order of {name} does not depend on its rank; use a DistributedSampler"
         except Exception as error:
             return f"a copy of {name} fails ({error!r}); use a DistributedSampler"
         return None
+
+    def _why_not_one_order(self, missing: Sequence[int]) -> str | None:
+        assert self._beginning is not None
+        answers = [self._agrees(rank) for rank in missing] if self._beginning.states else []
+        is_in_doubt = self._beginning.draws_global and None in answers
+        if False not in answers and not is_in_doubt:
+            return None
+        kind = "a global random generator" if self._beginning.draws_global else "a random generator"
+        return (
+            f"{_names(self._order.own)} draws from {kind}, and a missing rank's {'may be' if is_in_doubt else 'is'} "
+            "in another state; give it a torch.Generator with the same seed on all ranks"
+        )
 
     def _are_all_the_same(self) -> bool:
         """Return whether all ranks have the same order."""
@@ -150,13 +163,20 @@ class RankBatches:
     # -- the order of a rank -------------------------------------------------------------------------------------
 
     def _load(self, rank: int, position: int) -> Any:
-        at, iterator = self._iterators.pop(rank, (-1, iter(())))
-        if at != position:
-            del iterator  # Its processes end before others start.
-            iterator = iter(self._order_of(rank, position).loader)
+        if rank not in self._iterators or self._iterators[rank][0] != position:
+            self._end(rank)
+            loader = self._order_of(rank, position).loader
+            self._iterators[rank] = position, iter(loader), loader
+        _, iterator, loader = self._iterators[rank]
         batch = next(iterator, None)
-        self._iterators[rank] = position + 1, iterator
+        self._iterators[rank] = position + 1, iterator, loader
         return batch
+
+    def _end(self, rank: int) -> None:
+        """End the processes that load the batches of a rank."""
+        if rank in self._iterators:
+            # They end with their iterator, which the loader may hold, too.
+            forget_iterator(self._iterators.pop(rank)[2])
 
     def _order_of(self, rank: int, first: int) -> EpochOrder:
         """Return the order of a copy of the loader, which begins behind the first batches of a rank."""
@@ -172,8 +192,8 @@ class RankBatches:
         order = EpochOrder(loader)
         if (share := beginning.share) is not None:
             order.begin_with(lambda rank: share(rank)[first:], rank)
-        elif first:
-            order.begin_at({"began": {}, "now": {}}, first)
+        else:
+            order.begin_at({"began": beginning.global_states, "now": {}}, first)
         return order
 
 

@@ -6,7 +6,7 @@ the first batch that is not done, although Lightning may have fetched that batch
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +15,7 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
+from lightning_scar.continuation.rank_orders import rank_batches
 from lightning_scar.core.data_order import EpochOrder, OwnGenerators, is_indexed
 from lightning_scar.core.rank_batches import RankBatches
 from lightning_scar.core.shared_epoch import RestOfEpoch, not_shared_out, recipe
@@ -81,9 +82,11 @@ class TrainingData:
             else EpochOrder(loader)
             for loader in self._loaders
         ]
+        self._load_others()
 
     def _unfollow(self) -> None:
         self.release_batches()
+        self._others = None
         for order in self._orders:
             order.remove()
         self._orders = []
@@ -128,7 +131,7 @@ class TrainingData:
             self._resume()
         self._is_loaded = False
         for order in self._orders:
-            order.begin(order.states())
+            order.begin(order.before())
         if not any(map(_knows_place, self._loaders)):
             loop._combined_loader_states_to_load = []
         type(loop)._load_combined_loader_states(loop)
@@ -199,6 +202,7 @@ class TrainingData:
             if not isinstance(order, EpochOrder):
                 # For this epoch only, in which its state would not help.
                 order = self._orders[0] = EpochOrder(self._loaders[0])
+                self._load_others()
             order.begin_with(share, rank)
             self._set_done(self._shared["at"])
         else:
@@ -250,7 +254,7 @@ class TrainingData:
         if self._shared and self._shared["epoch"] != self._epochs.started:
             self._shared = {}
             self._follow()
-        iterator, states = self._combined._iterator, [order.states() for order in self._orders]
+        iterator, states = self._combined._iterator, [order.before() for order in self._orders]
         type(loop).on_run_start(loop, fetcher)
         if begins and self._combined._iterator is iterator:
             # Lightning would take the iterator from before the end of the last epoch was made up for.
@@ -302,11 +306,16 @@ class TrainingData:
         """The number of the present batch in its epoch, from 0 on."""
         return int(self._batches.ready) - 1
 
-    def why_batches_unknown(self) -> str | None:
-        """Return why the batches of other ranks cannot be known, as far as is known; ``None`` if they can."""
+    def why_batches_unknown(self, missing: Sequence[int] = ()) -> str | None:
+        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can.
+
+        Args:
+            missing: The ranks whose batches are needed.
+
+        """
         if len(self._orders) > 1:
             return "there are several training loaders; use a single one"
-        return self._rank_batches.why_unknown() if self._orders else None
+        return self._others.why_unknown(missing) if self._others is not None else None
 
     def batches_of(self, rank: int, positions: Iterable[int]) -> list[Any]:
         """Return batches of another rank in the present epoch, as its loader gives them: on the CPU.
@@ -320,20 +329,18 @@ class TrainingData:
 
         """
         at = self._shared["at"] if self._shared else 0
-        return self._rank_batches.batches(rank, [position - at for position in positions])
+        assert self._others is not None
+        return self._others.batches(rank, [position - at for position in positions])
 
     def release_batches(self) -> None:
         """Forget the batches of other ranks, and end the processes that load them."""
         if self._others is not None:
             self._others.close()
-        self._others = None
 
-    @property
-    def _rank_batches(self) -> RankBatches:
-        if self._others is None:
+    def _load_others(self) -> None:
+        if len(self._orders) == 1:
             order, trainer = self._orders[0], self._trainer
-            self._others = RankBatches(order.loader, order, trainer.global_rank, trainer.world_size)
-        return self._others
+            self._others = rank_batches(order.loader, order, trainer.global_rank, trainer.world_size)
 
     @property
     def _batches(self) -> Any:

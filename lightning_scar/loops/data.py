@@ -4,12 +4,13 @@ import itertools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from inspect import isgenerator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lightning_scar.continuation.rank_orders import rank_batches
 from lightning_scar.core.data_order import EpochOrder, is_indexed
 from lightning_scar.core.private import forget_iterator
 from lightning_scar.core.random_generators import cpu_generators, set_random_generators
@@ -131,6 +132,7 @@ class LoopData:
             # Workers draw random numbers of their own.
             ahead = self._framework.batches_ahead(loader) if getattr(inner, "num_workers", 0) == 0 else 0
             self._order = EpochOrder(inner, ahead) if is_indexed(inner) else None
+            self._others = rank_batches(inner, self._order, self.ranks.rank, self.ranks.world_size)
         self.loader = loader
 
     def _end(self) -> None:
@@ -214,11 +216,16 @@ class LoopData:
         """The number of the present batch in its epoch, or in the shared rest of it, from 0 on."""
         return self._done
 
-    def why_batches_unknown(self) -> str | None:
-        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can."""
-        if not self._is_in_epoch:
+    def why_batches_unknown(self, missing: Sequence[int] = ()) -> str | None:
+        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can.
+
+        Args:
+            missing: The ranks whose batches are needed.
+
+        """
+        if self._others is None:
             return "the loop does not take its batches from `scar.batches(loader)`, which would know their order"
-        return self._rank_batches.why_unknown()
+        return self._others.why_unknown(missing)
 
     def batches_of(self, rank: int, positions: Iterable[int]) -> list[Any]:
         """Return batches of another rank in the present epoch, as its loader gives them.
@@ -231,21 +238,14 @@ class LoopData:
             The batches; ``None`` in the place of one that the rank does not have.
 
         """
-        batches = self._rank_batches.batches(rank, list(positions))
+        assert self._others is not None
+        batches = self._others.batches(rank, list(positions))
         return [None if batch is None else self._framework.given(self.loader, batch) for batch in batches]
 
     def release_batches(self) -> None:
         """Forget the batches of other ranks, and end the processes that load them."""
         if self._others is not None:
             self._others.close()
-        self._others = None
-
-    @property
-    def _rank_batches(self) -> RankBatches:
-        if self._others is None:
-            inner = self._framework.torch_loader(self.loader)
-            self._others = RankBatches(inner, self._order, self.ranks.rank, self.ranks.world_size)
-        return self._others
 
 
 def _do_nothing() -> None:
