@@ -13,8 +13,10 @@ from ddp_runs import launched_by_torchrun
 from helpers import BATCH_SIZE, Stream, TinyModel, make_trainer, samples
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from loop_runs import Net, accelerator
 from ranks import run_ranks
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler, Subset, WeightedRandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -58,6 +60,10 @@ def of_its_own() -> Any:
         [1.0] * 61, 61, generator=torch.Generator().manual_seed(torch.distributed.get_rank())
     )
     return DataLoader(DATA, batch_size=BATCH_SIZE, sampler=sampler)
+
+
+def short() -> Any:
+    return DataLoader(samples(6), batch_size=BATCH_SIZE, shuffle=True)
 
 
 def stream() -> Any:
@@ -127,7 +133,11 @@ TRAINERS: dict[str, Callable[[], Any]] = {
     "Trainer, each its own": of_its_own,
     "Trainer, stateful": lambda: distributed(StatefulDataLoader),
     "Trainer, a stream": stream,
-    "Trainer, two": lambda: [shuffled(), shuffled()],
+    "Trainer, one of a dict": lambda: {"a": shuffled()},
+    "Trainer, two": lambda: [shuffled(), distributed()],
+    "Trainer, until the shorter one ends": lambda: CombinedLoader([shuffled(), short()], "min_size"),
+    "Trainer, until the longer one ends": lambda: CombinedLoader([shuffled(), short()], "max_size"),
+    "Trainer, a shorter one again": lambda: [shuffled(), short()],
 }
 
 
@@ -137,7 +147,7 @@ UNKNOWN = {
     "plain, a stream": "Stream has no indices",
     "Trainer, a stream": "Stream has no indices",
     "Trainer, each its own": "BatchSampler of DistributedSamplerWrapper draws from a random generator, and a missing",
-    "Trainer, two": "there are several training loaders",
+    "Trainer, a shorter one again": "shorter loaders begin anew within an epoch",
 }
 #: Of all doors, those that the others are alike.
 CHOSEN = ["plain, workers", "Fabric, weighted", "Accelerate", "Trainer, each its own", "Trainer, global"]
@@ -189,9 +199,10 @@ class Look(Callback):
 
 
 class FirstOfTwo(TinyModel):
-    """Learns from a batch, or the first of two."""
+    """Learns from a batch, or the first of two, or one of a name."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
+        batch = batch["a"] if isinstance(batch, dict) else batch
         return self.loss(batch[0] if isinstance(batch[0], list) else batch)
 
 
@@ -228,7 +239,10 @@ def test_each_front_door_gives_what_the_other_ranks_are_given(names: list[str], 
             for rank, place, batch in seen["derived"]:
                 expected = of_rank[rank][name]["own"].get(place)
                 assert (batch is None) == (expected is None), name
-                assert all(map(torch.equal, batch or [], expected or [])), f"{name}, {rank} at {place}"
+                leaves, spec = tree_flatten(batch)
+                assert spec == tree_flatten(expected)[1], name
+                pairs = zip(leaves, tree_flatten(expected)[0], strict=True)
+                assert all(a is b is None or torch.equal(a, b) for a, b in pairs), f"{name}, {rank} at {place}"
 
 
 def test_fabric_moves_the_batches_of_others_to_its_device(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ class RankOrders:
 
     Args:
         rank: This worker's rank in the complete group.
+        number: That of a loader.
 
     Example::
 
@@ -28,8 +29,8 @@ class RankOrders:
 
     """
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, number: int = 0) -> None:
+        self._rank, self._number = rank, number
         #: The digests of the last epochs: a rank may have died before its first batch of the present one.
         self._own: deque[str] = deque(maxlen=2)
 
@@ -39,17 +40,20 @@ class RankOrders:
         self._own.append(digest)
         # Without a supervisor nobody asks; without room nothing is known.
         with suppress(KeyError, OSError):
-            state_folder.write(_name(self._rank), lambda file: file.write(digest.encode()))
+            state_folder.write(self._name(self._rank), lambda file: file.write(digest.encode()))
 
     def agrees(self, rank: int) -> bool | None:
         """Return whether the generators of another rank were those of this one; ``None`` if that is not known."""
-        path = next(iter(state_folder.find_all(_name(rank))), None)
+        path = next(iter(state_folder.find_all(self._name(rank))), None)
         with suppress(OSError):
             return path.read_text() in self._own if path is not None else None
         return None
 
+    def _name(self, rank: int) -> str:
+        return f"order-{rank}-{self._number}"
 
-def rank_batches(loader: Any, order: OwnGenerators | None, rank: int, size: int) -> RankBatches:
+
+def rank_batches(loader: Any, order: OwnGenerators | None, rank: int, size: int, number: int = 0) -> RankBatches:
     """Return what loads the batches of other ranks, and let this rank note how its epochs begin.
 
     Args:
@@ -57,13 +61,10 @@ def rank_batches(loader: Any, order: OwnGenerators | None, rank: int, size: int)
         order: What follows it; ``None`` if nothing does.
         rank: This rank in the complete group.
         size: The number of ranks in it.
+        number: The loader's, if there are several.
 
     """
-    orders = RankOrders(rank)
+    orders = RankOrders(rank, number)
     if order is not None:
         order.on_begin = orders.note
     return RankBatches(loader, order, rank, size, orders.agrees)
-
-
-def _name(rank: int) -> str:
-    return f"order-{rank}"

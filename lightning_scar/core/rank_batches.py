@@ -133,7 +133,9 @@ class RankBatches:
             is_drawn_alike = again.beginning is None or again.beginning.draws_global == beginning.draws_global
             if not is_drawn_alike or (item is not None and not _same(found, item)):
                 return f"{name} does not draw the same order again; let it depend on its epoch and generator only"
-            if found is not None and len(self.loader.dataset) > np.size(found) and self._are_all_the_same():
+            other = next(iter(self._order_of((self._rank + 1) % self._size, number)), None)
+            makes_no_difference = found is not None and _same(found, other) and self._are_all_the_same()
+            if makes_no_difference and len(self.loader.dataset) > np.asarray(found, dtype=object).size:
                 return f"the order of {name} does not depend on its rank; use a DistributedSampler"
         except Exception as error:
             return f"a copy of {name} fails ({error!r}); use a DistributedSampler"

@@ -15,10 +15,9 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
-from lightning_scar.continuation.rank_orders import rank_batches
 from lightning_scar.core.data_order import EpochOrder, OwnGenerators, is_indexed
-from lightning_scar.core.rank_batches import RankBatches
 from lightning_scar.core.shared_epoch import RestOfEpoch, not_shared_out, recipe
+from lightning_scar.lightning.rank_batches import CombinedRankBatches
 
 #: What is added to the state that Lightning saves of its training loop.
 _KEY = "orders"
@@ -50,7 +49,7 @@ class TrainingData:
         self._discards: list[int] = []
         #: The rest of an epoch that these ranks have shared out, and the epoch.
         self._shared: dict[str, Any] = {}
-        self._others: RankBatches | None = None
+        self._others: CombinedRankBatches | None = None
         loop.__dict__.update(
             on_save_checkpoint=self._save,
             on_load_checkpoint=self._load,
@@ -86,7 +85,6 @@ class TrainingData:
 
     def _unfollow(self) -> None:
         self.release_batches()
-        self._others = None
         for order in self._orders:
             order.remove()
         self._orders = []
@@ -313,8 +311,6 @@ class TrainingData:
             missing: The ranks whose batches are needed.
 
         """
-        if len(self._orders) > 1:
-            return "there are several training loaders; use a single one"
         return self._others.why_unknown(missing) if self._others is not None else None
 
     def batches_of(self, rank: int, positions: Iterable[int]) -> list[Any]:
@@ -328,9 +324,9 @@ class TrainingData:
             The batches; ``None`` in the place of one that the rank does not have.
 
         """
-        at = self._shared["at"] if self._shared else 0
+        first = self._shared["at"] if self._shared else 0
         assert self._others is not None
-        return self._others.batches(rank, [position - at for position in positions])
+        return self._others.batches(rank, [position - first for position in positions])
 
     def release_batches(self) -> None:
         """Forget the batches of other ranks, and end the processes that load them."""
@@ -338,9 +334,8 @@ class TrainingData:
             self._others.close()
 
     def _load_others(self) -> None:
-        if len(self._orders) == 1:
-            order, trainer = self._orders[0], self._trainer
-            self._others = rank_batches(order.loader, order, trainer.global_rank, trainer.world_size)
+        trainer = self._trainer
+        self._others = CombinedRankBatches(self._combined, self._orders, trainer.global_rank, trainer.world_size)
 
     @property
     def _batches(self) -> Any:
