@@ -146,7 +146,7 @@ UNKNOWN = {
     "plain, each its own": "BatchSampler of RandomSampler does not know its rank",
     "plain, a stream": "Stream has no indices",
     "Trainer, a stream": "Stream has no indices",
-    "Trainer, each its own": "BatchSampler of DistributedSamplerWrapper draws from a random generator, and a missing",
+    "Trainer, each its own": "BatchSampler of DistributedSamplerWrapper draws from a random generator, and another",
     "Trainer, a shorter one again": "shorter loaders begin anew within an epoch",
 }
 #: Of all doors, those that the others are alike.
@@ -162,7 +162,7 @@ def look(data: Any, epoch: int, seen: Seen, batch: Any) -> None:
     before = random_generators()
     # The others have begun the epoch, too, and wait.
     torch.distributed.barrier()
-    reason = data.why_batches_unknown(range(SIZE))
+    reason = data.why_batches_unknown()
     seen["why"].add(reason)
     if reason is None:
         places = range(max(position - 1, 0), position + 1)

@@ -51,6 +51,7 @@ class RankBatches:
         self._order = order
         self._rank, self._size, self._agrees = rank, size, agrees
         self._beginning: Beginning | None = None
+        #: Why the batches of this epoch are unknown; empty if they are known, ``None`` before that is found out.
         self._verdict: str | None = None
         #: By rank: the number of the next batch, an iterator, and its loader.
         self._iterators: dict[int, tuple[int, Iterator[Any], Any]] = {}
@@ -69,11 +70,12 @@ class RankBatches:
             The batches, on the CPU; ``None`` in the place of one that the rank does not have.
 
         Raises:
-            ValueError: If the batches are unknown; see :meth:`why_unknown`.
+            ValueError: If the batches can never be known; see :meth:`why_unknown`.
 
         """
-        if reason := self.why_unknown([rank]):
-            raise ValueError(reason)
+        if self._order is None or self._order.beginning is None:
+            raise ValueError(self._why_never() or "the epoch has not begun")
+        self._follow(self._order.beginning)
         kept = self._kept.get(rank, {})
         with _same_random_numbers():
             batches = {i: kept[i] if i in kept else self._load(rank, i) for i in positions}
@@ -88,28 +90,26 @@ class RankBatches:
 
     # -- whether they are known ----------------------------------------------------------------------------------
 
-    def why_unknown(self, missing: Sequence[int] = ()) -> str | None:
+    def why_unknown(self) -> str | None:
         """Return why the batches of other ranks cannot be known, and what would help; ``None`` if they can.
 
-        More is known once an epoch has begun: then the order that a copy draws is compared with the one that was drawn.
-
-        Args:
-            missing: The ranks whose batches are needed.
-
+        More is known once an epoch has begun: whether a copy draws the order again that was drawn, and whether it is
+        that of the others. Ask while all ranks that are not missing are in the same step.
         """
-        if self._order is None or self._order.beginning is None:
+        beginning = self._order.beginning if self._order is not None else None
+        if beginning is None:
             return self._why_never()
-        self._follow(self._order.beginning)
-        return self._verdict or self._why_not_one_order(missing)
+        self._follow(beginning)
+        if beginning.share is None and self._verdict is None:
+            with _same_random_numbers():
+                self._verdict = self._why_never() or self._why_not_now(beginning) or ""
+        return self._verdict or self._why_not_one_order(beginning)
 
     def _follow(self, beginning: Beginning) -> None:
         """Begin anew in another epoch."""
         if beginning is not self._beginning:
             self.close()
             self._beginning, self._verdict = beginning, None
-            if beginning.share is None:
-                with _same_random_numbers():
-                    self._verdict = self._why_never() or self._why_not_now(beginning)
 
     def _why_never(self) -> str | None:
         loader = self.loader
@@ -141,15 +141,14 @@ class RankBatches:
             return f"a copy of {name} fails ({error!r}); use a DistributedSampler"
         return None
 
-    def _why_not_one_order(self, missing: Sequence[int]) -> str | None:
-        assert self._beginning is not None
-        answers = [self._agrees(rank) for rank in missing] if self._beginning.states else []
-        is_in_doubt = self._beginning.draws_global and None in answers
+    def _why_not_one_order(self, beginning: Beginning) -> str | None:
+        answers = [self._agrees(rank) for rank in range(self._size)] if beginning.states else []
+        is_in_doubt = beginning.draws_global and None in answers
         if False not in answers and not is_in_doubt:
             return None
-        kind = "a global random generator" if self._beginning.draws_global else "a random generator"
+        kind = "a global random generator" if beginning.draws_global else "a random generator"
         return (
-            f"{_names(self._order.own)} draws from {kind}, and a missing rank's {'may be' if is_in_doubt else 'is'} "
+            f"{_names(self._order.own)} draws from {kind}, and another rank's {'may be' if is_in_doubt else 'is'} "
             "in another state; give it a torch.Generator with the same seed on all ranks"
         )
 

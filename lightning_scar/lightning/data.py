@@ -6,7 +6,7 @@ the first batch that is not done, although Lightning may have fetched that batch
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -304,14 +304,9 @@ class TrainingData:
         """The number of the present batch in its epoch, from 0 on."""
         return int(self._batches.ready) - 1
 
-    def why_batches_unknown(self, missing: Sequence[int] = ()) -> str | None:
-        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can.
-
-        Args:
-            missing: The ranks whose batches are needed.
-
-        """
-        return self._others.why_unknown(missing) if self._others is not None else None
+    def why_batches_unknown(self) -> str | None:
+        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can."""
+        return self._others.why_unknown() if self._others is not None else None
 
     def batches_of(self, rank: int, positions: Iterable[int]) -> list[Any]:
         """Return batches of another rank in the present epoch, as its loader gives them: on the CPU.

@@ -4,7 +4,7 @@ import itertools
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import isgenerator
 from typing import Any
 
@@ -216,16 +216,11 @@ class LoopData:
         """The number of the present batch in its epoch, or in the shared rest of it, from 0 on."""
         return self._done
 
-    def why_batches_unknown(self, missing: Sequence[int] = ()) -> str | None:
-        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can.
-
-        Args:
-            missing: The ranks whose batches are needed.
-
-        """
+    def why_batches_unknown(self) -> str | None:
+        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can."""
         if self._others is None:
             return "the loop does not take its batches from `scar.batches(loader)`, which would know their order"
-        return self._others.why_unknown(missing)
+        return self._others.why_unknown()
 
     def batches_of(self, rank: int, positions: Iterable[int]) -> list[Any]:
         """Return batches of another rank in the present epoch, as its loader gives them.
