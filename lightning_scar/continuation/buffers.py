@@ -9,8 +9,13 @@ from torch import Tensor
 from lightning_scar.continuation.protocol import Training
 
 
+def buffers_of(training: Training) -> list[Tensor]:
+    """Return the buffers of a training's model that have elements."""
+    return [buffer.detach() for buffer in training.module.buffers() if buffer.numel()]
+
+
 class SharedBuffers:
-    """The buffers at the beginning of a step. DDP gives all workers those of rank 0 then. A collective.
+    """The buffers behind which a step's last batch comes. DDP gives all workers those of rank 0. A collective.
 
     Args:
         training: The training.
@@ -18,12 +23,17 @@ class SharedBuffers:
     """
 
     def __init__(self, training: Training) -> None:
-        self._buffers = [buffer for buffer in training.module.buffers() if buffer.numel()]
+        self._buffers = buffers_of(training)
         self._are_shared = any(wrapper.broadcast_buffers for wrapper in training.wrappers())
         if self._are_shared:
             _broadcast(self._buffers)
         self._beginning = self._copies()
         self._of_slot_0: list[Tensor] | None = None
+
+    def set(self, values: list[Tensor]) -> None:
+        """Set the buffers to those of another moment."""
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, values)
 
     def restore(self, of_slot_0: bool = False) -> None:
         """Restore the buffers, behind a batch of another worker.
@@ -34,20 +44,19 @@ class SharedBuffers:
         """
         if of_slot_0 and self._are_shared:
             self._of_slot_0 = self._copies()
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._beginning)
+        self.set(self._beginning)
 
     def end(self) -> None:
         """Set the buffers as they are behind the step, if this worker has computed them."""
-        if self._of_slot_0:
-            torch._foreach_copy_(self._buffers, self._of_slot_0)
+        if self._of_slot_0 is not None:
+            self.set(self._of_slot_0)
 
     def have_changed(self) -> bool:
         """Return whether a buffer is different from the beginning."""
         return not all(map(torch.equal, self._buffers, self._beginning))
 
     def _copies(self) -> list[Tensor]:
-        return [buffer.detach().clone() for buffer in self._buffers]
+        return [buffer.clone() for buffer in self._buffers]
 
 
 def _broadcast(buffers: list[Tensor]) -> None:
@@ -56,7 +65,7 @@ def _broadcast(buffers: list[Tensor]) -> None:
         return str(buffer.dtype), str(buffer.device)
 
     for _, group in groupby(sorted(buffers, key=kind), key=kind):
-        alike = [buffer.detach() for buffer in group]
+        alike = list(group)
         values = torch.cat([buffer.reshape(-1) for buffer in alike])
         dist.broadcast(values, 0)
         parts = torch.split(values, [buffer.numel() for buffer in alike])

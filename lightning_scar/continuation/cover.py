@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_scar.continuation.alone import alone
-from lightning_scar.continuation.buffers import SharedBuffers
+from lightning_scar.continuation.buffers import SharedBuffers, buffers_of
 from lightning_scar.continuation.examination import examine
 from lightning_scar.continuation.feasibility import warn_of_shrinking
 from lightning_scar.continuation.outages import Finding, Outages
@@ -46,6 +47,13 @@ class Cover:
         self._generators = generators
         #: The number of the last generation with a covered step.
         self._generation = -1
+        #: The buffers of slot 0 before the first of a step's batches, if this worker computes the batches of slot 0.
+        self._beginning: list[Tensor] = []
+
+    def begin_step(self) -> None:
+        """Keep what the batches of a missing worker begin with, before the first of several batches of a step."""
+        has_slot_0 = not self._member.is_full and self._member.is_leader and self._member.slot > 0
+        self._beginning = [buffer.clone() for buffer in buffers_of(self._training)] if has_slot_0 else []
 
     def is_due(self, batch: Any) -> bool:
         """Return whether the next step is to be covered. When a worker is missing for the first time, find out.
@@ -125,6 +133,8 @@ class Cover:
         batches = training.batches_of(part.slot)
         if (random := self._generators.of(part.slot, step)) is not None:
             set_random_state(random)
+        if part.slot == 0 and self._beginning:
+            buffers.set(self._beginning)
         for batch in batches:
             piece, share = part_of(batch, part.number, part.of)
             if share:

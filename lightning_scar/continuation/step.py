@@ -178,6 +178,8 @@ class Continuation:
         started = self._begin_batch()
         self._snapshot.save(gradients)
         self.generators.begin(self.steps, self._snapshot.random)
+        if self._cover is not None and self._training.batches_in_step == 1:
+            self._cover.begin_step()
         try:
             return compute()
         except Exception as error:
