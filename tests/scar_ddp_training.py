@@ -68,6 +68,7 @@ class Model(pl.LightningModule):
         averaging: Whether the optimizer communicates.
         optimizer: One of ``OPTIMIZERS``.
         double: Whether it computes in double precision.
+        gathers: Whether its loss depends on that of other ranks.
 
     """
 
@@ -81,6 +82,7 @@ class Model(pl.LightningModule):
         plateau: bool = False,
         optimizer: str = "Adam",
         double: bool = False,
+        gathers: bool = False,
     ) -> None:
         super().__init__()
         torch.manual_seed(1)
@@ -88,6 +90,7 @@ class Model(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(8, 16), *between, nn.ReLU(), nn.Linear(16, 1))
         self.rich = rich
         self.optimizer = optimizer
+        self.gathers = gathers
         if double:
             self.double()
         self.plateau = plateau
@@ -120,6 +123,8 @@ class Model(pl.LightningModule):
         if out.requires_grad:
             out.register_hook(lambda gradient: None if is_joiner else place("backward", self.batches_done))
         loss = nn.functional.mse_loss(out, y)
+        if self.gathers:
+            loss = loss + self.all_gather(loss.detach()).mean()
         self.log("loss", loss, sync_dist=True)
         return loss
 

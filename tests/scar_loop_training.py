@@ -131,7 +131,7 @@ class Loop:
     # -- the same for all
 
     def gradients(self, batch: Any) -> Tensor:
-        x, y, ids = batch
+        x, y, ids, *_ = batch
         batches = self.scar.batches_done
         if dist.is_initialized() and dist.get_world_size() < asked["ranks"]:
             # A loop does not wait for a replacement, which takes its seconds.
@@ -178,7 +178,12 @@ class Loop:
     def train(self, batch: Any) -> None:
         is_first = self.scar.batches_done % len(self.loader) % self.micro_batches == 0
         self.used.begin(batch[2].tolist(), is_first)
-        loss = self.scar.training_step(self.gradients, batch, self.update)
+        if not asked.get("passes_batch", True):
+            loss = self.scar.training_step(lambda: self.gradients(batch), update=self.update)
+        elif asked.get("changes_batch"):
+            loss = self.scar.training_step(self.gradients, [*batch, "more"], self.update)
+        else:
+            loss = self.scar.training_step(self.gradients, batch, self.update)
         assert loss.isfinite()
         self.scar.step()
         place("batch_end", self.scar.batches_done - 1)

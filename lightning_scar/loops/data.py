@@ -64,6 +64,7 @@ class LoopData:
         if self.loader is None:
             return state
         state["seed"] = self._framework.shuffle_seed(self.loader)
+        state["has_begun"] = self._is_in_epoch
         state["is_over"] = self._is_in_epoch and self._framework.is_over(self.loader)
         if self._order is None:
             return {**state, "loader": self._framework.loader_state(self.loader)}
@@ -169,7 +170,7 @@ class LoopData:
         is_divided_anew = (state["recipe"] or {}).get("batch_size") != (batch_size if recipe(sampler) else None)
         if saved["before"] != ranks.world_size or is_divided_anew or state["shared"]:
             return self._share_out(state, saved["before"])
-        if self._done:
+        if self._done or saved.get("has_begun"):
             self._begin_at({**state, "ahead": saved.get("ahead")})
         else:
             self._order.begin_next(state)

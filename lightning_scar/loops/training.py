@@ -257,7 +257,10 @@ class LoopTraining:
         return self._module
 
     def state(self) -> Any:
-        """Return the checkpoint dict after the last step, and what continues the saves."""
+        """Return the checkpoint dict at the present place in the data, and what continues the saves."""
+        if not self._uncounted:
+            # After the last step the loop may have gone on to the next epoch.
+            self._loop.state.record_position()
         return [self._loop.state.dump(uncounted=self._uncounted), self._loop.hand_over()]
 
     def load_state(self, state: Any) -> None:
