@@ -65,7 +65,8 @@ class LoopData:
             return state
         state["seed"] = self._framework.shuffle_seed(self.loader)
         state["has_begun"] = self._is_in_epoch
-        state["is_over"] = self._is_in_epoch and self._framework.is_over(self.loader)
+        # Before the first batch is done it may be the last one.
+        state["is_over"] = state["done"] > 0 and self._is_in_epoch and self._framework.is_over(self.loader)
         if self._order is None:
             return {**state, "loader": self._framework.loader_state(self.loader)}
         sampler, batch_size = self._framework.whole_sampler(self._order.own)
@@ -209,6 +210,11 @@ class LoopData:
         if self.ranks.rank == 0:
             warnings.warn(not_shared_out(before, self.ranks.world_size), stacklevel=4)
         return 0
+
+    @property
+    def has_just_begun(self) -> bool:
+        """Whether the first batch of an epoch is not done yet."""
+        return self._is_in_epoch and self._done == 0
 
     # -- other ranks ---------------------------------------------------------------------------------------------
 

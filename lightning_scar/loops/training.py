@@ -258,8 +258,8 @@ class LoopTraining:
 
     def state(self) -> Any:
         """Return the checkpoint dict at the present place in the data, and what continues the saves."""
-        if not self._uncounted:
-            # After the last step the loop may have gone on to the next epoch.
+        if not self._uncounted and self._loop.state.data.has_just_begun:
+            # The loop has gone on to the next epoch after the last step.
             self._loop.state.record_position()
         return [self._loop.state.dump(uncounted=self._uncounted), self._loop.hand_over()]
 
