@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import BATCHES, TinyModel, assert_same, loader, make_trainer, samples
+from helpers import BATCH_SIZE, BATCHES, TinyModel, assert_same, loader, make_trainer, samples
 from lightning.fabric.utilities.rank_zero import rank_zero_only as utils_rank_zero_only
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
@@ -21,8 +21,10 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
+from lightning_scar.core.rank_batches import RankBatches
 from lightning_scar.lightning import loggers, private, progress, replacement
 from lightning_scar.lightning.data import TrainingData
 
@@ -103,6 +105,66 @@ def test_a_joiner_goes_on_as_the_one_that_its_state_comes_from(data: str, place:
     for key in ("state_dict", "optimizer_states"):
         assert_same(other.final[key], model.final[key])
     assert_same(dict(joiner.callback_metrics), dict(trainer.callback_metrics))
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_a_joiner_takes_its_place_in_a_shared_epoch(kind: Any, tmp_path: Path) -> None:
+    """The run went on with another batch size, and lost a worker in the same epoch."""
+    data = samples()
+
+    def make(batch_size: int = 5) -> Any:
+        return kind(data, batch_size=batch_size, sampler=DistributedSampler(data, 1, 0))
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 2:
+                torch.save(private.dump_checkpoint(trainer), tmp_path / "before.ckpt")
+
+    trainer = make_trainer(Keep(), max_epochs=1, enable_checkpointing=False)
+    TrainingData.of(trainer)
+    trainer.fit(TinyModel(), make(4))
+    source, model, other = Source(2 + 3), TinyModel(), TinyModel()
+    trainer = make_trainer(strategy=source, max_epochs=2, enable_checkpointing=False)
+    TrainingData.of(trainer)
+    trainer.fit(model, make(), ckpt_path=tmp_path / "before.ckpt")
+    order = [*DistributedSampler(data, 1, 0)][2 * 4 :]
+    assert [total for _, total in model.seen[:5]] == [float(data[order[i : i + 5]][0].sum()) for i in range(0, 24, 5)]
+    joiner = make_trainer(strategy=Joiner(source.handed_over), max_epochs=2, enable_checkpointing=False)
+    TrainingData.of(joiner)
+    replacement.prepare_joiner(joiner)
+    joiner.fit(other, make())
+    assert other.seen[1:] == model.seen[3:]
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_a_joiner_knows_the_batches_of_others(kind: Any) -> None:
+    """It has begun with another epoch than that in which it takes its place."""
+    data = samples(2 * BATCHES)
+    loaders = [kind(data, batch_size=BATCH_SIZE, sampler=DistributedSampler(data, 2, i)) for i in (0, 1, 1)]
+    whole = []
+    for epoch in range(3):
+        loaders[0].sampler.set_epoch(epoch)
+        whole += [(epoch, float(x.sum())) for x, _ in loaders[0]]
+    found = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            data = TrainingData.of(trainer)
+            (order,) = data._orders
+            others = RankBatches(order.loader, order, 1, 2)
+            assert others.why_unknown() is None
+            ((x, _),) = others.batches(0, [data.position])
+            found.append((trainer.current_epoch, float(x.sum())))
+
+    source, model = Source(BATCHES + 5), TinyModel()
+    trainer = make_trainer(strategy=source, max_epochs=3, enable_checkpointing=False)
+    TrainingData.of(trainer)
+    trainer.fit(model, loaders[1])
+    joiner = make_trainer(Look(), strategy=Joiner(source.handed_over), max_epochs=3, enable_checkpointing=False)
+    TrainingData.of(joiner)
+    replacement.prepare_joiner(joiner)
+    joiner.fit(TinyModel(), loaders[2])
+    assert found[1:] == whole[BATCHES + 5 :]
 
 
 def test_a_joiner_neither_validates_nor_resumes_nor_writes(tmp_path: Path) -> None:

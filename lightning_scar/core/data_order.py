@@ -162,7 +162,7 @@ class EpochOrder(OwnGenerators):
         self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         super().__init__(loader, getattr(loader, self._name))
         self._place: tuple[dict[str, Any], int, Mapping[str, Any] | None] | None = None
-        self._rest: tuple[Share, int] | None = None
+        self._rest: tuple[Share, int, int] | None = None
         #: The last items that were asked for, and the states of the global generators then.
         self._asked: deque[tuple[int, Callable[[], dict[str, Any]]]] = deque(maxlen=ahead)
         # DataLoader forbids setting the attribute. Its iterators keep the sampler that they started with.
@@ -206,15 +206,16 @@ class EpochOrder(OwnGenerators):
         """
         self._place = dict(state), done, then
 
-    def begin_with(self, share: Share, rank: int) -> None:
+    def begin_with(self, share: Share, rank: int, done: int = 0) -> None:
         """Let the next epoch consist of the given batches.
 
         Args:
             share: Gives the batches of each rank.
             rank: The rank of this process.
+            done: The number of its batches to skip.
 
         """
-        self._rest = share, rank
+        self._rest = share, rank, done
 
     def loaded_ahead(self, done: int) -> Callable[[], dict[str, Any]] | None:
         """Return what gives the states of the global generators when an item was asked for; ``None`` if it was not."""
@@ -228,9 +229,9 @@ class EpochOrder(OwnGenerators):
         place, self._place = self._place, None
         rest, self._rest = self._rest, None
         if rest is not None:
-            share, rank = rest
+            share, rank, done = rest
             self._begin(None, {}, share)
-            for self.latest in enumerate(share(rank)):
+            for self.latest in enumerate(share(rank)[done:], done):
                 yield self.latest[1]
         elif place is None:
             yield from self._noted(self._items(0), 0)

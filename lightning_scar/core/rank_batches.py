@@ -191,8 +191,8 @@ class RankBatches:
         vars(loader)[name] = copied(own, loader.dataset, self._rank, self._size, rank)
         forget_iterator(loader)
         order = EpochOrder(loader)
-        if (share := beginning.share) is not None:
-            order.begin_with(lambda rank: share(rank)[first:], rank)
+        if beginning.share is not None:
+            order.begin_with(beginning.share, rank, first)
         else:
             order.begin_at({"began": beginning.global_states, "now": {}}, first)
         return order

@@ -101,6 +101,11 @@ class RestOfEpoch:
         samples = shared["done"] + (done - shared["at"]) * ranks * known["batch_size"]
         return cls(shared["recipe"], shared["began"], samples)
 
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> "RestOfEpoch":
+        """Return the rest that :meth:`state` was called of."""
+        return cls(state["recipe"], state["began"], state["done"])
+
     def state(self) -> dict[str, Any]:
         """Return what :meth:`of` needs to share the rest of this rest out."""
         return {"recipe": self._known, "began": self._began, "done": self._done}

@@ -17,10 +17,9 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_scar.core.data_order import EpochOrder, OwnGenerators, is_indexed
 from lightning_scar.core.shared_epoch import RestOfEpoch, not_shared_out, recipe
+from lightning_scar.lightning.private_loops import ORDERS
 from lightning_scar.lightning.rank_batches import CombinedRankBatches
 
-#: What is added to the state that Lightning saves of its training loop.
-_KEY = "orders"
 #: Lightning fetches at most one batch ahead.
 _KEPT_STATES = 3
 
@@ -100,7 +99,7 @@ class TrainingData:
         loaders = [
             {**order.state(), "recipe": recipe(_sampler(order.loader)), "shared": shared} for order in self._orders
         ]
-        state[_KEY] = {"ranks": self._trainer.world_size, "loaders": loaders}
+        state[ORDERS] = {"ranks": self._trainer.world_size, "loaders": loaders}
         return state
 
     def _before_fetch(self) -> None:
@@ -115,7 +114,7 @@ class TrainingData:
     # -- a resume ----------------------------------------------------------------------------------------------
 
     def _load(self, state: dict[str, Any]) -> None:
-        self._saved = state.get(_KEY, {})
+        self._saved = state.get(ORDERS, {})
         self._is_loaded = True
         type(self._loop).on_load_checkpoint(self._loop, state)
 
@@ -192,17 +191,9 @@ class TrainingData:
         if self._begins_next:
             self._set_done((done + 1) * before if total is None else total)
         elif total is not None and (rest := RestOfEpoch.of(self._state_of(0), done, before, sampler)) is not None:
-            rank = self._trainer.global_rank
-            share = rest.share(now, sampler.batch_size, sampler.drop_last)
-            batches = len(share(rank))
-            self._shared = {**rest.state(), "at": max(total - batches, 0), "epoch": self._epochs.started}
-            order = self._orders[0]
-            if not isinstance(order, EpochOrder):
-                # For this epoch only, in which its state would not help.
-                order = self._orders[0] = EpochOrder(self._loaders[0])
-                self._load_others()
-            order.begin_with(share, rank)
-            self._set_done(self._shared["at"])
+            at = max(total - self._begin_rest(rest), 0)
+            self._shared = {**rest.state(), "at": at, "epoch": self._epochs.started}
+            self._set_done(at)
         else:
             rank_zero_warn(not_shared_out(before, now))
             shared = done * before // now
@@ -212,6 +203,27 @@ class TrainingData:
                 for loader, order in zip(self._loaders, self._orders, strict=True)
             ]
             self._set_done(shared)
+
+    def _begin_rest(self, rest: RestOfEpoch, done: int = 0) -> int:
+        """Let the next iterator serve this rank's share of the rest of an epoch.
+
+        Args:
+            rest: The rest.
+            done: The number of batches of the share that are done.
+
+        Returns:
+            The number of batches in the share.
+
+        """
+        sampler, rank = _sampler(self._loaders[0]), self._trainer.global_rank
+        share = rest.share(self._trainer.world_size, sampler.batch_size, sampler.drop_last)
+        order = self._orders[0]
+        if not isinstance(order, EpochOrder):
+            # For this epoch only, in which its state would not help.
+            order = self._orders[0] = EpochOrder(self._loaders[0])
+            self._load_others()
+        order.begin_with(share, rank, done)
+        return len(share(rank))
 
     def _total(self) -> int | None:
         """Return the number of batches in an epoch of the only loader; ``None`` if there are several, or if unknown."""
@@ -284,16 +296,27 @@ class TrainingData:
         done = self._batches.ready
         for loader in self._loaders:
             _set_sampler_epoch(loader, self._epochs.processed)
+        is_over = fetcher.length is not None and done >= fetcher.length
+        shared = None if is_over else self._state_of(0).get("shared")
+        if shared:
+            self._shared = shared
+            self._begin_rest(RestOfEpoch.of_state(shared), done - shared["at"])
         if fetcher.length is not None and all(isinstance(order, EpochOrder) for order in self._orders):
-            if done < fetcher.length:
-                self._place(done)
-                iter(fetcher)
-            else:
+            if is_over:
                 self._prepare_next()
+            elif not shared:
+                self._place(done)
+            if not is_over:
+                iter(fetcher)
             fetcher.fetched = done
-            fetcher.done = done >= fetcher.length
+            fetcher.done = is_over
         else:
+            for i, order in enumerate(self._orders):
+                order.begin_at(self._state_of(i), 0)
+            states = [order.before() for order in self._orders]
             iter(fetcher)
+            for order, before in zip(self._orders, states, strict=True):
+                order.begin(before)
             for _ in range(done):
                 next(fetcher)
 
@@ -363,27 +386,3 @@ def _sampler(loader: Any) -> Any:
     sampler = getattr(loader, "batch_sampler", None)
     sampler = getattr(loader, "sampler", None) if sampler is None else sampler
     return sampler.own if isinstance(sampler, EpochOrder) else sampler
-
-
-def use_own_loader_states(checkpoint: dict[str, Any], own: Any) -> None:
-    """Replace the loader states of another rank by those that this rank has saved, if they are of the same place.
-
-    A rank that was stopped in the middle of a batch has loaded one batch more than a rank that finished its step. All
-    ranks must continue with the same batch, or the first one whose epoch ends leaves the others waiting.
-
-    Args:
-        checkpoint: The checkpoint dict, changed in place.
-        own: The dict as this rank saved it; ``None`` if it saved none at that step.
-
-    """
-    if own is None or "loops" not in own:
-        return
-    loop, own_loop = checkpoint["loops"]["fit_loop"], own["loops"]["fit_loop"]
-    state, own_state = loop["state_dict"], own_loop["state_dict"]
-    if loop["epoch_progress"]["current"]["ready"] != own_loop["epoch_progress"]["current"]["ready"]:
-        return
-    if _KEY in own_state:
-        state[_KEY] = own_state[_KEY]
-    batch, own_batch = (of["epoch_loop.batch_progress"]["current"]["processed"] for of in (loop, own_loop))
-    if "combined_loader" in own_state and batch == own_batch:
-        state["combined_loader"] = own_state["combined_loader"]

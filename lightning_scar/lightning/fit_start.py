@@ -12,9 +12,9 @@ from lightning_scar.core.options import Options
 from lightning_scar.core.resumption import check_not_all_damaged, newest_heads
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.lightning import paths, private
-from lightning_scar.lightning.data import use_own_loader_states
 from lightning_scar.lightning.model_loading import ModelLoading, check_is_of_a_trainer, end_interception
 from lightning_scar.lightning.moment import Moment
+from lightning_scar.lightning.private_loops import use_own_loader_states
 from lightning_scar.storage.directory import Directory
 
 

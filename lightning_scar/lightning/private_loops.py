@@ -15,6 +15,8 @@ from lightning_scar.core.skeleton import heavy
 from lightning_scar.lightning import private
 from lightning_scar.lightning.progress import Pending
 
+#: What is added to the state that Lightning saves of its training loop: the orders of its loaders.
+ORDERS = "orders"
 #: What was left to do when the fit resumed, and after how many batches.
 _LEFT = "lightning_scar_left"
 #: What is called when that begins.
@@ -176,3 +178,27 @@ def _before_fetch(loop: Any, action: Callable[[], None], present: Callable[[], N
         loop._on_before_fetch = present
     loop.trainer.fit_loop._data_fetcher._start_profiler = loop._on_before_fetch
     loop._on_before_fetch()
+
+
+def use_own_loader_states(checkpoint: dict[str, Any], own: Any) -> None:
+    """Replace the loader states of another rank by those that this rank has saved, if they are of the same place.
+
+    A rank that was stopped in the middle of a batch has loaded one batch more than a rank that finished its step. All
+    ranks must continue with the same batch, or the first one whose epoch ends leaves the others waiting.
+
+    Args:
+        checkpoint: The checkpoint dict, changed in place.
+        own: The dict as this rank saved it; ``None`` if it saved none at that step.
+
+    """
+    if own is None or "loops" not in own:
+        return
+    loop, own_loop = checkpoint["loops"]["fit_loop"], own["loops"]["fit_loop"]
+    state, own_state = loop["state_dict"], own_loop["state_dict"]
+    if loop["epoch_progress"]["current"]["ready"] != own_loop["epoch_progress"]["current"]["ready"]:
+        return
+    if ORDERS in own_state:
+        state[ORDERS] = own_state[ORDERS]
+    batch, own_batch = (of["epoch_loop.batch_progress"]["current"]["processed"] for of in (loop, own_loop))
+    if "combined_loader" in own_state and batch == own_batch:
+        state["combined_loader"] = own_state["combined_loader"]

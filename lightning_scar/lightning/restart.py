@@ -15,8 +15,8 @@ from lightning_scar.continuation.restart_state import (
 )
 from lightning_scar.continuation.step_generators import StepGenerators
 from lightning_scar.lightning import moment, private, replacement
-from lightning_scar.lightning.data import use_own_loader_states
 from lightning_scar.lightning.moment import Moment
+from lightning_scar.lightning.private_loops import use_own_loader_states
 from lightning_scar.lightning.progress import KEY
 
 
