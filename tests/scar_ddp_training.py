@@ -126,6 +126,7 @@ class Model(pl.LightningModule):
         if self.gathers:
             loss = loss + self.all_gather(loss.detach()).mean()
         self.log("loss", loss, sync_dist=True)
+        self.log("batches", 1.0, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

@@ -147,6 +147,14 @@ def test_what_is_logged_counts_missing_batches(tmp_path: Path) -> None:
     assert disturbed == pytest.approx(losses(tmp_path / "undisturbed"), rel=1e-6)
 
 
+@pytest.mark.parametrize("where", ["training_step", "backward"])
+def test_an_epoch_counts_each_batch_once(tmp_path: Path, where: str) -> None:
+    """But those that the dead worker had counted itself. The attempt that failed does not count."""
+    training = train_double(tmp_path, (where, 12, 2, "kill"))
+    before_it_died = 12 % 8
+    assert training.results[0]["metrics"]["batches"] == 3 * 8 - before_it_died, training.console
+
+
 def test_on_two_nodes_of_which_one_is_lost(tmp_path: Path) -> None:
     training = train_double(tmp_path / "disturbed", ("training_step", 4, 2, "lose the supervisor"), ranks=4, nodes=2)
     expected = train_double(tmp_path / "undisturbed", ranks=4)

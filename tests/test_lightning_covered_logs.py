@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_scar.lightning import private_logs
 from lightning_scar.lightning.covered_logs import CoveredLogs
 
 #: What this worker has, and those of which it computes the batches.
@@ -56,6 +57,26 @@ class Covers(Callback):
         if args[-1] == 1:
             self.context.__exit__(None, None, None)
         self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+class Repeats(Callback):
+    """Makes the batches of a step once more, as after a failure."""
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        undo = private_logs.kept(trainer)
+        pl_module._current_fx_name = "training_step"
+        pl_module.number = 100.0
+        pl_module.training_step(batch, batch_idx)
+        pl_module.number = OWN
+        undo()
+
+
+def test_what_is_logged_in_an_attempt_that_failed_does_not_count() -> None:
+    trainer = make_trainer(Repeats(), max_epochs=1, limit_train_batches=2, enable_checkpointing=False)
+    trainer.fit(Logs(), loader())
+    epoch = {name.removesuffix("_epoch"): float(v) for name, v in trainer.callback_metrics.items() if "_epoch" in name}
+    assert epoch == {"mean": OWN, "alone": OWN, "sum": 2 * OWN, "max": OWN, "min": OWN}
 
 
 def test_it_counts_in_the_step_and_in_the_epoch() -> None:

@@ -34,12 +34,11 @@ TESTED_BY_A_JOINER = {
     "transferred",
     "metrics",
     "set_metrics",
-    "reset_results",
     "restore",
     "restore_step",
 }
 #: ``test_lightning_covered_logs.py`` has them log.
-TESTED_BY_LOGS = {"add_to_epoch", "apart", "before_sync", "of_batch", "reduction", "step_value"}
+TESTED_BY_LOGS = {"add_to_epoch", "apart", "before_sync", "kept", "of_batch", "reduction", "step_value"}
 
 
 def in_training(hook: Any, **options: Any) -> TinyModel:

@@ -1,6 +1,6 @@
 """What the engine of continuation requires of a front door."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -116,6 +116,9 @@ class Training(Protocol):
             scale: The share of workers that are present.
 
         """
+
+    def keep_logs(self) -> Callable[[], object]:
+        """Return what undoes all that the front door logs from now on, because the batch will be computed again."""
 
     # -- logging and restarts ------------------------------------------------------------------------------------
 

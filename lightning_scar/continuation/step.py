@@ -69,6 +69,8 @@ class Continuation:
         #: The number of completed steps after which this worker had no more batches, for the last time.
         self._left_after = -1
         self._update = Update(training.changes)
+        #: Undoes what was logged in the present batch.
+        self._undo_logs: Callable[[], object] = lambda: None
 
     # -- start and end of a training -----------------------------------------------------------------------------
 
@@ -188,10 +190,12 @@ class Continuation:
             self._left_alone = self._loss(error, started)
         self._generations.leave()
         self._snapshot.restore(gradients)
+        self._undo_logs()
         self.outages.record_failure(self._generations.steps)
         return compute()
 
     def _begin_batch(self) -> float:
+        self._undo_logs = self._training.keep_logs()
         self._member.epochs.goes_on_after = self.steps, self._generations.epochs
         return time.monotonic()
 
@@ -323,6 +327,8 @@ class Continuation:
         is_done = self._stale_gradients is not None and self._stale_gradients.applied > 0
         if is_done:
             self._complete()
+        else:
+            self._undo_logs()
         self._stale_gradients = None
         is_done |= self._generations.enter_next(boundary=is_done, closure=closure, loss=loss)
         self.outages.regrouped()

@@ -160,12 +160,6 @@ def set_metrics(trainer: pl.Trainer, values: list[dict[str, Any]]) -> None:
     connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics = values
 
 
-def reset_results(trainer: pl.Trainer) -> None:
-    """Discard what was logged in the current batch."""
-    if trainer._results is not None:
-        trainer._results.reset()
-
-
 def restore(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Restore everything from a checkpoint dict, in the middle of a loop."""
     with _loaded(trainer, checkpoint) as connector:

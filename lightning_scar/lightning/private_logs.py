@@ -24,6 +24,26 @@ def apart(trainer: pl.Trainer) -> Iterator[dict[str, Any]]:
         loop._results = own
 
 
+def kept(trainer: pl.Trainer) -> Callable[[], None]:
+    """Return what undoes all that is logged from now on, but for metric objects."""
+    results = trainer.fit_loop.epoch_loop._results
+    # Lightning replaces these values, and changes none in place.
+    before = {key: {name: getattr(metric, name) for name in _values(metric)} for key, metric in results.items()}
+
+    def undo() -> None:
+        for key, metric in list(results.items()):
+            if key in before:
+                vars(metric).update(before[key])
+            else:
+                del results[key]
+
+    return undo
+
+
+def _values(metric: Any) -> list[str]:
+    return ["has_reset", *(metric._defaults if metric.is_tensor else ())]
+
+
 @contextmanager
 def of_batch(trainer: pl.Trainer, batch: Any) -> Iterator[None]:
     """Take the size of another batch than the loop's for what is logged in this context."""

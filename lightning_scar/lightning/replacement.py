@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_scar.core.zero import is_sharded
 from lightning_scar.lightning import loggers, private
+from lightning_scar.lightning.results import join_results, logged, results
 
 
 def is_joiner(trainer: pl.Trainer) -> bool:
@@ -42,6 +43,8 @@ def live_state(trainer: pl.Trainer) -> dict[str, Any]:
     return {
         "tickets": [callback.hand_over() for callback in scar_checkpoints(trainer)],
         "metrics": private.metrics(trainer),
+        "results": results(trainer),
+        "logged": logged(trainer),
         "should_stop": trainer.should_stop,
     }
 
@@ -63,7 +66,7 @@ def load_state(trainer: pl.Trainer, checkpoint: dict[str, Any], live: dict[str, 
     _show_progress(trainer)
     for callback, ticket in zip(scar_checkpoints(trainer), live["tickets"], strict=True):
         callback.take_over(trainer, ticket)
-    private.reset_results(trainer)
+    join_results(trainer, live["results"], live["logged"])
 
 
 def _show_progress(trainer: pl.Trainer) -> None:

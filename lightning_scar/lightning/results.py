@@ -70,6 +70,33 @@ def set_results(trainer: pl.Trainer, saved: list[dict[str, Any]]) -> None:
         trainer.fit_loop.epoch_loop._results[each["key"]] = result
 
 
+def logged(trainer: pl.Trainer) -> list[str]:
+    """Return the keys of all that the present epoch has logged so far and will reduce at its end."""
+    items = trainer.fit_loop.epoch_loop._results.items()
+    return [key for key, result in items if result.meta.on_epoch and not result.has_reset]
+
+
+def join_results(trainer: pl.Trainer, saved: list[dict[str, Any]], keys: list[str]) -> None:
+    """Take part in the epoch of another worker: what all workers will reduce begins anew, its own values go on.
+
+    Args:
+        trainer: The trainer.
+        saved: The other worker's :func:`results`.
+        keys: What it has :func:`logged`. At the end of the epoch it reduces these, and so must this one.
+
+    """
+    collection = trainer.fit_loop.epoch_loop._results
+    collection.reset()
+    set_results(trainer, saved)
+    for key in keys:
+        result = collection.get(key)
+        if result is None:
+            continue
+        if not result.is_tensor or result.meta.sync.should:
+            result.reset()
+        result.has_reset = False
+
+
 class _Resumed(_Metadata):
     """What was said when a value was logged before; the program may say something else by now."""
 

@@ -18,7 +18,7 @@ from lightning_scar.continuation.stale_gradients import reshuffled
 from lightning_scar.continuation.step import Continuation
 from lightning_scar.elastic.worker.errors import FinalError
 from lightning_scar.elastic.worker.member import Member
-from lightning_scar.lightning import loggers, private, replacement
+from lightning_scar.lightning import loggers, private, private_logs, replacement
 from lightning_scar.lightning.covered_logs import CoveredLogs
 from lightning_scar.lightning.data import TrainingData
 from lightning_scar.lightning.moment import Beginnings, keep_random
@@ -262,6 +262,10 @@ class TrainerTraining:
     def counting_covered(self, scale: float) -> AbstractContextManager[None]:
         """Return a context that adds what was logged in :meth:`covering`."""
         return self._logs.counted(scale)
+
+    def keep_logs(self) -> Callable[[], None]:
+        """Return what undoes all that is logged from now on."""
+        return private_logs.kept(self._trainer)
 
     def wrappers(self) -> list[DistributedDataParallel]:
         """Return the wrapper of the model."""

@@ -361,6 +361,10 @@ class LoopTraining:
         """Do nothing: the user logs."""
         return nullcontext()
 
+    def keep_logs(self) -> Callable[[], object]:
+        """Return a function that does nothing: loops log for themselves."""
+        return lambda: None
+
     def wrappers(self) -> list[DistributedDataParallel]:
         """Return the present wrappers of the models."""
         return self._wrappers.present()
