@@ -97,6 +97,7 @@ class Model(pl.LightningModule):
         self.sharded = sharded
         self.averaging = averaging
         self.automatic_optimization = not manual
+        self.samples = torchmetrics.SumMetric()
         self.val_error = torchmetrics.MeanSquaredError()
         self.used = Used()
         self.random = 0
@@ -127,6 +128,8 @@ class Model(pl.LightningModule):
             loss = loss + self.all_gather(loss.detach()).mean()
         self.log("loss", loss, sync_dist=True)
         self.log("batches", 1.0, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
+        self.samples.update(float(len(ids)))
+        self.log("samples", self.samples, on_step=False, on_epoch=True)
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:

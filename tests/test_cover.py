@@ -152,7 +152,9 @@ def test_an_epoch_counts_each_batch_once(tmp_path: Path, where: str) -> None:
     """But those that the dead worker had counted itself. The attempt that failed does not count."""
     training = train_double(tmp_path, (where, 12, 2, "kill"))
     before_it_died = 12 % 8
-    assert training.results[0]["metrics"]["batches"] == 3 * 8 - before_it_died, training.console
+    metrics = training.results[0]["metrics"]
+    assert metrics["batches"] == 3 * 8 - before_it_died, training.console
+    assert metrics["samples"] == 4 * metrics["batches"], training.console
 
 
 def test_on_two_nodes_of_which_one_is_lost(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_scar.continuation.alone import alone
 from lightning_scar.continuation.buffers import SharedBuffers
+from lightning_scar.continuation.metric_states import MetricStates
 from lightning_scar.continuation.outages import Finding
 from lightning_scar.continuation.parts import NotSliceableError, part_of
 from lightning_scar.continuation.protocol import Training
@@ -38,6 +39,8 @@ def examine(training: Training, batch: Any, own: Any) -> tuple[Finding, str]:
 
     """
     buffers, random, gradients = SharedBuffers(training), random_generators(), SideGradients(training.module)
+    metrics = MetricStates(training.module)
+    metrics.save()
 
     def loss(piece: Any, has_group: bool = False) -> Any:
         with alone(training, share=0, has_group=has_group), gradients.collecting(weight=0):
@@ -49,6 +52,7 @@ def examine(training: Training, batch: Any, own: Any) -> tuple[Finding, str]:
             return compute()
         finally:
             buffers.restore()
+            metrics.restore()
             set_random_generators(random)
 
     def effects() -> tuple[Any, bool, bool]:

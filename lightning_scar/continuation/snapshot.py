@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_scar.continuation.metric_states import MetricStates
+
 
 def random_state() -> list[Any]:
     """Return the state of torch's random generators in this process."""
@@ -91,18 +93,21 @@ class Update:
 
 
 class StepSnapshot:
-    """Copies of what a forward and backward pass changes: buffers, random generators, gradients.
+    """What a forward and backward pass changes: buffers, metrics, logs, random generators, gradients.
 
     Args:
         module: The model.
+        keep_logs: Returns what undoes all that is logged from then on.
 
     """
 
-    def __init__(self, module: Module | None = None) -> None:
+    def __init__(self, module: Module, keep_logs: Callable[[], Callable[[], object]]) -> None:
         self._module = module
+        self._keep_logs = keep_logs
+        self._undo_logs: Callable[[], object] = lambda: None
         # Once, because a walk over all modules of a deep model takes longer than the copies.
-        modules = module.modules() if module is not None else ()
-        self._owners = [owner for owner in modules if any(True for _ in owner.buffers(recurse=False))]
+        self._owners = [owner for owner in module.modules() if any(True for _ in owner.buffers(recurse=False))]
+        self._metrics = MetricStates(module)
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._gradients: list[Tensor | None] = []
@@ -116,7 +121,8 @@ class StepSnapshot:
             gradients: Whether to copy gradients of earlier micro-batches, too.
 
         """
-        assert self._module is not None
+        self._metrics.save()
+        self._undo_logs = self._keep_logs()
         buffers = (buffer for owner in self._owners for buffer in owner.buffers(recurse=False))
         self._buffers = [buffer for buffer in buffers if buffer.numel()]
         if [copy.shape for copy in self._copies] != [buffer.shape for buffer in self._buffers]:
@@ -135,7 +141,8 @@ class StepSnapshot:
             gradients: Whether the gradients change, too; to ``None`` where none were copied.
 
         """
-        assert self._module is not None
+        self._metrics.restore()
+        self._undo_logs()
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._copies)
         set_random_state(self.random)

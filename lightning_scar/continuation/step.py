@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
+from torch.nn import Module
 
 from lightning_scar.continuation.cover import Cover
 from lightning_scar.continuation.feasibility import feasible
@@ -56,7 +57,7 @@ class Continuation:
         self._generations = Generations(training, member, self.outages)
         if member.is_joiner:
             self._generations.steps = -1
-        self._snapshot = StepSnapshot()
+        self._snapshot = StepSnapshot(Module(), training.keep_logs)
         self.generators = StepGenerators(member.slot)
         self._stale_gradients: StaleGradients | None = None
         self._cover: Cover | None = None
@@ -69,8 +70,6 @@ class Continuation:
         #: The number of completed steps after which this worker had no more batches, for the last time.
         self._left_after = -1
         self._update = Update(training.changes)
-        #: Undoes what was logged in the present batch.
-        self._undo_logs: Callable[[], object] = lambda: None
 
     # -- start and end of a training -----------------------------------------------------------------------------
 
@@ -99,7 +98,7 @@ class Continuation:
         """
         self._member.epochs.trainings += 1
         self._left_after, self._generations.epochs = -1, 0
-        self._snapshot = StepSnapshot(self._training.module)
+        self._snapshot = StepSnapshot(self._training.module, self._training.keep_logs)
         self._cover = Cover(self._training, self._member, self.outages, self.generators)
         self.outages.policy = feasible(self.outages.policy, self._training, warns=self._member.is_leader)
         if self.is_joiner:
@@ -190,12 +189,10 @@ class Continuation:
             self._left_alone = self._loss(error, started)
         self._generations.leave()
         self._snapshot.restore(gradients)
-        self._undo_logs()
         self.outages.record_failure(self._generations.steps)
         return compute()
 
     def _begin_batch(self) -> float:
-        self._undo_logs = self._training.keep_logs()
         self._member.epochs.goes_on_after = self.steps, self._generations.epochs
         return time.monotonic()
 
@@ -327,8 +324,6 @@ class Continuation:
         is_done = self._stale_gradients is not None and self._stale_gradients.applied > 0
         if is_done:
             self._complete()
-        else:
-            self._undo_logs()
         self._stale_gradients = None
         is_done |= self._generations.enter_next(boundary=is_done, closure=closure, loss=loss)
         self.outages.regrouped()
