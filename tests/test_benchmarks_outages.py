@@ -78,6 +78,17 @@ def test_waiting_only_shifts_a_run(optimizer: Callable[..., Optimizer]) -> None:
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_covering_makes_the_updates_of_a_run_without_a_failure_and_fewer_of_them(
+    optimizer: Callable[..., Optimizer],
+) -> None:
+    start = partial(quadratic, optimizer=optimizer)
+    calm = simulate(WAYS["none"], start, 0, ONCE)
+    # One unit without anybody, then two updates in three units.
+    held = [calm[6], calm[6], calm[7], calm[8]]
+    assert simulate(WAYS["cover"], start, 0, ONCE) == calm[:7] + held + calm[9:18]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_the_mean_step_is_that_of_one_large_batch_after_an_outage(optimizer: Callable[..., Optimizer]) -> None:
     start = partial(quadratic, optimizer=optimizer)
     mean, large = (simulate(WAYS[way], start, 0, ONCE) for way in ("mean", "large_batch"))
@@ -100,7 +111,7 @@ def test_the_sum_is_as_long_as_the_missed_steps_until_the_rule_lowers_the_rate()
             ("discount", 14 + sum(1 / (1 + i) for i in range(7)) + sum(1 / (1 + i) for i in range(7, 16)) / 9),
         ),
         *(("mean", 15), ("clipped", 15), ("local_server", 30)),
-        *(("wait", 14), ("buffer", 15), ("shrink", 29), ("local_sgd", 30)),
+        *(("wait", 14), ("buffer", 15), ("shrink", 29), ("cover", 24), ("local_sgd", 30)),
     ],
 )
 def test_steps_that_a_way_makes(way: str, steps: float) -> None:

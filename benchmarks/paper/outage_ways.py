@@ -62,7 +62,8 @@ class Cluster:
         every: Updates between two states that outlive the server; 1 if its state is never lost.
 
     Attributes:
-        at_work: How many of the workers are alive.
+        workers: How many there are.
+        at_work: How many of them, at most, compute a batch of their own in a unit.
         usual: The norm of the last ordinary gradient.
         losses: After each unit so far.
 
@@ -70,7 +71,7 @@ class Cluster:
 
     def __init__(self, training: ModuleTraining, workers: int, every: int = 1) -> None:
         self.training = training
-        self.at_work = self._workers = workers
+        self.at_work = self.workers = workers
         self.usual = math.inf
         self.losses: list[float] = []
         self._every = every
@@ -128,7 +129,7 @@ class Cluster:
             self._updates -= self._updates % self._every
 
     def _batch(self, worker: int, ahead: int = 0) -> int:
-        return (self._rounds + ahead) * self._workers + worker
+        return (self._rounds + ahead) * self.workers + worker
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return copy.deepcopy((self.training.model.state_dict(), self.training.optimizer.state_dict()))
@@ -148,6 +149,15 @@ def train(cluster: Cluster, units: int, failover: int = 0) -> None:
     """Who is left goes on with ordinary updates."""
     cluster.wait(failover)
     cluster.update(units - failover)
+
+
+def cover(cluster: Cluster, units: int) -> None:
+    """Who is left computes the batches of all: the updates are those without a failure, and each takes longer."""
+    cluster.wait(_FAILOVER)
+    present, cluster.at_work = cluster.at_work, cluster.workers
+    for unit in range(units - _FAILOVER):
+        is_ready = (unit + 1) * present // cluster.workers > unit * present // cluster.workers
+        cluster.update(1) if is_ready else cluster.wait(1)
 
 
 def local(cluster: Cluster, units: int) -> None:
@@ -254,6 +264,7 @@ GROUP = (
     Way("wait", Cluster.wait, lost=1),
     Way("buffer", collect, lost=1),
     Way("shrink", partial(train, failover=_FAILOVER), lost=1),
+    Way("cover", cover, lost=1),
     Way("local_sgd", local, lost=1),
 )
 

@@ -39,6 +39,7 @@ _COLORS = {
     "replay": "#e377c2",
     "wait": "#1f77b4",
     "shrink": "#2ca02c",
+    "cover": "#000000",
     "local_sgd": "#17becf",
 }
 
@@ -158,7 +159,8 @@ def conclusions(found: dict[str, Any]) -> list[str]:
         *(("mean", other) for other in ("checkpoint", "chain", "large_batch", "local_server")),
         *(("sum", other) for other in ("checkpoint", "chain", "mean")),
         *(("replay", "mean"), ("discount", "replay"), ("clipped", "mean"), ("large_batch", "none")),
-        *(("buffer", other) for other in ("wait", "shrink", "local_sgd")),
+        *(("buffer", other) for other in ("wait", "shrink", "cover", "local_sgd")),
+        *(("cover", other) for other in ("none", "shrink", "wait")),
     ]
     sentences = []
     for name, case in found["cases"].items():
