@@ -1,9 +1,10 @@
 """Which ``on_failure`` loses least in an outage: ``python -m benchmarks.continuation --json OUT --plot PNG``.
 
 The question of 'Training Through Failure' (2024), by real runs: three ranks train on handwritten digits, rank 1 is
-killed by SIGKILL at a fixed moment, and the loss on held-out digits is followed over wall-clock time. The ways: no
-failure, ``wait``, ``buffer`` with its stale gradients applied as one mean step or replayed one by one, ``shrink``, and
-a restart of all ranks from a checkpoint by torchrun. Every way runs once with every seed, in turn.
+killed by SIGKILL at a fixed moment, and the loss on held-out digits is followed over wall-clock time, and over steps.
+The ways: no failure, ``wait``, ``buffer`` with its stale gradients applied as one mean step or replayed one by one,
+``shrink``, ``cover``, and a restart of all ranks from a checkpoint by torchrun. Every way runs once with every seed, in
+turn. With ``--startup`` replacements take longer to start, as where a script has much to load, and outages are longer.
 
 The weights of rank 0 are written every few steps, and the loss is computed after the run, so that measuring costs every
 way the same.
@@ -27,10 +28,10 @@ from benchmarks.kills import Run
 from benchmarks.report import median
 
 RANKS, VICTIM = 3, 1
-WAYS = ("none", "wait", "buffer_mean", "buffer_replay", "shrink", "restart")
+WAYS = ("none", "wait", "buffer_mean", "buffer_replay", "shrink", "cover", "restart")
 _START_LIMIT = 180.0
-#: The training: slow enough that the loss still falls at the end.
-_TRAINING = ["--optimizer", "sgd", "--learning-rate", "0.003", "--width", "128", "--snapshots", "5"]
+#: The training: slow enough that the loss still falls at the end, and without dropout, so that ``cover`` slices.
+_TRAINING = ["--dropout", "0", "--optimizer", "sgd", "--learning-rate", "0.003", "--width", "128", "--snapshots", "5"]
 _CHECKPOINT_EVERY = 50
 
 
@@ -46,6 +47,7 @@ def command(way: str, folder: Path, data: Path, seed: int, options: argparse.Nam
     """Return the command that starts a training."""
     own = ["--folder", str(folder), "--ranks", str(RANKS), "--data", str(data), "--seed", str(seed), *_TRAINING]
     own += ["--pause", str(options.pause), "--max-staleness", str(options.max_staleness)]
+    own += ["--startup", str(options.startup)]
     module = ["-m", "benchmarks.elastic_training"]
     if way == "restart":
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "--max-restarts", "9"]
@@ -122,7 +124,7 @@ def moments(options: argparse.Namespace) -> list[float]:
 
 
 def figures(curves: Mapping[str, Sequence[Curve]], options: argparse.Namespace) -> dict[str, Any]:
-    """Return losses at equal times, times to equal losses, and outages."""
+    """Return losses at equal times, times to equal losses, outages, and differences from no failure at equal steps."""
     whens = moments(options)
     goals = [float(np.mean([one.at(when) for one in curves["none"]])) for when in whens[1:4]]
     found: dict[str, Any] = {"moments_s": whens, "goals": goals}
@@ -130,6 +132,7 @@ def figures(curves: Mapping[str, Sequence[Curve]], options: argparse.Namespace) 
         found[f"{way}_losses"] = [float(np.mean([one.at(when) for one in runs])) for when in whens]
         found[f"{way}_losses_by_seed"] = [[one.at(when) for when in whens] for one in runs]
         found[f"{way}_reached_s"] = [median([one.reaches(goal) for one in runs]) for goal in goals]
+        found[f"{way}_off"] = max(off(one, calm) for one, calm in zip(runs, curves["none"], strict=True))
         found[f"{way}_last_step"] = median([float(one.steps[-1]) for one in runs])
         found[f"{way}_outage_s"] = median([one.outage for one in runs if one.outage is not None])
     found["lower_than"] = {
@@ -137,6 +140,12 @@ def figures(curves: Mapping[str, Sequence[Curve]], options: argparse.Namespace) 
     }
     found["samples"] = {way: [vars(one) for one in runs] for way, runs in curves.items()}
     return found
+
+
+def off(one: Curve, other: Curve) -> float:
+    """Return the largest difference between the losses of two runs after equal numbers of steps."""
+    ours, theirs = one.by_step(), other.by_step()
+    return max((abs(ours[step] - theirs[step]) for step in ours.keys() & theirs.keys()), default=float("nan"))
 
 
 def _wins(ours: Sequence[Curve], theirs: Sequence[Curve], whens: Sequence[float]) -> list[int]:
@@ -153,7 +162,7 @@ def conclusion(found: Mapping[str, Any], seeds: int) -> list[str]:
         losses = ", ".join(f"{way} {found[f'{way}_losses'][i]:.3f}" for way in order)
         sentences.append(f"at {when:.1f} s: {losses}; without a failure {found['none_losses'][i]:.3f}")
     for flush in ("buffer_mean", "buffer_replay"):
-        for other in ("wait", "shrink"):
+        for other in ("wait", "shrink", "cover"):
             wins = found["lower_than"].get(flush, {}).get(other)
             if wins is None:
                 continue
@@ -173,16 +182,19 @@ def _show(found: Mapping[str, Any], options: argparse.Namespace) -> None:
     rows = []
     for way in options.ways:
         cells = [f"{seconds:.1f}" for seconds in found[f"{way}_reached_s"]]
-        rows.append([way, *cells, f"{found[f'{way}_last_step']:.0f}", f"{found[f'{way}_outage_s']:.1f}"])
-    report.show("how soon a loss is reached", ["way", *reached, "steps", "outage s"], rows, [])
+        cells += [f"{found[f'{way}_last_step']:.0f}", f"{found[f'{way}_outage_s']:.1f}", f"{found[f'{way}_off']:.1g}"]
+        rows.append([way, *cells])
+    columns = ["way", *reached, "steps", "outage s", "off at equal steps"]
+    report.show("how soon a loss is reached, and how far it is from no failure's", columns, rows, [])
 
 
 def _options() -> argparse.Namespace:
     parser = report.arguments((__doc__ or "").split("\n")[0], rounds=5)
-    parser.add_argument("--plot", metavar="PNG", type=Path, help="draw the losses over time")
+    parser.add_argument("--plot", metavar="PNG", type=Path, help="draw the losses over time and over steps")
     parser.add_argument("--seconds", type=float, default=40, help="of each run, from its first step (default 40)")
     parser.add_argument("--kill-at", type=float, default=8, help="seconds after the first step (default 8)")
     parser.add_argument("--pause", type=float, default=0.05, help="seconds of each step in which a worker only waits")
+    parser.add_argument("--startup", type=float, default=0, help="seconds more that a replacement takes to start")
     parser.add_argument("--max-staleness", type=int, default=16, help="maximum staleness of the buffer (default 16)")
     parser.add_argument(
         "--ways", type=lambda text: text.split(","), default=list(WAYS), help="the ways to run, separated by commas"
@@ -199,7 +211,8 @@ def main() -> None:
     found = figures(curves, options)
     found["conclusion"] = conclusion(found, seeds)
     found["settings"] = {"seeds": seeds, "ranks": RANKS, "seconds": options.seconds, "kill_at": options.kill_at}
-    found["settings"] |= {"pause": options.pause, "max_staleness": options.max_staleness, "training": _TRAINING}
+    found["settings"] |= {"pause": options.pause, "max_staleness": options.max_staleness, "startup": options.startup}
+    found["settings"] |= {"training": _TRAINING}
     _show(found, options)
     print("\n".join(found["conclusion"]))
     if options.plot:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,6 +15,7 @@ _NAMES = {
     "buffer_mean": "buffer, mean",
     "buffer_replay": "buffer, replay",
     "shrink": "shrink",
+    "cover": "cover",
     "restart": "restart from a checkpoint",
 }
 _COLORS = {
@@ -22,12 +24,13 @@ _COLORS = {
     "buffer_mean": "#ff7f0e",
     "buffer_replay": "#d62728",
     "shrink": "#2ca02c",
+    "cover": "#000000",
     "restart": "#9467bd",
 }
 
 
 def draw(curves: Mapping[str, Sequence[Curve]], kill_at: float, seconds: float, path: Path) -> None:
-    """Draw the mean over seeds, and the band between the lowest and the highest.
+    """Draw the mean over seeds over time and over steps, and the band between the lowest and the highest.
 
     Args:
         curves: The curves of each way, one for each seed.
@@ -39,18 +42,30 @@ def draw(curves: Mapping[str, Sequence[Curve]], kill_at: float, seconds: float, 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    grid = np.linspace(0.5, seconds, 300)
-    figure, axes = plt.subplots(figsize=(9, 5))
+    grid = [float(when) for when in np.linspace(0.5, seconds, 300)]
+    figure, (over_time, over_steps) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     for way, runs in curves.items():
-        losses = np.array([[one.at(float(when)) for when in grid] for one in runs])
-        style = "--" if way == "none" else "-"
-        axes.plot(grid, losses.mean(0), style, color=_COLORS[way], label=_NAMES[way], linewidth=1.6)
-        axes.fill_between(grid, losses.min(0), losses.max(0), color=_COLORS[way], alpha=0.12, linewidth=0)
-    axes.axvline(kill_at, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate("SIGKILL ", (kill_at, axes.get_ylim()[0]), ha="right", va="bottom", rotation=90, fontsize=8)
-    axes.set_xlabel("wall-clock time since the first step, s")
-    axes.set_ylabel("loss on held-out digits")
-    axes.legend(frameon=False)
+        style = {"color": _COLORS[way], "linewidth": 1.6}
+        if way == "none":
+            style |= {"linestyle": "--", "zorder": 5}
+        _band(over_time, grid, [[one.at(when) for when in grid] for one in runs], style, _NAMES[way])
+        losses = [one.by_step() for one in runs]
+        steps = sorted(set.intersection(*map(set, losses)))
+        _band(over_steps, steps, [[one[step] for step in steps] for one in losses], style, _NAMES[way])
+    over_time.axvline(kill_at, color="black", linewidth=0.8, linestyle=":")
+    place = (kill_at, over_time.get_ylim()[0])
+    over_time.annotate("SIGKILL ", place, ha="right", va="bottom", rotation=90, fontsize=8)
+    over_time.set(xlabel="wall-clock time since the first step, s", ylabel="loss on held-out digits")
+    over_steps.set(xlabel="optimizer steps")
+    over_steps.legend(frameon=False, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _band(
+    axes: Any, places: Sequence[float], samples: Sequence[Sequence[float]], style: Mapping[str, Any], label: str
+) -> None:
+    losses = np.array(samples)
+    axes.plot(places, losses.mean(0), label=label, **style)
+    axes.fill_between(places, losses.min(0), losses.max(0), color=style["color"], alpha=0.1, linewidth=0)

@@ -1,4 +1,4 @@
-"""The loss of one run over wall-clock time."""
+"""The loss of one run over wall-clock time, and over steps."""
 
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -30,3 +30,7 @@ class Curve:
     def reaches(self, loss: float) -> float:
         """Return the seconds until the loss is that low; infinite if it never is."""
         return next((when for when, here in zip(self.times, self.losses, strict=True) if here <= loss), float("inf"))
+
+    def by_step(self) -> dict[int, float]:
+        """Return the loss after each number of steps, that of the last time where steps were made again."""
+        return dict(zip(self.steps, self.losses, strict=True))

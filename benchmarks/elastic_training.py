@@ -18,6 +18,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from typing_extensions import override
 
 from benchmarks.step_log import StepLog
+from benchmarks.timeline import Timeline
 
 Batch = tuple[Tensor, Tensor]
 #: Steps that no epoch reaches.
@@ -63,6 +65,7 @@ class Classifier(pl.LightningModule):
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__()
         self.options = options
+        self.timeline: Timeline | None = None
         width = options.width
         self.layers = nn.Sequential(
             *(nn.Flatten(), nn.Linear(784, width), nn.ReLU()),
@@ -71,8 +74,12 @@ class Classifier(pl.LightningModule):
 
     @override
     def training_step(self, batch: Batch) -> Tensor:
+        if self.timeline is not None:
+            self.timeline.note("own" if dist.is_initialized() else "alone")
         # Simulates computing on an accelerator: the machine has fewer cores than workers.
-        time.sleep(self.options.pause)
+        time.sleep(self.options.pause * len(batch[0]) / self.options.batch_size)
+        if self.timeline is not None:
+            self.timeline.note("done")
         return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
 
     @override
@@ -97,13 +104,15 @@ class Notes(Callback):
         folder: Where to write.
         rank: This worker.
         every: Steps between two snapshots of the weights; 0 for none.
+        timeline: Where to note that this worker is ready for its first step.
 
     """
 
-    def __init__(self, folder: Path, rank: int, every: int) -> None:
+    def __init__(self, folder: Path, rank: int, every: int, timeline: Timeline | None) -> None:
         self._folder = folder
         self._log = StepLog(folder, rank)
         self._every = every if rank == 0 else 0
+        self._timeline = timeline
         self._is_doomed = False
         self._is_made = False
 
@@ -113,6 +122,12 @@ class Notes(Callback):
         # Its gradient is the last one: those of the other layers are being reduced by then.
         first = next(pl_module.parameters())
         first.register_post_accumulate_grad_hook(self._die_if_doomed)  # type: ignore[no-untyped-call]
+
+    @override
+    def on_train_batch_start(self, *args: Any) -> None:
+        if self._timeline is not None:
+            self._timeline.note("ready")
+            self._timeline = None
 
     @override
     def on_before_optimizer_step(self, *args: Any) -> None:
@@ -200,6 +215,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--steps", type=int, default=_ENDLESS)
     flags.add_argument("--epoch-steps", type=int, default=0, help="validate every N steps; 0 for never")
     flags.add_argument("--pause", type=float, default=0.03, help="seconds of each step in which a worker only waits")
+    flags.add_argument("--startup", type=float, default=0, help="seconds more that a start takes, but for the first")
+    flags.add_argument("--timeline", action="store_true", help="note when a worker computes what")
     flags.add_argument("--batch-size", type=int, default=16)
     flags.add_argument("--width", type=int, default=512)
     flags.add_argument("--dropout", type=float, default=0.1)
@@ -238,8 +255,11 @@ def main() -> None:
     """Train."""
     options = parser().parse_args()
     rank = int(os.environ.get("RANK", "0"))
+    timeline = Timeline(options.folder, rank) if options.timeline else None
+    if any(options.folder.glob(f"steps-{rank}-*")):
+        time.sleep(options.startup)
     pl.seed_everything(options.seed)
-    callbacks: list[Callback] = [Notes(options.folder, rank, options.snapshots)]
+    callbacks: list[Callback] = [Notes(options.folder, rank, options.snapshots, timeline)]
     path = None
     if options.checkpoint_every:
         callbacks.append(
@@ -252,6 +272,7 @@ def main() -> None:
         every = options.memory_every
         callbacks.append(SCARCheckpoint(options.folder / "scar", every_n_train_steps=every, memory=True))
     module = Classifier(options)
+    module.timeline = timeline
     trainer = new_trainer(options, callbacks)
     training, validation = loaders(options)
     trainer.fit(module, training, validation, ckpt_path=path)

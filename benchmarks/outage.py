@@ -6,9 +6,11 @@ ranks step together (``rejoined_s``), the number of repeated steps (``redone``) 
 For comparison: the start-up of the same script alone, and the same figures for torchrun with a ModelCheckpoint and for
 torchft.
 
+``cover`` and ``shrink`` go on without it. Its steps have dropout, so whole batches of the missing worker are dealt out.
+
 ``spare`` is ``shrink`` with a replacement that waits; ``fresh`` is ``shrink`` with replacements that are programs of
-their own, not forks of a process that has imported torch and Lightning. The start of four workers is measured with
-both.
+their own, not forks of a process that has imported torch and Lightning. With it the start of four workers is measured,
+forked and not.
 
 ``backup`` loses more: a host with its supervisor, its worker and its memory, while the optimizer's state is sharded.
 All workers restart, and the lost part is read from the memory of the next host.
@@ -228,7 +230,7 @@ def collected(found: dict[str, Found], startups: list[float]) -> dict[str, Any]:
 def _options() -> argparse.Namespace:
     parser = report.arguments((__doc__ or "").split("\n")[0], rounds=21)
     parser.add_argument("--seed", type=int, default=0, help="seed of victims and moments")
-    methods = "shrink,spare,fresh,buffer,wait,backup,torchrun,torchft"
+    methods = "cover,shrink,spare,fresh,buffer,wait,backup,torchrun,torchft"
     parser.add_argument("--methods", default=methods, help="those to measure, comma-separated")
     torchft_peer.add_argument(parser)
     return parser.parse_args()
@@ -241,15 +243,15 @@ def main() -> None:
     names = options.methods.split(",")
     # Fewer kills of peers and other ways: they have no targets.
     few = min(count, 9)
-    methods = {name: count if name in ("shrink", "spare") else few for name in names if name != "torchft"}
+    methods = {name: count if name in ("cover", "shrink", "spare") else few for name in names if name != "torchft"}
+    starts: dict[str, list[float]] = {}
     with report.scratch(options.dir) as folder:
         found, startups = measure(folder.resolve(), methods, options.seed)
         if "torchft" in names:
             found |= torchft_peer.kill_some(folder.resolve(), options.torchft, few, options.seed)
-        starts = {
-            f"start_of_{_STARTED}{name}_s": [start_of_all(folder.resolve() / f"all{name}-{i}", how) for i in range(few)]
-            for name, how in (("", []), ("_fresh", ["--fresh"]))
-        }
+        for name, how in (("", []), ("_fresh", ["--fresh"])) if "fresh" in names else ():
+            runs = [folder.resolve() / f"all{name}-{i}" for i in range(few)]
+            starts[f"start_of_{_STARTED}{name}_s"] = [start_of_all(each, how) for each in runs]
     figures = collected(found, startups) | {name: median(seconds) for name, seconds in starts.items()}
     figures["samples"] |= starts
     figures["settings"] = {"seed": options.seed, "ranks": RANKS, "kills": count}

@@ -1,7 +1,7 @@
 """A training with failures seen from outside: lines that workers log, and how a driver evaluates them.
 
-Every worker process appends ``time step made`` to its own file after each step. The times are from the monotonic clock,
-which all processes of a machine share.
+Every worker process appends ``time step made cpu`` to its own file after each step. The times are from the monotonic
+clock, which all processes of a machine share.
 """
 
 import os
@@ -19,6 +19,7 @@ class Line(NamedTuple):
 
     Attributes:
         made: Whether it updated the parameters; ``False`` if it took another worker's state instead.
+        cpu: The processor time that the process has used so far, in seconds.
 
     """
 
@@ -27,6 +28,7 @@ class Line(NamedTuple):
     step: int
     pid: int
     made: bool = True
+    cpu: float = 0.0
 
 
 class StepLog:
@@ -44,7 +46,7 @@ class StepLog:
 
     def add(self, step: int, made: bool = True) -> None:
         """Log a finished step. The line survives the death of this process."""
-        os.write(self._file, f"{time.monotonic()} {step} {int(made)}\n".encode())
+        os.write(self._file, f"{time.monotonic()} {step} {int(made)} {time.process_time()}\n".encode())
 
 
 def ranks(folder: Path) -> dict[int, int]:
@@ -61,8 +63,8 @@ def read(folder: Path) -> list[Line]:
         # The last line may be incomplete.
         for text in path.read_text().splitlines(keepends=True):
             if text.endswith("\n"):
-                when, step, made = text.split()
-                lines.append(Line(float(when), int(rank), int(step), int(pid), made == "1"))
+                when, step, made, cpu = text.split()
+                lines.append(Line(float(when), int(rank), int(step), int(pid), made == "1", float(cpu)))
     return sorted(lines)
 
 

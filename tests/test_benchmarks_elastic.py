@@ -10,28 +10,32 @@ from typing import Any
 import prepared
 import pytest
 
-from benchmarks import soak
+from benchmarks import continuation, outage_picture, outage_steps, soak, timeline
 from benchmarks.curve import Curve
 from benchmarks.step_log import Kill, Line, StepLog, mistakes, read, recovery, redone
 from lightning_scar.elastic.supervisor.folder import MemoryFolder
 
 RUNS = {
     "overhead": ["--quick", "--rounds", "3", "--steps", "5", "--torchft", "no"],
-    "outage": ["--quick", "--rounds", "1", "--methods", "shrink,backup"],
+    "outage": ["--quick", "--rounds", "1", "--methods", "cover,backup"],
+    "outage_steps": ["--quick", "--methods", "cover"],
+    "outage_picture": ["--modes", "cover", "--startup", "1.5"],
     "soak": ["--seconds", "3", "--ranks", "2", "--every", "1", "--epoch-steps", "0"],
-    "continuation": ["--quick", "--ways", "none,wait", "--seconds", "3", "--kill-at", "1"],
+    "continuation": ["--quick", "--ways", "none,cover", "--seconds", "3", "--kill-at", "1"],
 }
 PROMISED = {
     "overhead": ["tiny_ratio", "tiny_mean_ratio", "tiny_floor_ratio", "tiny_own_us"],
     "outage": [
-        *("startup_s", "shrink_survivors_s", "shrink_rejoined_s", "shrink_redone", "shrink_hung"),
+        *("startup_s", "cover_survivors_s", "cover_rejoined_s", "cover_redone", "cover_hung"),
         *("backup_survivors_s", "backup_rejoined_s", "backup_redone", "backup_hung"),
     ],
+    "outage_steps": ["pause_3_cover_wall_ratio", "pause_3_cover_cpu_ratio"],
+    "outage_picture": ["cover_rejoined_s"],
     "soak": ["seconds", "steps", "wrong"],
-    "continuation": ["none_last_step", "wait_last_step"],
+    "continuation": ["none_last_step", "cover_last_step", "cover_off"],
 }
 
-LONG = ("overhead", "soak", "continuation")
+LONG = ("overhead", "outage_steps", "outage_picture", "soak", "continuation")
 
 
 @pytest.mark.timeout(300)
@@ -39,9 +43,10 @@ LONG = ("overhead", "soak", "continuation")
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in RUNS]
 )
 def test_a_benchmark_of_failures_measures_what_is_promised(name: str, tmp_path: Path) -> None:
-    out = tmp_path / "figures.json"
+    out, picture = tmp_path / "figures.json", tmp_path / "picture.png"
+    plot = ["--plot", str(picture)] if name in ("continuation", "outage_picture") else []
     run = prepared.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *RUNS[name], "--json", str(out), "--dir", str(tmp_path)],
+        [sys.executable, "-m", f"benchmarks.{name}", *RUNS[name], *plot, "--json", str(out), "--dir", str(tmp_path)],
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
@@ -51,9 +56,14 @@ def test_a_benchmark_of_failures_measures_what_is_promised(name: str, tmp_path: 
     figures: dict[str, Any] = json.loads(out.read_text())
     for key in PROMISED[name]:
         assert math.isfinite(figures[key]), key
+    if plot:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        picture.unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    if name == "continuation":
+        assert figures["cover_off"] < 1e-4
     if name == "outage":
-        for way in ("shrink", "backup"):
+        for way in ("cover", "backup"):
             assert (figures[f"{way}_redone"], figures[f"{way}_hung"], figures[f"{way}_kills"]) == (0, 0, 1)
 
 
@@ -117,6 +127,51 @@ def test_a_loss_is_that_of_the_last_snapshot() -> None:
     assert [curve.at(when) for when in (0.0, 1.5, 2.0, 9.0)] == [0.9, 0.9, 0.5, 0.4]
     assert curve.reaches(0.5) == 2.0
     assert curve.reaches(0.1) == math.inf
+
+
+def test_two_runs_are_compared_after_equal_numbers_of_steps() -> None:
+    calm = Curve([1.0, 2.0, 3.0], [5, 10, 15], [0.9, 0.5, 0.4], outage=None, printed=[])
+    again = Curve([1.0, 2.0, 7.0, 8.0], [5, 10, 10, 20], [0.9, 0.7, 0.53, 0.1], outage=5.0, printed=[])
+    assert continuation.off(again, calm) == pytest.approx(0.03)
+
+
+def test_steps_before_a_kill_and_until_the_replacement_joins_are_measured() -> None:
+    def own(step: int, when: float, cpu: float) -> Line:
+        return Line(when, 0, step, 10, cpu=cpu)
+
+    before = [own(step, 2.0 * step, 1.0 * step) for step in range(1, 9)]
+    during = [own(step, 20.0 + 3.0 * (step - 9), 8.0 + 1.5 * (step - 9)) for step in range(9, 15)]
+    after = [own(step, 100.0 + step, 50.0 + step) for step in range(15, 19)]
+    joined = [Line(99.0, 1, step, 12) for step in (14, 15)]
+    wall, cpu = outage_steps.step_times(sorted([*before, *during, *after, *joined]), Kill(17.0, 1, 11), pid=10)
+    assert (wall, cpu) == ((2.0, 3.0), (1.0, 1.5))
+
+
+def test_what_a_worker_notes_is_read_as_spans_of_time(tmp_path: Path) -> None:
+    (tmp_path / "timeline-0-10").write_text("1.0 born\n")  # the supervisor
+    text = "1.5 born\n2.0 ready\n2.5 own\n3.0 done\n3.5 alone\n3.7 done\n3.8 own\n9"
+    (tmp_path / "timeline-1-11").write_text(text)
+    assert [span[:2] + span[4:] for span in timeline.read(tmp_path)] == [
+        (1.5, 2.0, "start"),
+        (2.5, 3.0, "own"),
+        (3.5, 3.7, "alone"),
+        (3.8, float("inf"), "own"),
+    ]
+
+
+def test_the_picture_tells_a_check_from_a_covered_batch() -> None:
+    def spans(pid: int, rank: int, *those: tuple[float, str]) -> list[timeline.Span]:
+        return [timeline.Span(began, began + 0.5, rank, pid, what) for began, what in those]
+
+    first = [(1.0, "own"), (2.0, "own"), (3.0, "alone"), (4.0, "alone"), (5.0, "alone"), (6.0, "own")]
+    survivor = spans(10, 0, *first, (8.0, "alone"), (9.0, "own"))
+    victim, replacement = spans(11, 1, (1.0, "own")), spans(12, 1, (7.0, "alone"), (10.0, "own"))
+    lines = [Line(0.5, 0, 1, 10), Line(0.5, 1, 1, 11), Line(7.0, 0, 2, 10), Line(9.8, 0, 3, 10), Line(11.0, 1, 4, 12)]
+    found = outage_picture.lived("cover", sorted([*survivor, *victim, *replacement]), lines, Kill(1.2, 1, 11))
+    kinds = ["own", "check", "check", "check", "cover", "own", "cover", "own"]
+    assert [span.what for span in found.spans if span.pid == 10] == kinds
+    assert [span.what for span in found.spans if span.pid == 12] == ["start", "own"]
+    assert [span.ended for span in found.spans if span.pid == 11] == [0.0]
 
 
 _HOSTS = """
