@@ -1,5 +1,7 @@
 """Train on MNIST digits with Accelerate, kill a worker, and see the others continue with its replacement.
 
+Until it joins, they compute the batches of the dead worker, too.
+
 lightning-scar run --nproc-per-node 3 examples/accelerate_survive.py
 """
 

@@ -1,6 +1,7 @@
 """Train on MNIST digits on three CPU ranks, kill one, and see the others continue with its replacement.
 
-python examples/survive.py                        # SIGKILL for rank 0 in step 20
+python examples/survive.py                        # SIGKILL for rank 0 in step 20; the others compute its batches, too
+python examples/survive.py --on-failure shrink    # meanwhile steps have two batches instead of three
 python examples/survive.py --on-failure buffer    # meanwhile weights are frozen and gradients are collected
 """
 
