@@ -162,10 +162,10 @@ def look(data: Any, epoch: int, seen: Seen, batch: Any) -> None:
     before = random_generators()
     # The others have begun the epoch, too, and wait.
     torch.distributed.barrier()
-    reason = data.why_batches_unknown()
+    places = range(max(position - 1, 0), position + 1)
+    reason = data.why_batches_unknown(SIZE - 1, places.start)
     seen["why"].add(reason)
     if reason is None:
-        places = range(max(position - 1, 0), position + 1)
         for rank in range(SIZE):
             found = zip(places, data.batches_of(rank, places), strict=True)
             seen["derived"] += [(rank, (epoch, at), batch) for at, batch in found]

@@ -152,7 +152,7 @@ def test_a_joiner_knows_the_batches_of_others(kind: Any) -> None:
             data = TrainingData.of(trainer)
             (order,) = data._orders
             others = RankBatches(order.loader, order, 1, 2)
-            assert others.why_unknown() is None
+            assert others.why_unknown(0, 0) is None
             ((x, _),) = others.batches(0, [data.position])
             found.append((trainer.current_epoch, float(x.sum())))
 

@@ -70,11 +70,16 @@ class Cover:
 
     def _examine(self, batch: Any) -> None:
         """Let all survivors agree on a finding."""
-        why = self._training.why_unknown() or ""
+        training, generation, own = self._training, self._member.generation, self._member.slot
+        assert generation is not None
+        missing = [slot for slot in range(self._member.world_size) if slot not in generation.members]
+        # One whose batches this worker will compute, if it computes whole ones.
+        slot = missing[generation.members.index(own) % len(missing)]
+        why = training.why_unknown(slot) or ""
         finding = self._agreed(Finding.IMPOSSIBLE if why else Finding.SLICED)
         if finding != Finding.IMPOSSIBLE:
-            own = self._training.batches_of(self._member.slot)[-1]
-            finding, why = examine(self._training, batch, own)
+            loaded = (batch for slot in (slot, own) for batch in training.batches_of(slot)[-1:])
+            finding, why = examine(training, batch, loaded)
             finding = self._agreed(finding)
         self._outages.finding = finding
         if not self._member.is_leader:

@@ -1,8 +1,7 @@
 """Whether batches of missing workers can be computed, and whether slices of them do as well as whole ones."""
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,16 +22,17 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 _TOLERANCE_OF_OTHERS = 1e-2
 
 
-def examine(training: Training, batch: Any, own: Any) -> tuple[Finding, str]:
-    """Compute this worker's present batch several times, with and without a group, whole and in slices. A collective.
+def examine(training: Training, batch: Any, loaded: Iterable[Any]) -> tuple[Finding, str]:
+    """Compute this worker's present batch twice: whole with a group, then in slices without one. A collective.
 
     Slices may be used where they change nothing: no random numbers are drawn, of which each sample would get others; no
-    buffers change; and the loss is the mean over samples. Nothing of the training is different afterwards.
+    buffers change; and the loss is the mean over samples. Otherwise the whole batch is computed without a group, which
+    must not change its loss. Nothing of the training is different afterwards.
 
     Args:
         training: The training.
         batch: The batch, as the training step gets it.
-        own: The same batch, loaded as those of missing workers are.
+        loaded: Batches that are loaded as those of missing workers are; the last one is the same batch.
 
     Returns:
         The finding, and why it is not a better one: a clause for the user.
@@ -42,11 +42,6 @@ def examine(training: Training, batch: Any, own: Any) -> tuple[Finding, str]:
     metrics = MetricStates(training.module)
     metrics.save()
 
-    def loss(piece: Any, has_group: bool = False) -> Any:
-        with alone(training, share=0, has_group=has_group), gradients.collecting(weight=0):
-            value = training.compute_gradient(piece)
-        return value.detach() if isinstance(value, Tensor) else value
-
     def restored(compute: Callable[[], Any]) -> Any:
         try:
             return compute()
@@ -55,36 +50,52 @@ def examine(training: Training, batch: Any, own: Any) -> tuple[Finding, str]:
             metrics.restore()
             set_random_generators(random)
 
-    def effects() -> tuple[Any, bool, bool]:
-        value = loss(batch)
-        return value, not same_state(random, random_generators()), buffers.have_changed()
+    def loss(piece: Any, has_group: bool = False) -> Any:
+        with alone(training, share=0, has_group=has_group), gradients.collecting(weight=0):
+            value = training.compute_gradient(piece)
+        return value.detach() if isinstance(value, Tensor) else value
 
-    together = restored(lambda: loss(batch, has_group=True))
-    try:
-        by_itself, draws, changes_buffers = restored(effects)
-    except Exception as error:
-        return Finding.IMPOSSIBLE, f"a training step fails without a process group ({_first_line(error)})"
-    if not _is_close(together, by_itself):
-        return Finding.IMPOSSIBLE, "a worker's loss depends on other workers, as with SyncBatchNorm or all_gather"
-    if not _is_alike(own, batch):
+    def effects() -> tuple[Any, str]:
+        value = loss(batch, has_group=True)
+        if not same_state(random, random_generators()):
+            return value, "a training step draws random numbers"
+        if buffers.have_changed():
+            return value, "a training step changes buffers, as BatchNorm does"
+        return value, ("" if isinstance(value, Tensor | float) else "a training step returns no loss")
+
+    whole, why = restored(effects)
+    why = why or _why_whole(batch, whole, lambda piece: restored(lambda: loss(piece)))
+    if why:
+        # Slices have not shown that the loss is the same without a group.
+        try:
+            by_itself = restored(lambda: loss(batch))
+        except Exception as error:
+            return Finding.IMPOSSIBLE, f"a training step fails without a process group ({_first_line(error)})"
+        if not _is_close(whole, by_itself):
+            return Finding.IMPOSSIBLE, "a worker's loss depends on other workers, as with SyncBatchNorm or all_gather"
+    if not restored(lambda: any(_is_alike(each, batch) for each in loaded)):
         return Finding.IMPOSSIBLE, "the training step gets another batch than the loader gives"
-    if draws:
-        return Finding.WHOLE, "a training step draws random numbers"
-    if changes_buffers:
-        return Finding.WHOLE, "a training step changes buffers, as BatchNorm does"
-    if not isinstance(by_itself, Tensor | float):
-        return Finding.WHOLE, "a training step returns no loss"
+    return (Finding.WHOLE, why) if why else (Finding.SLICED, "")
+
+
+def _why_whole(batch: Any, whole: Any, compute: Callable[[Any], Any]) -> str:
+    """Return why a batch cannot be computed in slices; empty if it can.
+
+    Args:
+        batch: The batch.
+        whole: Its loss.
+        compute: Returns the loss of a slice.
+
+    """
     try:
         pieces = [part_of(batch, number, of=2) for number in range(2)]
     except NotSliceableError as error:
-        return Finding.WHOLE, str(error)
+        return str(error)
     try:
-        losses = [restored(partial(loss, piece)) * share for piece, share in pieces if share]
+        losses = [compute(piece) * share for piece, share in pieces if share]
     except Exception as error:
-        return Finding.WHOLE, f"a training step fails with a part of its batch ({_first_line(error)})"
-    if not _is_close(sum(losses), by_itself):
-        return Finding.WHOLE, "the loss of a batch is not the mean over its samples"
-    return Finding.SLICED, ""
+        return f"a training step fails with a part of its batch ({_first_line(error)})"
+    return "" if _is_close(sum(losses), whole) else "the loss of a batch is not the mean over its samples"
 
 
 def _is_close(a: Any, b: Any) -> bool:

@@ -18,7 +18,7 @@ def feasible(policy: OutagePolicy, training: Training, warns: bool) -> OutagePol
     """
     why = None
     if policy.on_failure == "cover":
-        why = training.why_unknown()
+        why = training.why_unknown(slot=0)
     elif policy.on_failure == "buffer" and training.extra_batches() is None:
         why = "extra batches require a map-style dataset in a single DataLoader with a batch size"
     if why is None:

@@ -88,8 +88,13 @@ class Training(Protocol):
 
     # -- batches of missing workers ------------------------------------------------------------------------------
 
-    def why_unknown(self) -> str | None:
-        """Return why the batches of missing workers are unknown; ``None`` if they are not, or before the first step."""
+    def why_unknown(self, slot: int) -> str | None:
+        """Return why the batches of missing workers are unknown; ``None`` if they are not, or before the first step.
+
+        Args:
+            slot: That of the first one whose batches will be asked for.
+
+        """
 
     def batches_of(self, slot: int) -> list[Any]:
         """Return the batches of the worker in a slot in the present step, as a training step gets them."""

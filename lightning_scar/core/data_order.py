@@ -163,6 +163,7 @@ class EpochOrder(OwnGenerators):
         super().__init__(loader, getattr(loader, self._name))
         self._place: tuple[dict[str, Any], int, Mapping[str, Any] | None] | None = None
         self._rest: tuple[Share, int, int] | None = None
+        self._drawn: Iterator[Any] | None = None
         #: The last items that were asked for, and the states of the global generators then.
         self._asked: deque[tuple[int, Callable[[], dict[str, Any]]]] = deque(maxlen=ahead)
         # DataLoader forbids setting the attribute. Its iterators keep the sampler that they started with.
@@ -217,6 +218,13 @@ class EpochOrder(OwnGenerators):
         """
         self._rest = share, rank, done
 
+    def draw(self) -> Any:
+        """Draw the order of the next epoch now; return its first item, or ``None`` if it has none."""
+        items = iter(self)
+        first = list(itertools.islice(items, 1))
+        self._drawn = itertools.chain(first, items)
+        return first[0] if first else None
+
     def loaded_ahead(self, done: int) -> Callable[[], dict[str, Any]] | None:
         """Return what gives the states of the global generators when an item was asked for; ``None`` if it was not."""
         return next((kept for item, kept in self._asked if item == done), None)
@@ -228,7 +236,10 @@ class EpochOrder(OwnGenerators):
         # A generator, because loaders with workers make two iterators, and use the second one only.
         place, self._place = self._place, None
         rest, self._rest = self._rest, None
-        if rest is not None:
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None:
+            yield from drawn
+        elif rest is not None:
             share, rank, done = rest
             self._begin(None, {}, share)
             for self.latest in enumerate(share(rank)[done:], done):

@@ -53,6 +53,8 @@ class RankBatches:
         self._beginning: Beginning | None = None
         #: Why the batches of this epoch are unknown; empty if they are known, ``None`` before that is found out.
         self._verdict: str | None = None
+        #: By rank: an order that was drawn already, and the number of its first batch.
+        self._drawn: dict[int, tuple[EpochOrder, int]] = {}
         #: By rank: the number of the next batch, an iterator, and its loader.
         self._iterators: dict[int, tuple[int, Iterator[Any], Any]] = {}
         #: By rank: the batches of the last call, by number.
@@ -86,15 +88,21 @@ class RankBatches:
         """Forget the batches, and end the processes that load them."""
         for rank in [*self._iterators]:
             self._end(rank)
-        self._kept = {}
+        self._kept, self._drawn = {}, {}
 
     # -- whether they are known ----------------------------------------------------------------------------------
 
-    def why_unknown(self) -> str | None:
+    def why_unknown(self, rank: int, position: int) -> str | None:
         """Return why the batches of other ranks cannot be known, and what would help; ``None`` if they can.
 
         More is known once an epoch has begun: whether a copy draws the order again that was drawn, and whether it is
         that of the others. Ask while all ranks that are not missing are in the same step.
+
+        Args:
+            rank: Another rank. It takes time to draw an order of millions of samples, so that drawn for it serves
+                :meth:`batches`, too.
+            position: The number of the batch that will be asked for.
+
         """
         beginning = self._order.beginning if self._order is not None else None
         if beginning is None:
@@ -102,7 +110,7 @@ class RankBatches:
         self._follow(beginning)
         if beginning.share is None and self._verdict is None:
             with _same_random_numbers():
-                self._verdict = self._why_never() or self._why_not_now(beginning) or ""
+                self._verdict = self._why_never() or self._why_not_now(beginning, rank, position) or ""
         return self._verdict or self._why_not_one_order(beginning)
 
     def _follow(self, beginning: Beginning) -> None:
@@ -124,19 +132,23 @@ class RankBatches:
             )
         return None
 
-    def _why_not_now(self, beginning: Beginning) -> str | None:
+    def _why_not_now(self, beginning: Beginning, rank: int, position: int) -> str | None:
         name = _names(self._order.own)
-        number, item = self._order.latest or (0, None)
+        # Some may be loaded ahead.
+        number, item = self._order.latest or (position, None)
+        first = min(position, number)
         try:
-            again = self._order_of(self._rank, number)
-            found = next(iter(again), None)
+            again = self._order_of(self._rank, first)
+            here = again.draw()
+            found = next(itertools.islice(again, number - first, None), None)
             is_drawn_alike = again.beginning is None or again.beginning.draws_global == beginning.draws_global
             if not is_drawn_alike or (item is not None and not _same(found, item)):
                 return f"{name} does not draw the same order again; let it depend on its epoch and generator only"
-            other = next(iter(self._order_of((self._rank + 1) % self._size, number)), None)
-            makes_no_difference = found is not None and _same(found, other) and self._are_all_the_same()
-            if makes_no_difference and len(self.loader.dataset) > np.asarray(found, dtype=object).size:
+            order = self._order_of(rank, first)
+            makes_no_difference = here is not None and _same(here, order.draw()) and self._are_all_the_same()
+            if makes_no_difference and len(self.loader.dataset) > np.asarray(here, dtype=object).size:
                 return f"the order of {name} does not depend on its rank; use a DistributedSampler"
+            self._drawn[rank] = order, first
         except Exception as error:
             return f"a copy of {name} fails ({error!r}); use a DistributedSampler"
         return None
@@ -166,7 +178,8 @@ class RankBatches:
     def _load(self, rank: int, position: int) -> Any:
         if rank not in self._iterators or self._iterators[rank][0] != position:
             self._end(rank)
-            loader = self._order_of(rank, position).loader
+            order, first = self._drawn.pop(rank, (None, position))
+            loader = (order if order is not None and first == position else self._order_of(rank, position)).loader
             self._iterators[rank] = position, iter(loader), loader
         _, iterator, loader = self._iterators[rank]
         batch = next(iterator, None)

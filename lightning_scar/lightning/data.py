@@ -327,9 +327,15 @@ class TrainingData:
         """The number of the present batch in its epoch, from 0 on."""
         return int(self._batches.ready) - 1
 
-    def why_batches_unknown(self) -> str | None:
-        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can."""
-        return self._others.why_unknown() if self._others is not None else None
+    def why_batches_unknown(self, rank: int, position: int) -> str | None:
+        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can.
+
+        Args:
+            rank: The first whose batches will be asked for.
+            position: The number of the first of these.
+
+        """
+        return self._others.why_unknown(rank, position) if self._others is not None else None
 
     def batches_of(self, rank: int, positions: Iterable[int]) -> list[Any]:
         """Return batches of another rank in the present epoch, as its loader gives them: on the CPU.

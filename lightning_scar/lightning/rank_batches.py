@@ -26,11 +26,11 @@ class CombinedRankBatches:
         self._combined = combined
         self._parts = [rank_batches(order.loader, order, rank, size, i) for i, order in enumerate(orders)]
 
-    def why_unknown(self) -> str | None:
+    def why_unknown(self, rank: int, position: int) -> str | None:
         """Return why the batches of other ranks cannot be known, and what would help; ``None`` if they can."""
         if self._combined._mode == "max_size_cycle" and len({sized_len(part.loader) for part in self._parts}) > 1:
             return "shorter loaders begin anew within an epoch; use CombinedLoader(..., mode='min_size')"
-        return next(filter(None, (part.why_unknown() for part in self._parts)), None)
+        return next(filter(None, (part.why_unknown(rank, position) for part in self._parts)), None)
 
     def batches(self, rank: int, positions: Sequence[int]) -> list[Any]:
         """Return batches of a rank, on the CPU; ``None`` in the place of one that it does not have."""

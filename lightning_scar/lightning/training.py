@@ -236,15 +236,19 @@ class TrainerTraining:
         """The number of batches in a step."""
         return self._trainer.accumulate_grad_batches
 
-    def why_unknown(self) -> str | None:
+    def why_unknown(self, slot: int) -> str | None:
         """Return why the batches of missing workers are unknown."""
-        return self._data.why_batches_unknown()
+        return self._data.why_batches_unknown(slot, self._positions.start)
 
     def batches_of(self, slot: int) -> list[Any]:
         """Return the batches of another rank since the last optimizer step."""
-        end = self._data.position + 1
-        batches = self._data.batches_of(slot, range(end - self.batches_in_step, end))
+        batches = self._data.batches_of(slot, self._positions)
         return [private.transferred(self._trainer, batch) for batch in batches if batch is not None]
+
+    @property
+    def _positions(self) -> range:
+        end = self._data.position + 1
+        return range(end - self.batches_in_step, end)
 
     def release_batches(self) -> None:
         """Stop loading batches of other ranks."""

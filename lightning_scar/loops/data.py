@@ -223,11 +223,17 @@ class LoopData:
         """The number of the present batch in its epoch, or in the shared rest of it, from 0 on."""
         return self._done
 
-    def why_batches_unknown(self) -> str | None:
-        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can."""
+    def why_batches_unknown(self, rank: int, position: int) -> str | None:
+        """Return why the batches of other ranks in the present epoch cannot be known; ``None`` if they can.
+
+        Args:
+            rank: The first whose batches will be asked for.
+            position: The number of the first of these.
+
+        """
         if self._others is None:
             return "the loop does not take its batches from `scar.batches(loader)`, which would know their order"
-        return self._others.why_unknown()
+        return self._others.why_unknown(rank, position)
 
     def batches_of(self, rank: int, positions: Iterable[int]) -> list[Any]:
         """Return batches of another rank in the present epoch, as its loader gives them.

@@ -329,20 +329,23 @@ class LoopTraining:
         """The number of batches in a step."""
         return self._framework.micro_batches
 
-    def why_unknown(self) -> str | None:
+    def why_unknown(self, slot: int) -> str | None:
         """Return why the batches of missing workers are unknown; ``None`` before the first batch."""
         if self._closure is None:
             return None
         if self.engine.batch is None:
             return "the closure computes a batch of its own; call training_step(closure, batch)"
-        return self._loop.state.data.why_batches_unknown()
+        return self._loop.state.data.why_batches_unknown(slot, self._positions.start)
 
     def batches_of(self, slot: int) -> list[Any]:
         """Return the batches of another rank since the last optimizer step."""
-        data = self._loop.state.data
-        end = data.position + 1
-        batches = data.batches_of(slot, range(end - self.batches_in_step, end))
+        batches = self._loop.state.data.batches_of(slot, self._positions)
         return [batch for batch in batches if batch is not None]
+
+    @property
+    def _positions(self) -> range:
+        end = self._loop.state.data.position + 1
+        return range(end - self.batches_in_step, end)
 
     def release_batches(self) -> None:
         """Stop loading batches of other ranks."""

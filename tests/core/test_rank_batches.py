@@ -5,7 +5,7 @@ import multiprocessing
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -184,7 +184,7 @@ def test_each_rank_derives_what_the_loaders_of_the_others_serve(make: Make, how:
     if not seen:
         return
     before = random_generators()
-    assert others.why_unknown() is None
+    assert others.why_unknown(1, 0) is None
     asked = data.draw(st.lists(st.integers(0, len(present)), max_size=4), label="asked")
     for position in (done - 1, done - 1, done, *asked):
         for other in range(size):
@@ -270,6 +270,32 @@ def test_random_items_of_others_leave_the_random_numbers_alone() -> None:
     assert_same(random_generators(), before)
 
 
+class Counted(DistributedSampler[Any]):
+    """Counts how often an order is drawn, by its copies as well."""
+
+    drawn: ClassVar[list[int]] = []
+
+    def __iter__(self) -> Iterator[int]:
+        self.drawn.append(self.rank)
+        return iter([*super().__iter__()])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_order_of_another_rank_is_drawn_once_to_be_checked_and_loaded(workers: int) -> None:
+    samples = list(range(40))
+    served = list(DataLoader(samples, batch_size=2, sampler=Counted(samples, 2, 1)))
+    loader = DataLoader(samples, batch_size=2, sampler=Counted(samples, 2, 0), num_workers=workers)
+    others = RankBatches(loader, EpochOrder(loader), 0, 2)
+    own = iter(loader)
+    deque(itertools.islice(own, 3), maxlen=0)
+    Counted.drawn.clear()
+    assert others.why_unknown(1, 2) is None
+    for position in (2, 3, 4):
+        assert_same(others.batches(1, [position]), [served[position]])
+    assert Counted.drawn == [0, 1]
+    others.close()
+
+
 # -- a place in the middle of an epoch --------------------------------------------------------------------------------
 
 
@@ -292,7 +318,7 @@ def test_an_epoch_that_continues_has_the_same_orders(make: Make) -> None:
     rest = iter(loader)
     assert_same(next(rest), served[1][done])
     others = RankBatches(loader, order, 1, 3)
-    assert others.why_unknown() is None
+    assert others.why_unknown(1, 0) is None
     for rank in range(3):
         assert_same(others.batches(rank, range(done + 2)), served[rank][: done + 2])
     assert_same(list(rest), served[1][done + 1 :])
@@ -310,7 +336,7 @@ def test_the_shared_rest_of_an_epoch(drop_last: bool) -> None:
     iterators = [*map(iter, loaders)]
     first = next(iterators[1])
     others = RankBatches(loaders[1], orders[1], 1, 3)
-    assert others.why_unknown() is None
+    assert others.why_unknown(1, 0) is None
     served = [list(iterators[0]), [first, *iterators[1]], list(iterators[2])]
     for rank in range(3):
         assert_same([others.batches(rank, [i])[0] for i in range(len(served[rank]) + 1)], [*served[rank], None])
@@ -376,7 +402,7 @@ def others_of(loader: Any, agrees: Callable[[int], bool | None] = lambda rank: N
 )
 def test_what_cannot_be_known_says_why(make: Callable[[], Any], reason: str) -> None:
     others = others_of(make())
-    assert (others.why_unknown() or "").startswith(reason)
+    assert (others.why_unknown(1, 0) or "").startswith(reason)
 
 
 def loader_of(sampler: Any) -> Any:
@@ -386,12 +412,12 @@ def loader_of(sampler: Any) -> Any:
 def test_a_sampler_that_cannot_be_copied_is_followed_all_the_same() -> None:
     loader = loader_of(Unique(0, 2))
     others = others_of(loader)
-    assert "a copy of BatchSampler of Unique fails" in (others.why_unknown() or "")
+    assert "a copy of BatchSampler of Unique fails" in (others.why_unknown(1, 0) or "")
 
 
 def test_generators_of_other_ranks_must_be_the_same() -> None:
     def why(seed: int | None, agrees: bool | None) -> str | None:
-        return others_of(loader_of(by_weight(seed)), lambda rank: agrees).why_unknown()
+        return others_of(loader_of(by_weight(seed)), lambda rank: agrees).why_unknown(1, 0)
 
     # As long as nothing is known of the others, generators of its own are taken to be the same.
     assert why(3, None) is None
@@ -404,7 +430,7 @@ def test_generators_of_other_ranks_must_be_the_same() -> None:
 def test_there_are_no_batches_before_the_epoch() -> None:
     loader = loader_of(DistributedSampler(range(30), 2, 0))
     others = RankBatches(loader, EpochOrder(loader), 0, 2)
-    assert others.why_unknown() is None
+    assert others.why_unknown(1, 0) is None
     with pytest.raises(ValueError, match="the epoch has not begun"):
         others.batches(1, [0])
     with pytest.raises(ValueError, match="Endless has no indices"):
