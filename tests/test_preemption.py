@@ -91,6 +91,17 @@ def test_a_signal_ends_a_job_with_a_full_save_and_the_code_that_schedulers_expec
     assert made <= 2 * least + 12, "it went on for long"
 
 
+@pytest.mark.slow
+def test_a_rank_that_is_told_a_step_before_rank_0_saves_that_of_rank_0_too(tmp_path: Path) -> None:
+    """Rank 0 is told in its save, and tells the other one, which has not come to that yet."""
+    scar = {**SCAR, "every_n_train_steps": 4}
+    faults: list[Fault] = [("batch_end", 3, 1, "a moment"), ("save", 4, 0, "SIGTERM")]
+    training = train(tmp_path, *faults, scar=scar, limit=60, **WAYS["ddp"])
+    assert training.code in (143, -15), training.console
+    assert [save["step"] for save in training.saves if save["full"] and save["slot"] == 1][:2] == [4, 5]
+    assert load(tmp_path / "scar", consistent=True)["global_step"] == 5
+
+
 @pytest.mark.parametrize("way", ["one process", pytest.param("scar_ddp", marks=pytest.mark.slow)])
 def test_what_a_signal_ended_in_a_validation_resumes_as_if_nothing_had_been(tmp_path: Path, way: str) -> None:
     options = {"model": {"rich": True}, "scar": SCAR, "limit": 60, **WAYS[way]}

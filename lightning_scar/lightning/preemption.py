@@ -23,10 +23,16 @@ def exit_code(signum: int) -> int:
 
 
 class _TrainerSignals(DeferredSignals):
-    """Replaces Lightning's own handlers: the collective in one hangs if ranks were interrupted at different points."""
+    """Replaces Lightning's own handlers: the collective in one hangs if ranks were interrupted at different points.
+
+    Attributes:
+        has_saved: Whether a rank that waits for the end of rank 0 has saved once on the signal.
+
+    """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
+        self.has_saved = False
         numbers = set(stop_signals())
         requeue = private_signals.requeue_signal(trainer)
         super().__init__(numbers | {requeue} if numbers and requeue is not None else numbers)
@@ -94,7 +100,8 @@ class Preemption(Callback):
         """Do what the signal asks for, after the save that it asks for: end the training loop after this batch.
 
         With several ranks, only rank 0 ends its loop, and the others follow when they miss it. The other ranks only
-        save on the signal, because they may be a step ahead or behind. SLURM's signal lets rank 0 requeue the job once.
+        save on the signal, and behind the next step again, which is the last one if rank 0 was told a step later.
+        SLURM's signal lets rank 0 requeue the job once.
         """
         assert self._signals is not None
         signum = self._signals.received
@@ -106,7 +113,9 @@ class Preemption(Callback):
                 private_signals.requeue(trainer, signum)
             return
         if not trainer.is_global_zero:
-            self._signals.received = None
+            if self._signals.has_saved:
+                self._signals.received = None
+            self._signals.has_saved = not self._signals.has_saved
             return
         previous = self._signals.previous.get(signum)
         if trainer.world_size == 1 and signum == signal.SIGTERM and callable(previous):
