@@ -186,7 +186,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=5, help="seconds between two kills, on average (default 5)")
     parser.add_argument("--epoch-steps", type=int, default=200, help="validate every N steps; 0 for never")
     parser.add_argument("--pause", type=float, default=0.05, help="seconds of each step in which a worker only waits")
-    parser.add_argument("--on-failure", default="shrink")
+    parser.add_argument("--on-failure", default="cover", help="what survivors do (default cover)")
     parser.add_argument("--seed", type=int, default=0)
     report.add_places(parser)
     return parser.parse_args()
