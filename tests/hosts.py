@@ -4,11 +4,13 @@ Where the machine allows it (Linux, root) they are namespaces: a host has a netw
 and a ``/dev/shm`` of its own, and its loss is one of which nobody is told. Else a host is a folder for its memory.
 """
 
+import ctypes
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
@@ -16,12 +18,13 @@ from pathlib import Path
 from typing import IO, Protocol
 
 import psutil
-from prepared import PreparedPopen, in_one_program, kill_all
+from prepared import PreparedPopen, kill_all, run_in_this_process
 from typing_extensions import override
 
 from lightning_scar.storage.host_memory import VARIABLE
 
 _PATIENCE = 10
+_PR_SET_PDEATHSIG = 1
 
 
 class Host(Protocol):
@@ -127,6 +130,8 @@ class NamespaceHost:
 
     def __init__(self, network: int, number: int) -> None:
         self.address = f"10.77.0.{number + 1}"
+        # The same again after a loss: the others' caches of addresses would lead nowhere for half a minute.
+        self._hardware = f"02:00:00:00:00:{number + 1:02x}"
         self._network = network
         self._number = number
         self.boot()
@@ -140,7 +145,7 @@ class NamespaceHost:
         veth = f"veth{self._number}"
         _in_network(
             self._network,
-            f"ip link add {veth} type veth peer name eth0 netns {self._first}",
+            f"ip link add {veth} type veth peer name eth0 address {self._hardware} netns {self._first}",
             f"ip link set {veth} master bridge up",
         )
         _in_network(self._first, f"ip addr add {self.address}/24 dev eth0", "ip link set eth0 up")
@@ -148,9 +153,9 @@ class NamespaceHost:
     def popen(
         self, command: Sequence[str], environment: Mapping[str, str], cwd: Path, console: IO[str]
     ) -> subprocess.Popen[bytes]:
-        enter = ["nsenter", "-t", str(self._first), "--net", "--uts", "--ipc", "--mount", "--pid", f"--wd={cwd}"]
+        enter = [sys.executable, __file__, str(self._first)]
         environment = {**environment, "GLOO_SOCKET_IFNAME": "eth0"}
-        return _popen([*enter, *in_one_program(command)], environment, cwd, console)
+        return _popen([*enter, *command], environment, cwd, console)
 
     def lose(self) -> None:
         # The cable first: no kernel says good-bye for its dead processes.
@@ -206,18 +211,6 @@ def folder_hosts(count: int, folder: Path) -> Iterator[list[Host]]:
         yield [stack.enter_context(closing(FolderHost(folder / f"host-{number}"))) for number in range(count)]
 
 
-def kill_supervisor(pid: int) -> None:
-    """Kills a supervisor and nothing else.
-
-    Args:
-        pid: Of what was started: the supervisor, or what entered a host's namespaces to become its parent.
-
-    """
-    process = psutil.Process(pid)
-    for one in [process, *process.children()] if process.name() == "nsenter" else [process]:
-        one.kill()
-
-
 def _popen(
     command: Sequence[str], environment: Mapping[str, str], cwd: Path, console: IO[str]
 ) -> subprocess.Popen[bytes]:
@@ -250,3 +243,25 @@ def _child(holder: "subprocess.Popen[str]") -> int:
 def _in_network(pid: int, *commands: str) -> None:
     for command in commands:
         subprocess.run(["nsenter", "-t", str(pid), "--net", *command.split()], check=True, capture_output=True)
+
+
+def _enter() -> None:
+    """Runs a Python program in the namespaces of a process whose number comes first. It dies with this one."""
+    first, command, libc = sys.argv[1], sys.argv[2:], ctypes.CDLL(None, use_errno=True)
+    where = os.getcwd()
+    for place in [os.open(f"/proc/{first}/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts", "ipc", "pid", "mnt")]:
+        if libc.setns(place, 0):
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(place)
+    os.chdir(where)
+    # Only children are in the namespace of process numbers.
+    child = os.fork()
+    if not child:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        del sys.path[0]
+        run_in_this_process(command)
+    sys.exit(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+
+
+if __name__ == "__main__":
+    _enter()

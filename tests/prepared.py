@@ -147,16 +147,6 @@ def run(
     return done
 
 
-def in_one_program(command: Sequence[str]) -> list[str]:
-    """The same for where no prepared parent is, such as another host: workers do not start anew, but what starts them.
-
-    Args:
-        command: Python and what it is to run.
-
-    """
-    return [sys.executable, __file__, "run", *command]
-
-
 def kill_all(pid: int) -> None:
     """Kills a process and what it started."""
     with suppress(psutil.NoSuchProcess):
@@ -204,6 +194,13 @@ def _serve(connection: socket.socket) -> NoReturn:
     _run(Parent(connection).serve())
 
 
+def run_in_this_process(command: Sequence[str]) -> NoReturn:
+    """Runs another program in this one, which a prepared parent has forked, and ends with it."""
+    program = Program.of(command)
+    assert program is not None
+    _run(program)
+
+
 def _run(program: Program) -> NoReturn:
     """Runs a program in this process, which has imported everything."""
     if "-u" in program.flags or os.environ.get("PYTHONUNBUFFERED"):
@@ -244,7 +241,7 @@ def _exec(path: str, command: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Runs a prepared parent, or a program that has one: after ``run`` follows a command."""
+    """Runs a prepared parent."""
     # Whoever is imported by a program is another module than this one.
     this = importlib.import_module("prepared")
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
@@ -252,10 +249,7 @@ def main() -> None:
         for module in MODULES:
             importlib.import_module(module)
     gc.freeze()
-    if sys.argv[1:]:
-        this._run(Program.of(sys.argv[2:]))
-    else:
-        this._serve(socket.socket(fileno=os.dup(0)))
+    this._serve(socket.socket(fileno=os.dup(0)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from helpers import assert_same
-from hosts import Host, LocalHost, kill_supervisor
+from hosts import Host, LocalHost
 from prepared import kill_all
 from scar_ddp_training import Model
 from scar_job import RATE, samples
@@ -188,7 +188,7 @@ class _Supervisors:
             if how == "lose the host":
                 self._hosts[node].lose()
             else:
-                kill_supervisor(self._processes[node].pid)
+                self._processes[node].kill()
             self._processes[node].wait()
         for node, how in nodes.items():
             # Without node 0 the job is over.

@@ -268,6 +268,7 @@ ODD = {
     "a debugger": ("import sys; sys.settrace(lambda *a: None)", "debugger"),
     "shared memory": ("import multiprocessing; lock = multiprocessing.Lock()", "shares memory"),
     "nothing odd": ("class rank_zero_only: rank = 0\nimport os; os.environ.get('LOCAL_RANK')", "''"),
+    "the whole environment": ("import os; MINE = [*os.environ.items()]", "''"),
 }
 
 
@@ -278,15 +279,21 @@ def test_a_parent_says_why_it_may_not_be_forked(name: str, tmp_path: Path) -> No
     (tmp_path / "odd-1.0.dist-info").mkdir()
     (tmp_path / "odd.py").write_text(text)
     code = """
-    import socket, sys
+    import os, socket, sys
     sys.path.append(sys.argv[1])
     from lightning_scar.elastic.prepared.parent import Parent
-    print(repr(Parent(socket.socket())._import(["odd"])))
+    print(repr(Parent(socket.socket())._import(["odd"])), os.environ["RANK"])
     """
     done = prepared.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], timeout=60, capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        # As in a rank of another job, or of a notebook.
+        env={**os.environ, "RANK": "7"},
+        timeout=60,
+        capture_output=True,
+        text=True,
     )
     assert expected in done.stdout, done.stderr
+    assert done.stdout.endswith(" 7\n")
 
 
 @linux

@@ -57,12 +57,17 @@ class _Watched(os._Environ):  # type: ignore[type-arg]
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Note in :data:`readers` which modules read variables of a worker."""
+    """Note in :data:`readers` which modules ask for variables of a worker, which nobody has meanwhile.
+
+    Who looks at the whole environment, as tqdm does for its own, finds none of them.
+    """
+    hidden = {name: os.environ.pop(name) for name in OF_A_WORKER if name in os.environ}
     os.environ.__class__ = _Watched
     try:
         yield
     finally:
         os.environ.__class__ = _PLAIN
+        os.environ.update(hidden)
 
 
 class _WithoutPlace(os._Environ):  # type: ignore[type-arg]
