@@ -1,11 +1,11 @@
 """Lightning Fabric: ``fabric.save`` and ``load`` with ``SCARCheckpointIO``, and ``SCARLoop`` in its loops."""
 
 import contextlib
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 import torch
 from helpers import BATCH_SIZE, Stopped, assert_same, samples
@@ -58,7 +58,7 @@ def test_the_directory_is_given_back_when_the_process_ends(tmp_path: Path) -> No
         "fabric = Fabric(accelerator='cpu', devices=1, plugins=[SCARCheckpointIO()]); fabric.launch(); "
         f"fabric.save({str(tmp_path / 'scar')!r}, {{'model': fabric.setup(torch.nn.Linear(2, 1)), 'step': 4}})"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    prepared.run([sys.executable, "-c", program], check=True, timeout=100)
     assert load(tmp_path / "scar")["step"] == 4
     assert not (tmp_path / "scar" / "lease.json").exists()
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import warnings
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 import torch
 from core_helpers import (
@@ -190,7 +190,7 @@ running.close()
 def test_a_fresh_run_killed_in_its_first_save_leaves_the_older_run_to_be_read(tmp_path: Path) -> None:
     with opened(tmp_path) as running:
         save_tensors(running, 50, x=torch.full((4, 4), 5.0))
-    killed = subprocess.run([sys.executable, "-c", KILLED_IN_ITS_FIRST_SAVE, str(tmp_path)], timeout=60)
+    killed = prepared.run([sys.executable, "-c", KILLED_IN_ITS_FIRST_SAVE, str(tmp_path)], timeout=60)
     assert killed.returncode == -signal.SIGKILL
     [torn] = tmp_path.glob("rank-0000/.*.tmp")
     assert torn.stat().st_size > 0
