@@ -178,6 +178,8 @@ def _parent() -> PreparedParent | None:
             start_new_session=True,
         )
         theirs.close()
+        # On a busy machine it takes longer than a fork ever may.
+        mine.recv(1)
         _current, _owner = PreparedParent(mine), os.getpid()
         atexit.register(server.wait, 10)
         atexit.register(_current.close)
@@ -249,7 +251,9 @@ def main() -> None:
         for module in MODULES:
             importlib.import_module(module)
     gc.freeze()
-    this._serve(socket.socket(fileno=os.dup(0)))
+    connection = socket.socket(fileno=os.dup(0))
+    connection.send(b"!")
+    this._serve(connection)
 
 
 if __name__ == "__main__":
