@@ -68,11 +68,13 @@ def kills(ranks: int, seed: int) -> list[Fault]:
     first, *slots = draw.randrange(1, batches // 2 - 2), *range(ranks)
     slots.remove(draw.choice(slots))
     together = [("training_step", first, slot, "kill") for slot in slots]
-    places = ["training_step", "backward", "before_step", "batch_end"]
-    others = [
-        (draw.choice(places), draw.randrange(first + 1, batches - 1), draw.choice(slots), "kill")
-        for _ in range(8 - len(together))
-    ]
+    others: list[Fault] = []
+    for _ in range(8 - len(together)):
+        step = draw.randrange(first + 1, batches - 1)
+        # All workers start again if one dies behind the last batch of an epoch.
+        is_last = (step + 1) % (batches // 2) == 0
+        places = ["training_step", "backward", "before_step", *([] if is_last else ["batch_end"])]
+        others.append((draw.choice(places), step, draw.choice(slots), "kill"))
     return together + others
 
 
