@@ -180,18 +180,19 @@ class Data(pl.LightningDataModule):
         iterable: Whether the data have no length.
         batches: How many each rank then has.
         own: Whether each rank has an order of its own, by a generator of its own.
-        spawn: Whether a spawned process loads them, and collates them with a method that knows the Trainer.
+        process: How a process is started that loads them, and collates them with a method that knows the Trainer;
+            by default none is.
 
     """
 
     def __init__(
-        self, iterable: bool = False, batches: list[int] | None = None, spawn: bool = False, own: bool = False
+        self, iterable: bool = False, batches: list[int] | None = None, process: str | None = None, own: bool = False
     ) -> None:
         super().__init__()
         self.generator = torch.Generator().manual_seed(slot) if own else None
         self.iterable = iterable
         self.batches = batches
-        self.options: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "spawn"} if spawn else {}
+        self.options: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": process} if process else {}
 
     def collate(self, items: list[Any]) -> Any:
         return default_collate(items)

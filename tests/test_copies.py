@@ -252,7 +252,7 @@ def test_spawned_loader_workers_get_the_trainer_of_a_group(tmp_path: Path) -> No
     run = scar_ddp_runs.train(
         tmp_path,
         ("training_step", 4, 1, "kill"),
-        data={"spawn": True},
+        data={"process": "spawn"},
         trainer={"max_epochs": 2, "limit_val_batches": 0},
         scar={"every_n_train_steps": 2},
         real=True,

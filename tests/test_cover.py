@@ -106,12 +106,18 @@ KINDS: dict[str, dict[str, Any]] = {
         "model": {"rich": True, "dropout": True},
         "trainer": {"accumulate_grad_batches": 2, "limit_val_batches": 1},
     },
+    "processes that load": {"data": {"process": "fork"}},
     "static graph": {"strategy": {"static_graph": True}},
     "unused parameters": {"strategy": {"find_unused_parameters": True, "gradient_as_bucket_view": True}},
 }
 #: These arguments are the Trainer's.
-OF_THE_TRAINER = {"static graph", "unused parameters"}
-QUICK_KINDS = [("accumulation, buffers and dropout", "Trainer"), ("static graph", "Trainer"), ("dropout", "Accelerate")]
+OF_THE_TRAINER = {"processes that load", "static graph", "unused parameters"}
+QUICK_KINDS = [
+    ("accumulation, buffers and dropout", "Trainer"),
+    ("processes that load", "Trainer"),
+    ("static graph", "Trainer"),
+    ("dropout", "Accelerate"),
+]
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ class RankBatches:
         Args:
             rank: Another rank. It takes time to draw an order of millions of samples, so that drawn for it serves
                 :meth:`batches`, too.
-            position: The number of the batch that will be asked for.
+            position: The number of the batch that will be asked for; negative before the first one.
 
         """
         beginning = self._order.beginning if self._order is not None else None
@@ -134,9 +134,9 @@ class RankBatches:
 
     def _why_not_now(self, beginning: Beginning, rank: int, position: int) -> str | None:
         name = _names(self._order.own)
-        # Some may be loaded ahead.
+        # Some may be loaded ahead, even before there is a present one.
         number, item = self._order.latest or (position, None)
-        first = min(position, number)
+        first = max(min(position, number), 0)
         try:
             again = self._order_of(self._rank, first)
             here = again.draw()

@@ -296,6 +296,15 @@ def test_the_order_of_another_rank_is_drawn_once_to_be_checked_and_loaded(worker
     others.close()
 
 
+def test_they_are_known_before_the_first_one_when_workers_load_ahead() -> None:
+    samples = list(range(40))
+    loader = DataLoader(samples, batch_size=2, sampler=DistributedSampler(samples, 2, 0), num_workers=1)
+    others = RankBatches(loader, EpochOrder(loader), 0, 2)
+    own = iter(loader)
+    assert others.why_unknown(1, -1) is None
+    assert len([*own]) == 10
+
+
 # -- a place in the middle of an epoch --------------------------------------------------------------------------------
 
 
