@@ -1,7 +1,7 @@
 """The script that ``scar_ddp_runs`` starts, with what that asks for as JSON. A worker hurts itself at its time."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,13 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 import torchmetrics
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from scar_job import (
@@ -29,6 +35,7 @@ from scar_job import (
     samples,
     seed_of_slot,
     slot,
+    take,
     write_down,
 )
 from torch import Tensor, nn
@@ -69,6 +76,8 @@ class Model(pl.LightningModule):
         optimizer: One of ``OPTIMIZERS``.
         double: Whether it computes in double precision.
         gathers: Whether its loss depends on that of other ranks.
+        habits: What its steps do besides: ``changes the batch``, ``freezes a layer``, ``follows the loss``, ``collects
+            metrics``, ``counts batches``.
 
     """
 
@@ -83,6 +92,7 @@ class Model(pl.LightningModule):
         optimizer: str = "Adam",
         double: bool = False,
         gathers: bool = False,
+        habits: Sequence[str] = (),
     ) -> None:
         super().__init__()
         torch.manual_seed(1)
@@ -91,6 +101,8 @@ class Model(pl.LightningModule):
         self.rich = rich
         self.optimizer = optimizer
         self.gathers = gathers
+        self.habits = habits
+        self.errors = torchmetrics.MetricCollection([torchmetrics.MeanSquaredError(), torchmetrics.R2Score()])
         if double:
             self.double()
         self.plateau = plateau
@@ -112,13 +124,15 @@ class Model(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.used.begin(batch[2].tolist(), is_first=batch_idx % self.trainer.accumulate_grad_batches == 0)
+        if "freezes a layer" in self.habits:
+            self.net[0].requires_grad_(not 3 <= self.batches_done < 11)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         strategy = self.trainer.strategy
         is_joiner = isinstance(strategy, SCARDDPStrategy) and strategy.is_joiner
         place(*(("join", asked["predecessors"]) if is_joiner else ("training_step", self.batches_done)))
         self.random = generators()
-        x, y, ids = batch
+        x, y, ids = take(batch) if "changes the batch" in self.habits else batch
         self.used.note(ids.tolist())
         out = self.net(x)
         if out.requires_grad:
@@ -126,6 +140,12 @@ class Model(pl.LightningModule):
         loss = nn.functional.mse_loss(out, y)
         if self.gathers:
             loss = loss + self.all_gather(loss.detach()).mean()
+        if "counts batches" in self.habits:
+            loss = loss * (1 + batch_idx % 3)
+        if "collects metrics" in self.habits:
+            self.errors(out.detach(), y)
+            self.log_dict(self.errors, on_step=False, on_epoch=True)
+            self.log("followed", loss, on_step=True, on_epoch=True, sync_dist=True)
         self.log("loss", loss, sync_dist=True)
         self.log("batches", 1.0, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
         self.samples.update(float(len(ids)))
@@ -140,6 +160,9 @@ class Model(pl.LightningModule):
 
     def on_train_batch_end(self, *args: Any) -> None:
         place("batch_end", self.batches_done)
+        if "follows the loss" in self.habits:
+            for group in self.optimizers().param_groups:
+                group["lr"] = RATE / (1 + float(self.trainer.callback_metrics["loss"]))
 
     def on_train_epoch_end(self) -> None:
         place("epoch_end", self.current_epoch)
@@ -230,6 +253,7 @@ class Validations(Callback):
 
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {
+    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(RATE, swa_epoch_start=1),
     "Validations": Validations,
     "EarlyStopping at its defaults": lambda: EarlyStopping("val_loss"),
     "ModelCheckpoint": lambda: ModelCheckpoint(monitor="val_loss", save_top_k=2, save_last=True),

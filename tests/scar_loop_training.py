@@ -25,6 +25,7 @@ from scar_job import (
     samples,
     seed_of_slot,
     slot,
+    take,
     write_down,
 )
 from torch import Tensor, nn
@@ -131,7 +132,8 @@ class Loop:
     # -- the same for all
 
     def gradients(self, batch: Any) -> Tensor:
-        x, y, ids, *_ = batch
+        changes = "changes the batch" in asked["model"].get("habits", ())
+        x, y, ids, *_ = take(batch) if changes else batch
         batches = self.scar.batches_done
         if dist.is_initialized() and dist.get_world_size() < asked["ranks"]:
             # A loop does not wait for a replacement, which takes its seconds.

@@ -109,13 +109,39 @@ KINDS: dict[str, dict[str, Any]] = {
     "processes that load": {"data": {"process": "fork"}},
     "static graph": {"strategy": {"static_graph": True}},
     "unused parameters": {"strategy": {"find_unused_parameters": True, "gradient_as_bucket_view": True}},
+    "a batch that the step changes": {"model": {"habits": ["changes the batch"]}},
+    "a layer that is frozen for a while": {
+        "model": {"habits": ["freezes a layer"]},
+        "strategy": {"find_unused_parameters": True},
+    },
+    "accumulation, and steps that know the number of a batch": {
+        "model": {"habits": ["counts batches"]},
+        "trainer": {"accumulate_grad_batches": 2},
+    },
+    "averaged weights": {"callbacks": ["StochasticWeightAveraging"]},
+    "a rate that follows what is logged": {"model": {"habits": ["follows the loss", "collects metrics"]}},
+    "all of that": {
+        "model": {"habits": ["changes the batch", "freezes a layer", "follows the loss", "collects metrics"]},
+        "strategy": {"find_unused_parameters": True},
+        "callbacks": ["StochasticWeightAveraging"],
+    },
 }
 #: These arguments are the Trainer's.
-OF_THE_TRAINER = {"processes that load", "static graph", "unused parameters"}
+OF_THE_TRAINER = {
+    "processes that load",
+    "static graph",
+    "unused parameters",
+    "a layer that is frozen for a while",
+    "accumulation, and steps that know the number of a batch",
+    "averaged weights",
+    "a rate that follows what is logged",
+    "all of that",
+}
 QUICK_KINDS = [
     ("accumulation, buffers and dropout", "Trainer"),
     ("processes that load", "Trainer"),
     ("static graph", "Trainer"),
+    ("all of that", "Trainer"),
     ("dropout", "Accelerate"),
 ]
 
@@ -140,20 +166,6 @@ def test_each_kind_of_training_is_the_same(tmp_path: Path, kind: str, door: str)
     assert difference(expected, training, but=("running", "tracked")) <= TOLERANCE, training.console
     is_whole = "dropout" in kind or "buffers" in kind
     assert ("missing batches are computed whole, because" in training.console) == is_whole
-
-
-@pytest.mark.parametrize("door", ["Accelerate", pytest.param("Fabric", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("slot", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_outage_lasts_into_the_next_epoch(tmp_path: Path, door: str, slot: int) -> None:
-    """Of a loop, which does not wait for a replacement where an epoch ends."""
-    last = steps_of(3) // 2 - 1
-    faults: list[Fault] = [("training_step", last, slot, "kill"), ("start", 1, slot, "two seconds")]
-    training = train_double(tmp_path, *faults, door=door)
-    expected = undisturbed(door, 3, "SGD")
-    sizes = {step["step"]: step["world_size"] for step in training.steps}
-    assert (sizes[last + 1], sizes[last + 2]) == (2, 2), training.console
-    assert samples(training) == samples(expected), training.console
-    assert difference(expected, training) <= TOLERANCE, training.console
 
 
 def test_what_is_logged_counts_missing_batches(tmp_path: Path) -> None:

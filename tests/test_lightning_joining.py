@@ -48,12 +48,15 @@ class Source(SingleDeviceStrategy):
         super().__init__()
         self.step = step
         self.handed_over: Any = None
+        self.weights: Any = None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
         trainer = self.lightning_module.trainer
         if trainer.global_step + 1 == self.step:
-            self.handed_over = copy.deepcopy((private.dump_checkpoint(trainer), replacement.live_state(trainer)))
+            checkpoint = private.dump_checkpoint(trainer)
+            self.handed_over = copy.deepcopy((checkpoint, replacement.live_state(trainer, checkpoint)))
+            self.weights = copy.deepcopy(self.lightning_module.state_dict())
         return output
 
 
@@ -187,19 +190,28 @@ def test_a_joiner_neither_validates_nor_resumes_nor_writes(tmp_path: Path) -> No
     assert len(model.seen) == 2 * BATCHES
 
 
-def test_load_weights() -> None:
-    """What a step changes, but not the place in the loops."""
+class Averages(Callback):
+    """Puts other weights into checkpoints."""
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: value * 2 for name, value in checkpoint["state_dict"].items()}
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_load_weights(averages: bool) -> None:
+    """What a step changes, but not the place in the loops, nor the averages that a callback puts into checkpoints."""
     source, other = Source(5), TinyModel()
-    make_trainer(strategy=source, max_epochs=1, enable_checkpointing=False).fit(TinyModel(), loader())
-    checkpoint, _ = source.handed_over
+    callbacks = [Averages()] if averages else []
+    make_trainer(*callbacks, strategy=source, max_epochs=1, enable_checkpointing=False).fit(TinyModel(), loader())
+    checkpoint, live = source.handed_over
 
     class Take(Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             if trainer.global_step == 2:
                 before = copy.deepcopy(private.dump_checkpoint(trainer)["loops"])
-                replacement.load_weights(trainer, checkpoint)
+                replacement.load_weights(trainer, checkpoint, live)
                 now = private.dump_checkpoint(trainer)
-                assert_same(now["state_dict"], checkpoint["state_dict"])
+                assert_same(now["state_dict"], source.weights)
                 assert_same(now["optimizer_states"], checkpoint["optimizer_states"])
                 assert now["loops"] == before
                 trainer.should_stop = True

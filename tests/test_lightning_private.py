@@ -36,6 +36,7 @@ TESTED_BY_A_JOINER = {
     "set_metrics",
     "restore",
     "restore_step",
+    "weights_beside",
 }
 #: ``test_lightning_covered_logs.py`` has them log.
 TESTED_BY_LOGS = {"add_to_epoch", "apart", "before_sync", "kept", "of_batch", "reduction", "step_value"}

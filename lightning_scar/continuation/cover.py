@@ -80,6 +80,9 @@ class Cover:
         if finding != Finding.IMPOSSIBLE:
             loaded = (batch for slot in (slot, own) for batch in training.batches_of(slot)[-1:])
             finding, why = examine(training, batch, loaded)
+            if any(wrapper.find_unused_parameters for wrapper in training.wrappers()):
+                # It would take what was examined for a use of the parameters.
+                training.wrap()
             finding = self._agreed(finding)
         self._outages.finding = finding
         if not self._member.is_leader:
@@ -140,11 +143,11 @@ class Cover:
             set_random_state(random)
         if part.slot == 0 and self._beginning:
             buffers.set(self._beginning)
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             piece, share = part_of(batch, part.number, part.of)
             if share:
                 with alone(training, share), gradients.collecting(share / training.micro_batches):
-                    training.compute_gradient(piece)
+                    training.compute_gradient(piece, ago=training.batches_in_step - number)
         if part.of == 1:
             self._generators.note(step + 1, random_state(), slot=part.slot)
         buffers.restore(of_slot_0=part.slot == 0)

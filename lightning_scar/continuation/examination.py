@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_scar.continuation.alone import alone
 from lightning_scar.continuation.buffers import SharedBuffers
+from lightning_scar.continuation.kept_batch import KeptBatch
 from lightning_scar.continuation.metric_states import MetricStates
 from lightning_scar.continuation.outages import Finding
 from lightning_scar.continuation.parts import NotSliceableError, part_of
@@ -41,6 +42,8 @@ def examine(training: Training, batch: Any, loaded: Iterable[Any]) -> tuple[Find
     buffers, random, gradients = SharedBuffers(training), random_generators(), SideGradients(training.module)
     metrics = MetricStates(training.module)
     metrics.save()
+    kept = KeptBatch()
+    kept.save(batch)
 
     def restored(compute: Callable[[], Any]) -> Any:
         try:
@@ -48,6 +51,7 @@ def examine(training: Training, batch: Any, loaded: Iterable[Any]) -> tuple[Find
         finally:
             buffers.restore()
             metrics.restore()
+            kept.restore()
             set_random_generators(random)
 
     def loss(piece: Any, has_group: bool = False) -> Any:
@@ -91,8 +95,10 @@ def _why_whole(batch: Any, whole: Any, compute: Callable[[Any], Any]) -> str:
         pieces = [part_of(batch, number, of=2) for number in range(2)]
     except NotSliceableError as error:
         return str(error)
+    if not all(share for _, share in pieces):
+        return "a batch of one sample does not tell whether slices of others do as well"
     try:
-        losses = [compute(piece) * share for piece, share in pieces if share]
+        losses = [compute(piece) * share for piece, share in pieces]
     except Exception as error:
         return f"a training step fails with a part of its batch ({_first_line(error)})"
     return "" if _is_close(sum(losses), whole) else "the loss of a batch is not the mean over its samples"

@@ -43,8 +43,8 @@ class MetricStates:
 
 
 def _is_metric(module: Module) -> bool:
-    # Known by its public property, because torchmetrics need not be installed.
-    return isinstance(getattr(type(module), "metric_state", None), property)
+    # Known by its public property, because torchmetrics need not be installed. A collection has no state of its own.
+    return isinstance(getattr(type(module), "metric_state", None), property) and hasattr(module, "_update_count")
 
 
 def _state(metric: Any) -> dict[str, Any]:

@@ -76,8 +76,14 @@ class Training(Protocol):
     def extra_batches(self) -> Iterator[Any] | None:
         """Return endless batches of the training data in this process's own order; ``None`` if not supported."""
 
-    def compute_gradient(self, batch: Any) -> Any:
-        """Compute the gradient of a batch; discard the gradients before it. Return the loss."""
+    def compute_gradient(self, batch: Any, ago: int = 0) -> Any:
+        """Compute the gradient of a batch; discard the gradients before it. Return the loss.
+
+        Args:
+            batch: The batch.
+            ago: How many batches before the present one it is.
+
+        """
 
     def samples(self, batch: Any) -> int:
         """Return the number of samples in a batch."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lightning_scar.continuation.model_modes import modes, set_modes
 from lightning_scar.continuation.outages import Outages
 from lightning_scar.continuation.protocol import Training
 from lightning_scar.core.exchange import receive, send
@@ -115,13 +116,14 @@ class Generations:
         are_late = any(was_behind for *_, was_behind, _ in gathered)
         self.some_were_behind = are_late or any(progress[rank][0] >= 0 for rank in behind)
         if dist.get_rank() == source and behind:
-            send([self._training.state(), self._outages.list, self.epochs], behind)
+            send([self._training.state(), modes(self._training.module), self._outages.list, self.epochs], behind)
         if dist.get_rank() not in behind:
             return False
-        state, outages, epochs = receive(source)
+        state, present, outages, epochs = receive(source)
         if self.steps < 0:
             self._outages.list, self.epochs = outages, epochs
             self._training.load_state(state)
+            set_modes(self._training.module, present)
         else:
             self._run_alone(closure)
             self._training.load_weights(state)

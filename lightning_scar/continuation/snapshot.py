@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from lightning_scar.continuation.kept_batch import KeptBatch
 from lightning_scar.continuation.metric_states import MetricStates
 
 
@@ -93,7 +94,7 @@ class Update:
 
 
 class StepSnapshot:
-    """What a forward and backward pass changes: buffers, metrics, logs, random generators, gradients.
+    """What a forward and backward pass changes: buffers, metrics, logs, random generators, gradients, and its batch.
 
     Args:
         module: The model.
@@ -108,20 +109,23 @@ class StepSnapshot:
         # Once, because a walk over all modules of a deep model takes longer than the copies.
         self._owners = [owner for owner in module.modules() if any(True for _ in owner.buffers(recurse=False))]
         self._metrics = MetricStates(module)
+        self._batch = KeptBatch()
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._gradients: list[Tensor | None] = []
         #: The :func:`random_state` that was saved.
         self.random: list[Any] = []
 
-    def save(self, gradients: bool) -> None:
+    def save(self, gradients: bool, batch: Any = None) -> None:
         """Copy the present values.
 
         Args:
             gradients: Whether to copy gradients of earlier micro-batches, too.
+            batch: The batch.
 
         """
         self._metrics.save()
+        self._batch.save(batch)
         self._undo_logs = self._keep_logs()
         buffers = (buffer for owner in self._owners for buffer in owner.buffers(recurse=False))
         self._buffers = [buffer for buffer in buffers if buffer.numel()]
@@ -142,6 +146,7 @@ class StepSnapshot:
 
         """
         self._metrics.restore()
+        self._batch.restore()
         self._undo_logs()
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._copies)

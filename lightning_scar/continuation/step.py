@@ -140,7 +140,7 @@ class Continuation:
 
         """
         started = self._begin_batch()
-        self._snapshot.save(gradients=self._training.accumulates)
+        self._snapshot.save(self._training.accumulates, self.batch)
         self.generators.begin(self.steps, self._snapshot.random)
         if self._left_alone is not None and self._recover(closure, self._left_alone):
             return None
@@ -177,7 +177,7 @@ class Continuation:
         if not dist.is_initialized():
             return compute()
         started = self._begin_batch()
-        self._snapshot.save(gradients)
+        self._snapshot.save(gradients, self.batch)
         self.generators.begin(self.steps, self._snapshot.random)
         if self._cover is not None and self._training.batches_in_step == 1:
             self._cover.begin_step()

@@ -8,6 +8,7 @@ from typing import Any
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_scar.continuation.model_modes import trained, unfrozen
 from lightning_scar.core.training_state import unwrapped
 
 #: The arguments of DDP that it keeps as attributes of the same name, with their defaults.
@@ -88,6 +89,7 @@ class _Wrapper:
         self._options["bucket_cap_mb"] = wrapper.bucket_bytes_cap / (1 << 20)
         self._comm_hooks = list(getattr(wrapper, "_comm_hooks", ()))
         self._marks = {name: value for name, value in vars(wrapper).items() if name in _MARKS}
+        self._parameters = trained(wrapper.module)
         self.is_wrapped = True
 
     def unwrap(self) -> None:
@@ -104,7 +106,7 @@ class _Wrapper:
 
     def wrap(self) -> None:
         self.is_wrapped = True
-        with self._rebuilt():
+        with self._rebuilt(), unfrozen(self._parameters):
             DistributedDataParallel.__init__(self.ddp, self._module, init_sync=False, **self._options)
             for hook, state in self._comm_hooks:
                 self.ddp.register_comm_hook(state, hook)

@@ -63,6 +63,8 @@ class RankBatches:
     def batches(self, rank: int, positions: Sequence[int]) -> list[Any]:
         """Return batches of a rank; those of the last call are kept, so that a step can be repeated.
 
+        They are copies, because a training step may change its batch.
+
         Args:
             rank: The rank.
             positions: The numbers of its batches in the present epoch, or in the shared rest of it, from 0 on. Rising
@@ -82,7 +84,7 @@ class RankBatches:
         with _same_random_numbers():
             batches = {i: kept[i] if i in kept else self._load(rank, i) for i in positions}
         self._kept[rank] = batches
-        return [batches[i] for i in positions]
+        return [copy.deepcopy(batches[i]) for i in positions]
 
     def close(self) -> None:
         """Forget the batches, and end the processes that load them."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, Timer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.data import extract_batch_size
@@ -41,6 +41,13 @@ def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
         vars(strategy).pop("optimizer_state")
         if own is not None:
             strategy.optimizer_state = own  # type: ignore[method-assign]
+
+
+def weights_beside(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the model's state if a callback has put another one into a checkpoint dict, such as averaged weights."""
+    own, dumped = trainer.strategy.lightning_module_state_dict(), checkpoint["state_dict"]
+    pairs = [(value, dumped[name]) for name, value in own.items() if isinstance(value, Tensor) and name in dumped]
+    return own if any(a.data_ptr() != b.data_ptr() for a, b in pairs) else None
 
 
 def intercept_resume(trainer: pl.Trainer, choose: Callable[[Any, bool | None], Any]) -> None:
@@ -166,7 +173,10 @@ def restore(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         connector.restore_datamodule()
         connector.restore_model()
         connector.restore_callbacks()
-        connector.restore_training_state()
+        connector.restore_precision_plugin_state()
+        connector.restore_loops()
+        _catch_up(trainer)
+        connector.restore_optimizers_and_schedulers()
     _forget_the_restart(trainer)
 
 
@@ -176,6 +186,17 @@ def restore_step(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
         trainer.strategy.load_model_state_dict(checkpoint, strict=trainer.lightning_module.strict_loading)
         connector.restore_precision_plugin_state()
         connector.restore_optimizers()
+
+
+def _catch_up(trainer: pl.Trainer) -> None:
+    """Let callbacks give the optimizers the parameters and schedulers that they had given them in another process."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning):
+            callback.on_fit_start(trainer, trainer.lightning_module)
+        elif isinstance(callback, StochasticWeightAveraging) and callback._scheduler_state is not None:
+            # Without what it may have done in this process before.
+            callback._initialized, callback.n_averaged = False, None
+            callback.on_train_epoch_start(trainer, trainer.lightning_module)
 
 
 @contextmanager
@@ -218,11 +239,11 @@ def transferred(trainer: pl.Trainer, batch: Any) -> Any:
     return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
 
 
-def compute_gradient(trainer: pl.Trainer, batch: Any) -> Tensor:
+def compute_gradient(trainer: pl.Trainer, batch: Any, ago: int = 0) -> Tensor:
     """Compute the gradient of a batch as a training step does; discard the gradients before it. Return the loss."""
     trainer.lightning_module.zero_grad()
     loop = trainer.fit_loop.epoch_loop
-    kwargs = loop._build_kwargs(OrderedDict(), batch, loop.batch_idx)
+    kwargs = loop._build_kwargs(OrderedDict(), batch, loop.batch_idx - ago)
     with torch.enable_grad(), of_batch(trainer, batch):
         output = call._call_strategy_hook(trainer, "training_step", *kwargs.values())
         loss = ClosureResult.from_training_step_output(output).closure_loss

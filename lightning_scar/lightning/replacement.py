@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_scar.core.zero import is_sharded
 from lightning_scar.lightning import loggers, private
+from lightning_scar.lightning.private_loops import present_metrics
 from lightning_scar.lightning.results import join_results, logged, results
 
 
@@ -38,11 +39,12 @@ def has_sharded_optimizer(trainer: pl.Trainer) -> bool:
     return any(is_sharded(optimizer) for optimizer in trainer.optimizers)
 
 
-def live_state(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return what a replacement needs beside the checkpoint dict."""
+def live_state(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return what another process needs beside the checkpoint dict."""
     return {
+        "weights": private.weights_beside(trainer, checkpoint),
         "tickets": [callback.hand_over() for callback in scar_checkpoints(trainer)],
-        "metrics": private.metrics(trainer),
+        "metrics": present_metrics(trainer),
         "results": results(trainer),
         "logged": logged(trainer),
         "should_stop": trainer.should_stop,
@@ -78,8 +80,9 @@ def _show_progress(trainer: pl.Trainer) -> None:
         bar.on_train_epoch_start(trainer, trainer.lightning_module)
 
 
-def load_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+def load_weights(trainer: pl.Trainer, checkpoint: dict[str, Any], live: dict[str, Any]) -> None:
     """Load only what an optimizer step changes."""
+    weights = checkpoint["state_dict"] if live["weights"] is None else live["weights"]
     for callback in scar_checkpoints(trainer):
         callback.fence()
-    private.restore_step(trainer, checkpoint)
+    private.restore_step(trainer, {**checkpoint, "state_dict": weights})

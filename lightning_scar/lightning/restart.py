@@ -124,5 +124,5 @@ def _state(trainer: pl.Trainer, finished: bool, more: dict[str, Any]) -> dict[st
     if replacement.has_sharded_optimizer(trainer):
         # Each rank has its own shard, which is in the running checkpoint.
         checkpoint.pop("optimizer_states")
-    checkpoint[KEY] |= {"finished": finished, "live": replacement.live_state(trainer), **more}
+    checkpoint[KEY] |= {"finished": finished, "live": replacement.live_state(trainer, checkpoint), **more}
     return checkpoint

@@ -93,8 +93,27 @@ def join_results(trainer: pl.Trainer, saved: list[dict[str, Any]], keys: list[st
         if result is None:
             continue
         if not result.is_tensor or result.meta.sync.should:
-            result.reset()
+            _reset(result)
         result.has_reset = False
+
+
+def _reset(result: Any) -> None:
+    """Begin anew, in the form of the present states: the defaults may have another dtype, and fewer dimensions.
+
+    Workers reduce what they have at the end of an epoch, which this one may have joined in its last step.
+    """
+    metric = result if result.is_tensor else result.value
+    states = {name: getattr(metric, name) for name in metric._defaults}
+    result.reset()
+    for name, state in states.items():
+        setattr(metric, name, _in_form_of(state, getattr(metric, name)))
+
+
+def _in_form_of(state: Any, default: Any) -> Any:
+    if isinstance(state, list):
+        return [each[:0] for each in state[:1] if isinstance(each, Tensor) and each.dim()]
+    fresh = default.to(state.dtype)
+    return fresh.new_empty(state.shape).copy_(fresh) if fresh.dim() < state.dim() else fresh
 
 
 class _Resumed(_Metadata):
@@ -103,7 +122,11 @@ class _Resumed(_Metadata):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Metadata) or other.reduce_fx is not self.reduce_fx:
             return False
+        present, said = self.sync, other.sync
         vars(self).update(vars(other))
+        if (present.should, present.rank_zero_only) == (said.should, said.rank_zero_only):
+            # It may count batches of missing workers.
+            self._sync = present
         return True
 
 

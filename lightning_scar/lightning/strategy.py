@@ -15,11 +15,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.constants import default_pg_timeout
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
+from lightning_scar.continuation.model_modes import trained, unfrozen
 from lightning_scar.continuation.outages import FlushMode, OnFailure, Outage, OutagePolicy
 from lightning_scar.elastic.worker.member import Member, hang_timeout
 from lightning_scar.lightning import private, replacement
@@ -83,12 +84,14 @@ class SCARDDPStrategy(DDPStrategy):
         self._training: TrainerTraining | None = None
         self._starts_workers = False
         self._accumulates = False
+        #: The parameters that were not frozen when the model was wrapped first.
+        self._trained: list[Parameter] = []
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which is in no group: neither are the processes that get one."""
         state = super().__getstate__()
-        return {**state, "_member": None, "_training": None, "_model": state["_lightning_module"]}
+        return {**state, "_member": None, "_training": None, "_trained": [], "_model": state["_lightning_module"]}
 
     @property
     def outages(self) -> list[Outage]:
@@ -176,6 +179,8 @@ class SCARDDPStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
+        assert self.lightning_module is not None
+        self._trained = trained(self.lightning_module)
         # A replacement has no group yet; its model is wrapped when it joins.
         if self._member is None or dist.is_initialized():
             super().configure_ddp()
@@ -185,7 +190,8 @@ class SCARDDPStrategy(DDPStrategy):
         self.unwrap()
         init_sync, self._ddp_kwargs = self._ddp_kwargs, {**self._ddp_kwargs, "init_sync": False}
         try:
-            self.configure_ddp()
+            with unfrozen(self._trained):
+                super().configure_ddp()
         finally:
             self._ddp_kwargs = init_sync
 

@@ -169,7 +169,8 @@ class TrainerTraining:
 
     def state(self) -> Any:
         """Return the checkpoint dict, and what a replacement needs beside it."""
-        return [private.dump_checkpoint(self._trainer), replacement.live_state(self._trainer)]
+        checkpoint = private.dump_checkpoint(self._trainer)
+        return [checkpoint, replacement.live_state(self._trainer, checkpoint)]
 
     def load_state(self, state: Any) -> None:
         """Load another member's state, in the middle of its loops, and its data position."""
@@ -178,7 +179,7 @@ class TrainerTraining:
 
     def load_weights(self, state: Any) -> None:
         """Load what an optimizer step changes."""
-        replacement.load_weights(self._trainer, state[0])
+        replacement.load_weights(self._trainer, *state)
 
     def changes(self) -> int:
         """Return a number that grows with each change of parameters or optimizer state."""
@@ -223,9 +224,9 @@ class TrainerTraining:
         seed = trainer.global_step * trainer.world_size + trainer.global_rank
         return (private.transferred(trainer, batch) for batch in reshuffled(loader, seed))
 
-    def compute_gradient(self, batch: Any) -> Any:
+    def compute_gradient(self, batch: Any, ago: int = 0) -> Any:
         """Compute the gradient as a training step does. Return the loss."""
-        return private.compute_gradient(self._trainer, batch)
+        return private.compute_gradient(self._trainer, batch, ago)
 
     def samples(self, batch: Any) -> int:
         """Return the number of samples as Lightning's logging counts them."""

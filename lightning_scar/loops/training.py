@@ -312,7 +312,7 @@ class LoopTraining:
         seed = self._loop.steps * self._member.world_size + self._member.slot
         return self._framework.extra_batches(self._loop.state.data.loader, seed)
 
-    def compute_gradient(self, batch: Any) -> Any:
+    def compute_gradient(self, batch: Any, ago: int = 0) -> Any:
         """Compute the gradient with the step's own closure. Return what it returns."""
         assert self._closure is not None
         self._module.zero_grad()

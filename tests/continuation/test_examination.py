@@ -107,3 +107,20 @@ def test_a_batch_of_a_missing_worker_may_have_another_form_if_ones_own_has_not()
     assert found(batch(names=2), batch(names=2)) == Finding.IMPOSSIBLE
     assert found(batch(), batch(names=2)) == Finding.SLICED
     assert len(asked) == 1
+
+
+def test_a_batch_of_one_sample_tells_nothing_of_larger_ones() -> None:
+    finding, why = examine(cast(Training, Small(nn.Linear(2, 1), torch.sum)), one := (torch.ones(1, 2), ["a"]), [one])
+    assert finding == Finding.WHOLE
+    assert "a batch of one sample" in why
+
+
+def test_the_batch_may_be_changed_by_the_step() -> None:
+    class Scales(Small):
+        def compute_gradient(self, batch: Batch) -> Any:
+            batch[1].clear()
+            return super().compute_gradient((batch[0].div_(4), batch[1]))
+
+    present = batch()
+    assert examine(cast(Training, Scales(nn.Linear(2, 1), mean)), present, [batch()]) == (Finding.SLICED, "")
+    assert (present[0].tolist(), present[1]) == (batch()[0].tolist(), batch()[1])
