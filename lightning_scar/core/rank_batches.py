@@ -60,6 +60,10 @@ class RankBatches:
         #: By rank: the batches of the last call, by number.
         self._kept: dict[int, dict[int, Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which has loaded nothing: spawned processes of loaders may get one."""
+        return {**vars(self), "_drawn": {}, "_iterators": {}, "_kept": {}}
+
     def batches(self, rank: int, positions: Sequence[int]) -> list[Any]:
         """Return batches of a rank; those of the last call are kept, so that a step can be repeated.
 

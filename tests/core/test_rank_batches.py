@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import pickle
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -303,6 +304,22 @@ def test_they_are_known_before_the_first_one_when_workers_load_ahead() -> None:
     own = iter(loader)
     assert others.why_unknown(1, -1) is None
     assert len([*own]) == 10
+
+
+def unknown(rank: int) -> None:
+    return None
+
+
+def test_they_can_be_pickled_while_others_are_loaded() -> None:
+    """As with a Trainer that a spawned process gets."""
+    samples = list(range(40))
+    loader = DataLoader(samples, batch_size=2, sampler=DistributedSampler(samples, 2, 0))
+    others = RankBatches(loader, EpochOrder(loader), 0, 2, unknown)
+    next(iter(loader))
+    assert others.why_unknown(1, 0) is None
+    pickle.dumps(others)
+    expected = others.batches(1, [3])
+    assert_same(pickle.loads(pickle.dumps(others)).batches(1, [3]), expected)
 
 
 # -- a place in the middle of an epoch --------------------------------------------------------------------------------
