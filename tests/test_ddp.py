@@ -115,7 +115,13 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+#: What is new in these ways, others have, too.
+LIKE_OTHERS = ("a plain loader in the second epoch", "ZeRO in the second epoch", "ZeRO of SGD")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] if way in LIKE_OTHERS else []) for way in WAYS]
+)
 def test_a_resumed_run_ends_as_an_uninterrupted_one(way: str, tmp_path: Path) -> None:
     uncut = {name: value for name, value in WAYS[way].items() if name != "after"}
     cut = call(tmp_path / "cut", **{"after": 5} | WAYS[way])
@@ -178,8 +184,17 @@ def assert_all_agree(runs: list[Run], way: str) -> None:
     assert_agree([run.final for run in runs], parts)
 
 
-@pytest.mark.parametrize(("before", "now", "after"), [(2, 1, 5), (1, 2, 10), (2, 4, 6), (4, 2, 3), (3, 2, 4)])
-@pytest.mark.parametrize("door", DOORS)
+NUMBERS = [(2, 1, 5), (1, 2, 10), (2, 4, 6), (4, 2, 3), (3, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("door", "before", "now", "after"),
+    [
+        pytest.param(door, *numbers, marks=[pytest.mark.slow] if door == "Accelerate" and i > 1 else [])
+        for door in DOORS
+        for i, numbers in enumerate(NUMBERS)
+    ],
+)
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path, before: int, now: int, after: int, door: str) -> None:
     first = train(before, tmp_path, after=after, scar=SMALL, door=door)
     assert_done(*first)

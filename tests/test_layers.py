@@ -115,7 +115,7 @@ assert "scar_ddp" in StrategyRegistry.available_strategies()
     [
         "import lightning_scar, lightning",
         "import lightning, lightning_scar",
-        "import lightning.pytorch.strategies, lightning_scar, lightning",
+        pytest.param("import lightning.pytorch.strategies, lightning_scar, lightning", marks=pytest.mark.slow),
         "import lightning_scar, importlib; importlib.reload(lightning_scar); import lightning",
     ],
 )
