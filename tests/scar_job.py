@@ -105,6 +105,7 @@ WAYS: dict[str, Callable[[], Any]] = {
     **{name: partial(_signal_oneself, *name.split()) for name in ("SIGINT twice", "SIGUSR1 twice")},
     "wait": lambda: time.sleep(100),
     "a moment": lambda: time.sleep(1),
+    "two seconds": lambda: time.sleep(2),
     "terminate the job and wait": lambda: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(100)),
     "interrupt the job and wait": lambda: (os.kill(os.getppid(), signal.SIGINT), time.sleep(100)),
     "terminate the job": lambda: os.kill(os.getppid(), signal.SIGTERM),

@@ -168,6 +168,20 @@ def test_each_kind_of_training_is_the_same(tmp_path: Path, kind: str, door: str)
     assert ("missing batches are computed whole, because" in training.console) == is_whole
 
 
+@pytest.mark.parametrize("door", ["Accelerate", pytest.param("Fabric", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("slot", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_outage_lasts_into_the_next_epoch(tmp_path: Path, door: str, slot: int) -> None:
+    """Of a loop, which does not wait for a replacement where an epoch ends."""
+    last = steps_of(3) // 2 - 1
+    faults: list[Fault] = [("training_step", last, slot, "kill"), ("start", 1, slot, "two seconds")]
+    training = train_double(tmp_path, *faults, door=door)
+    expected = undisturbed(door, 3, "SGD")
+    sizes = {step["step"]: step["world_size"] for step in training.steps}
+    assert (sizes[last + 1], sizes[last + 2]) == (2, 2), training.console
+    assert samples(training) == samples(expected), training.console
+    assert difference(expected, training) <= TOLERANCE, training.console
+
+
 def test_what_is_logged_counts_missing_batches(tmp_path: Path) -> None:
     def losses(folder: Path, *faults: Fault) -> list[float]:
         training = train_double(folder, *faults, logs=True)

@@ -239,6 +239,20 @@ def test_an_epoch_is_shared_out_again_and_again(ranks: tuple[int, ...], data: An
     assert len(seen) - len(whole) < 3, "a few are repeated, so that each rank has as many"
 
 
+def test_a_rest_that_was_shared_out_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Also what is repeated at its end, so that each rank has as many."""
+    options: dict[str, Any] = {"model": "by sample", "data": uneven, "max_epochs": 2}
+    train(1, tmp_path / "cut", after=3, **options)
+    shutil.copytree(tmp_path / "cut", tmp_path / "whole")
+    wholes = train(2, tmp_path / "whole", **options)
+    firsts = train(2, tmp_path / "cut", after=3 + 3, **options)
+    seconds = train(2, tmp_path / "cut", **options)
+    for whole, first, second in zip(wholes, firsts, seconds, strict=True):
+        assert first.seen
+        assert second.seen
+        assert first.seen + second.seen == whole.seen
+
+
 def test_loaders_without_a_state_resume_on_another_number_of_ranks(tmp_path: Path) -> None:
     plain = {"data": loader}
     train(1, tmp_path, after=6, **plain)

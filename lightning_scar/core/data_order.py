@@ -31,6 +31,9 @@ from lightning_scar.core.samplers import copied, generators, is_divided
 #: Gives the batches of a rank: indices of samples.
 Share = Callable[[int], list[list[int]]]
 
+#: The state of an order of which nothing is known.
+NO_STATE: dict[str, Any] = {"began": {}, "now": {}}
+
 
 @dataclass(frozen=True, eq=False)
 class Beginning:
@@ -162,7 +165,7 @@ class EpochOrder(OwnGenerators):
         self._name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         super().__init__(loader, getattr(loader, self._name))
         self._place: tuple[dict[str, Any], int, Mapping[str, Any] | None] | None = None
-        self._rest: tuple[Share, int, int] | None = None
+        self._rest: tuple[Share, int, int, Mapping[Any, Any]] | None = None
         self._drawn: Iterator[Any] | None = None
         #: The last items that were asked for, and the states of the global generators then.
         self._asked: deque[tuple[int, Callable[[], dict[str, Any]]]] = deque(maxlen=ahead)
@@ -207,16 +210,17 @@ class EpochOrder(OwnGenerators):
         """
         self._place = dict(state), done, then
 
-    def begin_with(self, share: Share, rank: int, done: int = 0) -> None:
+    def begin_with(self, share: Share, rank: int, done: int = 0, state: Mapping[str, Any] = NO_STATE) -> None:
         """Let the next epoch consist of the given batches.
 
         Args:
             share: Gives the batches of each rank.
             rank: The rank of this process.
             done: The number of its batches to skip.
+            state: The :meth:`state` of the epoch whose rest they are; the generators are then as behind its order.
 
         """
-        self._rest = share, rank, done
+        self._rest = share, rank, done, state["now"]
 
     def draw(self) -> Any:
         """Draw the order of the next epoch now; return its first item, or ``None`` if it has none."""
@@ -240,7 +244,9 @@ class EpochOrder(OwnGenerators):
         if drawn is not None:
             yield from drawn
         elif rest is not None:
-            share, rank, done = rest
+            share, rank, done, now = rest
+            # A loader has drawn from them when it began.
+            self._set_own(now)
             self._begin(None, {}, share)
             for self.latest in enumerate(share(rank)[done:], done):
                 yield self.latest[1]

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
-from lightning_scar.core.data_order import EpochOrder, OwnGenerators, is_indexed
+from lightning_scar.core.data_order import NO_STATE, EpochOrder, OwnGenerators, is_indexed
 from lightning_scar.core.shared_epoch import RestOfEpoch, not_shared_out, recipe
 from lightning_scar.lightning.private_loops import ORDERS
 from lightning_scar.lightning.rank_batches import CombinedRankBatches
@@ -165,7 +165,7 @@ class TrainingData:
     def _state_of(self, i: int) -> dict[str, Any]:
         states: list[Any] = self._saved.get("loaders", [])
         state = states[i] if len(states) == len(self._orders) else None
-        return state or {"began": {}, "now": {}}
+        return state or NO_STATE
 
     def _position(self, loader: Any, done: int) -> int:
         """Return the number of batches that a loader has given since its iterator began."""
@@ -190,6 +190,9 @@ class TrainingData:
         total, sampler = self._total(), _sampler(self._loaders[0])
         if self._begins_next:
             self._set_done((done + 1) * before if total is None else total)
+        elif before == now and (shared := self._state_of(0).get("shared")) and not self._has_other_size():
+            self._shared = {**shared, "epoch": self._epochs.started}
+            self._begin_rest(RestOfEpoch.of_state(shared), done - shared["at"])
         elif total is not None and (rest := RestOfEpoch.of(self._state_of(0), done, before, sampler)) is not None:
             at = max(total - self._begin_rest(rest), 0)
             self._shared = {**rest.state(), "at": at, "epoch": self._epochs.started}
@@ -222,7 +225,7 @@ class TrainingData:
             # For this epoch only, in which its state would not help.
             order = self._orders[0] = EpochOrder(self._loaders[0])
             self._load_others()
-        order.begin_with(share, rank, done)
+        order.begin_with(share, rank, done, self._state_of(0))
         return len(share(rank))
 
     def _total(self) -> int | None:
@@ -234,10 +237,11 @@ class TrainingData:
 
     def _is_divided_anew(self) -> bool:
         """Return whether the rest of the epoch was shared out before, or has another batch size now."""
-        state = self._state_of(0)
-        known, present = state.get("recipe"), recipe(_sampler(self._loaders[0]))
-        has_other_size = known and present and known["batch_size"] != present["batch_size"]
-        return bool(state.get("shared") or (has_other_size and len(self._loaders) == 1))
+        return bool(self._state_of(0).get("shared") or (self._has_other_size() and len(self._loaders) == 1))
+
+    def _has_other_size(self) -> bool:
+        known, present = self._state_of(0).get("recipe"), recipe(_sampler(self._loaders[0]))
+        return bool(known and present and known["batch_size"] != present["batch_size"])
 
     def _set_done(self, done: int) -> None:
         current = self._batches

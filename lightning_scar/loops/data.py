@@ -157,7 +157,9 @@ class LoopData:
         state, ranks = saved.get("order"), self.ranks
         is_over = saved.get("is_over") or self._done >= (sized_len(self.loader) or math.inf)
         if is_over and saved["before"] == ranks.world_size:
-            if self._order is not None and state is not None:
+            if self._order is not None and state is not None and state["shared"]:
+                self._order.begin_next(state)
+            elif self._order is not None and state is not None:
                 # Samplers may draw once more behind their last index.
                 self._begin_at(state)
                 deque(self._order, maxlen=0)
@@ -169,6 +171,8 @@ class LoopData:
             return self._place_by_state(saved)
         sampler, batch_size = self._framework.whole_sampler(self._order.own)
         is_divided_anew = (state["recipe"] or {}).get("batch_size") != (batch_size if recipe(sampler) else None)
+        if state["shared"] and saved["before"] == ranks.world_size and not is_divided_anew:
+            return self._begin_rest(RestOfEpoch.of_state(state["shared"]), state, self._done)
         if saved["before"] != ranks.world_size or is_divided_anew or state["shared"]:
             return self._share_out(state, saved["before"])
         if self._done or saved.get("has_begun"):
@@ -194,21 +198,28 @@ class LoopData:
 
     def _share_out(self, state: Mapping[str, Any], before: int) -> int | None:
         assert self._order is not None
-        sampler, batch_size = self._framework.whole_sampler(self._order.own)
+        sampler, _ = self._framework.whole_sampler(self._order.own)
         rest = RestOfEpoch.of(state, self._done, before, sampler)
         if rest is not None:
-            rank, size = self._framework.share(self.loader, self.ranks)
-            self._shared = {**rest.state(), "at": 0}
-            share = rest.share(size, batch_size, sampler.drop_last)
-            self._done = 0
-            if not share(rank):
-                return None
-            self._order.begin_with(share, rank)
-            return 0
+            return self._begin_rest(rest, state)
         self._done = self._done * before // self.ranks.world_size
         self._begin_at(state)
         if self.ranks.rank == 0:
             warnings.warn(not_shared_out(before, self.ranks.world_size), stacklevel=4)
+        return 0
+
+    def _begin_rest(self, rest: RestOfEpoch, state: Mapping[str, Any], done: int = 0) -> int | None:
+        """Let the loader serve this rank's share of the rest of an epoch, behind the batches of it that are done."""
+        assert self._order is not None
+        sampler, batch_size = self._framework.whole_sampler(self._order.own)
+        rank, size = self._framework.share(self.loader, self.ranks)
+        share = rest.share(size, batch_size, sampler.drop_last)
+        skipped = done * self._framework.batches_per_fetch(self.loader)
+        self._shared, self._done = {**rest.state(), "at": 0}, done
+        if skipped >= len(share(rank)):
+            self._order.begin_next(state)
+            return None
+        self._order.begin_with(share, rank, skipped, state)
         return 0
 
     @property

@@ -80,6 +80,8 @@ class Lease:
             # It may have written more before it ended.
             holder = _holder(self._directory)
             self._go_on_from(holder)
+            # A holder that was killed in a beat leaves what it had written of it.
+            self._directory.sweep(".")
             self._write()
             _held_here.add(self.token)
         self._start(self._keep_beating)

@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import prepared
 import psutil
 import pytest
 from toy_blocks import Spawn
@@ -205,6 +206,21 @@ time.sleep(60)
         process.send_signal(signal.SIGKILL)
         wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
         acquire(file_url)
+
+
+def test_what_a_holder_killed_in_a_beat_has_written_of_it_is_removed(file_url: str, acquire: Acquire) -> None:
+    program = f"""
+import os, signal
+from lightning_scar.storage.directory import Directory
+from lightning_scar.storage.lease import Lease
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+Lease(Directory({file_url!r})).acquire()
+"""
+    assert prepared.run([sys.executable, "-c", program], timeout=60).returncode == -signal.SIGKILL
+    folder = Path(file_url)
+    assert list(folder.glob(".*.tmp"))
+    acquire(file_url)
+    assert [path.name for path in folder.iterdir()] == [FILE]
 
 
 def test_a_process_that_got_a_dead_holders_number_does_not_pass_for_it(
