@@ -200,6 +200,41 @@ def test_what_fits_is_loaded_with_the_optimizers_state(kind: Any, front_door: An
             assert not state_of(optimizer, parameter)
 
 
+class RenamedAndDeeper(TinyModel):
+    """Renames what it loads, and has a layer more."""
+
+    def __init__(self, optimizer: Any = ADAM) -> None:
+        super().__init__(optimizer=optimizer)
+        self.body = self.net
+        del self.net
+        self.first = nn.Linear(8, 8)
+        self.register_load_state_dict_pre_hook(self._rename)
+
+    @staticmethod
+    def _rename(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}net.")]:
+            state[name.replace(f"{prefix}net.", f"{prefix}body.")] = state.pop(name)
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self.first(x))
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer([*self.first.parameters(), *self.body.parameters()])
+
+
+def test_what_is_renamed_and_fits_keeps_the_optimizers_state(front_door: Any, tmp_path: Path) -> None:
+    save, resume = front_door
+    saved = TinyModel()
+    save(saved, tmp_path)
+    states = load(tmp_path)["optimizer_states"][0]["state"]
+    model = RenamedAndDeeper()
+    with pytest.warns(UserWarning, match="the optimizers' state of 4 of 6 parameters was loaded"):
+        optimizer = resume(model, tmp_path)
+    for number, (parameter, before) in enumerate(zip(model.body.parameters(), saved.parameters(), strict=True)):
+        assert torch.equal(parameter, before)
+        assert_same(state_of(optimizer, parameter), states[number])
+
+
 def test_the_numbers_of_what_was_loaded(tmp_path: Path) -> None:
     cut_short(saver(tmp_path, **EXACT), after=5)
     with pytest.warns(UserWarning, match="was written by another model: 2 of the present one's 6 tensors were loaded"):

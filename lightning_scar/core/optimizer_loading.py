@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_scar.core.blocks import BlockMap
@@ -61,13 +63,14 @@ def load_optimizers(
     *,
     owners: Owners,
     live: Mapping[str, Any],
+    saved_model: Mapping[str, Any],
     strict: bool,
     is_same_model: bool,
 ) -> None:
     """Load the states of optimizers.
 
     Torch pairs them with parameters by position. If the model has changed, that would give parameters the state of
-    others, so they are paired by name here.
+    others, so they are paired by name here; or by value, those that the model renames as it loads them.
 
     Args:
         path: The path of the checkpoint, for messages.
@@ -75,7 +78,8 @@ def load_optimizers(
         states: Their saved states.
         load: Loads such states.
         owners: From :func:`owners_of_states`.
-        live: The ``state_dict`` of the model.
+        live: The ``state_dict`` of the model, after it has loaded.
+        saved_model: The one that it has loaded.
         strict: Whether it is an error if torch refuses a state.
         is_same_model: Whether all of the model was loaded.
 
@@ -95,7 +99,8 @@ def load_optimizers(
                     f"{_sizes(optimizer.param_groups for optimizer in optimizers)}: {error}. Use another dirpath, or "
                     "`strict=False` to load what fits."
                 ) from error
-    names = {identity(value): name for name, value in live.items() if isinstance(value, Tensor)}
+    former = _former_names(live, saved_model)
+    names = {identity(value): former.get(name, name) for name, value in live.items() if isinstance(value, Tensor)}
     fitting, loaded, count = [], 0, 0
     for i, (optimizer, state) in enumerate(zip(optimizers, states, strict=False)):
         saved = {name: number for (j, number), owner in owners.items() if j == i for name in owner.names}
@@ -115,6 +120,28 @@ def load_optimizers(
             "others they begin anew",
             stacklevel=2,
         )
+
+
+def _former_names(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, str]:
+    """Return under which names the tensors were saved that have none of the saved names: those of the same values."""
+    before, now = (
+        _by_value({name: value for name, value in one.items() if name not in other and isinstance(value, Tensor)})
+        for one, other in ((saved, live), (live, saved))
+    )
+    return {
+        name: before[key][0]
+        for key, (name, *others) in now.items()
+        if not others and len(before.get(key, ())) == 1 and torch.equal(live[name].cpu(), saved[before[key][0]].cpu())
+    }
+
+
+def _by_value(tensors: Mapping[str, Tensor]) -> dict[Any, list[str]]:
+    """Return the names of tensors by shape and first values, which tell most of them apart."""
+    names: dict[Any, list[str]] = {}
+    for name, value in tensors.items():
+        if not is_lazy(value) and value.layout is torch.strided and value.numel():
+            names.setdefault((value.shape, tuple(value.detach().flatten()[:16].tolist())), []).append(name)
+    return names
 
 
 def _rearranged(optimizer: Optimizer, saved: dict[str, Any], numbers: Sequence[int | None]) -> dict[str, Any]:

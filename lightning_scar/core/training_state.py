@@ -148,6 +148,7 @@ class TrainingState:
             self._load_optimizers,
             owners=owners,
             live=self.state_dict(),
+            saved_model=checkpoint["state_dict"],
             strict=strict,
             is_same_model=is_same_model,
         )

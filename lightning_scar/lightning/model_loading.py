@@ -51,6 +51,7 @@ class ModelLoading:
             attempt,
             owners=self._owners,
             live=self._trainer.lightning_module.state_dict(),
+            saved_model=checkpoint["state_dict"],
             strict=self._strict,
             is_same_model=self._is_same_model,
         )
