@@ -30,6 +30,43 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+#: The jobs of these modules run on the backend that fails as NCCL does, too: chosen ones always, all if slow tests run.
+ON_BOTH_BACKENDS = ("test_scar_ddp", "test_cover")
+CHOSEN = (
+    "others_go_on_as_a_smaller_group[nccl_like-Accelerate]",
+    "one_of_three_is_left[nccl_like-Trainer]",
+    "weights_wait_for_the_replacement[nccl_like-Accelerate]",
+    "stale_gradients_are_applied_when_the_replacement_is_there[nccl_like-Trainer-mean]",
+    "synchronising_micro_batch_is_repeated_with_the_gradients_of_those_before[nccl_like-Trainer]",
+    "a_worker_that_hangs_is_replaced[nccl_like-the strategy's argument-Trainer]",
+    "a_worker_that_hangs_is_replaced[nccl_like---hang-timeout-Accelerate]",
+    "a_batch_that_makes_no_step[nccl_like-Trainer-True]",
+    "the_running_checkpoint_goes_on_in_a_replacement[nccl_like-Trainer]",
+    "a_failure_outside_of_steps_costs_nothing_but_time[nccl_like-killed, of rank 1-Trainer]",
+    "ends_as_without_a_death_in_its_validation[nccl_like-each epoch-in the first validation]",
+    "kills_change_nothing[nccl_like-Trainer-3-AdamW]",
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.startswith(ON_BOTH_BACKENDS):
+        metafunc.fixturenames.append("backend")
+        metafunc.parametrize("backend", ["gloo", "nccl_like"], indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call is not None and call.params.get("backend") == "nccl_like" and not item.name.endswith(CHOSEN):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the process groups of all jobs in the test."""
+    monkeypatch.setenv("SCAR_TESTS_BACKEND", request.param)
+
+
 @pytest.fixture(autouse=True)
 def no_program_outlives_its_test() -> Iterator[None]:
     """Also where a test fails."""

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from scar_job import (
+    BACKEND,
     BATCH_SIZE,
     OPTIMIZERS,
     RATE,
@@ -275,8 +276,10 @@ def make_trainer() -> pl.Trainer:
     options = {"accelerator": "cpu", "devices": asked["ranks"], "default_root_dir": folder(), **quiet}
     options |= {"enable_checkpointing": bool(callbacks), "max_epochs": 2, **asked["trainer"]}
     options |= {"logger": CSVLogger(folder(), name="logs") if asked.get("logs") else False, "callbacks": callbacks}
+    if BACKEND != "gloo" and strategy == "scar_ddp":
+        strategy = {}
     if isinstance(strategy, dict):
-        strategy = SCARDDPStrategy(**strategy)
+        strategy = SCARDDPStrategy(**{"process_group_backend": BACKEND, **strategy})
     return pl.Trainer(strategy=strategy, **options)
 
 

@@ -18,6 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
+#: Of process groups; the default one if nobody chooses.
+BACKEND = os.environ.get("SCAR_TESTS_BACKEND", "gloo")
+if BACKEND != "gloo":
+    import lightning_scar.testing  # noqa: F401
+
 SAMPLES, BATCH_SIZE = 96, 4
 RATE = 0.01
 

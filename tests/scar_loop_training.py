@@ -10,6 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from scar_job import (
+    BACKEND,
     BATCH_SIZE,
     OPTIMIZERS,
     RATE,
@@ -76,7 +77,8 @@ class Loop:
         strategy, trainer = asked["strategy"], asked["trainer"]
         self.continuation = None
         if strategy != "ddp":
-            self.continuation = SCARContinuation(**(strategy if isinstance(strategy, dict) else {}))
+            options = strategy if isinstance(strategy, dict) else {}
+            self.continuation = SCARContinuation(**{"backend": BACKEND, **options})
         place("setup", asked["predecessors"])
         self.epochs = trainer.get("max_epochs", 2)
         self.clip = trainer.get("gradient_clip_val")

@@ -47,7 +47,7 @@ KINDS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 
 def step(optimizer: Optimizer, fails_early: bool = False) -> Update:
     parameters = optimizer.param_groups[0]["params"]
-    update = Update(lambda: changes([optimizer]))
+    update = Update(lambda: changes([optimizer]), check=lambda: None)
 
     def attempt(closure: Callable[[], Any]) -> None:
         def wrapped() -> Any:
@@ -79,7 +79,7 @@ def test_a_step_is_half_made_once_something_has_changed(kind: str, fails_early: 
 def test_a_forward_that_changes_weights_does_not_count() -> None:
     """As embeddings with a largest norm do."""
     parameter = nn.Parameter(torch.ones(2))
-    update = Update(lambda: changes([SGD([parameter], 0.1)]))
+    update = Update(lambda: changes([SGD([parameter], 0.1)]), check=lambda: None)
 
     def fail(closure: Callable[[], Any]) -> None:
         closure()

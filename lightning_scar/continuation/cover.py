@@ -96,6 +96,7 @@ class Cover:
     def _agreed(self, finding: Finding) -> Finding:
         smallest = torch.tensor(finding, device=next(self._training.module.parameters()).device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        self._member.check_health()
         return Finding(int(smallest))
 
     @contextmanager

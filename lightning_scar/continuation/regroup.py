@@ -107,6 +107,7 @@ class Generations:
         """Send the state of the member with the most completed steps to those behind it."""
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (self.steps, self.substeps, ready, was_behind, self._outages.finding))
+        self._member.check_health()
         self.some_are_ready = any(ready for _, _, ready, _, _ in gathered)
         # A worker may have failed where the others agreed, and a replacement knows nothing.
         self._outages.finding = next((finding for *_, finding in gathered if finding is not None), None)
@@ -120,6 +121,7 @@ class Generations:
         if dist.get_rank() not in behind:
             return False
         state, present, outages, epochs = receive(source)
+        self._member.check_health()
         if self.steps < 0:
             self._outages.list, self.epochs = outages, epochs
             self._training.load_state(state)

@@ -66,11 +66,13 @@ class Update:
 
     Args:
         changes: See :func:`changes`.
+        check: Raises an error if the gradients are garbage.
 
     """
 
-    def __init__(self, changes: Callable[[], int]) -> None:
+    def __init__(self, changes: Callable[[], int], check: Callable[[], object]) -> None:
         self._changes = changes
+        self._check = check
         #: What it was when the gradients were there; ``None`` before.
         self._before: int | None = None
 
@@ -79,6 +81,7 @@ class Update:
 
         def noted() -> Any:
             loss = closure()
+            self._check()
             self._before = self._changes()
             return loss
 

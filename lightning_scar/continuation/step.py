@@ -69,7 +69,7 @@ class Continuation:
         self._has_stepped = False
         #: The number of completed steps after which this worker had no more batches, for the last time.
         self._left_after = -1
-        self._update = Update(training.changes)
+        self._update = Update(training.changes, member.check_health)
 
     # -- start and end of a training -----------------------------------------------------------------------------
 
@@ -221,17 +221,16 @@ class Continuation:
         return Loss.of(error, seconds if seconds < self._training.timeout else _LONG_ENOUGH)
 
     def _attempt(self, attempt: Attempt, closure: Closure) -> Any:
-        def checked() -> Any:
+        def computed() -> Any:
             loss = closure()
             self.generators.note(self.steps + 1, random_state())
-            self._member.check_health()
             return loss
 
         if self._stale_gradients is not None:
             return self._stale_gradients.flush(lambda gradients: self._update.attempt(attempt, gradients))
         assert self._cover is not None
         with self._cover.step(self.steps) if self._cover.is_due(self.batch) else nullcontext():
-            return self._update.attempt(attempt, checked)
+            return self._update.attempt(attempt, computed)
 
     @property
     def _is_whole(self) -> bool:

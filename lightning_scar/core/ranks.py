@@ -1,6 +1,7 @@
 """The processes that save and recover together. They communicate at the start and in a recovery, never in a save."""
 
 import pickle
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +23,6 @@ class Ranks:
     Args:
         rank: Its rank in the group.
         world_size: The number of processes.
-        group: A process group that supports CPU tensors; ``None`` for the default one at the time of each call.
 
     Example::
 
@@ -32,22 +32,19 @@ class Ranks:
 
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, group: "dist.ProcessGroup | None" = None) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._group = group
+        #: The default group that the last call has found, and that for CPU tensors beside it. They end with the former.
+        self._default: weakref.ref[Any] | None = None
+        self._beside: weakref.ref[Any] | None = None
 
     @classmethod
     def of_default_group(cls) -> "Ranks":
-        """Return the ranks of the default process group, if there is one. A collective.
-
-        If the group's backend does not support CPU tensors, form a second group with gloo.
-        """
+        """Return the ranks of the default process group, if there is one."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
-        is_gloo = dist.get_backend() == dist.Backend.GLOO
-        group = None if is_gloo else dist.new_group(backend="gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), group)
+        return cls(dist.get_rank(), dist.get_world_size())
 
     @property
     def all_here(self) -> bool:
@@ -59,7 +56,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        dist.all_gather_object(values, value, group=self._group())
         return values
 
     def together(self, function: Callable[[], T]) -> T:
@@ -102,11 +99,20 @@ class Ranks:
 
     def _broadcast(self, batch: list[Tensor], source: int) -> None:
         message = batch[0] if len(batch) == 1 else torch.cat(batch)
-        at = source if self._group is None else dist.get_global_rank(self._group, source)
-        dist.broadcast(message, at, group=self._group)
+        dist.broadcast(message, source, group=self._group())
         if len(batch) > 1 and source != self.rank:
             for part, received in zip(batch, _split_like(message, batch), strict=True):
                 part.copy_(received)
+
+    def _group(self) -> "dist.ProcessGroup | None":
+        """Return a group that supports CPU tensors; ``None`` is the default one. A collective, once in each."""
+        if "gloo" in dist.get_backend_config():
+            return None
+        default = dist.group.WORLD
+        if self._default is None or self._default() is not default:
+            self._default, self._beside = weakref.ref(default), weakref.ref(dist.new_group(backend="gloo"))
+        assert self._beside is not None
+        return self._beside()
 
 
 def _split_like(message: Tensor, batch: Sequence[Tensor]) -> Iterator[Tensor]:

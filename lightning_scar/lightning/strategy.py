@@ -22,7 +22,8 @@ from typing_extensions import override
 
 from lightning_scar.continuation.model_modes import trained, unfrozen
 from lightning_scar.continuation.outages import FlushMode, OnFailure, Outage, OutagePolicy
-from lightning_scar.elastic.worker.member import Member, hang_timeout
+from lightning_scar.elastic.worker import groups
+from lightning_scar.elastic.worker.member import Member
 from lightning_scar.lightning import private, replacement
 from lightning_scar.lightning.launcher import SupervisedLauncher
 from lightning_scar.lightning.restart import trainer_calls
@@ -157,17 +158,16 @@ class SCARDDPStrategy(DDPStrategy):
 
     def group_options(self) -> dict[str, Any]:
         """Return the arguments of ``init_process_group``, the same for every generation."""
-        options: dict[str, Any] = {"backend": self._process_group_backend, "timeout": self.timeout}
+        assert self._process_group_backend is not None
+        options = {**groups.options(self._process_group_backend), "timeout": self.timeout}
         if self.root_device.type == "cuda":
-            # A broken group is aborted explicitly; NCCL's watchdog would end the process.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options["device_id"] = self.root_device
         return options
 
     @property
     def timeout(self) -> timedelta:
         """The time after which a blocked collective fails."""
-        return hang_timeout() or self._timeout or default_pg_timeout
+        return groups.hang_timeout() or self._timeout or default_pg_timeout
 
     @property
     @override
@@ -204,6 +204,31 @@ class SCARDDPStrategy(DDPStrategy):
         self.model = module
         # A failed forward leaves the redirection of Lightning's wrapper in place.
         vars(module).pop("forward", None)
+
+    # -- collectives ---------------------------------------------------------------------------------------------
+
+    @override
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        return self._checked(super().reduce(*args, **kwargs))
+
+    @override
+    def broadcast(self, *args: Any, **kwargs: Any) -> Any:
+        return self._checked(super().broadcast(*args, **kwargs))
+
+    @override
+    def all_gather(self, *args: Any, **kwargs: Any) -> Any:
+        return self._checked(super().all_gather(*args, **kwargs))
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        super().barrier(*args, **kwargs)
+        self._checked(None)
+
+    def _checked(self, result: Any) -> Any:
+        """Return what a collective returned, unless it is garbage: callbacks would act on it."""
+        if self._member is not None:
+            self._member.check_health()
+        return result
 
     # -- training ------------------------------------------------------------------------------------------------
 

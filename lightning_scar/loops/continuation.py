@@ -12,7 +12,8 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_scar.continuation.outages import FlushMode, OnFailure, Outage, OutagePolicy
 from lightning_scar.continuation.step import Continuation
-from lightning_scar.elastic.worker.member import Member, hang_timeout
+from lightning_scar.elastic.worker import groups
+from lightning_scar.elastic.worker.member import Member
 from lightning_scar.loops.framework import Framework
 
 
@@ -104,15 +105,14 @@ class SCARContinuation:
     @property
     def timeout(self) -> timedelta:
         """The time after which a blocked collective fails."""
-        return hang_timeout() or default_pg_timeout
+        return groups.hang_timeout() or default_pg_timeout
 
     def group_options(self) -> dict[str, Any]:
         """Return the arguments of ``init_process_group``, the same for every generation."""
-        options: dict[str, Any] = {"backend": self._backend, "timeout": self.timeout}
+        options = {**groups.options(self._backend), "timeout": self.timeout}
         if self._backend == "nccl":
-            # A broken group is aborted explicitly; NCCL's watchdog would end the process.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
             options["device_id"] = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(options["device_id"])
         return options
 
 

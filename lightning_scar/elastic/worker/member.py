@@ -29,6 +29,7 @@ from lightning_scar.elastic.protocol.messages import (
     Stranded,
     Waiting,
 )
+from lightning_scar.elastic.worker import groups
 from lightning_scar.elastic.worker.epochs import Epochs
 from lightning_scar.elastic.worker.errors import PLANNED, CutOffError, FinalError, GroupLostError, Loss, NoGroupError
 from lightning_scar.elastic.worker.notices import History, acknowledgements_key, or_cut_off
@@ -73,7 +74,7 @@ class Member:
         self.epochs = Epochs(slot, lambda: self._number)
         self._has_announced = False
         self._excepthook = sys.excepthook
-        self._history = History(self._connect, bell, slot, spawn, self._wake, self._wake_if_left_behind)
+        self._history = History(self._connect, bell, slot, spawn, self._wake, self._look_after_group)
         # As Lightning does: a group's threads that return while the interpreter exits may crash the process.
         atexit.register(_destroy_group)
         self._report(Registered(slot, spawn))
@@ -174,26 +175,27 @@ class Member:
         self._history.wait_until(lambda: self.is_stopping)
 
     def check_health(self) -> None:
-        """Raise if the group broke without an error from the device: NCCL kernels that are aborted leave garbage.
+        """Raise if the group broke without an error: collectives that are aborted leave garbage.
 
         Raises:
             GroupLostError: If the present generation has failed.
 
         """
-        if dist.is_initialized() and dist.get_backend() == dist.Backend.NCCL:
+        if not groups.are_silent():
+            return
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.current_stream().synchronize()
-            if self.is_broken:
-                raise GroupLostError
+        if self.is_broken:
+            raise GroupLostError
+        if reason := groups.failure():
+            raise GroupLostError(reason)
 
     def leave(self) -> None:
         """Close the group, which wakes all that are blocked in it."""
         self._connections.cut()
-        if not dist.is_initialized():
-            return
-        if dist.get_backend() == dist.Backend.NCCL:
-            # A kernel may wait on the device for a dead peer.
-            dist.distributed_c10d._abort_process_group()
-        else:
+        if groups.are_silent():
+            groups.leave_all()
+        elif dist.is_initialized():
             dist.destroy_process_group()
 
     @property
@@ -213,7 +215,7 @@ class Member:
         # torch wraps the hook for every group, to put the rank in front of tracebacks.
         sys.excepthook = self._on_uncaught
         # A connection of its own can be cut, to wake this thread when it waits there for a worker that has died.
-        with self._connections.forming(self._connect, is_aborted="nccl" in str(options.get("backend"))) as connection:
+        with self._connections.forming(self._connect, is_aborted=groups.is_silent(options["backend"])) as connection:
             if self.is_broken:
                 # The notice came before there was anything to cut.
                 raise GroupLostError
@@ -222,7 +224,7 @@ class Member:
             size = len(generation.spawns)
             dist.init_process_group(store=store, rank=rank, world_size=size, **options)
             # With one node nobody but its own users reaches the group. NCCL's connections need a secret of this store.
-            if "LIGHTNING_SCAR_NODE_0" in os.environ and dist.get_backend() == dist.Backend.GLOO:
+            if "LIGHTNING_SCAR_NODE_0" in os.environ and not groups.are_silent():
                 self._connections.check(store, rank, size)
         return generation
 
@@ -341,8 +343,10 @@ class Member:
         with or_cut_off():
             return self.epochs.left_behind_by(self._store)
 
-    def _wake_if_left_behind(self, store: Store) -> None:
-        if self.epochs.left_behind_by(store) is not None:
+    def _look_after_group(self, store: Store) -> None:
+        """Wake the training thread if it waits for nothing that comes."""
+        is_left_behind = self.epochs.left_behind_by(store) is not None
+        if is_left_behind or (groups.are_silent() and groups.failure()):
             self._wake(None)
 
     def _on_uncaught(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -370,10 +374,8 @@ class Member:
             return
         # There may be no group: another thread creates and destroys it.
         with suppress(ValueError):
-            if dist.get_backend() == dist.Backend.NCCL:
-                group = dist.distributed_c10d._get_default_group()
-                group._get_backend(torch.device("cuda")).abort()
-                return
+            if groups.are_silent():
+                groups.abort_all()
         self._connections.cut()
 
     def _report(self, event: Event) -> None:
@@ -392,9 +394,3 @@ def _of_environment() -> Member:
     slot, spawn, generation = (int(os.environ[f"LIGHTNING_SCAR_{name}"]) for name in ("SLOT", "SPAWN", "GENERATION"))
     world_size, doorbell = (int(os.environ[name]) for name in ("WORLD_SIZE", "LIGHTNING_SCAR_DOORBELL"))
     return Member(host, int(port), slot, spawn, generation, world_size, doorbell)
-
-
-def hang_timeout() -> timedelta | None:
-    """Return how long the others wait for a worker that hangs, if the user chose it."""
-    seconds = os.environ.get("LIGHTNING_SCAR_HANG_TIMEOUT")
-    return timedelta(seconds=float(seconds)) if seconds else None

@@ -116,20 +116,21 @@ class Connections:
         self._lock = threading.Lock()
 
     @contextmanager
-    def forming(self, connect: Callable[[], TCPStore], is_aborted: bool = False) -> Iterator[Store]:
+    def forming(self, connect: Callable[[], Store], is_aborted: bool = False) -> Iterator[Store]:
         """Connect to a store, and yield it for a group to form over in the ``with`` block.
 
         The group before is forgotten. The connection is not cut before it is made, since it would be tried again.
 
         Args:
-            connect: Makes it.
+            connect: Makes it. The connection of a store that is no ``TCPStore`` stays.
             is_aborted: Whether the group's own connections need not be known, since it is aborted. Threads of NCCL ask
                 the store at any time, when no Python may run.
 
         """
         before = {ends for _, ends in _connections()}
         store = connect()
-        new = {ends for _, ends in _connections() if ends[1][1] == store.port} - before
+        port = store.port if isinstance(store, TCPStore) else None
+        new = {ends for _, ends in _connections() if ends[1][1] == port} - before
         with self._lock:
             self._store, self._store_ends, self._is_forming = _GroupStore(store), new, True
         try:

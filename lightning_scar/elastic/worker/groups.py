@@ -1,0 +1,106 @@
+"""Process groups of which a lost peer makes no error: those of NCCL, and of backends like it.
+
+What waits for a dead peer on a device waits until the group is aborted, and has garbage then.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+#: Let torch's watchdog note an error, which :func:`failure` returns, and do nothing else: neither end the process, nor
+#: tell older and newer groups through their store, nor sleep for a minute before it ends.
+_WATCHDOG = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
+}
+
+
+def hang_timeout() -> timedelta | None:
+    """Return how long the others wait for a worker that hangs, if the user chose it."""
+    seconds = os.environ.get("LIGHTNING_SCAR_HANG_TIMEOUT")
+    return timedelta(seconds=float(seconds)) if seconds else None
+
+
+def is_silent(backend: str) -> bool:
+    """Return whether a lost peer makes no error.
+
+    Args:
+        backend: What ``init_process_group`` gets, or the configuration of a group.
+
+    Example::
+
+        >>> is_silent("cpu:gloo,cuda:nccl"), is_silent("gloo")
+        (True, False)
+
+    """
+    return "nccl" in backend.lower()
+
+
+def are_silent() -> bool:
+    """Return whether there is a default group, and a peer lost in it makes no error."""
+    return dist.is_initialized() and is_silent(dist.get_backend_config())
+
+
+def options(backend: str) -> dict[str, Any]:
+    """Return what ``init_process_group`` gets for a backend, and prepare the environment, whatever it says."""
+    if is_silent(backend):
+        os.environ.update(_WATCHDOG)
+    return {"backend": backend}
+
+
+def failure() -> str:
+    """Return what torch's watchdog has noted of a group, such as a timeout; "" if it has noted nothing."""
+    for group in _all():
+        get_error = getattr(_on_device(group), "get_error", None)
+        if get_error is not None and (error := get_error().name) != "SUCCESS":
+            return f"the watchdog of the process group has noted {error}"
+    return ""
+
+
+def abort_all() -> None:
+    """Abort all groups, from any thread: wake what waits for a lost peer."""
+    groups = [_on_device(group) for group in reversed(_all())]
+    with _as_one(groups):
+        for group in groups:
+            # Another thread may have been first.
+            with suppress(RuntimeError):
+                group.abort()
+
+
+def leave_all() -> None:
+    """Abort all groups, and forget them."""
+    abort_all()
+    try:
+        dist.distributed_c10d._abort_process_group()
+    except RuntimeError:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _as_one(groups: list[Any]) -> Iterator[None]:
+    """Let NCCL end several communicators at once, because the end of one might wait for another."""
+    begins = [group for group in groups if hasattr(group, "_group_start")][:1]
+    for group in begins:
+        group._group_start()
+    yield
+    for group in begins:
+        group._group_end()
+
+
+def _all() -> list[Any]:
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def _on_device(group: Any) -> Any:
+    """Return what runs a group's collectives on a device; the group itself if that is written in Python."""
+    try:
+        return group._get_backend(torch.device("cuda"))
+    except RuntimeError:
+        return group
