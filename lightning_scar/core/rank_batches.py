@@ -141,8 +141,9 @@ class RankBatches:
     def _why_not_now(self, beginning: Beginning, rank: int, position: int) -> str | None:
         name = _names(self._order.own)
         # Some may be loaded ahead, even before there is a present one.
+        position = max(position, 0)
         number, item = self._order.latest or (position, None)
-        first = max(min(position, number), 0)
+        first = min(position, number)
         try:
             again = self._order_of(self._rank, first)
             here = again.draw()

@@ -30,7 +30,7 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from lightning_scar.core.data_order import EpochOrder
+from lightning_scar.core.data_order import EpochOrder, OwnGenerators
 from lightning_scar.core.private import forget_iterator
 from lightning_scar.core.random_generators import random_generators
 from lightning_scar.core.rank_batches import RankBatches
@@ -304,6 +304,16 @@ def test_they_are_known_before_the_first_one_when_workers_load_ahead() -> None:
     own = iter(loader)
     assert others.why_unknown(1, -1) is None
     assert len([*own]) == 10
+
+
+def test_they_are_known_before_the_first_one_of_a_loader_that_places_itself() -> None:
+    samples = list(range(40))
+    loader = StatefulDataLoader(samples, batch_size=2, sampler=DistributedSampler(samples, 2, 0))
+    order = OwnGenerators(loader, loader.batch_sampler)
+    before = order.before()
+    iter(loader)
+    order.begin(before)
+    assert RankBatches(loader, order, 0, 2).why_unknown(1, -1) is None
 
 
 def unknown(rank: int) -> None:
