@@ -78,7 +78,7 @@ class Model(pl.LightningModule):
         double: Whether it computes in double precision.
         gathers: Whether its loss depends on that of other ranks.
         habits: What its steps do besides: ``changes the batch``, ``freezes a layer``, ``follows the loss``, ``collects
-            metrics``, ``counts batches``.
+            metrics``, ``counts batches``, ``moves weights``.
 
     """
 
@@ -104,6 +104,8 @@ class Model(pl.LightningModule):
         self.gathers = gathers
         self.habits = habits
         self.errors = torchmetrics.MetricCollection([torchmetrics.MeanSquaredError(), torchmetrics.R2Score()])
+        if "moves weights" in habits:
+            self.momentum = nn.Linear(8, 16).requires_grad_(False)
         if double:
             self.double()
         self.plateau = plateau
@@ -139,6 +141,10 @@ class Model(pl.LightningModule):
         if out.requires_grad:
             out.register_hook(lambda gradient: None if is_joiner else place("backward", self.batches_done))
         loss = nn.functional.mse_loss(out, y)
+        if "moves weights" in self.habits:
+            weight = self.momentum.weight
+            weight.data = 0.8 * weight.data + 0.2 * self.net[0].weight.data
+            loss = loss + nn.functional.mse_loss(self.net[0](x), self.momentum(x))
         if self.gathers:
             loss = loss + self.all_gather(loss.detach()).mean()
         if "counts batches" in self.habits:

@@ -118,6 +118,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "model": {"habits": ["counts batches"]},
         "trainer": {"accumulate_grad_batches": 2},
     },
+    "weights that the step moves": {"model": {"habits": ["moves weights"]}},
     "averaged weights": {"callbacks": ["StochasticWeightAveraging"]},
     "a rate that follows what is logged": {"model": {"habits": ["follows the loss", "collects metrics"]}},
     "all of that": {
@@ -133,6 +134,7 @@ OF_THE_TRAINER = {
     "unused parameters",
     "a layer that is frozen for a while",
     "accumulation, and steps that know the number of a batch",
+    "weights that the step moves",
     "averaged weights",
     "a rate that follows what is logged",
     "all of that",
@@ -164,7 +166,7 @@ def test_each_kind_of_training_is_the_same(tmp_path: Path, kind: str, door: str)
     assert samples(training) == samples(expected), training.console
     # Running statistics of rank 0 die with it.
     assert difference(expected, training, but=("running", "tracked")) <= TOLERANCE, training.console
-    is_whole = "dropout" in kind or "buffers" in kind
+    is_whole = "dropout" in kind or "buffers" in kind or "moves" in kind
     assert ("missing batches are computed whole, because" in training.console) == is_whole
 
 

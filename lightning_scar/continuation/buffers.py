@@ -7,11 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_scar.continuation.protocol import Training
-
-
-def buffers_of(training: Training) -> list[Tensor]:
-    """Return the buffers of a training's model that have elements."""
-    return [buffer.detach() for buffer in training.module.buffers() if buffer.numel()]
+from lightning_scar.continuation.step_tensors import StepTensors
 
 
 class SharedBuffers:
@@ -19,14 +15,15 @@ class SharedBuffers:
 
     Args:
         training: The training.
+        tensors: What a training step changes in place.
 
     """
 
-    def __init__(self, training: Training) -> None:
-        self._buffers = buffers_of(training)
+    def __init__(self, training: Training, tensors: StepTensors) -> None:
+        self._buffers = tensors.present()
         self._are_shared = any(wrapper.broadcast_buffers for wrapper in training.wrappers())
         if self._are_shared:
-            _broadcast(self._buffers)
+            _broadcast(tensors.buffers())
         self._beginning = self._copies()
         self._of_slot_0: list[Tensor] | None = None
 

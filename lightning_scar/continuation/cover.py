@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_scar.continuation.alone import alone
-from lightning_scar.continuation.buffers import SharedBuffers, buffers_of
+from lightning_scar.continuation.buffers import SharedBuffers
 from lightning_scar.continuation.examination import examine
 from lightning_scar.continuation.feasibility import warn_of_shrinking
 from lightning_scar.continuation.outages import Finding, Outages
@@ -24,6 +24,7 @@ from lightning_scar.continuation.protocol import Training
 from lightning_scar.continuation.side_gradients import SideGradients
 from lightning_scar.continuation.snapshot import random_state, set_random_state
 from lightning_scar.continuation.step_generators import StepGenerators
+from lightning_scar.continuation.step_tensors import StepTensors
 from lightning_scar.core.random_generators import kept_generators, set_random_generators
 from lightning_scar.elastic.worker.errors import GroupLostError
 from lightning_scar.elastic.worker.member import Member
@@ -37,14 +38,18 @@ class Cover:
         member: This worker's membership in the job.
         outages: The record of outages; knows whether covering is possible.
         generators: The random generators of all workers, as far as they are known.
+        tensors: What a training step changes in place.
 
     """
 
-    def __init__(self, training: Training, member: Member, outages: Outages, generators: StepGenerators) -> None:
+    def __init__(
+        self, training: Training, member: Member, outages: Outages, generators: StepGenerators, tensors: StepTensors
+    ) -> None:
         self._training = training
         self._member = member
         self._outages = outages
         self._generators = generators
+        self._tensors = tensors
         #: The number of the last generation with a covered step.
         self._generation = -1
         #: The buffers of slot 0 before the first of a step's batches, if this worker computes the batches of slot 0.
@@ -53,7 +58,7 @@ class Cover:
     def begin_step(self) -> None:
         """Keep what the batches of a missing worker begin with, before the first of several batches of a step."""
         has_slot_0 = not self._member.is_full and self._member.is_leader and self._member.slot > 0
-        self._beginning = [buffer.clone() for buffer in buffers_of(self._training)] if has_slot_0 else []
+        self._beginning = [buffer.clone() for buffer in self._tensors.present()] if has_slot_0 else []
 
     def is_due(self, batch: Any) -> bool:
         """Return whether the next step is to be covered. When a worker is missing for the first time, find out.
@@ -79,7 +84,7 @@ class Cover:
         finding = self._agreed(Finding.IMPOSSIBLE if why else Finding.SLICED)
         if finding != Finding.IMPOSSIBLE:
             loaded = (batch for slot in (slot, own) for batch in training.batches_of(slot)[-1:])
-            finding, why = examine(training, batch, loaded)
+            finding, why = examine(training, self._tensors, batch, loaded)
             if any(wrapper.find_unused_parameters for wrapper in training.wrappers()):
                 # It would take what was examined for a use of the parameters.
                 training.wrap()
@@ -112,7 +117,7 @@ class Cover:
         assert generation is not None
         assert outage is not None
         members, world_size = generation.members, self._member.world_size
-        buffers, own_random = SharedBuffers(self._training), kept_generators()
+        buffers, own_random = SharedBuffers(self._training, self._tensors), kept_generators()
         gradients = SideGradients(self._training.module)
         with self._apart_from_static_graph(generation.number):
             for part in deal(members, world_size, is_sliced)[self._member.slot]:

@@ -16,6 +16,7 @@ from lightning_scar.continuation.outages import Finding
 from lightning_scar.continuation.parts import NotSliceableError, part_of
 from lightning_scar.continuation.protocol import Training
 from lightning_scar.continuation.side_gradients import SideGradients
+from lightning_scar.continuation.step_tensors import StepTensors
 from lightning_scar.core.random_generators import random_generators, same_state, set_random_generators
 
 #: By dtype of a loss, how much it may differ, relatively, if the same samples are computed in other pieces.
@@ -23,7 +24,7 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 _TOLERANCE_OF_OTHERS = 1e-2
 
 
-def examine(training: Training, batch: Any, loaded: Iterable[Any]) -> tuple[Finding, str]:
+def examine(training: Training, tensors: StepTensors, batch: Any, loaded: Iterable[Any]) -> tuple[Finding, str]:
     """Compute this worker's present batch twice: whole with a group, then in slices without one. A collective.
 
     Slices may be used where they change nothing: no random numbers are drawn, of which each sample would get others; no
@@ -32,6 +33,7 @@ def examine(training: Training, batch: Any, loaded: Iterable[Any]) -> tuple[Find
 
     Args:
         training: The training.
+        tensors: What a training step changes in place.
         batch: The batch, as the training step gets it.
         loaded: Batches that are loaded as those of missing workers are; the last one is the same batch.
 
@@ -39,7 +41,7 @@ def examine(training: Training, batch: Any, loaded: Iterable[Any]) -> tuple[Find
         The finding, and why it is not a better one: a clause for the user.
 
     """
-    buffers, random, gradients = SharedBuffers(training), random_generators(), SideGradients(training.module)
+    buffers, random, gradients = SharedBuffers(training, tensors), random_generators(), SideGradients(training.module)
     metrics = MetricStates(training.module)
     metrics.save()
     kept = KeptBatch()

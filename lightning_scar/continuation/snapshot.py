@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_scar.continuation.kept_batch import KeptBatch
 from lightning_scar.continuation.metric_states import MetricStates
+from lightning_scar.continuation.step_tensors import StepTensors
 
 
 def random_state() -> list[Any]:
@@ -107,10 +108,10 @@ class StepSnapshot:
 
     def __init__(self, module: Module, keep_logs: Callable[[], Callable[[], object]]) -> None:
         self._module = module
+        #: What a training step changes in place.
+        self.tensors = StepTensors(module)
         self._keep_logs = keep_logs
         self._undo_logs: Callable[[], object] = lambda: None
-        # Once, because a walk over all modules of a deep model takes longer than the copies.
-        self._owners = [owner for owner in module.modules() if any(True for _ in owner.buffers(recurse=False))]
         self._metrics = MetricStates(module)
         self._batch = KeptBatch()
         self._buffers: list[Tensor] = []
@@ -130,8 +131,8 @@ class StepSnapshot:
         self._metrics.save()
         self._batch.save(batch)
         self._undo_logs = self._keep_logs()
-        buffers = (buffer for owner in self._owners for buffer in owner.buffers(recurse=False))
-        self._buffers = [buffer for buffer in buffers if buffer.numel()]
+        self._buffers = self.tensors.present()
+        self.tensors.begin_step()
         if [copy.shape for copy in self._copies] != [buffer.shape for buffer in self._buffers]:
             self._copies = [torch.empty_like(buffer) for buffer in self._buffers]
         if self._buffers:

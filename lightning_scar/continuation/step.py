@@ -99,7 +99,8 @@ class Continuation:
         self._member.epochs.trainings += 1
         self._left_after, self._generations.epochs = -1, 0
         self._snapshot = StepSnapshot(self._training.module, self._training.keep_logs)
-        self._cover = Cover(self._training, self._member, self.outages, self.generators)
+        tensors = self._snapshot.tensors
+        self._cover = Cover(self._training, self._member, self.outages, self.generators, tensors)
         self.outages.policy = feasible(self.outages.policy, self._training, warns=self._member.is_leader)
         if self.is_joiner:
             return
@@ -223,6 +224,7 @@ class Continuation:
     def _attempt(self, attempt: Attempt, closure: Closure) -> Any:
         def computed() -> Any:
             loss = closure()
+            self._snapshot.tensors.end_step()
             self.generators.note(self.steps + 1, random_state())
             return loss
 

@@ -1,6 +1,6 @@
 """What is checked before missing batches are computed: in one process, whose own batch it is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 from lightning_scar.continuation.examination import examine
 from lightning_scar.continuation.outages import Finding
 from lightning_scar.continuation.protocol import Training
+from lightning_scar.continuation.step_tensors import StepTensors
 from lightning_scar.core.random_generators import random_generators, same_state
 
 Batch = tuple[Tensor, list[Any]]
@@ -46,6 +47,10 @@ class Small:
         return loss
 
 
+def examined(training: Small, own: Any, loaded: Iterable[Any]) -> tuple[Finding, str]:
+    return examine(cast(Training, training), StepTensors(training.module), own, loaded)
+
+
 def mean(output: Tensor) -> Tensor:
     return mse_loss(output, torch.zeros_like(output))
 
@@ -67,7 +72,7 @@ def unchanged(training: Small) -> Callable[[], bool]:
 def test_slices_are_proved_by_twice_the_batch() -> None:
     training = Small(nn.Linear(2, 1), mean)
     is_unchanged = unchanged(training)
-    assert examine(cast(Training, training), batch(), [batch()]) == (Finding.SLICED, "")
+    assert examined(training, batch(), [batch()]) == (Finding.SLICED, "")
     assert training.computed == [8, 4, 4]
     assert is_unchanged()
 
@@ -86,7 +91,7 @@ def test_slices_are_proved_by_twice_the_batch() -> None:
 def test_otherwise_batches_are_whole(module: nn.Module, loss: Callable[[Tensor], Any], reason: str) -> None:
     training = Small(module, loss)
     is_unchanged = unchanged(training)
-    finding, why = examine(cast(Training, training), batch(), [batch()])
+    finding, why = examined(training, batch(), [batch()])
     assert (finding, reason in why) == (Finding.WHOLE, True), why
     assert is_unchanged()
 
@@ -101,7 +106,7 @@ def test_a_batch_of_a_missing_worker_may_have_another_form_if_ones_own_has_not()
 
     def found(*batches: Batch) -> Finding:
         asked.clear()
-        return examine(cast(Training, Small(nn.Linear(2, 1), mean)), batch(), loaded(*batches))[0]
+        return examined((Small(nn.Linear(2, 1), mean)), batch(), loaded(*batches))[0]
 
     assert found(batch(names=2), batch()) == Finding.SLICED
     assert found(batch(names=2), batch(names=2)) == Finding.IMPOSSIBLE
@@ -110,7 +115,7 @@ def test_a_batch_of_a_missing_worker_may_have_another_form_if_ones_own_has_not()
 
 
 def test_a_batch_of_one_sample_tells_nothing_of_larger_ones() -> None:
-    finding, why = examine(cast(Training, Small(nn.Linear(2, 1), torch.sum)), one := (torch.ones(1, 2), ["a"]), [one])
+    finding, why = examined((Small(nn.Linear(2, 1), torch.sum)), one := (torch.ones(1, 2), ["a"]), [one])
     assert finding == Finding.WHOLE
     assert "a batch of one sample" in why
 
@@ -122,5 +127,5 @@ def test_the_batch_may_be_changed_by_the_step() -> None:
             return super().compute_gradient((batch[0].div_(4), batch[1]))
 
     present = batch()
-    assert examine(cast(Training, Scales(nn.Linear(2, 1), mean)), present, [batch()]) == (Finding.SLICED, "")
+    assert examined((Scales(nn.Linear(2, 1), mean)), present, [batch()]) == (Finding.SLICED, "")
     assert (present[0].tolist(), present[1]) == (batch()[0].tolist(), batch()[1])
