@@ -26,7 +26,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, StepLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from typing_extensions import override
 
@@ -162,6 +162,11 @@ def training_data(asked: Asked, rank: int) -> Any:
     count = BATCHES * BATCH * 2
     if asked.shuffles:
         return DataLoader(Samples(range(count)), BATCH, shuffle=True)
+    if asked.door == "scar_ddp":
+        # The survivors know what the dead worker's batches would have been.
+        whole = Samples(range(count // 2 * asked.ranks), asked.noise)
+        sampler = DistributedSampler(whole, asked.ranks, rank, shuffle=False)
+        return StatefulDataLoader(whole, BATCH, sampler=sampler, num_workers=asked.workers)
     data = Samples(range(rank, count // 2 * asked.ranks, asked.ranks), asked.noise)
     return StatefulDataLoader(data, BATCH, num_workers=asked.workers)
 
@@ -261,6 +266,9 @@ def _train_with_a_trainer(asked: Asked, notes: Notes) -> None:
     folder = Path(asked.folder)
     stops = EarlyStopping("v", patience=100)
     best = ModelCheckpoint(folder / "best", monitor="v")
+    if asked.door == "scar_ddp":
+        # While a worker is missing, the gradients are added in another order.
+        torch.set_default_dtype(torch.float64)
     peer = ModelCheckpoint(folder / "peer", every_n_train_steps=asked.every, save_last=True)
     mine = SCARCheckpoint(folder / "scar", every_n_train_steps=asked.every, **_OPTIONS)
     last = folder / "peer" / "last.ckpt"
@@ -268,7 +276,7 @@ def _train_with_a_trainer(asked: Asked, notes: Notes) -> None:
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=asked.ranks,
-        strategy=SCARDDPStrategy(on_failure="wait") if asked.door == "scar_ddp" else strategy,
+        strategy=SCARDDPStrategy() if asked.door == "scar_ddp" else strategy,
         callbacks=[stops, best, mine if asked.side == "scar" else peer, _Watch(notes)],
         max_epochs=asked.epochs,
         use_distributed_sampler=asked.shuffles,
