@@ -165,7 +165,7 @@ def training_data(asked: Asked, rank: int) -> Any:
     if asked.door == "scar_ddp":
         # The survivors know what the dead worker's batches would have been.
         whole = Samples(range(count // 2 * asked.ranks), asked.noise)
-        sampler = DistributedSampler(whole, asked.ranks, rank, shuffle=False)
+        sampler: DistributedSampler[Any] = DistributedSampler(whole, asked.ranks, rank, shuffle=False)
         return StatefulDataLoader(whole, BATCH, sampler=sampler, num_workers=asked.workers)
     data = Samples(range(rank, count // 2 * asked.ranks, asked.ranks), asked.noise)
     return StatefulDataLoader(data, BATCH, num_workers=asked.workers)
