@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import s3fs
+import torch.distributed as dist
 from hypothesis import settings
 from prepared import PreparedPopen
 
@@ -65,6 +66,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the process groups of all jobs in the test."""
     monkeypatch.setenv("SCAR_TESTS_BACKEND", request.param)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_in_this_process() -> Iterator[None]:
+    """A Trainer leaves variables, such as ports and seeds, and its process group, which other tests would take over."""
+    before = dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
