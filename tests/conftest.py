@@ -68,16 +68,25 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SCAR_TESTS_BACKEND", request.param)
 
 
+#: What a Trainer leaves in the environment, such as ports and seeds, and other tests would take over.
+LEFT = (
+    *("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"),
+    *("PL_GLOBAL_SEED", "PL_SEED_WORKERS"),
+)
+
+
 @pytest.fixture(autouse=True)
 def nothing_stays_in_this_process() -> Iterator[None]:
-    """A Trainer leaves variables, such as ports and seeds, and its process group, which other tests would take over."""
-    before = dict(os.environ)
+    """Neither what a Trainer leaves in the environment nor its process group."""
+    before = {name: os.environ.get(name) for name in LEFT}
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
-    if dict(os.environ) != before:
-        os.environ.clear()
-        os.environ.update(before)
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(autouse=True)
