@@ -15,7 +15,7 @@ TOLERANCE = 1e-10
 
 CASES = [(door, ranks, optimizer) for door in DOORS for ranks in (3, 4) for optimizer in ("SGD", "AdamW")]
 #: The others are for `make test-all`.
-QUICK = [("Trainer", 3, "AdamW"), ("Accelerate", 4, "SGD")]
+QUICK = [("Accelerate", 4, "SGD")]
 
 
 def train_double(
