@@ -45,6 +45,7 @@ CHOSEN = (
     "the_running_checkpoint_goes_on_in_a_replacement[nccl_like-Trainer]",
     "a_failure_outside_of_steps_costs_nothing_but_time[nccl_like-killed, of rank 1-Trainer]",
     "ends_as_without_a_death_in_its_validation[nccl_like-each epoch-in the first validation]",
+    "kills_change_nothing[nccl_like-Trainer-3-AdamW]",
 )
 
 

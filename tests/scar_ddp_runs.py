@@ -45,7 +45,8 @@ class Training:
     """How a job ended, and what its workers left.
 
     ``results`` has an entry for each rank that came to the end of the script; ``steps`` are the optimizer steps of all
-    of them, ``processes`` all that there were, and ``saves`` what they saved when.
+    of them, ``attempts`` what they used in each attempt of a step, ``processes`` all that there were, and ``saves``
+    what they saved when.
     """
 
     folder: Path
@@ -54,6 +55,7 @@ class Training:
     seconds: float
     results: dict[int, dict[str, Any]]
     steps: list[dict[str, Any]]
+    attempts: list[dict[str, Any]]
     processes: list[dict[str, Any]]
     saves: list[dict[str, Any]]
 
@@ -134,7 +136,7 @@ def train(
     supervisors = _Supervisors(commands, folder, hosts)
     code, console, seconds = supervisors.run(losses, limit)
     results = {int(p.stem.split("-")[1]): torch.load(p, weights_only=False) for p in folder.glob("result-*.pt")}
-    lines = (_lines(folder, name) for name in ("steps", "processes", "saves"))
+    lines = (_lines(folder, name) for name in ("steps", "attempts", "processes", "saves"))
     training = Training(folder, code, console, seconds, results, *lines)
     _assert_nothing_left(training, hosts)
     return training

@@ -30,7 +30,9 @@ from scar_job import (
     begin,
     folder,
     generators,
+    graphs,
     note_saves,
+    number_of_generation,
     options_of_scar,
     place,
     samples,
@@ -77,6 +79,7 @@ class Model(pl.LightningModule):
         optimizer: One of ``OPTIMIZERS``.
         double: Whether it computes in double precision.
         gathers: Whether its loss depends on that of other ranks.
+        compiled: Whether ``torch.compile`` gets its net: ``net``.
         habits: What its steps do besides: ``changes the batch``, ``freezes a layer``, ``follows the loss``, ``collects
             metrics``, ``counts batches``, ``moves weights``.
 
@@ -93,6 +96,7 @@ class Model(pl.LightningModule):
         optimizer: str = "Adam",
         double: bool = False,
         gathers: bool = False,
+        compiled: str = "",
         habits: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -108,18 +112,25 @@ class Model(pl.LightningModule):
             self.momentum = nn.Linear(8, 16).requires_grad_(False)
         if double:
             self.double()
+        if compiled == "net":
+            self.net = torch.compile(self.net, backend="eager")
         self.plateau = plateau
         self.sharded = sharded
         self.averaging = averaging
         self.automatic_optimization = not manual
         self.samples = torchmetrics.SumMetric()
         self.val_error = torchmetrics.MeanSquaredError()
-        self.used = Used()
+        self.used = Used(self.attempt)
         self.random = 0
         seed_of_slot()
 
     def setup(self, stage: str) -> None:
         place("setup", asked["predecessors"])
+
+    def attempt(self) -> dict[str, int]:
+        """The number of the step, and of the generation that makes it."""
+        member = getattr(self.trainer.strategy, "_member", None)
+        return {"step": self.global_step + 1, "generation": number_of_generation(member)}
 
     @property
     def batches_done(self) -> int:
@@ -162,7 +173,8 @@ class Model(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         random = [self.random, generators()]
-        write_down("steps", step=self.global_step + 1, used=self.used.list(), world_size=world_size, random=random)
+        more = {"used": self.used.list(), "world_size": world_size, "random": random, "graphs": graphs()}
+        write_down("steps", **self.attempt(), **more)
         place("before_step", self.batches_done)
 
     def on_train_batch_end(self, *args: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.utils.data import TensorDataset
 
 #: Of process groups; the default one if nobody chooses.
@@ -138,6 +139,13 @@ def write_down(name: str, **values: Any) -> None:
         file.write(json.dumps({"slot": slot, "pid": os.getpid(), **values}) + "\n")
 
 
+def number_of_generation(member: Any) -> int:
+    """That of a worker's present generation, or of its last one; -1 for a replacement that has not joined."""
+    if member is None:
+        return 0
+    return member.generation.number if member.generation is not None else -1
+
+
 # -- random numbers ------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +158,14 @@ def seed_of_slot() -> None:
 def generators() -> int:
     """A number that tells where torch's generator stands."""
     return zlib.crc32(torch.get_rng_state().numpy())
+
+
+# -- compiled code -------------------------------------------------------------------------------------------------
+
+
+def graphs() -> int:
+    """How many have been compiled in this process."""
+    return counters["stats"]["unique_graphs"]
 
 
 # -- saves ---------------------------------------------------------------------------------------------------------
@@ -194,9 +210,20 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class Used:
-    """Which samples a step is made of in this worker: its own ones, and those of extra batches of an outage."""
+    """Which samples a step is made of in this worker: its own ones, and those of extra batches of an outage.
 
-    def __init__(self) -> None:
+    An attempt is written down as soon as all of its batches are there: if it fails here, others may have completed it.
+
+    Args:
+        attempt: Returns the number of the step, and of the generation that makes it.
+
+    """
+
+    def __init__(self, attempt: Callable[[], dict[str, int]]) -> None:
+        self.attempt = attempt
+        self._attempt: dict[str, int] = {}
+        strategy = asked.get("strategy")
+        self._collects = isinstance(strategy, dict) and strategy.get("on_failure") == "buffer"
         self._own: list[list[int]] = []
         self._extra: list[list[int]] = []
         self._has_ended = True
@@ -215,9 +242,14 @@ class Used:
 
     def note(self, batch: list[int]) -> None:
         """Note what a training step gets."""
-        now = self._own[-1] if self._own else []
+        now, attempt = self._own[-1] if self._own else [], self.attempt()
+        # Stale gradients of the generation before count; its slices of missing batches do not.
+        if attempt != self._attempt and not self._collects:
+            self._extra = []
+        self._attempt = attempt
         if batch == now:
             self._has_ended = True
+            write_down("attempts", **attempt, used=self.list())
         # Not a part of the present batch, which is computed to see whether parts do.
         elif not set(batch) <= set(now):
             if self._has_ended:  # so the attempt before has failed

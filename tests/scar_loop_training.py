@@ -20,7 +20,9 @@ from scar_job import (
     begin,
     folder,
     generators,
+    graphs,
     note_saves,
+    number_of_generation,
     options_of_scar,
     place,
     samples,
@@ -39,13 +41,17 @@ from lightning_scar import SCARAccelerator, SCARContinuation, SCARLoop
 class Net(nn.Module):
     """As the Trainer's model."""
 
-    def __init__(self, rich: bool = False, dropout: bool = False, double: bool = False, **others: Any) -> None:
+    def __init__(
+        self, rich: bool = False, dropout: bool = False, double: bool = False, compiled: str = "", **others: Any
+    ) -> None:
         super().__init__()
         torch.manual_seed(1)
         between = [*([nn.BatchNorm1d(16)] if rich else []), *([nn.Dropout(0.2)] if dropout else [])]
         self.net = nn.Sequential(nn.Linear(8, 16), *between, nn.ReLU(), nn.Linear(16, 1))
         if double:
             self.double()
+        if compiled == "net":
+            self.net = torch.compile(self.net, backend="eager")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -87,13 +93,17 @@ class Loop:
         batches = asked["data"].get("batches")
         #: Of an epoch; all if ``None``.
         self.batches = batches[slot] if batches else None
-        self.used = Used()
+        self.scaler: Any = None
+        self.used = Used(self.attempt)
         self.random = 0
         model = Net(**asked["model"])
         kind = Averaging if asked["model"].get("averaging") else OPTIMIZERS[asked["model"].get("optimizer", "Adam")]
         optimizer = kind(model.parameters(), RATE)
         schedule = StepLR(optimizer, 20, 0.5) if asked["model"].get("rich") else None
         self.set_up(model, optimizer, schedule, DataLoader(samples(), batch_size=BATCH_SIZE, shuffle=True))
+        self.compiled = self.model
+        if asked["model"].get("compiled") == "model":
+            self.compiled = torch.compile(self.model, backend="eager")
         seed_of_slot()
 
     def set_up(self, model: Any, optimizer: Any, schedule: Any, loader: Any) -> None:
@@ -133,6 +143,11 @@ class Loop:
 
     # -- the same for all
 
+    def attempt(self) -> dict[str, int]:
+        """The number of the step, and of the generation that makes it."""
+        member = self.continuation.member if self.continuation is not None else None
+        return {"step": self.scar.steps + 1, "generation": number_of_generation(member)}
+
     def gradients(self, batch: Any) -> Tensor:
         changes = "changes the batch" in asked["model"].get("habits", ())
         x, y, ids, *_ = take(batch) if changes else batch
@@ -144,7 +159,7 @@ class Loop:
         place("training_step", batches)
         self.random = generators()
         self.used.note(ids.tolist())
-        out = self.model(x)
+        out = self.compiled(x)
         out.register_hook(lambda gradient: place("backward", batches))
         loss = nn.functional.mse_loss(out, y)
         self.backward(loss)
@@ -154,11 +169,18 @@ class Loop:
         if self.synchronizes:
             world_size = dist.get_world_size() if dist.is_initialized() else 1
             random = [self.random, generators()]
-            write_down("steps", step=self.scar.steps + 1, used=self.used.list(), world_size=world_size, random=random)
+            more = {"used": self.used.list(), "world_size": world_size, "random": random, "graphs": graphs()}
+            write_down("steps", **self.attempt(), **more)
             place("before_step", self.scar.batches_done)
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
             if self.clip:
                 self.clip_gradients()
-        self.optimizer.step()
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
         if self.schedule is not None:
             self.schedule.step()
         self.optimizer.zero_grad()
@@ -215,6 +237,7 @@ class Loop:
                 "optimizer_states": state["optimizer_states"],
                 "schedules": state["lr_schedulers"],
             },
+            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             "outages": [vars(outage) for outage in self.continuation.outages] if self.continuation else [],
             "is_global_zero": self.rank == 0,
         }
@@ -238,10 +261,14 @@ class OfFabric(Loop):
         self.schedule = schedule
         state = {"model": self.model, "optimizer": self.optimizer}
         state |= {"schedule": schedule} if schedule is not None else {}
+        if asked["model"].get("scaled"):
+            # It doubles its scale on the way.
+            self.scaler = torch.amp.GradScaler("cpu", growth_interval=5)
+            state |= {"scaler": self.scaler}
         self.scar = SCARLoop(folder() / "scar", state, **options_for_a_loop(), continuation=self.continuation)
 
     def backward(self, loss: Tensor) -> None:
-        self.fabric.backward(loss)
+        self.fabric.backward(self.scaler.scale(loss) if self.scaler is not None else loss)
 
     def clip_gradients(self) -> None:
         self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.clip)

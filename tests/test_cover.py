@@ -2,63 +2,16 @@
 
 import csv
 import random
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from scar_ddp_runs import DOORS, Fault, Training, assert_done, train
-
-#: In double precision the order of a sum makes less of a difference than this; the second undisturbed run has another.
-TOLERANCE = 1e-10
+from cover_runs import TOLERANCE, difference, samples, steps_of, train_double, undisturbed
+from scar_ddp_runs import DOORS, Fault
 
 CASES = [(door, ranks, optimizer) for door in DOORS for ranks in (3, 4) for optimizer in ("SGD", "AdamW")]
 #: The others are for `make test-all`.
-QUICK = [("Accelerate", 4, "SGD")]
-
-
-def train_double(
-    folder: Path,
-    *faults: Fault,
-    optimizer: str = "SGD",
-    model: dict[str, Any] | None = None,
-    trainer: dict[str, Any] | None = None,
-    **more: Any,
-) -> Training:
-    """A job in double precision, which ended well."""
-    options = {"max_epochs": 2, "gradient_clip_val": 0.5, "limit_val_batches": 0, **(trainer or {})}
-    more = {"ranks": 3, "run": ("--max-restarts", "99"), **more}
-    job = train(
-        folder, *faults, model={"double": True, "optimizer": optimizer, **(model or {})}, trainer=options, **more
-    )
-    assert_done(job, steps_of(more["ranks"], options.get("accumulate_grad_batches", 1)), more["ranks"])
-    return job
-
-
-def steps_of(ranks: int, micro_batches: int = 1) -> int:
-    return 2 * (96 // 4 // ranks // micro_batches)
-
-
-@cache
-def undisturbed(door: str, ranks: int, optimizer: str) -> Training:
-    with TemporaryDirectory(prefix="undisturbed-") as folder:
-        return train_double(Path(folder), ranks=ranks, door=door, optimizer=optimizer)
-
-
-def samples(training: Training) -> dict[int, list[int]]:
-    """Of each step, over all workers."""
-    used: dict[int, list[int]] = {}
-    for step in training.steps:
-        used.setdefault(step["step"], []).extend(i for batch in step["used"] for i in batch)
-    return {step: sorted(ids) for step, ids in used.items()}
-
-
-def difference(a: Training, b: Training, but: tuple[str, ...] = ()) -> float:
-    """The largest one of a parameter, relative to the largest value of its tensor; but for names with such words."""
-    names = [name for name in a.state["state_dict"] if not any(word in name for word in but)]
-    pairs = [(a.state["state_dict"][name], b.state["state_dict"][name]) for name in names]
-    return max(float((x - y).abs().max() / x.abs().max()) for x, y in pairs)
+QUICK = [("Trainer", 3, "AdamW"), ("Accelerate", 4, "SGD")]
 
 
 def kills(ranks: int, seed: int) -> list[Fault]:
@@ -213,6 +166,16 @@ def test_on_two_nodes_of_which_one_is_lost(tmp_path: Path) -> None:
     assert samples(training) == samples(expected), training.console
     assert difference(expected, training) <= TOLERANCE, training.console
     assert training.outages(0)[0]["covered_batches"] > 0
+
+
+def test_a_replacement_scales_its_losses_as_the_others_do(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"door": "Fabric", "model": {"scaled": True}}
+    training = train_double(tmp_path / "disturbed", ("training_step", 6, 1, "kill"), **options)
+    expected = train_double(tmp_path / "undisturbed", **options)
+    scalers = [result["scaler"] for result in training.results.values()]
+    assert scalers == [expected.results[0]["scaler"]] * 3
+    assert scalers[0]["scale"] == 65536 * 2 ** (steps_of(3) // 5)
+    assert difference(expected, training) <= TOLERANCE, training.console
 
 
 SHRINKS: dict[str, tuple[dict[str, Any], str]] = {

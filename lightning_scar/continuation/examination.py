@@ -17,6 +17,7 @@ from lightning_scar.continuation.parts import NotSliceableError, part_of
 from lightning_scar.continuation.protocol import Training
 from lightning_scar.continuation.side_gradients import SideGradients
 from lightning_scar.continuation.step_tensors import StepTensors
+from lightning_scar.core.private import has_compiled
 from lightning_scar.core.random_generators import random_generators, same_state, set_random_generators
 
 #: By dtype of a loss, how much it may differ, relatively, if the same samples are computed in other pieces.
@@ -28,8 +29,9 @@ def examine(training: Training, tensors: StepTensors, batch: Any, loaded: Iterab
     """Compute this worker's present batch twice: whole with a group, then in slices without one. A collective.
 
     Slices may be used where they change nothing: no random numbers are drawn, of which each sample would get others; no
-    buffers change; and the loss is the mean over samples. Otherwise the whole batch is computed without a group, which
-    must not change its loss. Nothing of the training is different afterwards.
+    buffers change; and the loss is the mean over samples. Their shapes would be new to compiled code. Otherwise the
+    whole batch is computed without a group, which must not change its loss. Nothing of the training is different
+    afterwards.
 
     Args:
         training: The training.
@@ -67,6 +69,8 @@ def examine(training: Training, tensors: StepTensors, batch: Any, loaded: Iterab
             return value, "a training step draws random numbers"
         if buffers.have_changed():
             return value, "a training step changes buffers, as BatchNorm does"
+        if has_compiled():
+            return value, "torch.compile would compile the training step again for slices"
         return value, ("" if isinstance(value, Tensor | float) else "a training step returns no loss")
 
     whole, why = restored(effects)

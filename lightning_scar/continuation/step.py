@@ -278,7 +278,8 @@ class Continuation:
             return
         if word == _JOIN and not self._member.is_stopping:
             self._generations.enter_next(boundary=True)
-        if self._training.leaves_training_next():
+        # Every step comes here, and what follows is asked only where it matters.
+        if not self._member.is_full and self._training.leaves_training_next():
             self.complete_group()
         if self._member.is_full and self.outages.current is not None:
             self._training.release_batches()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_scar.continuation.snapshot import set_random_state
 from lightning_scar.elastic.worker.state_folder import in_memory
@@ -45,6 +46,8 @@ class StepGenerators:
         #: What is open for writing, by slot; ``None`` where there is no room.
         self._files: dict[int, mmap.mmap | None] = {}
         self._begun = -1
+        #: The last note.
+        self._last: tuple[int, int, list[Any]] = (slot, -1, [None, None])
 
     def begin(self, step: int, state: list[Any]) -> None:
         """Note with which state this worker begins a step. Only that of the step's first batch counts.
@@ -68,6 +71,8 @@ class StepGenerators:
 
         """
         slot = self._slot if slot is None else slot
+        if self._is_noted(slot, step, state):
+            return
         if slot not in self._files:
             self._files[slot] = _opened(slot)
         file = self._files[slot]
@@ -81,6 +86,12 @@ class StepGenerators:
             file[at : at + len(part)] = part
             at, checksum = at + len(part), zlib.crc32(part, checksum)
         file[at : at + _CHECKSUM.size] = _CHECKSUM.pack(checksum)
+        self._last = slot, step, state
+
+    def _is_noted(self, slot: int, step: int, state: list[Any]) -> bool:
+        """Return whether the last note says the same: mostly, nothing is drawn between two steps."""
+        last_slot, last_step, last = self._last
+        return (slot, step) == (last_slot, last_step) and all(map(_are_equal, state, last))
 
     def of(self, slot: int, step: int) -> list[Any] | None:
         """Return the state with which a slot begins a step; ``None`` if that is not known on this host.
@@ -113,6 +124,10 @@ class StepGenerators:
         known = {at: state for at, state in _records(self._slot) if at <= step}
         if known:
             set_random_state(known[max(known)])
+
+
+def _are_equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _path(slot: int) -> Path | None:

@@ -5,24 +5,67 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch.nn import Module
+import torch.distributed as dist
+from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_scar.continuation.model_modes import trained, unfrozen
 from lightning_scar.core.training_state import unwrapped
 
-#: The arguments of DDP that it keeps as attributes of the same name, with their defaults.
-_OPTIONS = {
-    "device_ids": None,
-    "output_device": None,
-    "dim": 0,
-    "broadcast_buffers": True,
-    "find_unused_parameters": False,
-    "gradient_as_bucket_view": False,
-    "static_graph": False,
-}
-#: Attributes that others set on a wrapper: Accelerate's mark, and users' hooks.
-_MARKS = ("_is_accelerate_prepared", "_forward_hooks", "_forward_pre_hooks")
+
+class Wrapper:
+    """A DDP wrapper, with all of its options, that is made anew for each process group, and is the same object.
+
+    Args:
+        ddp: The wrapper, on the default group.
+        parameters: Those that it reduces.
+
+    Raises:
+        ValueError: If it has a group of its own with fewer members, which nobody could form again.
+
+    """
+
+    def __init__(self, ddp: DistributedDataParallel, parameters: list[Parameter]) -> None:
+        if ddp.process_group.size() != dist.get_world_size():
+            raise ValueError(
+                f"a DistributedDataParallel reduces over {ddp.process_group.size()} of {dist.get_world_size()} workers "
+                "in a group of its own, which cannot form again after a failure; omit process_group and device_mesh"
+            )
+        self.ddp = ddp
+        self._parameters = parameters
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether it reduces gradients."""
+        return "reducer" in vars(self.ddp)
+
+    def unwrap(self) -> None:
+        """Let it call its model directly, without a group."""
+        if not self.is_wrapped:
+            return
+        # The reducer's hooks would go on to reduce gradients.
+        for name in ("reducer", "logger", "process_group"):
+            delattr(self.ddp, name)
+        self.ddp.forward = self.ddp.module.__call__  # type: ignore[method-assign]
+        # `no_sync` sets this attribute.
+        self.ddp.require_backward_grad_sync = True
+
+    def wrap(self) -> None:
+        """Let it reduce gradients over the present default group, whose members hold the same weights."""
+        self.unwrap()
+        del self.ddp.forward
+        with unfrozen(self._parameters):
+            # What it does when it is unpickled: all but what has been removed is there.
+            self.ddp.__setstate__({})  # type: ignore[no-untyped-call]
+        if self.ddp.static_graph:
+            # The next step is the first one of its reducer.
+            self.ddp._static_graph_delay_allreduce_enqueued = False
+        hooks, self.ddp._comm_hooks = self.ddp._comm_hooks, []
+        for hook, state in hooks:
+            self.ddp.register_comm_hook(state, hook)
+        if self.ddp.mixed_precision is not None:
+            reducer: Any = self.ddp.reducer
+            reducer._set_mixed_precision_param_dtype(self.ddp.mixed_precision.param_dtype)
 
 
 class Wrappers:
@@ -54,12 +97,11 @@ class Wrappers:
         # Accelerate keeps only the bare models, so the wrappers must be searched for.
         found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
         ddp = [wrapper for wrapper in found if id(unwrapped(wrapper)) in models]
-        self._wrappers = [_Wrapper(wrapper) for wrapper in ddp]
+        self._wrappers = [Wrapper(wrapper, trained(wrapper.module)) for wrapper in ddp]
 
     def wrap(self) -> None:
         """Rebuild the wrappers for the current default group, whose members hold the same weights."""
         for wrapper in self._wrappers:
-            wrapper.unwrap()
             wrapper.wrap()
 
     def unwrap(self) -> None:
@@ -78,43 +120,3 @@ class Wrappers:
             for wrapper in self._wrappers:
                 stack.enter_context(wrapper.ddp.no_sync())
             yield
-
-
-class _Wrapper:
-    def __init__(self, wrapper: DistributedDataParallel) -> None:
-        self.ddp = wrapper
-        self._module: Module = wrapper.module
-        options = {name: getattr(wrapper, name) for name in _OPTIONS}
-        self._options: dict[str, Any] = {name: value for name, value in options.items() if value != _OPTIONS[name]}
-        self._options["bucket_cap_mb"] = wrapper.bucket_bytes_cap / (1 << 20)
-        self._comm_hooks = list(getattr(wrapper, "_comm_hooks", ()))
-        self._marks = {name: value for name, value in vars(wrapper).items() if name in _MARKS}
-        self._parameters = trained(wrapper.module)
-        self.is_wrapped = True
-
-    def unwrap(self) -> None:
-        if not self.is_wrapped:
-            return
-        self.is_wrapped = False
-        # Remove the reducer, or its hooks would continue to reduce gradients.
-        with self._rebuilt():
-            Module.__init__(self.ddp)
-            self.ddp.module = self._module
-            self.ddp.forward = self._module.__call__  # type: ignore[method-assign]
-            # `no_sync` sets this attribute.
-            self.ddp.require_backward_grad_sync = True
-
-    def wrap(self) -> None:
-        self.is_wrapped = True
-        with self._rebuilt(), unfrozen(self._parameters):
-            DistributedDataParallel.__init__(self.ddp, self._module, init_sync=False, **self._options)
-            for hook, state in self._comm_hooks:
-                self.ddp.register_comm_hook(state, hook)
-
-    @contextmanager
-    def _rebuilt(self) -> Iterator[None]:
-        is_training = self.ddp.training
-        vars(self.ddp).clear()
-        yield
-        vars(self.ddp).update(self._marks)
-        self.ddp.training = is_training

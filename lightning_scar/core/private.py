@@ -4,6 +4,7 @@ Each is wrapped in one function, with a test that fails when torch changes.
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,12 @@ def without_group() -> Iterator[None]:
         yield
     finally:
         members.WORLD = group
+
+
+def has_compiled() -> bool:
+    """Return whether ``torch.compile`` has compiled anything in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo is not None and dynamo.counters["stats"]["unique_graphs"] > 0
 
 
 def complaints(error: RuntimeError) -> list[str]:

@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_scar.continuation.model_modes import trained, unfrozen
 from lightning_scar.continuation.outages import FlushMode, OnFailure, Outage, OutagePolicy
+from lightning_scar.continuation.wrappers import Wrapper
 from lightning_scar.elastic.worker import groups
 from lightning_scar.elastic.worker.member import Member
 from lightning_scar.lightning import private, replacement
@@ -85,14 +86,18 @@ class SCARDDPStrategy(DDPStrategy):
         self._training: TrainerTraining | None = None
         self._starts_workers = False
         self._accumulates = False
-        #: The parameters that were not frozen when the model was wrapped first.
+        self._wrapper: Wrapper | None = None
+        #: The parameters that were not frozen when the model was to be wrapped first.
         self._trained: list[Parameter] = []
+        #: A method of the model that is no method of its class, such as a compiled one.
+        self._forward: Callable[..., Any] | None = None
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, which is in no group: neither are the processes that get one."""
         state = super().__getstate__()
-        return {**state, "_member": None, "_training": None, "_trained": [], "_model": state["_lightning_module"]}
+        nothing = dict.fromkeys(("_member", "_training", "_wrapper", "_forward"))
+        return {**state, **nothing, "_trained": [], "_model": state["_lightning_module"]}
 
     @property
     def outages(self) -> list[Outage]:
@@ -181,29 +186,38 @@ class SCARDDPStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
         self._trained = trained(self.lightning_module)
+        self._forward = vars(self.lightning_module).get("forward")
         # A replacement has no group yet; its model is wrapped when it joins.
         if self._member is None or dist.is_initialized():
             super().configure_ddp()
 
+    @override
+    def _setup_model(self, model: Module) -> DistributedDataParallel:
+        with unfrozen(self._trained):
+            wrapper = super()._setup_model(model)
+        self._wrapper = Wrapper(wrapper, self._trained)
+        return wrapper
+
     def wrap(self) -> None:
         """Wrap the model for the current generation, whose members hold the same weights."""
         self.unwrap()
-        init_sync, self._ddp_kwargs = self._ddp_kwargs, {**self._ddp_kwargs, "init_sync": False}
-        try:
-            with unfrozen(self._trained):
-                super().configure_ddp()
-        finally:
-            self._ddp_kwargs = init_sync
+        if self._wrapper is not None:
+            self._wrapper.wrap()
+            self.model = self._wrapper.ddp
+            return
+        # This worker joins; the others, whose weights it has, make their wrappers without a collective.
+        options, self._ddp_kwargs = self._ddp_kwargs, {**self._ddp_kwargs, "init_sync": False}
+        super().configure_ddp()
+        self._ddp_kwargs = options
 
     def unwrap(self) -> None:
         """Remove the wrapper, so that the model works without a group."""
-        wrapper, module = self.model, self.lightning_module
-        if isinstance(wrapper, DistributedDataParallel):
-            # The wrapper is in a reference cycle; until it is collected, its hooks would reduce gradients.
-            vars(wrapper).clear()
-        self.model = module
+        if self._wrapper is not None:
+            self._wrapper.unwrap()
+        self.model = module = self.lightning_module
         # A failed forward leaves the redirection of Lightning's wrapper in place.
         vars(module).pop("forward", None)
+        vars(module).update({"forward": self._forward} if self._forward is not None else {})
 
     # -- collectives ---------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.functional import mse_loss
 
 from lightning_scar.continuation.examination import examine
@@ -60,6 +61,14 @@ def batch(names: int = 1) -> Batch:
     return torch.arange(16.0).reshape(8, 2), [["a"] * names] * 8 if names > 1 else ["a"] * 8
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_compiled() -> Iterator[None]:
+    """In this process, whatever other tests did."""
+    counters.clear()
+    yield
+    counters.clear()
+
+
 def unchanged(training: Small) -> Callable[[], bool]:
     before, random = [value.clone() for value in training.module.state_dict().values()], random_generators()
     return lambda: (
@@ -86,6 +95,7 @@ def test_slices_are_proved_by_twice_the_batch() -> None:
         (nn.Linear(2, 1), lambda output: None, "returns no loss"),
         (nn.Linear(2, 1), lambda output: mean(output[4:]), "is not the mean over its samples"),
         (nn.Linear(2, 1), lambda output: mean(output.reshape(8, 1)), "fails with a part of its batch"),
+        (cast(nn.Module, torch.compile(nn.Linear(2, 1), backend="eager")), mean, "would compile"),
     ],
 )
 def test_otherwise_batches_are_whole(module: nn.Module, loss: Callable[[Tensor], Any], reason: str) -> None:

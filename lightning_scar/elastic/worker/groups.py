@@ -4,7 +4,8 @@ What waits for a dead peer on a device waits until the group is aborted, and has
 """
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,9 @@ _WATCHDOG = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
 }
+
+#: Between two looks at a device: a small part of a step.
+_POLL_SECONDS = 5e-5
 
 
 def hang_timeout() -> timedelta | None:
@@ -53,6 +57,23 @@ def options(backend: str) -> dict[str, Any]:
     if is_silent(backend):
         os.environ.update(_WATCHDOG)
     return {"backend": backend}
+
+
+def wait_for_device(stops: Callable[[], bool]) -> None:
+    """Wait until the device has done what this thread has queued, or a condition holds.
+
+    Not within CUDA: there a thread waits for a dead peer until the group is aborted, and for ever if nobody notices.
+
+    Args:
+        stops: The condition.
+
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    done = torch.Event("cuda")
+    done.record()
+    while not (done.query() or stops()):
+        time.sleep(_POLL_SECONDS)
 
 
 def failure() -> str:

@@ -10,7 +10,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
@@ -72,6 +71,8 @@ class Member:
         self._events = Events(self._store, bell.ring)
         self._connections = Connections()
         self.epochs = Epochs(slot, lambda: self._number)
+        #: Whether a lost peer makes no error in the present generation.
+        self._is_silent = False
         self._has_announced = False
         self._excepthook = sys.excepthook
         self._history = History(self._connect, bell, slot, spawn, self._wake, self._look_after_group)
@@ -181,10 +182,9 @@ class Member:
             GroupLostError: If the present generation has failed.
 
         """
-        if not groups.are_silent():
+        if not (self._is_silent and dist.is_initialized()):
             return
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.current_stream().synchronize()
+        groups.wait_for_device(stops=lambda: self.is_broken)
         if self.is_broken:
             raise GroupLostError
         if reason := groups.failure():
@@ -211,11 +211,12 @@ class Member:
 
     def _form(self, generation: Generation, options: dict[str, Any]) -> Generation:
         self.generation = generation
+        self._is_silent = groups.is_silent(options["backend"])
         self._has_announced = False
         # torch wraps the hook for every group, to put the rank in front of tracebacks.
         sys.excepthook = self._on_uncaught
         # A connection of its own can be cut, to wake this thread when it waits there for a worker that has died.
-        with self._connections.forming(self._connect, is_aborted=groups.is_silent(options["backend"])) as connection:
+        with self._connections.forming(self._connect, is_aborted=self._is_silent) as connection:
             if self.is_broken:
                 # The notice came before there was anything to cut.
                 raise GroupLostError
@@ -224,7 +225,7 @@ class Member:
             size = len(generation.spawns)
             dist.init_process_group(store=store, rank=rank, world_size=size, **options)
             # With one node nobody but its own users reaches the group. NCCL's connections need a secret of this store.
-            if "LIGHTNING_SCAR_NODE_0" in os.environ and not groups.are_silent():
+            if "LIGHTNING_SCAR_NODE_0" in os.environ and not self._is_silent:
                 self._connections.check(store, rank, size)
         return generation
 
