@@ -231,9 +231,9 @@ def test_all_ranks_of_a_loop_save_at_the_same_steps(tmp_path: Path, mode: str) -
     ("door", "slot", "mode", "on_failure"),
     [
         ("Trainer", 0, {"max_overhead": 0.5}, "shrink"),
-        ("Trainer", 1, {"train_time_interval": 0.02}, "shrink"),
+        pytest.param("Trainer", 1, {"train_time_interval": 0.02}, "shrink", marks=pytest.mark.slow),
         # A loop might be over before the replacement is there.
-        ("Accelerate", 0, {"train_time_interval": 0.02}, "wait"),
+        pytest.param("Accelerate", 0, {"train_time_interval": 0.02}, "wait", marks=pytest.mark.slow),
         ("Accelerate", 1, {"max_overhead": 0.5}, "wait"),
     ],
 )

@@ -44,8 +44,15 @@ def last_steps(training: Training) -> set[int]:
 # -- signals to the supervisor ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("how", "code"), [("terminate the job", 143), ("interrupt the job", 130)])
-@in_each_door
+@pytest.mark.parametrize(
+    ("how", "code", "door"),
+    [
+        ("terminate the job", 143, "Trainer"),
+        pytest.param("interrupt the job", 130, "Trainer", marks=pytest.mark.slow),
+        pytest.param("terminate the job", 143, "Accelerate", marks=pytest.mark.slow),
+        ("interrupt the job", 130, "Accelerate"),
+    ],
+)
 def test_a_signal_stops_all_behind_one_step_and_the_next_start_resumes(
     tmp_path: Path, how: str, code: int, door: str
 ) -> None:
