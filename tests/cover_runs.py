@@ -40,17 +40,12 @@ def undisturbed(door: str, ranks: int, optimizer: str) -> Training:
 
 
 def samples(training: Training) -> dict[int, list[int]]:
-    """Of each step, over all workers, in the generation that completed it for those who live on.
-
-    Workers may have died with a step that they had completed, and the others had not; then it is made again.
-    """
-    completed: dict[int, int] = {}
-    for step in training.steps:
-        completed[step["step"]] = max(completed.get(step["step"], 0), step["generation"])
+    """Of each step, over all workers, in the generation that completed it for those who live on."""
+    generations = training.generations
     last = {
         (attempt["step"], attempt["pid"]): attempt["used"]
         for attempt in training.attempts
-        if attempt["generation"] == completed.get(attempt["step"])
+        if attempt["generation"] == generations.get(attempt["step"])
     }
     used: dict[int, list[int]] = {}
     for (step, _), batches in last.items():

@@ -63,6 +63,17 @@ class Training:
     def state(self) -> dict[str, Any]:
         return self.results[0]["state"]
 
+    @property
+    def generations(self) -> dict[int, int]:
+        """Which one completed each step for those who live on.
+
+        Workers may have died with a step that they had completed, and the others had not; then it is made again.
+        """
+        last: dict[int, int] = {}
+        for step in self.steps:
+            last[step["step"]] = max(last.get(step["step"], 0), step["generation"])
+        return last
+
     def outages(self, rank: int) -> list[dict[str, Any]]:
         return self.results[rank]["outages"]
 
@@ -253,8 +264,10 @@ def assert_lived_through(training: Training, rank: int, *words: str) -> None:
 def world_sizes(training: Training) -> list[int]:
     """Of how many ranks each step was made, in order."""
     by_step: dict[int, set[int]] = {}
+    generations = training.generations
     for step in training.steps:
-        by_step.setdefault(step["step"], set()).add(step["world_size"])
+        if step["generation"] == generations[step["step"]]:
+            by_step.setdefault(step["step"], set()).add(step["world_size"])
     assert all(len(sizes) == 1 for sizes in by_step.values()), by_step
     return [sizes.pop() for _, sizes in sorted(by_step.items())]
 
@@ -262,8 +275,10 @@ def world_sizes(training: Training) -> list[int]:
 def assert_steps_of_what_they_saw(training: Training) -> None:
     """The plain model, with these samples in each step, comes to the same weights in a single process."""
     used: dict[int, list[int]] = {}
+    generations = training.generations
     for step in training.steps:
-        used.setdefault(step["step"], []).extend(i for batch in step["used"] for i in batch)
+        if step["generation"] == generations[step["step"]]:
+            used.setdefault(step["step"], []).extend(i for batch in step["used"] for i in batch)
     model = Model()
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     x, y, _ = samples().tensors

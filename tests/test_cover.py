@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from cover_runs import TOLERANCE, difference, samples, steps_of, train_double, undisturbed
-from scar_ddp_runs import DOORS, Fault
+from scar_ddp_runs import DOORS, Fault, world_sizes
 
 CASES = [(door, ranks, optimizer) for door in DOORS for ranks in (3, 4) for optimizer in ("SGD", "AdamW")]
 #: The others are for `make test-all`.
@@ -166,6 +166,17 @@ def test_on_two_nodes_of_which_one_is_lost(tmp_path: Path) -> None:
     assert samples(training) == samples(expected), training.console
     assert difference(expected, training) <= TOLERANCE, training.console
     assert training.outages(0)[0]["covered_batches"] > 0
+
+
+def test_a_replacement_knows_what_steps_move_before_it_has_made_one(tmp_path: Path) -> None:
+    """It computes missing batches in its first step, while another replacement is on its way."""
+    options: dict[str, Any] = {"model": {"habits": ["moves weights"]}}
+    faults: list[Fault] = [("training_step", 4, slot, "kill") for slot in (0, 1)]
+    faults += [("start", 1, 0, "two seconds"), ("batch_end", 4, 2, "a moment")]
+    training = train_double(tmp_path / "disturbed", *faults, **options)
+    expected = train_double(tmp_path / "undisturbed", **options)
+    assert 2 in world_sizes(training), training.console
+    assert difference(expected, training) <= TOLERANCE, training.console
 
 
 def test_a_replacement_scales_its_losses_as_the_others_do(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from torch.nn import Module
 
 from lightning_scar.continuation.model_modes import modes, set_modes
 from lightning_scar.continuation.outages import Outages
 from lightning_scar.continuation.protocol import Training
+from lightning_scar.continuation.step_tensors import StepTensors
 from lightning_scar.core.exchange import receive, send
 from lightning_scar.elastic.worker.errors import PLANNED, Loss
 from lightning_scar.elastic.worker.member import Member
@@ -27,6 +29,8 @@ class Generations:
         self._outages = outages
         self._training = training
         self._member = member
+        #: What a training step changes in place, once the training has started.
+        self.tensors = StepTensors(Module())
         #: The number of completed optimizer steps; -1 if this worker has no state of the training yet.
         self.steps = 0
         #: Completed steps from stale gradients since then.
@@ -117,7 +121,8 @@ class Generations:
         are_late = any(was_behind for *_, was_behind, _ in gathered)
         self.some_were_behind = are_late or any(progress[rank][0] >= 0 for rank in behind)
         if dist.get_rank() == source and behind:
-            send([self._training.state(), modes(self._training.module), self._outages.list, self.epochs], behind)
+            present = [modes(self._training.module), self.tensors.moving]
+            send([self._training.state(), present, self._outages.list, self.epochs], behind)
         if dist.get_rank() not in behind:
             return False
         state, present, outages, epochs = receive(source)
@@ -125,7 +130,8 @@ class Generations:
         if self.steps < 0:
             self._outages.list, self.epochs = outages, epochs
             self._training.load_state(state)
-            set_modes(self._training.module, present)
+            module_modes, self.tensors.moving = present
+            set_modes(self._training.module, module_modes)
         else:
             self._run_alone(closure)
             self._training.load_weights(state)

@@ -99,7 +99,7 @@ class Continuation:
         self._member.epochs.trainings += 1
         self._left_after, self._generations.epochs = -1, 0
         self._snapshot = StepSnapshot(self._training.module, self._training.keep_logs)
-        tensors = self._snapshot.tensors
+        tensors = self._generations.tensors = self._snapshot.tensors
         self._cover = Cover(self._training, self._member, self.outages, self.generators, tensors)
         self.outages.policy = feasible(self.outages.policy, self._training, warns=self._member.is_leader)
         if self.is_joiner:

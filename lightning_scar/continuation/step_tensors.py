@@ -31,9 +31,10 @@ class StepTensors:
         # Once, because a walk over all modules of a deep model takes long.
         self._owners = [owner for owner in module.modules() if any(True for _ in owner.buffers(recurse=False))]
         self._parameters = list(module.parameters())
-        self._moving: list[Tensor] = []
-        #: Frozen parameters that are watched in the present step, and some of their values at its beginning.
-        self._watched: list[tuple[Parameter, Tensor]] = []
+        #: The numbers of the parameters that a training step moves, as far as they are known; a replacement is told.
+        self.moving: list[int] = []
+        #: Numbers of frozen parameters that are watched in the present step, and some of their values at its beginning.
+        self._watched: list[tuple[int, Tensor]] = []
         self._steps = 0
 
     def buffers(self) -> list[Tensor]:
@@ -42,22 +43,23 @@ class StepTensors:
         return [buffer for buffer in buffers if buffer.numel()]
 
     def present(self) -> list[Tensor]:
-        """Return all of them; a replacement does not know all at once."""
-        return [*self.buffers(), *self._moving]
+        """Return all of them that are known."""
+        return [*self.buffers(), *(self._parameters[number] for number in self.moving)]
 
     def begin_step(self) -> None:
         """Watch the frozen parameters, before a training step computes anything."""
         if self._steps < _WATCHED_STEPS:
-            frozen = (p for p in self._parameters if not (p.requires_grad or is_lazy(p)))
-            self._watched = [(parameter, _some(parameter).clone()) for parameter in frozen]
+            numbered = enumerate(self._parameters)
+            frozen = ((number, p) for number, p in numbered if not (p.requires_grad or is_lazy(p)))
+            self._watched = [(number, _some(parameter).clone()) for number, parameter in frozen]
 
     def end_step(self) -> None:
         """Note which parameters have moved, when the gradients are there."""
         self._steps += 1
         watched, self._watched = self._watched, []
         # By value, because a step may replace their data.
-        moved = [parameter for parameter, before in watched if not torch.equal(_some(parameter), before)]
-        self._moving += [parameter for parameter in moved if not any(parameter is other for other in self._moving)]
+        moved = {number for number, before in watched if not torch.equal(_some(self._parameters[number]), before)}
+        self.moving += sorted(moved.difference(self.moving))
 
 
 def _some(parameter: Parameter) -> Tensor:
