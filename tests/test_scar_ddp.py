@@ -93,7 +93,9 @@ def test_stale_gradients_are_applied_when_the_replacement_is_there(tmp_path: Pat
     if flush == "mean":
         assert_done(training, steps=16, ranks=3)
         assert_steps_of_what_they_saw(training)
-        interrupted = [step for step in training.steps if step["step"] == 4]
+        # Who died may have completed the step before, and the others not.
+        number = outages[0]["step"] + 1
+        interrupted = [step for step in training.steps if step["step"] == number and step["slot"] > 0]
         assert [len(step["used"]) - 1 for step in interrupted] == [o["stale_gradients"] for o in outages]
     else:
         assert_same([training.results[rank]["state"] for rank in (1, 2)], [training.state] * 2)

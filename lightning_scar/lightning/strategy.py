@@ -164,7 +164,7 @@ class SCARDDPStrategy(DDPStrategy):
     def group_options(self) -> dict[str, Any]:
         """Return the arguments of ``init_process_group``, the same for every generation."""
         assert self._process_group_backend is not None
-        options = {**groups.options(self._process_group_backend), "timeout": self.timeout}
+        options = {"backend": self._process_group_backend, "timeout": self.timeout}
         if self.root_device.type == "cuda":
             options["device_id"] = self.root_device
         return options

@@ -109,7 +109,7 @@ class SCARContinuation:
 
     def group_options(self) -> dict[str, Any]:
         """Return the arguments of ``init_process_group``, the same for every generation."""
-        options = {**groups.options(self._backend), "timeout": self.timeout}
+        options: dict[str, Any] = {"backend": self._backend, "timeout": self.timeout}
         if "nccl" in self._backend and torch.cuda.is_available():
             options["device_id"] = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(options["device_id"])

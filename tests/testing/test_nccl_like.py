@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from collectives import results
 from ranks import Failure, run_ranks
 
 from lightning_scar.elastic.worker import groups
@@ -32,32 +33,6 @@ def wait_for(path: Path) -> None:
 
 
 # -- collectives -------------------------------------------------------------------------------------------------------
-
-
-def results(rank: int, n: int) -> list[Any]:
-    """What all collectives return."""
-    own = torch.arange(4.0) + 10 * rank
-    every = [torch.zeros(4) for _ in range(n)]
-    found: list[Any] = []
-    for name in ("sum", "max"):
-        dist.all_reduce(value := own.clone(), getattr(dist.ReduceOp, name.upper()))
-        found.append(value)
-    dist.broadcast(value := own.clone(), 1)
-    dist.all_gather(every, own)
-    dist.all_gather_into_tensor(together := torch.zeros(4 * n), own)
-    dist.reduce(reduced := own.clone(), 0)
-    found += [value, every, together, reduced if rank == 0 else None]
-    gathered = [torch.zeros(4) for _ in range(n)] if rank == 0 else None
-    dist.gather(own, gathered, 0)
-    dist.scatter(part := torch.zeros(4), [own + i for i in range(n)] if rank == 0 else None, 0)
-    objects: list[Any] = [None] * n
-    dist.all_gather_object(objects, {"rank": rank})
-    dist.barrier()
-    if rank == 0:
-        dist.send(own, 1)
-    elif rank == 1:
-        dist.recv(own, 0)
-    return [*found, gathered, part, objects, own]
 
 
 def twice(rank: int, n: int, folder: Path) -> tuple[list[Any], list[Any]]:
@@ -147,7 +122,7 @@ def test_a_dead_peer_makes_no_error_but_garbage_when_the_group_is_aborted(tmp_pa
 def late(rank: int, folder: Path, environment: dict[str, str], quiet: bool) -> tuple[str, bool]:
     os.environ.update(environment)
     if quiet:
-        groups.options(NAME)
+        os.environ.update(groups._WATCHDOG)
     form(rank, 2, folder, timeout=0.3 if rank == 0 else 60)
     dist.barrier()
     if rank == 1:

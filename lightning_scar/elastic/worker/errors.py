@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 #: How much of an error is told.
 _ERROR_LENGTH = 200
+#: What torch puts in front of an error in a callback of a future, such as those of collectives that DDP waits for.
+_CALLBACK = "Got the following error when running the callback: RuntimeError: "
 
 
 class Loss(NamedTuple):
@@ -21,7 +23,8 @@ class Loss(NamedTuple):
     @classmethod
     def of(cls, error: BaseException, waited: float) -> "Loss":
         """Return the one that an error shows."""
-        return cls(waited, next(iter(f"{error}".splitlines()), "")[:_ERROR_LENGTH] or type(error).__name__)
+        line = next(iter(f"{error}".splitlines()), "").removeprefix(_CALLBACK)
+        return cls(waited, line[:_ERROR_LENGTH] or type(error).__name__)
 
 
 #: A worker leaves as all members do.

@@ -1,6 +1,7 @@
-"""Process groups of which a lost peer makes no error: those of NCCL, and of backends like it.
+"""Process groups: how they form, and how any thread ends what waits in them.
 
-What waits for a dead peer on a device waits until the group is aborted, and has garbage then.
+Of a peer that is lost in some of them nobody is told: those of NCCL, and of backends like it. What waits for it on a
+device waits until the group is aborted, and has garbage then.
 """
 
 import os
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_scar.elastic.worker import gloo
+
 #: Let torch's watchdog note an error, which :func:`failure` returns, and do nothing else: neither end the process, nor
 #: tell older and newer groups through their store, nor sleep for a minute before it ends.
 _WATCHDOG = {
@@ -21,6 +24,9 @@ _WATCHDOG = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1",
 }
+
+#: Names of gloo.
+_OF_GLOO = ("gloo", "cpu:gloo")
 
 #: Between two looks at a device: a small part of a step.
 _POLL_SECONDS = 5e-5
@@ -52,11 +58,20 @@ def are_silent() -> bool:
     return dist.is_initialized() and is_silent(dist.get_backend_config())
 
 
-def options(backend: str) -> dict[str, Any]:
-    """Return what ``init_process_group`` gets for a backend, and prepare the environment, whatever it says."""
+def form(backend: str, **options: Any) -> None:
+    """Form the default process group, and prepare the environment for it, whatever that says.
+
+    Args:
+        backend: What ``init_process_group`` gets.
+        options: As for ``init_process_group``.
+
+    """
     if is_silent(backend):
         os.environ.update(_WATCHDOG)
-    return {"backend": backend}
+    if backend in _OF_GLOO:
+        gloo.form(**options)
+    else:
+        dist.init_process_group(backend=backend, **options)
 
 
 def wait_for_device(stops: Callable[[], bool]) -> None:
@@ -98,6 +113,9 @@ def abort_all() -> None:
 def leave_all() -> None:
     """Abort all groups, and forget them."""
     abort_all()
+    if not are_silent():
+        dist.destroy_process_group()
+        return
     try:
         dist.distributed_c10d._abort_process_group()
     except RuntimeError:

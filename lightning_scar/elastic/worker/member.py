@@ -28,7 +28,7 @@ from lightning_scar.elastic.protocol.messages import (
     Stranded,
     Waiting,
 )
-from lightning_scar.elastic.worker import groups
+from lightning_scar.elastic.worker import gloo, groups
 from lightning_scar.elastic.worker.epochs import Epochs
 from lightning_scar.elastic.worker.errors import PLANNED, CutOffError, FinalError, GroupLostError, Loss, NoGroupError
 from lightning_scar.elastic.worker.notices import History, acknowledgements_key, or_cut_off
@@ -193,10 +193,8 @@ class Member:
     def leave(self) -> None:
         """Close the group, which wakes all that are blocked in it."""
         self._connections.cut()
-        if groups.are_silent():
+        if dist.is_initialized():
             groups.leave_all()
-        elif dist.is_initialized():
-            dist.destroy_process_group()
 
     @property
     def _number(self) -> int:
@@ -223,7 +221,7 @@ class Member:
             rank = generation.members.index(self.slot)
             store = PrefixStore(f"generation/{generation.number}", connection)
             size = len(generation.spawns)
-            dist.init_process_group(store=store, rank=rank, world_size=size, **options)
+            groups.form(store=store, rank=rank, world_size=size, **options)
             # With one node nobody but its own users reaches the group. NCCL's connections need a secret of this store.
             if "LIGHTNING_SCAR_NODE_0" in os.environ and not self._is_silent:
                 self._connections.check(store, rank, size)
@@ -264,9 +262,7 @@ class Member:
             return False
         if isinstance(error, GroupLostError | dist.DistError):
             return True
-        # gloo raises plain RuntimeErrors. All of them name a source file of gloo.
-        is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
-        return is_of_gloo or self.is_broken
+        return gloo.has_raised(error) or self.is_broken
 
     def joiners_are_ready(self) -> bool:
         """Return whether replacements wait to be taken in after the present generation."""
@@ -373,10 +369,7 @@ class Member:
         """Wake the training thread if it may be blocked in a collective of a generation that has failed."""
         if generation is not None and generation != self._number:
             return
-        # There may be no group: another thread creates and destroys it.
-        with suppress(ValueError):
-            if groups.are_silent():
-                groups.abort_all()
+        groups.abort_all()
         self._connections.cut()
 
     def _report(self, event: Event) -> None:
