@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 LOWEST := .venv-lowest
 
-.PHONY: demo test test-all test-lowest check docs clean
+.PHONY: demo test test-all test-lowest gpu check docs clean
 
 demo: $(READY)  ## train, kill, resume and compare, three times: about two minutes
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,10 @@ test: $(READY)
 
 test-all: $(READY)  ## all that is long, too: soaks, repeated kills, sweeps, and more examples of each property
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile all
+
+gpu: $(READY)  ## all that one card can show, in eight minutes at most
+	mkdir -p runs
+	$(BIN)/python -m tests.gpu --json runs/gpu.json
 
 # The lowest versions that pyproject.toml allows. On Linux pip gets torch for CUDA, 2.5 GB, unless
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu is set.

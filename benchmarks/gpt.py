@@ -1,9 +1,9 @@
 """A GPT-2 in plain torch, and a LightningModule that trains it and measures its computing time."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,7 +26,9 @@ class Size:
         heads: Attention heads.
         vocabulary: The number of different tokens.
         positions: The longest sequence.
-        sequence: Tokens of one training step.
+        sequence: Tokens of one sequence.
+        batch: Sequences of one training step.
+        dtype: The type of the parameters. Moments are float32.
 
     """
 
@@ -36,12 +38,20 @@ class Size:
     vocabulary: int
     positions: int
     sequence: int
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
 
 
 #: 124 M parameters; with Adam 1.49 GB of state. Few tokens, so that one step takes about a second on two cores.
 GPT2_SMALL = Size(layers=12, width=768, heads=12, vocabulary=50257, positions=1024, sequence=96)
 #: For a quick check that everything works.
 TINY = Size(layers=2, width=64, heads=2, vocabulary=4096, positions=64, sequence=32)
+#: The first with as many tokens as an accelerator needs to be busy.
+GPT2_SMALL_ON_DEVICE = replace(GPT2_SMALL, sequence=1024, batch=8)
+#: 1.3 B parameters in bfloat16; with moments 13.2 GB of state.
+GPT_1_3B = Size(
+    layers=24, width=2048, heads=16, vocabulary=50257, positions=2048, sequence=1024, batch=4, dtype=torch.bfloat16
+)
 
 
 class _Block(nn.Module):
@@ -91,6 +101,46 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.tokens.weight)
 
 
+class WideAdam(Optimizer):
+    """Adam with moments in float32, whatever the type of the parameters.
+
+    Args:
+        parameters: The parameters.
+        rate: The learning rate.
+
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], rate: float) -> None:
+        super().__init__(parameters, {"lr": rate, "betas": (0.9, 0.999), "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make a step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._update([parameter for parameter in group["params"] if parameter.grad is not None], group)
+        return loss
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        first, second = group["betas"]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["step"] += 1
+            gradient = parameter.grad.float()  # type: ignore[union-attr]
+            state["exp_avg"].lerp_(gradient, 1 - first)
+            state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            steps = int(state["step"])
+            root = state["exp_avg_sq"].sqrt().div_((1 - second**steps) ** 0.5).add_(group["eps"])
+            parameter.add_((state["exp_avg"] / root).to(parameter.dtype), alpha=-group["lr"] / (1 - first**steps))
+
+
 class Stopwatch:
     """Sums the time between starts and stops."""
 
@@ -124,12 +174,14 @@ class GPTModule(pl.LightningModule):
 
     Args:
         size: The model's dimensions.
+        device: Where it is made.
 
     """
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, device: str = "cpu") -> None:
         super().__init__()
-        self.model = GPT(size)
+        with torch.device(device):
+            self.model = GPT(size).to(size.dtype)
         self.computing = Stopwatch()
         self.forward_backward = Stopwatch()
 
@@ -137,7 +189,7 @@ class GPTModule(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         with self.computing.running(), self.forward_backward.running():
             logits = self.model(batch[:, :-1])
-            return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+            return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -161,7 +213,8 @@ class GPTModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=1e-4)
+        is_narrow = any(parameter.dtype != torch.float32 for parameter in self.parameters())
+        return WideAdam(self.parameters(), 1e-4) if is_narrow else torch.optim.Adam(self.parameters(), lr=1e-4)
 
 
 class _Tokens(IterableDataset[Tensor]):
@@ -177,14 +230,15 @@ class _Tokens(IterableDataset[Tensor]):
 
 def token_loader(size: Size) -> "DataLoader[Tensor]":
     """Return an endless loader of random tokens, generated in advance."""
-    return DataLoader(_Tokens(size), batch_size=1)
+    return DataLoader(_Tokens(size), batch_size=size.batch)
 
 
-def new_trainer(callbacks: list[Callback]) -> pl.Trainer:
-    """Return a Trainer on the CPU that does nothing but train and call the callbacks."""
+def new_trainer(callbacks: list[Callback], device: str = "cpu") -> pl.Trainer:
+    """Return a Trainer on one device that does nothing but train and call the callbacks."""
     return pl.Trainer(
         max_epochs=1,
-        accelerator="cpu",
+        accelerator=device,
+        devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -26,6 +26,10 @@ _CACHED = StagingOptions(
 )
 
 
+#: The same on an accelerator: the copies are pinned, and queued without waiting.
+_PINNED = replace(_CACHED, use_pinned_memory=True, use_non_blocking_copy=True)
+
+
 class Method(Protocol):
     """One way to save.
 
@@ -121,7 +125,7 @@ class Async(ToOnePath):
 
 
 class DCP(ToOnePath):
-    """``torch.distributed.checkpoint.async_save`` in a thread, with fsync, at its strongest on a CPU.
+    """``torch.distributed.checkpoint.async_save`` in a thread, with fsync, at its strongest.
 
     The stager is kept, so it copies into existing memory, on all cores; the planner keeps its plan. Two writer threads,
     shared memory and safetensors were slower; writing without fsync was not faster.
@@ -131,13 +135,14 @@ class DCP(ToOnePath):
         folder: Where to write.
         overlapped: Whether the stager copies in its own thread, which is awaited before the next optimizer step. Torch
             documents this option for CUDA; on a CPU users have to build the fence.
+        pinned: Whether what is saved is on an accelerator.
 
     """
 
-    def __init__(self, folder: Path, overlapped: bool = False) -> None:
+    def __init__(self, folder: Path, overlapped: bool = False, pinned: bool = False) -> None:
         name = "dcp_overlapped" if overlapped else "dcp"
         super().__init__(name, folder / name)
-        self._stager = DefaultStager(replace(_CACHED, use_async_staging=overlapped))
+        self._stager = DefaultStager(replace(_PINNED if pinned else _CACHED, use_async_staging=overlapped))
         self._planner = DefaultSavePlanner(enable_plan_caching=True)
         self._staged: Future[None] | None = None
         self._written: Future[Any] | None = None

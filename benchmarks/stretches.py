@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import psutil
+import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
@@ -41,7 +42,15 @@ class _Clocks(NamedTuple):
     others: float
 
     @classmethod
+    def at_rest(cls, module: GPTModule) -> "_Clocks":
+        """Return the clocks when the device has done all that was queued."""
+        if module.device.type != "cpu":
+            torch.accelerator.synchronize(module.device)
+        return cls.now(module)
+
+    @classmethod
     def now(cls, module: GPTModule) -> "_Clocks":
+        """Return the clocks of the training thread."""
         everyone, own = user_seconds()
         return cls(time.perf_counter(), module.computing.seconds, module.forward_backward.seconds, everyone - own)
 
@@ -53,7 +62,7 @@ class Stretch:
     Attributes:
         method: The method that saved at its beginning; ``None`` for none.
         steps: Its optimizer steps.
-        wall: Seconds from its first step until everything is written after its last.
+        wall: Seconds from its first step until everything is computed and written after its last.
         idle: Seconds outside forward, backward and update in the training thread, without that wait.
         forward_backward: Mean seconds of forward and backward per step.
 
@@ -138,7 +147,7 @@ class StretchTimer(Callback):
         self._between()
         os.sync()
         self._batches = 0
-        self._started = _Clocks.now(pl_module)
+        self._started = _Clocks.at_rest(pl_module)
         if self._method is not None:
             self._method.save(trainer)
 
@@ -150,7 +159,7 @@ class StretchTimer(Callback):
         looped = _Clocks.now(module)
         if self._method is not None:
             self._method.wait()
-        written = _Clocks.now(module)
+        written = _Clocks.at_rest(module)
         stretch = Stretch(
             method=self._method.name if self._method is not None else None,
             steps=self._batches,

@@ -146,7 +146,7 @@ def train(
     hosts = hosts or [LocalHost()] * nodes
     supervisors = _Supervisors(commands, folder, hosts)
     code, console, seconds = supervisors.run(losses, limit)
-    results = {int(p.stem.split("-")[1]): torch.load(p, weights_only=False) for p in folder.glob("result-*.pt")}
+    results = {int(p.stem.split("-")[1]): torch.load(p, "cpu", weights_only=False) for p in folder.glob("result-*.pt")}
     lines = (_lines(folder, name) for name in ("steps", "attempts", "processes", "saves"))
     training = Training(folder, code, console, seconds, results, *lines)
     _assert_nothing_left(training, hosts)

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from scar_cards import accelerator
 from scar_job import (
     BACKEND,
     BATCH_SIZE,
@@ -291,7 +292,7 @@ def make_trainer() -> pl.Trainer:
         callbacks.append(SCARCheckpoint(folder() / "scar", **options_of_scar()))
         note_saves(callbacks[-1]._schedule)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
-    options = {"accelerator": "cpu", "devices": asked["ranks"], "default_root_dir": folder(), **quiet}
+    options = {"accelerator": accelerator(), "devices": asked["ranks"], "default_root_dir": folder(), **quiet}
     options |= {"enable_checkpointing": bool(callbacks), "max_epochs": 2, **asked["trainer"]}
     options |= {"logger": CSVLogger(folder(), name="logs") if asked.get("logs") else False, "callbacks": callbacks}
     if BACKEND != "gloo" and strategy == "scar_ddp":

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from scar_cards import break_device, share_cards
 from torch._dynamo.utils import counters
 from torch.utils.data import TensorDataset
 
@@ -35,6 +36,7 @@ slot = int(os.environ.get("LIGHTNING_SCAR_SLOT", os.environ.get("LOCAL_RANK", "0
 def begin() -> None:
     """Takes what is asked for from the command line, and notes that this process has begun."""
     asked.update(json.loads(sys.argv[1]))
+    share_cards(slot, asked["ranks"])
     #: How many processes had this slot before.
     asked["predecessors"] = 0
     # `python train.py` has a life before the supervisor's.
@@ -105,6 +107,7 @@ WAYS: dict[str, Callable[[], Any]] = {
     "exit": lambda: os._exit(3),
     "memory": _run_out_of_memory,
     "disconnect": _disconnect,
+    "break the device": break_device,
     "pool": _use_a_pool,
     "die late": _die_late,
     **{name: partial(_signal_oneself, *name.split()) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM twice")},

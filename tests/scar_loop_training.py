@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
+from scar_cards import DEVICE, take_a_card
 from scar_job import (
     BACKEND,
     BATCH_SIZE,
@@ -109,7 +110,7 @@ class Loop:
     def set_up(self, model: Any, optimizer: Any, schedule: Any, loader: Any) -> None:
         config = DataLoaderConfiguration(use_seedable_sampler=True)
         self.accelerator = Accelerator(
-            cpu=True, dataloader_config=config, gradient_accumulation_steps=self.micro_batches
+            cpu=DEVICE == "cpu", dataloader_config=config, gradient_accumulation_steps=self.micro_batches
         )
         set_seed(3)
         self.scar: SCARLoop = SCARAccelerator(
@@ -286,6 +287,7 @@ class OfFabric(Loop):
 
 def main() -> None:
     begin()
+    take_a_card(slot)
     loop = OfFabric() if asked["door"] == "Fabric" else Loop()
     loop.run()
     place("end", 0)

@@ -1,0 +1,1 @@
+"""All that one card can show: ``python -m tests.gpu``, or ``make gpu``."""
