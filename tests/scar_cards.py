@@ -29,7 +29,7 @@ def share_cards(slot: int, ranks: int) -> None:
     """Lets workers that have one card form a group over NCCL, too; to be called before there is one."""
     if DEVICE == "cpu" or ranks <= torch.cuda.device_count():
         return
-    if torch.cuda.nccl.version()[:2] >= _SHARES_CARDS:
+    if torch.cuda.nccl.version()[:2] >= _SHARES_CARDS:  # type: ignore[no-untyped-call]
         os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
     else:
         # To NCCL each is on a host of its own.

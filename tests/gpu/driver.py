@@ -84,7 +84,7 @@ class Driver:
         command = [sys.executable, "-m", "tests.gpu", "--part", part.call, "--folder", str(folder), *self._options]
         code = self._processes.run(command, ROOT, _environment(), out, log, limit)
         if code is None:
-            found = {"state": "timed out", "why": f"not done after {limit:.0f} s"}
+            found: dict[str, Any] = {"state": "timed out", "why": f"not done after {limit:.0f} s"}
         else:
             found = last_line(out.read_text()) or {
                 "state": "failed",

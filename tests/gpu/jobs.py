@@ -203,7 +203,7 @@ def _difference_from_one_process(job: Training) -> float:
     y = x.sum(1, keepdim=True)
     for ids in _used(job).values():
         optimizer.zero_grad()
-        nn.functional.mse_loss(net(x[ids]), y[ids]).backward()
+        nn.functional.mse_loss(net(x[ids]), y[ids]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     pairs = [(job.state["state_dict"][name], value) for name, value in net.state_dict(prefix="net.").items()]
     return _difference(pairs)

@@ -28,7 +28,7 @@ def facts(setting: Setting) -> dict[str, Any]:
         "cards": torch.cuda.device_count(),
         "capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
         "driver": _driver(),
     }
     # It computes.

@@ -71,7 +71,7 @@ class Model(pl.LightningModule):
         self.net = nn.Sequential(*layers)
         self.kind = kind
         if kind.channels_last:
-            self.net.to(memory_format=torch.channels_last)
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if kind.compiles:
             self.net.compile(backend=backend)
 
@@ -162,7 +162,10 @@ def resumed(setting: Setting) -> dict[str, Any]:
     whole: dict[str, dict[str, Any]] = {}
     for name in kinds:
         state = _whole_and_cut(setting, name)
-        (told if isinstance(state, str) else whole)[name] = state
+        if isinstance(state, str):
+            told[name] = state
+        else:
+            whole[name] = state
     command = [sys.executable, "-m", "gpu.resuming", setting.device, str(setting.folder), *whole]
     path = os.pathsep.join(path for path in sys.path if path)
     subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr)

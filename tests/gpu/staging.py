@@ -39,8 +39,8 @@ def tests(setting: Setting) -> dict[str, Any]:
     which = ["-m", "gpu"] if setting.is_on_card else ["-k", "step or order"]
     command = [sys.executable, "-m", "pytest", "-c", str(config), "--rootdir", str(TESTS), "--noconftest", *which]
     command += ["-p", "no:cacheprovider", f"--basetemp={setting.folder / 'tmp'}", f"--junitxml={report}"]
-    path = os.pathsep.join([str(TESTS), str(TESTS / "core"), str(TESTS.parent)])
-    environment = {**os.environ, "PYTHONPATH": path}
+    path = [str(TESTS), str(TESTS / "core"), os.environ["PYTHONPATH"]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     subprocess.run([*command, *(str(TESTS / "core" / file) for file in files)], env=environment, stdout=sys.stderr)
     return counted(report)
 
