@@ -3,7 +3,6 @@
 import shutil
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ from benchmarks.stretches import Stretch, StretchTimer, added, blocked
 from gpu.part import Setting, Skipped
 from lightning_scar import load
 
-#: Of the state: the running checkpoint at its largest, a save of it, and the file of a peer.
-_ROOM = 5
+#: How many times the state: the running checkpoint at its largest, a save of it, and the file of a peer.
+_ON_DISK = 5
+#: With gradients, what SCAR keeps, and a peer's copy; and bytes for what lies between forward and backward.
+_ON_CARD, _BESIDE = 3, 20e9
 
 
 def small(setting: Setting) -> dict[str, Any]:
@@ -53,7 +54,7 @@ class MemoryTimer(StretchTimer):
 
 
 def _measured(setting: Setting, size: Size, rounds: int) -> dict[str, Any]:
-    _require_room(setting.folder, size)
+    _require_room(setting, size)
     callback = GatedSCARCheckpoint(setting.folder / "scar", FRACTION)
     pinned = setting.is_on_card
     methods: list[Method] = [
@@ -82,11 +83,16 @@ def _measured(setting: Setting, size: Size, rounds: int) -> dict[str, Any]:
     }
 
 
-def _require_room(folder: Path, size: Size) -> None:
-    numbers = 12 * size.layers * size.width**2 + (size.vocabulary + size.positions) * size.width
-    need = _ROOM * numbers * (size.dtype.itemsize + 8)
-    if (free := shutil.disk_usage(folder).free) < need:
+def _require_room(setting: Setting, size: Size) -> None:
+    state = (size.dtype.itemsize + 8) * (
+        12 * size.layers * size.width**2 + (size.vocabulary + size.positions) * size.width
+    )
+    need = _ON_DISK * state
+    if (free := shutil.disk_usage(setting.folder).free) < need:
         raise Skipped(f"{need / 1e9:.0f} GB on the disk are needed, {free / 1e9:.0f} GB are free: choose another --dir")
+    need = _ON_CARD * state + _BESIDE
+    if setting.is_on_card and (free := torch.cuda.mem_get_info()[0]) < need:
+        raise Skipped(f"{need / 1e9:.0f} GB on the card are needed, {free / 1e9:.0f} GB are free")
 
 
 def _times(stretches: list[Stretch], names: list[str]) -> dict[str, float]:
