@@ -2,16 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch
 from helpers import assert_same
 from hosts import Host, LocalHost
@@ -181,6 +184,7 @@ class _Supervisors:
                     time.sleep(0.5)
                     self._lose(dict(losses.pop(mark) for mark in list(losses) if mark.exists()), began + limit)
                 if time.monotonic() > began + limit:
+                    self._show_stacks()
                     raise AssertionError(f"still running after {limit} s:\n{self._log.read_text()}")
                 time.sleep(0.02)
         finally:
@@ -190,6 +194,16 @@ class _Supervisors:
                     process.wait()
         codes = [process.returncode for process in self._processes]
         return max(codes, key=abs), self._log.read_text(), time.monotonic() - began
+
+    def _show_stacks(self) -> None:
+        """Let the workers write down where they are, and end."""
+        noted = {process["pid"] for process in _lines(self._folder, "processes")}
+        for supervisor in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(supervisor.pid).children(recursive=True):
+                    if process.pid in noted:
+                        process.send_signal(signal.SIGABRT)
+        time.sleep(1)
 
     def _start(self, node: int) -> "subprocess.Popen[bytes]":
         with self._log.open("a") as console:

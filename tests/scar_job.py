@@ -1,5 +1,6 @@
 """What all scripts have in common that ``scar_ddp_runs`` starts: what is asked for, faults at their time, and data."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ slot = int(os.environ.get("LIGHTNING_SCAR_SLOT", os.environ.get("LOCAL_RANK", "0
 
 def begin() -> None:
     """Takes what is asked for from the command line, and notes that this process has begun."""
+    faulthandler.enable()
     asked.update(json.loads(sys.argv[1]))
     share_cards(slot, asked["ranks"])
     #: How many processes had this slot before.
