@@ -47,8 +47,11 @@ class Model(BoringModel):
         if self.global_step == 5 and not Path("requeued").exists():
             Path(f"at-5-{self.global_rank}").touch()
             time.sleep(1)
-        if self.global_step == 6 and Path("requeued").exists():
-            Path(f"resumed-{self.global_rank}").touch()
+
+    def on_train_batch_start(self, *args):
+        first = Path(f"resumed-{self.global_rank}")
+        if Path("requeued").exists() and not first.exists():
+            first.write_text(str(self.global_step))
 
 if __name__ == "__main__":
     trainer = pl.Trainer(
@@ -120,7 +123,9 @@ def test_slurm_warns_a_job_which_resumes_from_the_queue(tmp_path: Path) -> None:
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     assert run_batch_script(tmp_path, ends=True) == 0, (tmp_path / "console.txt").read_text()
     assert [(tmp_path / f"done-{rank}").read_text() for rank in range(2)] == ["40", "40"]
-    assert sorted(path.name for path in tmp_path.glob("resumed-*")) == ["resumed-0", "resumed-1"]
+    # All stop after the same step, which the leader announces to them.
+    first, second = ((tmp_path / f"resumed-{rank}").read_text() for rank in range(2))
+    assert first == second in ("5", "6", "7")
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 
