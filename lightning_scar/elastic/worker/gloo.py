@@ -131,6 +131,8 @@ class _Work(dist.Work):
             return self._work.wait(timeout)
         self._future.wait()
         _result(self._future)
+        # The caller's stream, where the tensors are on a device.
+        self._work.synchronize()
         return True
 
     @override
