@@ -32,8 +32,8 @@ class SCARContinuation:
         min_world_size: If fewer workers are left, they save and stop.
         max_staleness: The most gradients that a survivor collects beyond that of the interrupted step.
         flush: How collected gradients are applied: ``"mean"`` as one step, ``"replay"`` one by one.
-        backend: The backend of the process groups; ``None`` is NCCL with CUDA, else gloo. A loop on the CPU of a machine
-            with CUDA, such as that of ``Accelerator(cpu=True)``, needs ``"gloo"``.
+        backend: The backend of the process groups; ``None`` is NCCL with CUDA, else gloo. A loop on the CPU of a
+            machine with CUDA, such as that of ``Accelerator(cpu=True)``, needs ``"gloo"``.
 
     Raises:
         ValueError: If a value is out of range.

@@ -15,8 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import wait
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, Store
 from torch.futures import Future
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_scar.elastic.worker.gloo import in_a_thread
 from lightning_scar.elastic.worker.sockets import Connections
 
 #: The name to give as ``backend``.
@@ -94,7 +97,12 @@ class NCCLLikeGroup(ProcessGroup):
         self._connections = Connections()
         with self._connections.forming(lambda: store) as known:
             # Nothing but an abort ends a wait, so gloo's own timeout is out of reach.
-            self._gloo = ProcessGroupGloo(known, rank, size, timedelta(days=1))
+            forming = in_a_thread(partial(ProcessGroupGloo, known, rank, size, timedelta(days=1)))
+            while not forming.done():
+                wait([forming], _WATCH)
+                # It raises if its connection is cut. gloo itself goes on to wait for who has told its address and died.
+                store.check([_DUMP_KEY])
+            self._gloo = forming.result()
         self._changed = threading.Condition()
         self._queue: deque[_Collective] = deque()
         #: When the present collective began; ``None`` while there is none.
@@ -189,7 +197,7 @@ class NCCLLikeGroup(ProcessGroup):
                     self._changed.wait_for(lambda: self._is_aborted)
                 return
             with self._changed:
-                if collective.future.done():
+                if not self._queue:
                     return  # Aborted meanwhile.
                 self._began = None
                 self._queue.popleft()

@@ -105,6 +105,21 @@ def test_a_cut_while_they_are_opened_takes_those_that_are_yet_to_come_too(
         assert is_cut(second)
 
 
+def test_a_cut_of_a_group_that_never_formed_leaves_the_next_one_alone(
+    stack: ExitStack, connect: Callable[[], TCPStore]
+) -> None:
+    connections, listener = Connections(), Listener(stack)
+    with connections.forming(connect):
+        connections.cut()
+    with connections.forming(connect) as store:
+        listener.publish(store)
+        connected, _ = listener.pair()
+        store.set("key", "value")
+        time.sleep(0.1)
+        assert store.get("key") == b"value"
+        assert not is_cut(connected)
+
+
 def test_what_was_opened_for_an_earlier_group_is_left_alone(stack: ExitStack, connect: Callable[[], TCPStore]) -> None:
     connections, first, second = Connections(), Listener(stack), Listener(stack)
     with connections.forming(connect) as store:

@@ -143,3 +143,40 @@ def left_alone(rank: int, folder: Path) -> str:
 
 def test_an_error_of_gloo_comes_through(tmp_path: Path) -> None:
     assert "gloo/transport/tcp" in run_ranks(left_alone, 2, tmp_path, failing=True)[0][:60]
+
+
+def deserted(rank: int, folder: Path) -> tuple[bool, float]:
+    dist.destroy_process_group()
+    store = Deserter(str(folder / "store"), 2) if rank == 1 else dist.FileStore(str(folder / "store"), 2)
+    began = time.monotonic()
+    stops, timeout = (lambda: time.monotonic() - began > 1), timedelta(seconds=60)
+    try:
+        gloo.form(stops, store=store, rank=rank, world_size=2, timeout=timeout)
+        # The one who connects cannot know that the other is dead, and not busy.
+        dist.all_reduce(torch.ones(1))
+    except RuntimeError as error:
+        return gloo.has_raised(error), time.monotonic() - began
+    return False, 0.0
+
+
+class Deserter(dist.Store):
+    """Ends the process when it has told its address, and asks for that of others."""
+
+    def __init__(self, path: str, members: int) -> None:
+        super().__init__()
+        self._store = dist.FileStore(path, members)
+
+    def set(self, key: str, value: Any) -> None:
+        self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        os._exit(0)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        os._exit(0)
+
+
+def test_a_group_does_not_wait_for_who_has_told_its_address_and_died(tmp_path: Path) -> None:
+    (has_raised, seconds), _ = run_ranks(deserted, 2, tmp_path, failing=True)
+    assert has_raised
+    assert seconds < 30

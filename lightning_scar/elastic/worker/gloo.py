@@ -8,9 +8,11 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future as ThreadFuture
+from concurrent.futures import wait
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,23 +24,53 @@ from typing_extensions import override
 _NAME = "gloo_that_can_be_woken"
 #: gloo ends what it has not forgotten a few milliseconds after its connections are closed.
 _SETTLE_SECONDS = 1.0
+#: Between two looks at whether a member was lost while the group forms.
+_POLL_SECONDS = 0.05
+
+T = TypeVar("T")
 
 
-def form(**options: Any) -> None:
+def form(stops: Callable[[], bool] = lambda: False, **options: Any) -> None:
     """Form the default process group over gloo.
 
     Args:
+        stops: Whether a member is known to be lost. gloo waits until its timeout for one that has told its address.
         options: As for ``torch.distributed.init_process_group``, without ``backend``.
 
+    Raises:
+        RuntimeError: If ``stops`` returns ``True`` before all members are connected.
+
     """
-    if not hasattr(dist.Backend, _NAME.upper()):
-        dist.Backend.register_backend(_NAME, Gloo, devices=["cpu", "cuda"])
+
+    def connect(store: Store, rank: int, size: int, timeout: timedelta) -> Gloo:
+        connecting = in_a_thread(partial(ProcessGroupGloo, store, rank, size, timeout))
+        while not connecting.done():
+            if stops():
+                raise _lost()
+            wait([connecting], _POLL_SECONDS)
+        return Gloo(connecting.result())
+
+    dist.Backend.register_backend(_NAME, connect, devices=["cpu", "cuda"])
     dist.init_process_group(backend=_NAME, **options)
     world, group = dist.distributed_c10d._world, dist.group.WORLD
     assert group is not None
     _, store = world.pg_map[group]
     world.pg_map[group] = "gloo", store
     world.pg_backend_config[group] = str(dist.distributed_c10d.BackendConfig(dist.Backend("gloo")))
+
+
+def in_a_thread(call: Callable[[], T]) -> "ThreadFuture[T]":
+    """Return what a call will return. Nobody has to wait for its thread, which may never end."""
+    future: ThreadFuture[T] = ThreadFuture()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="lightning-scar gloo", daemon=True).start()
+    return future
 
 
 def has_raised(error: BaseException) -> bool:
@@ -170,10 +202,7 @@ class Gloo(ProcessGroup):
     """A process group over gloo whose ``abort`` ends all that waits.
 
     Args:
-        store: Where its members find each other.
-        rank: This process's rank.
-        size: The number of members.
-        timeout: How long a collective may take.
+        group: That of torch.
 
     Example::
 
@@ -187,9 +216,9 @@ class Gloo(ProcessGroup):
 
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
-        super().__init__(rank, size)  # type: ignore[call-arg]
-        self._gloo = ProcessGroupGloo(store, rank, size, timeout)
+    def __init__(self, group: ProcessGroupGloo) -> None:
+        super().__init__(group.rank(), group.size())  # type: ignore[call-arg]
+        self._gloo = group
         # For what is not one of the collectives below.
         self._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, self._gloo)
         self._waits = _Waits()
@@ -230,7 +259,7 @@ class Gloo(ProcessGroup):
             time.sleep(0.001)
         if not self._waits.are_over:
             # gloo's destructor would wait for what it has forgotten.
-            threading.Thread(target=self._keep, name="lightning-scar gloo", daemon=True).start()
+            in_a_thread(self._keep)
 
     def _keep(self) -> None:
         while not self._waits.are_over:

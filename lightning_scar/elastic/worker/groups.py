@@ -58,18 +58,19 @@ def are_silent() -> bool:
     return dist.is_initialized() and is_silent(dist.get_backend_config())
 
 
-def form(backend: str, **options: Any) -> None:
+def form(backend: str, stops: Callable[[], bool] = lambda: False, **options: Any) -> None:
     """Form the default process group, and prepare the environment for it, whatever that says.
 
     Args:
         backend: What ``init_process_group`` gets.
+        stops: Whether a member is known to be lost.
         options: As for ``init_process_group``.
 
     """
     if is_silent(backend):
         os.environ.update(_WATCHDOG)
     if backend in _OF_GLOO:
-        gloo.form(**options)
+        gloo.form(stops, **options)
     else:
         dist.init_process_group(backend=backend, **options)
 

@@ -221,7 +221,7 @@ class Member:
             rank = generation.members.index(self.slot)
             store = PrefixStore(f"generation/{generation.number}", connection)
             size = len(generation.spawns)
-            groups.form(store=store, rank=rank, world_size=size, **options)
+            groups.form(stops=lambda: self.is_broken, store=store, rank=rank, world_size=size, **options)
             # With one node nobody but its own users reaches the group. NCCL's connections need a secret of this store.
             if "LIGHTNING_SCAR_NODE_0" in os.environ and not self._is_silent:
                 self._connections.check(store, rank, size)

@@ -171,26 +171,28 @@ class Connections:
 
     def cut(self) -> None:
         """Shut them down, from any thread. While the group forms also those that are opened later."""
-        if self._cut_once():
-            threading.Thread(target=self._cut_until_formed, name="lightning-scar cut", daemon=True).start()
+        store = self._store
+        if self._cut_once(store):
+            threading.Thread(
+                target=self._cut_until_formed, args=[store], name="lightning-scar cut", daemon=True
+            ).start()
 
-    def _cut_until_formed(self) -> None:
-        while self._cut_once():
+    def _cut_until_formed(self, store: _GroupStore | None) -> None:
+        while self._cut_once(store):
             time.sleep(0.02)
 
-    def _cut_once(self) -> bool:
-        """Return whether more may come."""
+    def _cut_once(self, store: _GroupStore | None) -> bool:
+        """Return whether more may come to the group that forms over a store."""
         with self._lock:
-            if self._store is None:
+            if store is None or store is not self._store:
                 return False
-            published = self._store.published
             for connection, ends in _connections():
-                if ends in self._store_ends or any(_packed(connection, end) in published for end in ends):
+                if ends in self._store_ends or any(_packed(connection, end) in store.published for end in ends):
                     with suppress(OSError):
                         connection.shutdown(socket.SHUT_RDWR)
             if not self._is_forming:
                 # Somebody else may get them.
-                self._store.forget()
+                store.forget()
                 self._store_ends = set()
             return self._is_forming
 
