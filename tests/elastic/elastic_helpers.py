@@ -41,8 +41,8 @@ while step < 10:
         import psutil
         pids = [os.getpid(), *map(int, what[1 + what.index("listen"):])]
         sockets = [one for pid in pids for one in psutil.Process(pid).net_connections("inet")]
-        listening = {one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN}
-        (folder / f"listens{rank}").write_text(" ".join(listening))
+        listening = {f"{one.laddr.ip} {one.laddr.port}" for one in sockets if one.status == psutil.CONN_LISTEN}
+        (folder / f"listens{rank}").write_text("\\n".join(listening))
     while step == 8 and "wait" in what and not (folder / "go").exists():
         time.sleep(0.02)
     if step == 5 and rank == 1 and "kill" in what and is_first:
