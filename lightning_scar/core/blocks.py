@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,11 +102,6 @@ class Group:
         start = i * self.rows_per_block
         return start, min(start + self.rows_per_block, self.rows)
 
-    def spans(self, numbers: Sequence[int]) -> Tensor:
-        """Return the spans of several blocks: int64, shape ``(len(numbers), 2)``."""
-        start = torch.tensor(numbers, dtype=torch.int64) * self.rows_per_block
-        return torch.stack([start, (start + self.rows_per_block).clamp_(max=self.rows)], 1)
-
     def key(self, i: int) -> str:
         """Return the block's name in a delta."""
         start, stop = self.span(i)
@@ -151,6 +147,25 @@ class BlockMap:
             own[-1] = (stop - start) * group.row_nbytes
             sizes.append(own)
         return torch.cat(sizes) if sizes else torch.zeros(0, dtype=torch.int64)
+
+    @cached_property
+    def spans(self) -> Tensor:
+        """The first row of each block in its parameter, and its last row + 1; int64, shape ``(blocks, 2)``."""
+        found = [torch.zeros(0, 2, dtype=torch.int64)]
+        for group in self.groups:
+            start = torch.arange(0, group.rows, group.rows_per_block)
+            stop = (start + group.rows_per_block).clamp_(max=group.rows)
+            found.append(torch.stack([start, stop], 1) + group.first_row)
+        return torch.cat(found)
+
+    def by_group(self, blocks: Tensor) -> list[list[int]]:
+        """Return for each group the numbers within it of some blocks, given by ascending number."""
+        cuts = torch.searchsorted(blocks, torch.tensor(self.offsets)).tolist()
+        numbers = blocks.tolist()
+        return [
+            [number - offset for number in numbers[start:stop]]
+            for (start, stop), offset in zip(pairwise(cuts), self.offsets, strict=False)
+        ]
 
     @cached_property
     def state_bytes(self) -> int:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lightning_scar.core.blocks import Group
-from lightning_scar.core.rows import pieces
 
 #: Means or sums of squared gradients: of Adam and its variants, of RMSprop and Adadelta, of Adagrad.
 _SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum")
@@ -17,22 +16,28 @@ _LEAST = 1e-3
 _SAMPLE = 2048
 
 
-def sampled_squares(group: Group, live: Sequence[Tensor], step: int) -> Tensor:
+def squares_slot(group: Group) -> int | None:
+    """Return the number of the slot with squared gradients; ``None`` if the optimizer keeps none."""
+    found = (i for i, slot in enumerate(group.slots) if slot.name in _SECOND_MOMENTS and slot.dtype.is_floating_point)
+    return next(found, None)
+
+
+def sampled_squares(blocks: Tensor, step: int) -> Tensor:
     """Return the mean squared gradient of every block, from a sample of its rows.
 
     Args:
-        group: The group.
-        live: Its tensors as rows, one per slot.
+        blocks: Squared gradients, shape ``(blocks, rows, ...)``.
         step: The current optimizer step; it seeds the choice of rows.
 
     Returns:
-        float32, one element per block, on the tensors' device; NaN if the optimizer keeps no squared gradients.
+        float32, one element per block, on the tensor's device.
 
     """
-    squares = [tensor for slot, tensor in zip(group.slots, live, strict=True) if slot.name in _SECOND_MOMENTS]
-    if not squares or not squares[0].is_floating_point():
-        return torch.full((len(group),), torch.nan, device=live[0].device)
-    return torch.cat([_sampled_mean(blocks, step) for _, blocks in pieces(squares[0], group)])
+    wanted = -(-_SAMPLE // blocks[0, 0].numel())
+    stride = max(1, blocks.shape[1] // wanted)
+    # Not `step % stride`: steps of saves are multiples of the interval, which may itself be a multiple of the stride.
+    first = Random(step).randrange(stride)
+    return blocks[:, first::stride].mean(tuple(range(1, blocks.dim())), dtype=torch.float32)
 
 
 def preconditioners(groups: Sequence[Group], squares: Tensor) -> Tensor:
@@ -45,7 +50,8 @@ def preconditioners(groups: Sequence[Group], squares: Tensor) -> Tensor:
 
     Args:
         groups: The groups.
-        squares: The mean squared gradient of every block, group after group, from :func:`sampled_squares`; float64.
+        squares: The mean squared gradient of every block, group after group, from :func:`sampled_squares`; float64,
+            NaN where there are none.
 
     Returns:
         float64, one element per block, group after group; at least 0.001. The mean is 1 over the blocks whose
@@ -57,7 +63,7 @@ def preconditioners(groups: Sequence[Group], squares: Tensor) -> Tensor:
         >>> slots = tuple(Slot(word, torch.float32, None, ()) for word in ("param", "exp_avg_sq"))
         >>> weight = Group("weight", (3, 2), slots, rows_per_block=1)
         >>> live = [torch.zeros(3, 2), torch.tensor([[1.0, 1.0], [4.0, 4.0], [9.0, 9.0]])]
-        >>> preconditioners([weight], sampled_squares(weight, live, step=1).double())
+        >>> preconditioners([weight], sampled_squares(live[1], step=1).double())
         tensor([0.5000, 1.0000, 1.5000], dtype=torch.float64)
 
     """
@@ -77,12 +83,3 @@ def _kind(group: Group) -> int:
     """Return the kind of squared gradients that the optimizer keeps for the group; -1 for none."""
     words = [slot.name for slot in group.slots]
     return next((kind for kind, word in enumerate(_SECOND_MOMENTS) if word in words), -1)
-
-
-def _sampled_mean(blocks: Tensor, step: int) -> Tensor:
-    """Return the mean of each block, shape ``(blocks, rows, ...)``, over some of its rows."""
-    wanted = -(-_SAMPLE // blocks[0, 0].numel())
-    stride = max(1, blocks.shape[1] // wanted)
-    # Not `step % stride`: steps of saves are multiples of the interval, which may itself be a multiple of the stride.
-    first = Random(step).randrange(stride)
-    return blocks[:, first::stride].mean(tuple(range(1, blocks.dim())), dtype=torch.float32)

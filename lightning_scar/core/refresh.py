@@ -7,7 +7,6 @@ import torch
 
 from lightning_scar.core.blocks import Group
 from lightning_scar.core.codec import Bits, Codec
-from lightning_scar.core.save import code_bytes
 
 #: The data types that a refresh encodes.
 _ENCODED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -80,4 +79,8 @@ def _codecs(group: Group, negative: Mapping[tuple[str, str], bool], split: _Spli
 
 
 def _nbytes(group: Group, codecs: Mapping[str, Codec]) -> int:
-    return sum(sum(sizes) for codec in codecs.values() for sizes in code_bytes(codec, group))
+    return sum(
+        count * (codec.code_bytes(n) + 2 * codec.scale_count(n))
+        for codec in codecs.values()
+        for count, n in group.sizes
+    )

@@ -1,6 +1,6 @@
 """One save, on its way from live tensors to a file."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,53 +35,34 @@ _NAMES = {
 
 @dataclass
 class Codes:
-    """One slot of a group in low precision, all blocks one after the other.
+    """One slot of a group in low precision.
 
     Attributes:
         codec: The codec.
-        codes: uint8, host memory.
-        scales: The bytes of the scales, uint8, host memory.
+        pieces: Codes and scales in host memory, as matrices with a block per row, by the number of the block size.
 
     """
 
     codec: Codec
-    codes: Tensor
-    scales: Tensor
+    pieces: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, codec: Codec, group: Group, buffer: HostBuffer) -> "Codes":
-        """Take memory for the codes of a group from a buffer."""
-        codes, scales = zip(*code_bytes(codec, group), strict=True)
-        return cls(codec, buffer.take(sum(codes)), buffer.take(sum(scales)))
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the codes and scales of all blocks."""
+        return sum(codes.nbytes + scales.nbytes for codes, scales in self.pieces.values())
 
-    def pieces(self, group: Group) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield codes and scales as matrices with a block per row: blocks of equal size, then a shorter last one."""
-        done = 0
-        for count, _ in group.sizes:
-            codes, scales = self._run(group, done, done := done + count)
-            yield codes.view(count, -1), scales.view(torch.bfloat16).view(count, -1)
-
-    def encoded(self, group: Group, blocks: Iterable[tuple[int, int]]) -> Encoded:
+    def encoded(self, blocks: Sequence[tuple[int, int]]) -> Encoded:
         """Return some runs of blocks (first number, last number + 1) in the form of a delta."""
-        found = [self._run(group, *run) for run in blocks]
-        return Encoded(self.codec.name, [memory(codes) for codes, _ in found], [memory(scales) for _, scales in found])
-
-    def _run(self, group: Group, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Return the bytes of a run of blocks."""
-        whole, sizes = group.sizes[0][0], code_bytes(self.codec, group, each=True)
-        (first, end), (first_scale, end_scale) = (
-            [min(number, whole) * kind[0] + max(0, number - whole) * kind[-1] for number in (start, stop)]
-            for kind in zip(*sizes, strict=True)
-        )
-        return self.codes[first:end], self.scales[first_scale:end_scale]
-
-
-def code_bytes(codec: Codec, group: Group, each: bool = False) -> list[tuple[int, int]]:
-    """Return the bytes of a group's codes and scales for each block size: of all blocks of it, or of ``each``."""
-    return [
-        ((1 if each else count) * codec.code_bytes(n), (1 if each else count) * 2 * codec.scale_count(n))
-        for count, n in group.sizes
-    ]
+        found: tuple[list[memoryview], list[memoryview]] = [], []
+        start = 0
+        for _, piece in sorted(self.pieces.items()):
+            end = start + piece[0].shape[0]
+            spans = [(max(first, start) - start, min(stop, end) - start) for first, stop in blocks]
+            for own, matrix in zip(found, piece, strict=True):
+                data, size = memory(matrix), matrix[0].nbytes
+                own += [data[first * size : stop * size] for first, stop in spans if first < stop]
+            start = end
+        return Encoded(self.codec.name, *found)
 
 
 @dataclass
@@ -95,7 +76,8 @@ class Part:
         rows: The bytes of these blocks, one after the other, for each slot; uint8, host memory.
         refreshed: The numbers of the blocks to write in low precision, ascending.
         codes: The codes of all blocks, by slot.
-        bases: The version of each refreshed block's base, incarnation and sequence; int64, shape ``(n, 2)``.
+        table: A row for each of these: its span in the parameter, and the version of its base (incarnation, sequence);
+            int64, shape ``(n, 4)``.
 
     """
 
@@ -105,12 +87,12 @@ class Part:
     rows: list[Tensor] = field(default_factory=list)
     refreshed: list[int] = field(default_factory=list)
     codes: dict[str, Codes] = field(default_factory=dict)
-    bases: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
+    table: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int64))
 
     @property
     def code_bytes(self) -> int:
         """The bytes of the codes and scales of all blocks."""
-        return sum(codes.codes.nbytes + codes.scales.nbytes for codes in self.codes.values())
+        return sum(codes.nbytes for codes in self.codes.values())
 
     def section(self, version: Version, left_out: set[int]) -> Section | None:
         """Return the exact blocks in the form of a delta, ``None`` if there are none.
@@ -139,10 +121,9 @@ class Part:
         """Return the refresh in the form of a delta, ``None`` if there is none."""
         if not self.refreshed:
             return None
-        spans = self.group.spans(self.refreshed) + self.group.first_row
         blocks = list(runs(self.refreshed))
-        slots = {name: codes.encoded(self.group, blocks) for name, codes in self.codes.items()}
-        return Refresh(self.group.name, torch.cat([spans, self.bases], 1).numpy(), slots)
+        slots = {name: codes.encoded(blocks) for name, codes in self.codes.items()}
+        return Refresh(self.group.name, self.table.numpy(), slots)
 
     def _slots(self) -> Iterator[tuple[Slot, Tensor]]:
         return zip(self.group.slots, self.rows, strict=True)

@@ -17,6 +17,8 @@ Path = tuple[str | int, ...]
 _SMALL_BYTES = 64 * 1024
 #: The data types of optimizers' step counters.
 _COUNTERS = (torch.float32, torch.float64, torch.int64)
+#: Nearly all tensors are of these types, for which the slow questions about subclasses need not be asked.
+_PLAIN = (Tensor, Parameter)
 
 
 class Leaf(NamedTuple):
@@ -40,7 +42,7 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
     """
     if (wrapper := wrapping(tensor)) is not None:
         return identity(wrapper.inner)
-    if is_lazy(tensor) or tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or (type(tensor) not in _PLAIN and is_lazy(tensor)):
         return "without storage", id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
 
@@ -66,13 +68,15 @@ def wrapping(tensor: Tensor) -> Wrapper | None:
     Several inner tensors, such as codes and scales, must stay of one moment, so they are no blocks.
     """
     kind = type(tensor)
+    if kind in _PLAIN:
+        return None
     is_wrapper = hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
     # The inner tensors of those differ between the ranks.
     if not is_wrapper or kind.__module__.startswith("torch.distributed"):
         return None
     names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     inner: Any = getattr(tensor, names[0]) if len(names) == 1 else None
-    if type(inner) not in (Tensor, Parameter) or inner.layout != torch.strided or inner.shape != tensor.shape:
+    if type(inner) not in _PLAIN or inner.layout != torch.strided or inner.shape != tensor.shape:
         return None
     return Wrapper(inner, names[0], (kind, context, tuple(tensor.shape), tuple(tensor.stride())))
 
@@ -197,8 +201,9 @@ def heavy(value: Any, path: Path = ()) -> Iterator[Leaf]:
 
 def _is_large(tensor: Tensor, parameters: Mapping[tuple[Any, ...], Any]) -> bool:
     # Subclasses with plain storage, such as quantized parameters of bitsandbytes, count as plain tensors.
-    is_wrapper = hasattr(tensor, "__tensor_flatten__")
-    if is_wrapper or is_lazy(tensor) or tensor.layout != torch.strided:
+    if type(tensor) not in _PLAIN and (hasattr(tensor, "__tensor_flatten__") or is_lazy(tensor)):
+        return False
+    if tensor.layout != torch.strided:
         return False
     if tensor.numel() == 0 or tensor.is_quantized or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
         return False

@@ -1,18 +1,22 @@
 """Copies a save from live tensors to host memory alongside the training: measures, encodes, chooses, gathers."""
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from lightning_scar.core.bases import NEVER, Bases
+from lightning_scar.core.bases import NEVER, Base, Bases
+from lightning_scar.core.blocks import BlockMap
+from lightning_scar.core.codec import Codec
 from lightning_scar.core.devices import HostBuffer, on_host, queue_of
+from lightning_scar.core.passes import CodeMemory, Pass, plan_passes, provide_codes
 from lightning_scar.core.preconditioner import preconditioners
 from lightning_scar.core.refresh import ALWAYS_EXACT, plan
 from lightning_scar.core.rework import motion
 from lightning_scar.core.rows import gather
-from lightning_scar.core.save import Codes, Part, Save
+from lightning_scar.core.save import Part, Save
 from lightning_scar.core.scoring import Scores, careful, score
 from lightning_scar.core.selection import Candidates, select
 from lightning_scar.core.settings import Settings
@@ -46,6 +50,8 @@ class Stager:
         self._counters: dict[str, list[int]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._staging: Future[None] | None = None
+        #: The plan for the last partial save, and what it depends on.
+        self._planned: tuple[tuple[BlockMap, list[bool], dict[tuple[str, str], bool]], list[Pass]] | None = None
 
     def start(self, save: Save) -> bool:
         """Copy what cannot wait, and stage the rest in a thread.
@@ -124,40 +130,45 @@ class Stager:
         found: list[Tensor] = []
 
         def work() -> None:
-            parts = [(part, self.bases.base(part.group)) for part in save.parts]
-            seen = score(parts, save.version.step, save.full)
+            seen = score(parts, passes, codes, save.version.step, save.full)
             found[:] = on_host([*seen, *(values for _, values in save.small)])
 
-        self._provide_codes(save)
+        parts = [(part, self.bases.base(part.group)) for part in save.parts]
+        passes, codes = self._plan(save, parts)
         save.queue.wait(save.queue.beside(work, ready))
-        save.small = list(zip((paths for paths, _ in save.small), found[len(save.parts) :], strict=True))
-        scores = Scores.of(torch.cat([torch.empty(5, 0), *found[: len(save.parts)]], 1))
+        count = len(found) - len(save.small)
+        save.small = list(zip((paths for paths, _ in save.small), found[count:], strict=True))
+        scores = Scores.of(found[:count])
         self._look_again(save, scores, ready)
         return scores
 
-    def _provide_codes(self, save: Save) -> None:
-        """Reserve memory for all that a partial save copies, and take that of the codes."""
+    def _plan(self, save: Save, parts: Sequence[tuple[Part, Base]]) -> tuple[list[Pass], list[CodeMemory | None]]:
+        """Plan the passes of a save, and reserve memory for all that a partial one copies."""
         if save.full:
-            return
-        block_map, pieces = self.bases.map, 3 * sum(len(part.group.slots) for part in save.parts)
+            passes = plan_passes(parts, {}, full=True)
+            return passes, [None] * len(passes)
+        block_map, moving = self.bases.map, [base.values is not None for _, base in parts]
+        form = block_map, moving, dict(self._negative)
+        if self._planned is None or self._planned[0][0] is not block_map or self._planned[0][1:] != form[1:]:
+            codecs: dict[str, dict[str, Codec]] = {}
+            if self._settings.refresh is not None:
+                groups = [part.group for (part, _), moves in zip(parts, moving, strict=True) if moves]
+                codecs = plan(groups, block_map.state_bytes, self._negative, self._settings.fraction)
+            self._planned = form, plan_passes(parts, codecs)
+        passes, pieces = self._planned[1], 3 * sum(len(part.group.slots) for part in save.parts)
         save.buffer.reserve(int(self._settings.fraction * block_map.state_bytes) + pieces * HostBuffer.ALIGNMENT)
-        if self._settings.refresh is None:
-            return
-        moving = [part.group for part in save.parts if self.bases.values(part.group) is not None]
-        codecs = plan(moving, block_map.state_bytes, self._negative, self._settings.fraction)
-        for part in save.parts:
-            own = codecs.get(part.group.name, {}).items()
-            part.codes = {slot: Codes.of(codec, part.group, save.buffer) for slot, codec in own}
+        return passes, provide_codes(passes, save.parts, save.buffer)
 
     def _look_again(self, save: Save, scores: Scores, ready: object) -> None:
         """Settle what the fast way cannot: distances of blocks with NaN or Inf, and slots whose sign has changed."""
         bases, block_map = self.bases, self.bases.map
         unclear = (scores.distance.isnan() & (bases.steps != NEVER)).nonzero().flatten().tolist()
         places = [(save.parts[g], number) for g, number in map(block_map.locate, unclear)]
+        unfit = {block_map.locate(block)[0] for block in scores.unfit.nonzero().flatten().tolist()}
         doubtful = [
             (part.group.name, slot.name, tensor)
             for g, part in enumerate(save.parts)
-            if bool((scores.unfit[bases.blocks(g)] > 0).any())
+            if g in unfit
             for slot, tensor in zip(part.group.slots, part.live, strict=True)
             if slot.name in part.codes and part.codes[slot.name].codec.kind == "log"
         ]
@@ -205,11 +216,13 @@ class Stager:
         save.oldest_age = int(age[rest].max()) if bool(rest.any()) else 0
         root = preconditioner.sqrt()
         save.motion = motion(scores.distance * root, lag * root, age.masked_fill(never, 0), rest)
-        for g, part in enumerate(save.parts):
-            own = bases.blocks(g)
-            part.exact = chosen[own].nonzero().flatten().tolist()
-            part.refreshed = refreshed[own].nonzero().flatten().tolist()
-            part.bases = torch.stack([bases.incarnations[own], bases.sequences[own]], 1)[part.refreshed]
+        numbers = refreshed.nonzero().flatten()
+        tables = torch.cat([block_map.spans, torch.stack([bases.incarnations, bases.sequences], 1)], 1)[numbers]
+        places = block_map.by_group(chosen.nonzero().flatten()), block_map.by_group(numbers)
+        for part, exact, others, table in zip(
+            save.parts, *places, torch.split(tables, [*map(len, places[1])]), strict=True
+        ):
+            part.exact, part.refreshed, part.table = exact, others, table
 
     def _unmoved(self, save: Save, scores: Scores) -> Tensor:
         """Return the blocks that are on disk as they are now.

@@ -60,13 +60,13 @@ class Belief:
                     values[span] = copy.clone().view(slot.dtype).view(values[span].shape)
                 self._versions[group.key(number)] = save.version[:2]
             # What was caught changing is left out, and its bases are still there.
-            for number, base in zip(part.refreshed, part.bases.tolist(), strict=False):
+            for number, base in zip(part.refreshed, part.table[:, 2:].tolist(), strict=False):
                 self._refreshes[group.key(number)] = tuple(base), self._decoded(part, number)  # type: ignore[assignment]
 
     def _decoded(self, part: Part, number: int) -> dict[str, Tensor]:
         found, start, stop = {}, *part.group.span(number)
         for slot, own in part.codes.items():
-            [codes], [scales] = own.encoded(part.group, [(number, number + 1)])[1:]
+            [codes], [scales] = own.encoded([(number, number + 1)])[1:]
             n = (stop - start) * part.group.row_numel
             matrix = torch.frombuffer(bytearray(codes), dtype=torch.uint8).view(1, -1)
             found[slot] = decode(

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_scar.core.blocks import Group
+from lightning_scar.core.codec import Codec
 from lightning_scar.core.restoration import load
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
+from lightning_scar.core.save import Codes
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.skeletons import is_skeleton
 from lightning_scar.storage.places import open_store
@@ -187,3 +190,8 @@ def damage(file: Path, needle: bytes) -> None:
     assert content.count(needle) == 1
     content[content.index(needle)] ^= 1
     file.write_bytes(content)
+
+
+def codes_of(codec: Codec, group: Group) -> Codes:
+    """Memory for the codes of a group."""
+    return Codes(codec, {piece: codec.empty(count, n) for piece, (count, n) in enumerate(group.sizes)})

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from core_helpers import codes_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_scar.core.blocks import Group, Slot
 from lightning_scar.core.codec import Codec
 from lightning_scar.core.committer import Committer
-from lightning_scar.core.devices import HostBuffer
 from lightning_scar.core.ranks import Ranks
 from lightning_scar.core.rework import Motion
-from lightning_scar.core.save import Codes, Part, Save
+from lightning_scar.core.save import Part, Save
 from lightning_scar.core.stats import Stats
 from lightning_scar.storage.delta import StorageError
 from lightning_scar.storage.head import Mark, Version
@@ -199,8 +199,8 @@ def with_state(number: int, exact: list[int], moment: torch.Tensor, refreshed: t
     rows = [tensor[exact].contiguous().flatten().view(torch.uint8) for tensor in (param, moment)]
     part = Part(own, [], exact=exact, rows=rows if exact else [], refreshed=list(refreshed))
     if refreshed:
-        part.codes = {"param": Codes.of(Codec("linear", 4), own, HostBuffer())}
-        part.bases = torch.tensor([(1, 0)] * len(refreshed))
+        part.codes = {"param": codes_of(Codec("linear", 4), own)}
+        part.table = torch.tensor([(number, number + 1, 1, 0) for number in refreshed])
     return Save(Version(1, number, number), number == 0, memoryview(bytearray(b"rest")), [part])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from core_helpers import bits
+from core_helpers import bits, codes_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,9 +11,8 @@ from lightning_scar.core import decoding
 from lightning_scar.core.blocks import Group, Slot, rows
 from lightning_scar.core.codec import Codec, decode, encode
 from lightning_scar.core.decoding import decode_into
-from lightning_scar.core.devices import HostBuffer
 from lightning_scar.core.rows import pieces
-from lightning_scar.core.save import Codes, Part
+from lightning_scar.core.save import Part
 from lightning_scar.storage.delta import Encoded, Refresh
 
 CODECS = {"param": Codec("linear", 4), "exp_avg": Codec("linear", 8), "exp_avg_sq": Codec("log", 4)}
@@ -21,11 +20,14 @@ CODECS = {"param": Codec("linear", 4), "exp_avg": Codec("linear", 8), "exp_avg_s
 
 def refreshed(group: Group, live: list[Tensor], base: Tensor, numbers: list[int]) -> Refresh:
     """The refresh of some blocks, as a reader gets it: in one piece."""
-    part, buffer = Part(group, live, refreshed=numbers, bases=torch.tensor([(1, 1)] * len(numbers))), HostBuffer()
+    table = torch.tensor([(*group.span(number), 1, 1) for number in numbers], dtype=torch.int64).view(-1, 4)
+    part = Part(group, live, refreshed=numbers, table=table)
     for slot, tensor in zip(group.slots, live, strict=True):
-        codes = part.codes[slot.name] = Codes.of(CODECS[slot.name], group, buffer)
+        codes = part.codes[slot.name] = codes_of(CODECS[slot.name], group)
         own_bases = [piece.blocks for piece in pieces(rows(base), group)]
-        for i, (piece, (own, scales)) in enumerate(zip(pieces(rows(tensor), group), codes.pieces(group), strict=True)):
+        for i, (piece, (own, scales)) in enumerate(
+            zip(pieces(rows(tensor), group), codes.pieces.values(), strict=True)
+        ):
             against = own_bases[i] if slot.name == "param" else None
             encode(codes.codec, piece.blocks, against, codes=own, scales=scales)
     found = part.refresh()

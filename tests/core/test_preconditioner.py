@@ -8,8 +8,9 @@ from torch import Tensor, nn, optim
 
 from lightning_scar.core.blocks import Group, Slot
 from lightning_scar.core.live_state import Dissection
-from lightning_scar.core.preconditioner import preconditioners, sampled_squares
+from lightning_scar.core.preconditioner import preconditioners, sampled_squares, squares_slot
 from lightning_scar.core.ranks import Ranks
+from lightning_scar.core.rows import pieces
 from lightning_scar.core.running_checkpoint import RunningCheckpoint
 from lightning_scar.core.settings import Settings
 
@@ -21,8 +22,14 @@ def group_of(tensor: Tensor, *words: str, rows_per_block: int = 1) -> Group:
 
 def of(groups: list[Group], live: list[list[Tensor]], step: int = 1) -> Tensor:
     """Of some groups, from their live tensors."""
-    squares = [sampled_squares(group, tensors, step).double() for group, tensors in zip(groups, live, strict=True)]
-    return preconditioners(groups, torch.cat([torch.empty(0), *squares]))
+    squares = [torch.empty(0)]
+    for group, tensors in zip(groups, live, strict=True):
+        slot = squares_slot(group)
+        found = [torch.full((len(group),), math.nan)]
+        if slot is not None:
+            found = [sampled_squares(piece.blocks, step) for piece in pieces(tensors[slot], group)]
+        squares += found
+    return preconditioners(groups, torch.cat(squares).double())
 
 
 def found(squares: Tensor, rows_per_block: int = 1, word: str = "exp_avg_sq") -> list[float]:

@@ -15,7 +15,8 @@ from lightning_scar.core.bases import Base, Seen
 from lightning_scar.core.blocks import Group, Slot
 from lightning_scar.core.codec import Codec, decode
 from lightning_scar.core.devices import HostBuffer
-from lightning_scar.core.save import Codes, Part
+from lightning_scar.core.passes import plan_passes, provide_codes
+from lightning_scar.core.save import Part
 from lightning_scar.core.scoring import Scores, careful, score
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -54,9 +55,13 @@ def scores_of(
     seen = base if isinstance(base, Base) else Base(base)
     state = ["exp_avg", "exp_avg_sq"][: len(tensors) - 1]
     part = Part(group_of(tensors[0], rows_per_block, *state, frozen=seen.values is None), tensors)
-    buffer = HostBuffer()
-    part.codes = {slot: Codes.of(codec, part.group, buffer) for slot, codec in codecs.items()}
-    return Scores.of(score([(part, seen)], 1, full)[0]), part
+    return score_all([(part, seen)], codecs, full), part
+
+
+def score_all(parts: list[tuple[Part, Base]], codecs: dict[str, Codec], full: bool = False) -> Scores:
+    """The scores of several groups, all with the same codecs."""
+    passes = plan_passes(parts, {part.group.name: codecs for part, _ in parts}, full)
+    return Scores.of(score(parts, passes, provide_codes(passes, [part for part, _ in parts], HostBuffer()), 1, full))
 
 
 def distances(live: Tensor, base: Tensor, rows_per_block: int) -> Tensor:
@@ -183,7 +188,7 @@ def test_the_error_is_that_of_base_and_decoded_codes(
 def one_by_one(part: Part, slot: str) -> list[tuple[Tensor, Tensor]]:
     """Codes and scales of every block, as matrices of one row."""
     found = []
-    for codes, scales in part.codes[slot].pieces(part.group):
+    for _, (codes, scales) in sorted(part.codes[slot].pieces.items()):
         found += [(codes[i : i + 1], scales[i : i + 1]) for i in range(len(codes))]
     return found
 
@@ -285,19 +290,20 @@ def test_groups_that_are_looked_at_together_are_seen_as_each_alone() -> None:
     parts = []
     for i, shape in enumerate(shapes):
         group = Group(f"w{i}", shape, (Slot("param", torch.float32, None, ()),), rows_per_block=4, lazy=True)
-        part = Part(group, [torch.randn(shape)])
-        part.codes = {"param": Codes.of(Codec("linear", 4), group, HostBuffer())}
-        parts.append((part, Base(torch.randn(shape))))
+        parts.append((Part(group, [torch.randn(shape)]), Base(torch.randn(shape))))
     parts[3][0].live[0][5] = torch.nan
-    together = score(parts, 1, full=False)
-    codes = [part.codes["param"].codes.clone() for part, _ in parts]
-    for each, seen, own in zip(parts, together, codes, strict=True):
-        each[0].codes["param"].codes.fill_(7)
-        alone = score([each], 1, full=False)[0]
-        assert torch.equal(alone[3], seen[3])
-        torch.testing.assert_close(alone[:3], seen[:3], equal_nan=True)
-        fit = seen[3] == 0
-        for (count, _), made, alike in zip(
-            each[0].group.sizes, each[0].codes["param"].pieces(each[0].group), [own], strict=False
+    codecs = {"param": Codec("linear", 4)}
+    together, done = score_all(parts, codecs), 0
+    for part, base in parts:
+        own = slice(done, done := done + len(part.group))
+        alike = Part(part.group, part.live)
+        alone = score_all([(alike, base)], codecs)
+        assert torch.equal(alone.unfit, together.unfit[own])
+        for each, all_of_them in zip(alone, together, strict=True):
+            torch.testing.assert_close(each, all_of_them[own], equal_nan=True)
+        for number, (codes, others) in enumerate(
+            zip(one_by_one(part, "param"), one_by_one(alike, "param"), strict=True)
         ):
-            assert torch.equal(made[0][fit[:count]], alike[: made[0].numel()].view(count, -1)[fit[:count]])
+            if not alone.unfit[number]:
+                assert torch.equal(codes[0], others[0])
+                assert torch.equal(codes[1], others[1])

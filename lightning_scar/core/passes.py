@@ -1,0 +1,144 @@
+"""Which blocks are measured and encoded together: models have hundreds of small tensors with few block sizes."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_scar.core.bases import Base
+from lightning_scar.core.codec import Codec
+from lightning_scar.core.devices import HostBuffer
+from lightning_scar.core.preconditioner import squares_slot
+from lightning_scar.core.rows import Piece
+from lightning_scar.core.save import Codes, Part
+from lightning_scar.core.threads import batches
+
+#: The codes and scales of a pass in host memory: shapes ``(blocks, bytes)`` and ``(blocks, scales)``.
+CodeMemory = tuple[Tensor, Tensor]
+#: Tensors up to this size in bytes share a pass, until it has this size; a larger one gets its own.
+_SMALL = 1 << 20
+
+
+class Kind(NamedTuple):
+    """What blocks must share to be in one pass.
+
+    Attributes:
+        codec: How to encode them, if at all.
+        is_compared: Whether to measure how far they are from their bases.
+        has_squares: Whether they are squared gradients.
+        n: The number of values in a block.
+        dtype: Their data type.
+        device: Where they are.
+        is_small: Whether a pass of their own would mostly be overhead.
+
+    """
+
+    codec: Codec | None
+    is_compared: bool
+    has_squares: bool
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    is_small: bool
+
+
+class Member(NamedTuple):
+    """Blocks of one size in one slot of a group.
+
+    Attributes:
+        group: The number of the group.
+        slot: The number of the slot.
+        piece: The number of the block size in the group.
+        first: The number of the first block in the map.
+        blocks: How many there are.
+
+    """
+
+    group: int
+    slot: int
+    piece: int
+    first: int
+    blocks: int
+
+
+class Pass(NamedTuple):
+    """Blocks that are measured and encoded together.
+
+    Attributes:
+        kind: What they have in common.
+        members: Where they come from.
+        numbers: Their numbers in the map: int64, on their device.
+
+    """
+
+    kind: Kind
+    members: list[Member]
+    numbers: Tensor
+
+    def values(self, tensors: Mapping[tuple[int, int], Sequence[Piece]]) -> Tensor:
+        """Return the values, with a block per item of the first dimension.
+
+        Args:
+            tensors: The pieces of a tensor, by the numbers of group and slot.
+
+        """
+        found = [tensors[each.group, each.slot][each.piece].blocks for each in self.members]
+        return found[0] if len(found) == 1 else torch.cat([blocks.flatten(1) for blocks in found])
+
+
+def plan_passes(
+    parts: Sequence[tuple[Part, Base]], codecs: Mapping[str, Mapping[str, Codec]], full: bool = False
+) -> list[Pass]:
+    """Plan the passes over some groups. They stay the same while the map, the codecs and the kinds of bases do.
+
+    Args:
+        parts: The groups, each with its base.
+        codecs: The codecs, by group and slot.
+        full: Whether to check only for non-finite values and changes of frozen groups.
+
+    """
+    alike: dict[Kind, list[Member]] = {}
+    starts = accumulate((len(part.group) for part, _ in parts), initial=0)
+    for g, ((part, base), start) in enumerate(zip(parts, starts, strict=False)):
+        group, own, squares = part.group, codecs.get(part.group.name, {}), None if full else squares_slot(part.group)
+        for i, (slot, live) in enumerate(zip(group.slots, part.live, strict=True)):
+            codec, is_looked_at = own.get(slot.name), i == 0 and base.values is not None
+            if codec is None and i != squares and not is_looked_at:
+                continue
+            first, is_compared = start, is_looked_at and (group.frozen or not full)
+            for piece, (count, n) in enumerate(group.sizes):
+                is_small = count * n * live.dtype.itemsize <= _SMALL
+                kind = Kind(codec, is_compared, i == squares, n, live.dtype, live.device, is_small)
+                alike.setdefault(kind, []).append(Member(g, i, piece, first, count))
+                first += count
+    return [
+        Pass(kind, members, _numbers(members).to(kind.device))
+        for kind, found in alike.items()
+        for members in batches(found, attrgetter("blocks"), -(-_SMALL // (kind.n * kind.dtype.itemsize)))
+    ]
+
+
+def _numbers(members: Sequence[Member]) -> Tensor:
+    return torch.cat([torch.arange(each.first, each.first + each.blocks) for each in members])
+
+
+def provide_codes(passes: Sequence[Pass], parts: Sequence[Part], buffer: HostBuffer) -> list[CodeMemory | None]:
+    """Take memory for the codes of each pass, ``None`` without a codec, and tell the parts where theirs will be."""
+    found: list[CodeMemory | None] = []
+    for kind, members, numbers in passes:
+        if kind.codec is None:
+            found.append(None)
+            continue
+        count = len(numbers)
+        codes = buffer.take(count * kind.codec.code_bytes(kind.n)).view(count, -1)
+        scales = buffer.take(2 * count * kind.codec.scale_count(kind.n)).view(torch.bfloat16).view(count, -1)
+        found.append((codes, scales))
+        done = 0
+        for member in members:
+            own, span = parts[member.group], slice(done, done := done + member.blocks)
+            slot = own.group.slots[member.slot].name
+            own.codes.setdefault(slot, Codes(kind.codec)).pieces[member.piece] = codes[span], scales[span]
+    return found
