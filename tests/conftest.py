@@ -5,7 +5,7 @@ import os
 import secrets
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -40,7 +40,6 @@ CHOSEN = (
     "stale_gradients_are_applied_when_the_replacement_is_there[nccl_like-Trainer-mean]",
     "synchronising_micro_batch_is_repeated_with_the_gradients_of_those_before[nccl_like-Trainer]",
     "a_worker_that_hangs_is_replaced[nccl_like-the strategy's argument-Trainer]",
-    "a_worker_that_hangs_is_replaced[nccl_like---hang-timeout-Accelerate]",
     "a_batch_that_makes_no_step[nccl_like-Trainer-True]",
     "the_running_checkpoint_goes_on_in_a_replacement[nccl_like-Trainer]",
     "a_failure_outside_of_steps_costs_nothing_but_time[nccl_like-killed, of rank 1-Trainer]",
@@ -60,6 +59,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         call = getattr(item, "callspec", None)
         if call is not None and call.params.get("backend") == "nccl_like" and not item.name.endswith(CHOSEN):
             item.add_marker(pytest.mark.slow)
+    leave_to_test_all(
+        item for item in items if item.get_closest_marker("sampled") and not item.get_closest_marker("slow")
+    )
+
+
+def leave_to_test_all(sampled: Iterable[pytest.Item]) -> None:
+    """Make all but a few cases of each test slow, and not always those with the same of their parameters."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in sampled:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for items in cases.values():
+        (every,) = items[0].get_closest_marker("sampled").args  # type: ignore[union-attr]
+        for i, item in enumerate(items):
+            if i % every != i // every % every:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

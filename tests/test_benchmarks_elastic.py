@@ -35,7 +35,7 @@ PROMISED = {
     "continuation": ["none_last_step", "cover_last_step", "cover_off"],
 }
 
-LONG = ("overhead", "outage_steps", "outage_picture", "soak", "continuation")
+LONG = ("outage", "overhead", "outage_steps", "outage_picture", "soak", "continuation")
 
 
 @pytest.mark.timeout(300)

@@ -39,6 +39,7 @@ def started(tmp_path: Path, memory: Path) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_it_measures_what_is_promised(tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     run = started(tmp_path, memory)

@@ -54,6 +54,7 @@ def shuffled() -> Any:
     return loader(shuffle=True, generator=torch.Generator().manual_seed(3))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("asked_for", [True, False])
 @pytest.mark.parametrize(
     ("limits", "higher"),

@@ -67,6 +67,7 @@ def assert_same_end(resumed: TinyModel, whole: TinyModel) -> None:
     assert_same({k: resumed.final[k] for k in sorted(keys)}, {k: whole.final[k] for k in sorted(keys)})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("way", "after"), [*((way, 6) for way in ZOO), ("a schedule", 8), ("a schedule", 10)])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(way: str, after: int, memory_url: str) -> None:
     whole = in_one_go(ZOO[way], f"{memory_url}/whole", WithValidation(stateful))

@@ -28,7 +28,10 @@ def compile_something(rank: int) -> tuple[bool, bool]:
     return before, has_compiled()
 
 
-@pytest.mark.parametrize(("door", "what"), [("Trainer", "net"), ("Accelerate", "net"), ("Accelerate", "model")])
+@pytest.mark.parametrize(
+    ("door", "what"),
+    [("Trainer", "net"), pytest.param("Accelerate", "net", marks=pytest.mark.slow), ("Accelerate", "model")],
+)
 def test_survivors_compile_nothing_in_an_outage(tmp_path: Path, door: str, what: str) -> None:
     options: dict[str, Any] = {"door": door, "model": {"compiled": what}}
     training = train_double(tmp_path / "disturbed", ("training_step", 4, 1, "kill"), **options)

@@ -94,8 +94,6 @@ OF_THE_TRAINER = {
 }
 QUICK_KINDS = [
     ("accumulation, buffers and dropout", "Trainer"),
-    ("processes that load", "Trainer"),
-    ("static graph", "Trainer"),
     ("all of that", "Trainer"),
     ("dropout", "Accelerate"),
 ]
@@ -202,6 +200,7 @@ SHRINKS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", SHRINKS)
 def test_otherwise_the_group_shrinks_and_says_why(tmp_path: Path, kind: str) -> None:
     options, why = SHRINKS[kind]

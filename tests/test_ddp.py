@@ -119,6 +119,7 @@ WAYS: dict[str, dict[str, Any]] = {
 LIKE_OTHERS = ("a plain loader in the second epoch", "ZeRO in the second epoch", "ZeRO of SGD")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=[pytest.mark.slow] if way in LIKE_OTHERS else []) for way in WAYS]
 )
@@ -138,6 +139,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(way: str, tmp_path: Path) ->
     assert_all_agree(seconds, way)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "way",
     [
@@ -187,6 +189,7 @@ def assert_all_agree(runs: list[Run], way: str) -> None:
 NUMBERS = [(2, 1, 5), (1, 2, 10), (2, 4, 6), (4, 2, 3), (3, 2, 4)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("door", "before", "now", "after"),
     [
@@ -212,6 +215,7 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path, before: int, n
     assert folders[:now] == [f"rank-{rank:04d}" for rank in range(now)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("before", "now", "after"), [(2, 1, 8), (1, 2, 16), (1, 2, 17)])
 @pytest.mark.parametrize("door", DOORS)
 def test_an_epochs_end_is_one_on_any_number_of_ranks(
@@ -224,6 +228,7 @@ def test_an_epochs_end_is_one_on_any_number_of_ranks(
     assert len(second[0].seen) == 16 // now
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("data", [plain, uneven, in_order, shuffled])
 @pytest.mark.parametrize("ranks", [(2, 1, 2), (1, 2, 3)])
 def test_an_epoch_is_shared_out_again_and_again(ranks: tuple[int, ...], data: Any, tmp_path: Path) -> None:
@@ -383,6 +388,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("loss", "world_size"), [("a folder", 2), ("a folder", 3), ("the end of a delta", 2), ("a bit", 3)]
 )

@@ -72,6 +72,7 @@ def test_accelerate_mnist_is_cut_short_on_two_processes_and_goes_on_on_one(tmp_p
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_accelerate_survive(tmp_path: Path) -> None:
     supervisor = ["-m", "lightning_scar", "run", "--nproc-per-node", "3"]
     printed = run("accelerate_survive.py", "--epochs", "2", "--dir", tmp_path / "scar", by=supervisor)

@@ -33,6 +33,7 @@ from lightning_scar.lightning.progress import KEY
 from lightning_scar.lightning.step_count import before_optimizer_steps
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("refresh", ["auto", None])
 @pytest.mark.parametrize("staging", ["lazy", "eager"])
 @pytest.mark.parametrize("way", ZOO)

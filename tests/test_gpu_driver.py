@@ -66,6 +66,7 @@ def tried(monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str) -> tuple[i
     return code, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_the_others_go_on_where_a_part_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

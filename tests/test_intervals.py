@@ -234,7 +234,7 @@ def test_all_ranks_of_a_loop_save_at_the_same_steps(tmp_path: Path, mode: str) -
         pytest.param("Trainer", 1, {"train_time_interval": 0.02}, "shrink", marks=pytest.mark.slow),
         # A loop might be over before the replacement is there.
         pytest.param("Accelerate", 0, {"train_time_interval": 0.02}, "wait", marks=pytest.mark.slow),
-        ("Accelerate", 1, {"max_overhead": 0.5}, "wait"),
+        pytest.param("Accelerate", 1, {"max_overhead": 0.5}, "wait", marks=pytest.mark.slow),
     ],
 )
 def test_a_survivor_and_a_replacement_agree(

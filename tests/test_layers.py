@@ -114,7 +114,7 @@ assert "scar_ddp" in StrategyRegistry.available_strategies()
     "order",
     [
         "import lightning_scar, lightning",
-        "import lightning, lightning_scar",
+        pytest.param("import lightning, lightning_scar", marks=pytest.mark.slow),
         pytest.param("import lightning.pytorch.strategies, lightning_scar, lightning", marks=pytest.mark.slow),
         "import lightning_scar, importlib; importlib.reload(lightning_scar); import lightning",
     ],

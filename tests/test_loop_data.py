@@ -130,6 +130,7 @@ CHOSEN = [
 ALL = list(itertools.product(DOORS, LOADERS, (5, 8, 11)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("door", "name", "after"),
     [pytest.param(*cell, marks=[] if cell in CHOSEN else [pytest.mark.slow]) for cell in ALL],

@@ -39,6 +39,7 @@ def test_nothing_of_lightning_is_imported() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in loop_runs.SPECIAL])
 @pytest.mark.parametrize("after", [5, 16, 23])
 def test_a_resumed_loop_ends_as_an_uninterrupted_one(way: str, after: int, tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def seen_by(make: Callable[[], Any], url: str, after: int | None, model: Any = T
     return first.seen + second.seen
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("after", [5, 8, 11])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in LOADERS])
 def test_any_loader_of_a_dataset_with_indices_continues(name: str, after: int, memory_url: str) -> None:
@@ -149,6 +150,7 @@ def test_whatever_the_trainer_does_with_them(options: dict[str, Any], memory_url
     assert seen_by(lambda: None, f"{memory_url}/cut", 4, WithData, **options) == whole
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("after", [2, 5, 6, 10])
 @pytest.mark.parametrize("mode", ["max_size_cycle", "max_size", "min_size"])
 def test_several_loaders_continue_each_at_its_own_place(mode: str, after: int, memory_url: str) -> None:
@@ -188,6 +190,7 @@ STREAMS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("after", [5, 8, 11])
 @pytest.mark.parametrize("name", STREAMS)
 def test_data_without_a_length_lose_no_batch(name: str, after: int, memory_url: str) -> None:

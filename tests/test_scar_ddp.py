@@ -8,7 +8,6 @@ import pytest
 from helpers import assert_same
 from scar_ddp_runs import (
     DOORS,
-    SCRIPTS,
     WITH_DROPOUT,
     Fault,
     assert_done,
@@ -21,7 +20,7 @@ from scar_ddp_runs import (
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", ["Trainer", pytest.param("Accelerate", marks=pytest.mark.slow)])
 def test_without_failures_parameters_are_those_of_ddp_bit_for_bit(tmp_path: Path, door: str) -> None:
     # Only a Trainer becomes its own supervisor.
     how: dict[str, Any] = {"run": None} if door == "Trainer" else {}
@@ -32,7 +31,7 @@ def test_without_failures_parameters_are_those_of_ddp_bit_for_bit(tmp_path: Path
     assert_same(training.state, reference(dropout=True, door=door))
 
 
-@pytest.mark.parametrize("door", SCRIPTS)
+@pytest.mark.parametrize("door", ["Trainer", "Accelerate", pytest.param("Fabric", marks=pytest.mark.slow)])
 def test_the_others_go_on_as_a_smaller_group(tmp_path: Path, door: str) -> None:
     """A death in a step's forward, and one behind a step."""
     # A Trainer waits for a full group where an epoch ends, a loop where it ends itself.
@@ -56,7 +55,7 @@ def test_the_others_go_on_as_a_smaller_group(tmp_path: Path, door: str) -> None:
     assert_steps_of_what_they_saw(training)
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", ["Trainer", pytest.param("Accelerate", marks=pytest.mark.slow)])
 def test_one_of_three_is_left(tmp_path: Path, door: str) -> None:
     faults = [("backward", 3, 0, "kill"), ("backward", 3, 2, "kill")]
     training = train(tmp_path, *faults, ranks=3, door=door)
@@ -67,7 +66,7 @@ def test_one_of_three_is_left(tmp_path: Path, door: str) -> None:
     assert_steps_of_what_they_saw(training)
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", [pytest.param("Trainer", marks=pytest.mark.slow), "Accelerate"])
 def test_weights_wait_for_the_replacement(tmp_path: Path, door: str) -> None:
     """Each death is of another kind."""
     faults = [("training_step", 3, 0, "error"), ("before_step", 15, 0, "exit"), ("training_step", 30, 0, "memory")]
@@ -81,6 +80,7 @@ def test_weights_wait_for_the_replacement(tmp_path: Path, door: str) -> None:
     assert_steps_of_what_they_saw(training)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("flush", ["mean", "replay"])
 @pytest.mark.parametrize("door", DOORS)
 def test_stale_gradients_are_applied_when_the_replacement_is_there(tmp_path: Path, flush: str, door: str) -> None:
@@ -119,7 +119,7 @@ def test_a_synchronising_micro_batch_is_repeated_with_the_gradients_of_those_bef
     [
         ("the strategy's argument", "Trainer"),
         pytest.param("--hang-timeout", "Trainer", marks=pytest.mark.slow),
-        ("--hang-timeout", "Accelerate"),
+        pytest.param("--hang-timeout", "Accelerate", marks=pytest.mark.slow),
     ],
 )
 def test_a_worker_that_hangs_is_replaced(tmp_path: Path, way: str, door: str) -> None:
@@ -132,7 +132,7 @@ def test_a_worker_that_hangs_is_replaced(tmp_path: Path, way: str, door: str) ->
     assert_steps_of_what_they_saw(training)
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", ["Trainer", pytest.param("Accelerate", marks=pytest.mark.slow)])
 def test_a_replacement_dies_on_its_way_in(tmp_path: Path, door: str) -> None:
     """In its start-up, and right before it would have joined."""
     faults = [("training_step", 2, 1, "kill"), ("setup", 1, 1, "kill"), ("join", 2, 1, "kill")]

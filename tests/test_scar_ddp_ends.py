@@ -14,7 +14,7 @@ import torch
 from helpers import TinyModel, assert_same, loader, make_trainer, saver
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from prepared import multiprocessing_context
-from scar_ddp_runs import DOORS, REFERENCE, SCRIPTS, Training, assert_done, reference, train
+from scar_ddp_runs import DOORS, REFERENCE, Training, assert_done, reference, train
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightning_scar import SCARDDPStrategy, load
@@ -47,7 +47,7 @@ def last_steps(training: Training) -> set[int]:
 @pytest.mark.parametrize(
     ("how", "code", "door"),
     [
-        ("terminate the job", 143, "Trainer"),
+        pytest.param("terminate the job", 143, "Trainer", marks=pytest.mark.slow),
         pytest.param("interrupt the job", 130, "Trainer", marks=pytest.mark.slow),
         pytest.param("terminate the job", 143, "Accelerate", marks=pytest.mark.slow),
         ("interrupt the job", 130, "Accelerate"),
@@ -56,17 +56,17 @@ def last_steps(training: Training) -> set[int]:
 def test_a_signal_stops_all_behind_one_step_and_the_next_start_resumes(
     tmp_path: Path, how: str, code: int, door: str
 ) -> None:
-    options: dict[str, Any] = {"scar": SCAR, "trainer": {"max_epochs": 30, "limit_val_batches": 0}, "door": door}
+    options: dict[str, Any] = {"scar": SCAR, "trainer": {"max_epochs": 15, "limit_val_batches": 0}, "door": door}
     stopped = train(tmp_path, ("training_step", 5, 1, how), **options)
     assert stopped.code == code, stopped.console
     assert not stopped.results
     (step,) = last_steps(stopped)
-    assert step < 360
+    assert step < 180
     assert load(tmp_path / "scar")["global_step"] == step
     assert {version.step for version in restore(DeltaStore(tmp_path / "scar")).plan.versions.values()} == {step}
     # The fault is behind it.
     resumed = train(tmp_path, ("training_step", 5, 1, how), **options)
-    assert_done(resumed, steps=360)
+    assert_done(resumed, steps=180)
     assert_same(saved_state(resumed), resumed.state)
 
 
@@ -103,7 +103,10 @@ def test_the_running_checkpoint_goes_on_in_a_replacement(tmp_path: Path, door: s
     assert_same(saved_state(training), training.state)
 
 
-@pytest.mark.parametrize("door", SCRIPTS)
+@pytest.mark.parametrize(
+    "door",
+    ["Trainer", pytest.param("Accelerate", marks=pytest.mark.slow), pytest.param("Fabric", marks=pytest.mark.slow)],
+)
 def test_when_every_worker_dies_the_running_checkpoint_is_what_is_left(tmp_path: Path, door: str) -> None:
     # Lightning's own loaders cannot begin in the middle of an epoch.
     faults = [("training_step", 13, 0, "kill"), ("training_step", 13, 1, "kill")]

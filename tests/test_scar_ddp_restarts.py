@@ -25,6 +25,7 @@ THROUGH = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("case", "door"), THROUGH)
 def test_a_failure_outside_of_steps_costs_nothing_but_time(tmp_path: Path, case: str, door: str) -> None:
     callbacks = ["ModelCheckpoint"] if case == "in a save" else []
@@ -78,7 +79,7 @@ def test_the_state_that_one_node_keeps_goes_to_the_others(tmp_path: Path) -> Non
     assert world_sizes(training)[15] == 1
 
 
-@pytest.mark.parametrize("when", ["before", "behind"])
+@pytest.mark.parametrize("when", ["before", pytest.param("behind", marks=pytest.mark.slow)])
 def test_a_job_that_began_anew_does_not_restart_with_an_older_ones_state(tmp_path: Path, when: str) -> None:
     """A death in an epoch's evaluation, before and behind the first save of the job itself."""
     older = train(tmp_path / "older", door="Accelerate", trainer={"max_epochs": 4}, scar={"every_n_train_steps": 4})

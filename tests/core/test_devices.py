@@ -61,6 +61,7 @@ def test_a_device_that_catches_up_all_the_time_saves_what_a_cpu_does(tmp_path: P
     assert_same(load(tmp_path / "device"), load(tmp_path / "cpu"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", range(3))
 def test_every_save_holds_the_values_of_its_own_step_in_whatever_order_a_device_works(
     seed: int, way: dict[str, Any], expected: Saves, tmp_path: Path

@@ -332,6 +332,7 @@ def failing_at(number: int, error: type[BaseException]) -> Iterator[None]:
         stager.gather = gather
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("number", [0, 1, 5])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(

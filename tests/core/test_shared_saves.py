@@ -30,6 +30,7 @@ def test_each_rank_writes_its_part_and_together_they_are_the_state(n: int, tmp_p
         assert {delta.head.rank for delta in own} == {rank}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 3), (3, 2), (4, 1), (2, 4)])
 def test_a_run_goes_on_with_any_number_of_ranks(n: int, m: int, tmp_path: Path) -> None:
     url, width = str(tmp_path / "scar"), 400
