@@ -75,6 +75,19 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(way: str, after: int, memory
     assert_same_end(resumed, whole)
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_precision_that_changes_torchs_default_type_beside_a_save_goes_on(precision: str, tmp_path: Path) -> None:
+    def way() -> Any:
+        return TinyModel(), [], {"precision": precision}
+
+    whole = in_one_go(way, str(tmp_path / "whole"), stateful())
+    resumed = in_two_goes(way, str(tmp_path / "cut"), stateful(), after=6)
+    assert_same_end(resumed, whole)
+    scar = saver(str(tmp_path / "refreshed"), fraction=0.3, block_size=64)
+    refreshed = fit(scar, model=TinyModel(), data=stateful(), precision=precision)
+    assert_same(refreshed.final["state_dict"], whole.final["state_dict"])
+
+
 def test_a_resumed_run_ends_as_an_uninterrupted_one_with_workers(tmp_path: Path) -> None:
     data = partial(stateful, num_workers=2)
     whole = in_one_go(ZOO["Adam"], str(tmp_path / "whole"), data())

@@ -81,10 +81,10 @@ class Bases:
         self._bases: dict[str, Base] = {}
 
     def _begin(self, blocks: int) -> None:
-        self.steps = torch.full((blocks,), NEVER)
-        self.incarnations = torch.full((blocks,), NEVER)
-        self.sequences = torch.full((blocks,), NEVER)
-        self.due = torch.zeros(blocks, dtype=torch.bool)
+        self.steps = torch.full((blocks,), NEVER, device="cpu")
+        self.incarnations = torch.full((blocks,), NEVER, device="cpu")
+        self.sequences = torch.full((blocks,), NEVER, device="cpu")
+        self.due = torch.zeros(blocks, dtype=torch.bool, device="cpu")
 
     def adopt(self, block_map: BlockMap, values: Mapping[str, Tensor], versions: Mapping[str, Version]) -> None:
         """Start from a restored running checkpoint.
@@ -178,7 +178,7 @@ class Bases:
             if (block := self.map.numbers.get(key)) is not None:
                 group = self.map.groups[self.map.locate(block)[0]]
                 lose = self.fail if is_stored(key, {slot.name for slot in group.slots}) else self.forget
-                lose(torch.tensor([block]))
+                lose(torch.tensor([block], device="cpu"))
 
     def fail(self, blocks: Tensor) -> None:
         """Mark blocks whose recorded base is not on disk."""

@@ -109,7 +109,8 @@ class Group:
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return the group's rows of a parameter, or of optimizer state of its shape."""
-        return rows(tensor)[self.first_row : self.first_row + self.rows]
+        found = rows(tensor)
+        return found if len(found) == self.rows else found[self.first_row : self.first_row + self.rows]
 
 
 @dataclass(frozen=True)
@@ -142,25 +143,25 @@ class BlockMap:
         """The bytes of every block over all slots; int64, 1-d."""
         sizes = []
         for group in self.groups:
-            own = torch.full((len(group),), group.rows_per_block * group.row_nbytes)
+            own = torch.full((len(group),), group.rows_per_block * group.row_nbytes, device="cpu")
             start, stop = group.span(len(group) - 1)
             own[-1] = (stop - start) * group.row_nbytes
             sizes.append(own)
-        return torch.cat(sizes) if sizes else torch.zeros(0, dtype=torch.int64)
+        return torch.cat(sizes) if sizes else torch.zeros(0, dtype=torch.int64, device="cpu")
 
     @cached_property
     def spans(self) -> Tensor:
         """The first row of each block in its parameter, and its last row + 1; int64, shape ``(blocks, 2)``."""
-        found = [torch.zeros(0, 2, dtype=torch.int64)]
+        found = [torch.zeros(0, 2, dtype=torch.int64, device="cpu")]
         for group in self.groups:
-            start = torch.arange(0, group.rows, group.rows_per_block)
+            start = torch.arange(0, group.rows, group.rows_per_block, device="cpu")
             stop = (start + group.rows_per_block).clamp_(max=group.rows)
             found.append(torch.stack([start, stop], 1) + group.first_row)
         return torch.cat(found)
 
     def by_group(self, blocks: Tensor) -> list[list[int]]:
         """Return for each group the numbers within it of some blocks, given by ascending number."""
-        cuts = torch.searchsorted(blocks, torch.tensor(self.offsets)).tolist()
+        cuts = torch.searchsorted(blocks, torch.tensor(self.offsets, device="cpu")).tolist()
         numbers = blocks.tolist()
         return [
             [number - offset for number in numbers[start:stop]]

@@ -200,8 +200,9 @@ def encode(
         raise ValueError("a codec needs codes and scales to write to")
     blocks, tiles, length = len(values), _tiles(values[0].numel()), tile_length(values[0].numel())
     sizes, parts = _split([values] if base is None else [values, base], tiles, length)
-    scratch = torch.empty(4, max(sizes), length, device=values.device)
-    seen = torch.full((3, blocks * tiles), torch.nan, device=values.device)
+    # The data types are given everywhere: Lightning's precision plugins change the default one beside this thread.
+    scratch = torch.empty(4, max(sizes), length, dtype=torch.float32, device=values.device)
+    seen = torch.full((3, blocks * tiles), torch.nan, dtype=torch.float32, device=values.device)
     kept = torch.empty(2, blocks * tiles, dtype=torch.int16, device=values.device)
     make = measure_tiles if codec is None else codec._write
     packed = seen[0] if codes is None else codes.view(blocks * tiles, -1)
@@ -238,7 +239,10 @@ def decode(codec: Codec, codes: Tensor, scales: Tensor, n: int, out: Tensor | No
     """
     blocks, tiles, length = len(codes), _tiles(n), tile_length(n)
     ready, signed = out if n == tiles * length else None, codec.kind == "linear"
-    values = torch.empty(blocks * tiles, length, device=codes.device) if ready is None else ready.view(-1, length)
+    if ready is None:
+        values = torch.empty(blocks * tiles, length, dtype=torch.float32, device=codes.device)
+    else:
+        values = ready.view(-1, length)
     patterns = scales.view(torch.int16).to(torch.int32).view(blocks, -1, tiles).transpose(0, 1)
     first, *high = patterns.reshape(-1, len(values), 1)
     low, packed = first << 16, codes.view(torch.int8 if signed else torch.uint8).view(len(values), -1)

@@ -114,7 +114,7 @@ def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     # Padded to 16 bytes, so that a view of any data type is aligned.
     padded = [torch.nn.functional.pad(each, (0, -len(each) % 16)) for each in away]
     flat = torch.cat(padded)
-    host = torch.empty(len(flat), dtype=torch.uint8, pin_memory=True).copy_(flat, non_blocking=True)
+    host = torch.empty(len(flat), dtype=torch.uint8, device="cpu", pin_memory=True).copy_(flat, non_blocking=True)
     copies = iter(torch.split(host, [len(each) for each in padded]))
     return [
         tensor if tensor.device.type == "cpu" else next(copies)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -165,7 +165,7 @@ class HostBuffer:
         return self._slabs[-1][start : start + nbytes]
 
     def _slab(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.pinned)
 
 
 class HostBuffers:

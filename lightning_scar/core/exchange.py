@@ -53,7 +53,7 @@ def receive(source: int) -> Any:
     message: list[Any] = [None]
     dist.recv_object_list(message, src=source)
     header = message[0]
-    tensors = {path: torch.empty(shape, dtype=dtype) for path, shape, dtype in header["leaves"]}
+    tensors = {path: torch.empty(shape, dtype=dtype, device="cpu") for path, shape, dtype in header["leaves"]}
     flat = [tensor.view(-1).view(torch.uint8) for tensor in tensors.values()]
     for batch in batches(flat, lambda part: part.nbytes, _MESSAGE):
         received = torch.empty(sum(part.nbytes for part in batch), dtype=torch.uint8, device=_device())

@@ -195,7 +195,7 @@ class StaleGradientBuffer:
             return
         own = [int(self._replays), len(self._parameters), sum(p.numel() for p in self._parameters)]
         # One collective gives both bounds: the least is the greatest of the negatives.
-        bounds = torch.tensor([*own, *(-n for n in own)])
+        bounds = torch.tensor([*own, *(-n for n in own)], device="cpu")
         *greatest, a, b, c = self._all_reduce(bounds, dist.ReduceOp.MAX, group).tolist()
         if greatest != [-a, -b, -c]:
             raise ValueError(
@@ -206,7 +206,7 @@ class StaleGradientBuffer:
     def _tallies(self, group: "dist.ProcessGroup | None") -> Tensor:
         """Return the tallies of all sums over all ranks, in shape ``(steps, TOTALS + parameters)``."""
         n_steps = _REPLAY_STEPS if self._replays else 1
-        tallies = torch.zeros(n_steps, TOTALS + len(self._parameters), dtype=torch.float64)
+        tallies = torch.zeros(n_steps, TOTALS + len(self._parameters), dtype=torch.float64, device="cpu")
         for tally, each in zip(tallies, self._sums, strict=False):
             tally.copy_(each.tally)
         return tallies if group is None else self._all_reduce(tallies, dist.ReduceOp.SUM, group)

@@ -21,7 +21,7 @@ class GradientSum:
 
     def __init__(self, n_parameters: int) -> None:
         self.sums: list[Tensor | None] = [None] * n_parameters
-        self.tally = torch.zeros(TOTALS + n_parameters, dtype=torch.float64)
+        self.tally = torch.zeros(TOTALS + n_parameters, dtype=torch.float64, device="cpu")
 
     def add(self, grads: list[Tensor | None], weight: float, samples: int) -> None:
         """Add one contribution.
@@ -33,7 +33,7 @@ class GradientSum:
 
         """
         seen = [weight if grad is not None else 0.0 for grad in grads]
-        self.tally += torch.tensor([weight, samples, 1, *seen], dtype=torch.float64)
+        self.tally += torch.tensor([weight, samples, 1, *seen], dtype=torch.float64, device="cpu")
         for i, grad in enumerate(grads):
             if grad is None:
                 continue

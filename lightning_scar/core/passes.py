@@ -115,14 +115,14 @@ def plan_passes(
                 alike.setdefault(kind, []).append(Member(g, i, piece, first, count))
                 first += count
     return [
-        Pass(kind, members, _numbers(members).to(kind.device))
+        Pass(kind, members, _numbers(members, kind.device))
         for kind, found in alike.items()
         for members in batches(found, attrgetter("blocks"), -(-_SMALL // (kind.n * kind.dtype.itemsize)))
     ]
 
 
-def _numbers(members: Sequence[Member]) -> Tensor:
-    return torch.cat([torch.arange(each.first, each.first + each.blocks) for each in members])
+def _numbers(members: Sequence[Member], device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(each.first, each.first + each.blocks, device=device) for each in members])
 
 
 def provide_codes(passes: Sequence[Pass], parts: Sequence[Part], buffer: HostBuffer) -> list[CodeMemory | None]:

@@ -67,8 +67,8 @@ def preconditioners(groups: Sequence[Group], squares: Tensor) -> Tensor:
         tensor([0.5000, 1.0000, 1.5000], dtype=torch.float64)
 
     """
-    sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64)
-    kinds = torch.tensor([_kind(group) for group in groups], dtype=torch.int64).repeat_interleave(sizes)
+    sizes = torch.tensor([len(group) for group in groups], dtype=torch.int64, device="cpu")
+    kinds = torch.tensor([_kind(group) for group in groups], dtype=torch.int64, device="cpu").repeat_interleave(sizes)
     roots = squares.sqrt()
     found = torch.ones_like(roots)
     for kind in range(len(_SECOND_MOMENTS)):

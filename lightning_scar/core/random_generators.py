@@ -139,7 +139,7 @@ def state_digest(state: Any) -> str:
 
 def _of_python(state: tuple[Any, ...]) -> list[Any]:
     version, words, gauss = state
-    return [version, torch.tensor(words), gauss]
+    return [version, torch.tensor(words, device="cpu"), gauss]
 
 
 def _to_python(state: list[Any]) -> tuple[Any, ...]:

@@ -289,9 +289,11 @@ def _target(group: Group, slot: Slot, into: Mapping[Path, Tensor]) -> _Target:
     given = next((into[path] for path in slot.paths if path in into), None)
     if given is not None and (tuple(given.shape), given.dtype) == (group.shape, slot.dtype):
         direct = given.is_contiguous() and given.device.type == "cpu"
-        return _Target(given, None) if direct else _Target(torch.empty(group.shape, dtype=slot.dtype), given)
+        return (
+            _Target(given, None) if direct else _Target(torch.empty(group.shape, dtype=slot.dtype, device="cpu"), given)
+        )
     laid_out = torch.empty_strided(group.shape, slot.stride, dtype=slot.dtype) if slot.stride else None
-    return _Target(torch.empty(group.shape, dtype=slot.dtype), laid_out)
+    return _Target(torch.empty(group.shape, dtype=slot.dtype, device="cpu"), laid_out)
 
 
 class _Memory(NamedTuple):

@@ -76,7 +76,7 @@ def _copy(blocks: Tensor, wanted: list[int], into: Tensor) -> None:
     if len(wanted) == len(blocks):
         into.copy_(blocks, non_blocking=True)
     elif blocks.device == into.device and blocks.is_contiguous():
-        torch.index_select(blocks.flatten(1), 0, torch.tensor(wanted), out=into.flatten(1))
+        torch.index_select(blocks.flatten(1), 0, torch.tensor(wanted, device="cpu"), out=into.flatten(1))
     else:
         into.copy_(blocks[_index(wanted, blocks)], non_blocking=True)
 

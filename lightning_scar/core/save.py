@@ -87,7 +87,7 @@ class Part:
     rows: list[Tensor] = field(default_factory=list)
     refreshed: list[int] = field(default_factory=list)
     codes: dict[str, Codes] = field(default_factory=dict)
-    table: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int64))
+    table: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int64, device="cpu"))
 
     @property
     def code_bytes(self) -> int:
@@ -187,8 +187,8 @@ class Save:
     info: Mapping[str, Any] = field(default_factory=dict)
     buffer: HostBuffer = field(default_factory=HostBuffer)
     queue: Queue = field(default_factory=CPUQueue)
-    chosen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    never: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    chosen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool, device="cpu"))
+    never: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool, device="cpu"))
     copied: Any = None
     is_staged: bool = False
     stall: float = 0.0

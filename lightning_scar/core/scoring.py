@@ -36,7 +36,9 @@ class Scores(NamedTuple):
     @classmethod
     def of(cls, seen: Sequence[Tensor]) -> "Scores":
         """Convert the results of :func:`score`, on the host."""
-        unit, norm, error, unfit, squares = (torch.stack([*seen]).sum(0) if seen else torch.empty(5, 0)).double()
+        unit, norm, error, unfit, squares = (
+            torch.stack([*seen]).sum(0) if seen else torch.zeros(5, 0, device="cpu")
+        ).double()
         return cls(norm.sqrt() * unit, error.sqrt() * unit, unfit.clamp_(max=1), squares)
 
 
@@ -63,7 +65,7 @@ def score(
     """
     *starts, total = accumulate((len(part.group) for part, _ in parts), initial=0)
     devices = dict.fromkeys(tensor.device for part, _ in parts for tensor in part.live)
-    found = {device: torch.zeros(5, total, device=device) for device in devices}
+    found = {device: torch.zeros(5, total, dtype=torch.float32, device=device) for device in devices}
     live: dict[tuple[int, int], list[Piece]] = {}
     bases: dict[tuple[int, int], list[Piece]] = {}
     for g, ((part, base), start) in enumerate(zip(parts, starts, strict=True)):
@@ -78,14 +80,8 @@ def score(
         else:
             own[:3] = torch.inf
     for each, into in zip(passes, codes, strict=True):
-        _make(
-            each,
-            each.values(live),
-            each.values(bases) if each.kind.is_compared else None,
-            into,
-            found[each.kind.device],
-            step,
-        )
+        base_values = each.values(bases) if each.kind.is_compared else None
+        _make(each, each.values(live), base_values, into, found[each.kind.device], step)
     return [*found.values()]
 
 
@@ -99,7 +95,7 @@ def careful(group: Group, number: int, live: Tensor, base: Tensor | None) -> Ten
 
     """
     if base is None:
-        return torch.tensor(torch.inf)
+        return torch.tensor(torch.inf, device=live.device)
     span = slice(*group.span(number))
     now, before = live[span], base[span]
     changed = ((now != before) & ~(now.isnan() & before.isnan())).sum()
@@ -125,7 +121,7 @@ def _make(each: Pass, values: Tensor, base: Tensor | None, into: CodeMemory | No
     if kind.is_compared:
         found[:3].index_copy_(1, numbers, torch.stack(seen[:3]))
     elif kind.codec is None:
-        found[:3].index_copy_(1, numbers, torch.where(seen.bad, torch.nan, torch.inf).expand(3, -1))
+        found[:3].index_copy_(1, numbers, torch.where(seen.bad, torch.nan, torch.inf).to(torch.float32).expand(3, -1))
     if own is not into and own is not None and into is not None:
         for made, host in zip(own, into, strict=True):
             host.copy_(made, non_blocking=True)
@@ -136,7 +132,7 @@ def _as_numbers(blocks: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor | N
     if blocks.is_complex():
         blocks, base = torch.view_as_real(blocks), torch.view_as_real(base) if base is not None else None
     if not blocks.dtype.is_floating_point:
-        return (torch.zeros(len(blocks), 1) if base is None else (blocks != base).float()), None
+        return (torch.zeros_like(blocks, dtype=torch.float32) if base is None else (blocks != base).float()), None
     if blocks.dtype.itemsize == 1:
         return blocks.float(), base.float() if base is not None else None
     return blocks, base

@@ -75,7 +75,8 @@ def round_robin(candidates: Candidates) -> Tensor:
 def random(candidates: Candidates) -> Tensor:
     """Prefer random blocks, the same for the same step (the paper's baseline)."""
     # A separate generator: drawing from the global one would change the training.
-    return torch.rand(len(candidates), generator=torch.Generator().manual_seed(candidates.step))
+    generator = torch.Generator("cpu").manual_seed(candidates.step)
+    return torch.rand(len(candidates), dtype=torch.float32, device="cpu", generator=generator)
 
 
 POLICIES: dict[str, Policy] = {"distance": distance, "round_robin": round_robin, "random": random}
@@ -135,4 +136,4 @@ def _fill(order: Tensor, nbytes: Tensor, budget: int) -> Tensor:
             budget -= size
             if budget < smallest:
                 break
-    return torch.tensor(chosen, dtype=torch.int64)
+    return torch.tensor(chosen, dtype=torch.int64, device="cpu")

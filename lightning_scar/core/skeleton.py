@@ -19,6 +19,8 @@ _SMALL_BYTES = 64 * 1024
 _COUNTERS = (torch.float32, torch.float64, torch.int64)
 #: Nearly all tensors are of these types, for which the slow questions about subclasses need not be asked.
 _PLAIN = (Tensor, Parameter)
+#: Most other values are of these types, and hold nothing.
+_SCALARS = (int, float, bool, str)
 
 
 class Leaf(NamedTuple):
@@ -142,13 +144,16 @@ def take_apart(value: Any, parameters: Mapping[tuple[Any, ...], Any]) -> tuple[S
     wrapped: list[tuple[Path, str, tuple[Any, ...]]] = []
 
     def visit(value: Any, path: Path) -> Any:
+        if value is None or type(value) in _SCALARS:
+            return value
         if isinstance(value, Tensor):
             wrapper = wrapping(value)
             if wrapper is not None and _is_large(wrapper.inner, parameters):
                 wrapped.append((path, wrapper.name, wrapper.recipe))
                 path, value = (*path, wrapper.name), wrapper.inner
             if _is_large(value, parameters):
-                leaves.append(Leaf(path, value.detach().as_subclass(Tensor)))
+                detached = value.detach()
+                leaves.append(Leaf(path, detached if type(detached) is Tensor else detached.as_subclass(Tensor)))
             elif _is_counter(value):
                 counters.setdefault((value.device, value.dtype, value.shape), []).append(Leaf(path, value.detach()))
             else:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,18 @@ from lightning_scar.core.scoring import Scores, careful, score
 from lightning_scar.core.selection import Candidates, select
 from lightning_scar.core.settings import Settings
 from lightning_scar.core.threads import pool
+
+
+class _Form(NamedTuple):
+    """What the passes of a save depend on: the map, which groups have bases, and which slots have signs."""
+
+    map: BlockMap
+    moving: list[bool]
+    negative: dict[tuple[str, str], bool]
+
+    def is_like(self, other: "_Form") -> bool:
+        # An equal map may be of tensors on another device.
+        return self.map is other.map and self[1:] == other[1:]
 
 
 class Stager:
@@ -50,8 +63,8 @@ class Stager:
         self._counters: dict[str, list[int]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._staging: Future[None] | None = None
-        #: The plan for the last partial save, and what it depends on.
-        self._planned: tuple[tuple[BlockMap, list[bool], dict[tuple[str, str], bool]], list[Pass]] | None = None
+        #: The passes of the last partial save, and what they depend on.
+        self._planned: tuple[_Form, list[Pass]] | None = None
 
     def start(self, save: Save) -> bool:
         """Copy what cannot wait, and stage the rest in a thread.
@@ -114,7 +127,7 @@ class Stager:
 
     def _numbers(self, part: Part) -> Tensor:
         """Return the numbers in the map of the part's exact blocks."""
-        return torch.tensor(part.exact, dtype=torch.int64) + self.bases.map.numbers[part.group.key(0)]
+        return torch.tensor(part.exact, dtype=torch.int64, device="cpu") + self.bases.map.numbers[part.group.key(0)]
 
     # -- one save, step by step ----------------------------------------------------------------------------------
 
@@ -148,12 +161,13 @@ class Stager:
             passes = plan_passes(parts, {}, full=True)
             return passes, [None] * len(passes)
         block_map, moving = self.bases.map, [base.values is not None for _, base in parts]
-        form = block_map, moving, dict(self._negative)
-        if self._planned is None or self._planned[0][0] is not block_map or self._planned[0][1:] != form[1:]:
+        # A copy: the writer's thread adds to it.
+        form = _Form(block_map, moving, dict(self._negative))
+        if self._planned is None or not self._planned[0].is_like(form):
             codecs: dict[str, dict[str, Codec]] = {}
             if self._settings.refresh is not None:
-                groups = [part.group for (part, _), moves in zip(parts, moving, strict=True) if moves]
-                codecs = plan(groups, block_map.state_bytes, self._negative, self._settings.fraction)
+                groups = [part.group for part, moves in zip(save.parts, moving, strict=True) if moves]
+                codecs = plan(groups, block_map.state_bytes, form.negative, self._settings.fraction)
             self._planned = form, plan_passes(parts, codecs)
         passes, pieces = self._planned[1], 3 * sum(len(part.group.slots) for part in save.parts)
         save.buffer.reserve(int(self._settings.fraction * block_map.state_bytes) + pieces * HostBuffer.ALIGNMENT)
@@ -277,8 +291,8 @@ class Stager:
 
     def _of_blocks(self, of_groups: list[bool]) -> Tensor:
         """Expand flags of groups to their blocks."""
-        sizes = torch.tensor(self.bases.map.offsets, dtype=torch.int64).diff()
-        return torch.tensor(of_groups, dtype=torch.bool).repeat_interleave(sizes)
+        sizes = torch.tensor(self.bases.map.offsets, dtype=torch.int64, device="cpu").diff()
+        return torch.tensor(of_groups, dtype=torch.bool, device="cpu").repeat_interleave(sizes)
 
     def _gather(self, save: Save, scores: Scores, ready: object) -> None:
         """Copy the chosen blocks to the host, and make them the new bases."""

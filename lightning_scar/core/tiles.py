@@ -96,7 +96,7 @@ def log(bits: int, work: Work, measure: bool) -> None:
     work.scales[0].copy_(low)
     work.scales[1].copy_(high)
     step, lowest = (high - low).mul_(log_step(bits)).unsqueeze_(1), (low << 16).unsqueeze_(1)
-    y.copy_(torch.sub(pattern, lowest, out=found)).mul_(step.clamp_min(1).reciprocal())
+    y.copy_(torch.sub(pattern, lowest, out=found)).mul_(step.clamp_min(1).to(torch.float32).reciprocal())
     found.copy_(y.round_())
     torch.sign(pattern, out=positive)
     unit.copy_((high << 16).view(torch.float32).clamp_min_(_SMALLEST))
@@ -124,7 +124,7 @@ def _log_of_positive(bits: int, work: Work) -> bool:
     work.scales[1].copy_(high)
     work.seen[0].copy_((high << 16).view(torch.float32).clamp_min_(_SMALLEST))
     step = (high - low).mul_(log_step(bits)).clamp_min_(1).unsqueeze_(1)
-    y = work.y.copy_(torch.sub(pattern, (low << 16).unsqueeze_(1), out=found)).mul_(step.reciprocal())
+    y = work.y.copy_(torch.sub(pattern, (low << 16).unsqueeze_(1), out=found)).mul_(step.to(torch.float32).reciprocal())
     # Through int32, because converting a float directly to uint8 takes four times as long.
     _pack(bits, found.copy_(y.round_()).add_(1), y, work.codes)
     return True

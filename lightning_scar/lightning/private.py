@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, Timer
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
@@ -66,6 +67,9 @@ def intercept_resume(trainer: pl.Trainer, choose: Callable[[Any, bool | None], A
     def resume_start(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
         end_interception(trainer)
         chosen = choose(checkpoint_path, weights_only)
+        if isinstance(trainer.precision_plugin, DoublePrecision):
+            # Lightning converts the model when it has loaded the weights, which single precision would round.
+            trainer.precision_plugin.convert_module(trainer.lightning_module)
         if isinstance(chosen, dict):
             connector._loaded_checkpoint = _pl_migrate_checkpoint(chosen)
         else:
