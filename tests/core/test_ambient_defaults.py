@@ -17,12 +17,14 @@ from lightning_scar.core.settings import Settings
 
 
 @contextmanager
-def default(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[None]:
+def default(dtype: torch.dtype = torch.float32, device: str = "cpu", deterministic: bool = False) -> Iterator[None]:
     torch.set_default_dtype(dtype)
     torch.set_default_device(device)
+    torch.use_deterministic_algorithms(deterministic)
     try:
         yield
     finally:
+        torch.use_deterministic_algorithms(False)
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
 
@@ -55,6 +57,7 @@ def saved(path: Path, ambient: dict[str, Any], kind: type[Optimizer], **options:
         {"dtype": torch.bfloat16},
         {"dtype": torch.float16},
         {"device": "meta"},
+        {"deterministic": True},
     ],
     ids=str,
 )

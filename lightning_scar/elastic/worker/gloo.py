@@ -163,9 +163,8 @@ class _Work(dist.Work):
             return self._work.wait(timeout)
         self._future.wait()
         _result(self._future)
-        # The caller's stream, where the tensors are on a device.
-        self._work.synchronize()
-        return True
+        # Done already, but where the tensors are on a device, the caller's stream has to wait, too.
+        return self._work.wait()
 
     @override
     def is_completed(self) -> bool:
