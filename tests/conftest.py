@@ -55,13 +55,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    sampled = []
     for item in items:
         call = getattr(item, "callspec", None)
-        if call is not None and call.params.get("backend") == "nccl_like" and not item.name.endswith(CHOSEN):
-            item.add_marker(pytest.mark.slow)
-    leave_to_test_all(
-        item for item in items if item.get_closest_marker("sampled") and not item.get_closest_marker("slow")
-    )
+        if call is not None and call.params.get("backend") == "nccl_like":
+            if not item.name.endswith(CHOSEN):
+                item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
+            sampled.append(item)
+    leave_to_test_all(sampled)
 
 
 def leave_to_test_all(sampled: Iterable[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
 """Which blocks are measured and encoded together: models have hundreds of small tensors with few block sizes."""
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_scar.core.bases import Base
+from lightning_scar.core.blocks import BlockMap, rows
 from lightning_scar.core.codec import Codec
 from lightning_scar.core.devices import HostBuffer
 from lightning_scar.core.preconditioner import squares_slot
-from lightning_scar.core.rows import Piece
+from lightning_scar.core.rows import pieces
 from lightning_scar.core.save import Codes, Part
 from lightning_scar.core.threads import batches
 
@@ -78,31 +79,40 @@ class Pass(NamedTuple):
     members: list[Member]
     numbers: Tensor
 
-    def values(self, tensors: Mapping[tuple[int, int], Sequence[Piece]]) -> Tensor:
-        """Return the values, with a block per item of the first dimension.
+    def live(self, parts: Sequence[tuple[Part, Base]]) -> Tensor:
+        """Return the present values, with a block per item of the first dimension."""
+        return self._joined(parts, [parts[each.group][0].live[each.slot] for each in self.members])
 
-        Args:
-            tensors: The pieces of a tensor, by the numbers of group and slot.
+    def bases(self, parts: Sequence[tuple[Part, Base]]) -> Tensor | None:
+        """Return the values of the bases in the same form; ``None`` if they are not compared."""
+        values = [parts[each.group][1].values for each in self.members] if self.kind.is_compared else []
+        return self._joined(parts, [rows(each) for each in values if each is not None]) if values else None
 
-        """
-        found = [tensors[each.group, each.slot][each.piece].blocks for each in self.members]
+    def _joined(self, parts: Sequence[tuple[Part, Base]], tensors: Sequence[Tensor]) -> Tensor:
+        found = [
+            next(islice(pieces(tensor, parts[each.group][0].group), each.piece, None)).blocks
+            for each, tensor in zip(self.members, tensors, strict=True)
+        ]
         return found[0] if len(found) == 1 else torch.cat([blocks.flatten(1) for blocks in found])
 
 
 def plan_passes(
-    parts: Sequence[tuple[Part, Base]], codecs: Mapping[str, Mapping[str, Codec]], full: bool = False
+    block_map: BlockMap,
+    parts: Sequence[tuple[Part, Base]],
+    codecs: Mapping[str, Mapping[str, Codec]],
+    full: bool = False,
 ) -> list[Pass]:
-    """Plan the passes over some groups. They stay the same while the map, the codecs and the kinds of bases do.
+    """Plan the passes over all groups. They stay the same while the map, the codecs and the kinds of bases do.
 
     Args:
-        parts: The groups, each with its base.
+        block_map: The map.
+        parts: Its groups, each with its base.
         codecs: The codecs, by group and slot.
-        full: Whether to check only for non-finite values and changes of frozen groups.
+        full: Whether to check only for non-finite values and changes of frozen groups; other distances are infinite.
 
     """
     alike: dict[Kind, list[Member]] = {}
-    starts = accumulate((len(part.group) for part, _ in parts), initial=0)
-    for g, ((part, base), start) in enumerate(zip(parts, starts, strict=False)):
+    for g, ((part, base), start) in enumerate(zip(parts, block_map.offsets, strict=False)):
         group, own, squares = part.group, codecs.get(part.group.name, {}), None if full else squares_slot(part.group)
         for i, (slot, live) in enumerate(zip(group.slots, part.live, strict=True)):
             codec, is_looked_at = own.get(slot.name), i == 0 and base.values is not None

@@ -81,5 +81,5 @@ def preconditioners(groups: Sequence[Group], squares: Tensor) -> Tensor:
 
 def _kind(group: Group) -> int:
     """Return the kind of squared gradients that the optimizer keeps for the group; -1 for none."""
-    words = [slot.name for slot in group.slots]
-    return next((kind for kind, word in enumerate(_SECOND_MOMENTS) if word in words), -1)
+    slot = squares_slot(group)
+    return -1 if slot is None else _SECOND_MOMENTS.index(group.slots[slot].name)

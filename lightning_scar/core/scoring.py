@@ -1,18 +1,16 @@
 """Measures distances of blocks to their bases and encodes refreshes, in one pass over the live tensors."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_scar.core.bases import Base
-from lightning_scar.core.blocks import Group, rows
+from lightning_scar.core.blocks import BlockMap, Group
 from lightning_scar.core.codec import encode
 from lightning_scar.core.passes import CodeMemory, Pass
 from lightning_scar.core.preconditioner import sampled_squares, squares_slot
-from lightning_scar.core.rows import Piece, pieces
 from lightning_scar.core.save import Part
 
 
@@ -43,45 +41,38 @@ class Scores(NamedTuple):
 
 
 def score(
+    block_map: BlockMap,
     parts: Sequence[tuple[Part, Base]],
     passes: Sequence[Pass],
     codes: Sequence[CodeMemory | None],
     step: int,
-    full: bool,
 ) -> list[Tensor]:
     """Compare groups with their bases and encode their refresh. Does not synchronize with the device.
 
     Args:
-        parts: The groups, each with its base.
+        block_map: The map.
+        parts: Its groups, each with its base.
         passes: The plan for these groups.
         codes: Where to write the codes and scales of each pass.
         step: The current optimizer step.
-        full: Whether to check only for non-finite values and changes of frozen groups; other distances are infinite.
 
     Returns:
         For each device float32, shape ``(5, blocks)``, 0 for blocks elsewhere: unit, squared distance and squared error
         in units, unfit (0 if not), mean squared gradient.
 
     """
-    *starts, total = accumulate((len(part.group) for part, _ in parts), initial=0)
     devices = dict.fromkeys(tensor.device for part, _ in parts for tensor in part.live)
-    found = {device: torch.zeros(5, total, dtype=torch.float32, device=device) for device in devices}
-    live: dict[tuple[int, int], list[Piece]] = {}
-    bases: dict[tuple[int, int], list[Piece]] = {}
-    for g, ((part, base), start) in enumerate(zip(parts, starts, strict=True)):
+    found = {device: torch.zeros(5, len(block_map), dtype=torch.float32, device=device) for device in devices}
+    for (part, base), start in zip(parts, block_map.offsets, strict=False):
         own = found[part.live[0].device][:, start : start + len(part.group)]
         if squares_slot(part.group) is None:
             own[4] = torch.nan
-        live |= {(g, i): list(pieces(tensor, part.group)) for i, tensor in enumerate(part.live)}
-        if base.values is not None:
-            bases[g, 0] = list(pieces(rows(base.values), part.group))
-        elif base.seen is not None:
+        if base.seen is not None and base.values is None:
             own[0], own[1:3] = 1, torch.where(base.seen.differs(part.live[0]), torch.inf, 0.0)
-        else:
+        elif base.values is None:
             own[:3] = torch.inf
     for each, into in zip(passes, codes, strict=True):
-        base_values = each.values(bases) if each.kind.is_compared else None
-        _make(each, each.values(live), base_values, into, found[each.kind.device], step)
+        _make(each, each.live(parts), each.bases(parts), into, found[each.kind.device], step)
     return [*found.values()]
 
 

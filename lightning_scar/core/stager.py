@@ -143,7 +143,7 @@ class Stager:
         found: list[Tensor] = []
 
         def work() -> None:
-            seen = score(parts, passes, codes, save.version.step, save.full)
+            seen = score(self.bases.map, parts, passes, codes, save.version.step)
             found[:] = on_host([*seen, *(values for _, values in save.small)])
 
         parts = [(part, self.bases.base(part.group)) for part in save.parts]
@@ -157,10 +157,11 @@ class Stager:
 
     def _plan(self, save: Save, parts: Sequence[tuple[Part, Base]]) -> tuple[list[Pass], list[CodeMemory | None]]:
         """Plan the passes of a save, and reserve memory for all that a partial one copies."""
+        block_map = self.bases.map
         if save.full:
-            passes = plan_passes(parts, {}, full=True)
+            passes = plan_passes(block_map, parts, {}, full=True)
             return passes, [None] * len(passes)
-        block_map, moving = self.bases.map, [base.values is not None for _, base in parts]
+        moving = [base.values is not None for _, base in parts]
         # A copy: the writer's thread adds to it.
         form = _Form(block_map, moving, dict(self._negative))
         if self._planned is None or not self._planned[0].is_like(form):
@@ -168,7 +169,7 @@ class Stager:
             if self._settings.refresh is not None:
                 groups = [part.group for part, moves in zip(save.parts, moving, strict=True) if moves]
                 codecs = plan(groups, block_map.state_bytes, form.negative, self._settings.fraction)
-            self._planned = form, plan_passes(parts, codecs)
+            self._planned = form, plan_passes(block_map, parts, codecs)
         passes, pieces = self._planned[1], 3 * sum(len(part.group.slots) for part in save.parts)
         save.buffer.reserve(int(self._settings.fraction * block_map.state_bytes) + pieces * HostBuffer.ALIGNMENT)
         return passes, provide_codes(passes, save.parts, save.buffer)
@@ -178,11 +179,10 @@ class Stager:
         bases, block_map = self.bases, self.bases.map
         unclear = (scores.distance.isnan() & (bases.steps != NEVER)).nonzero().flatten().tolist()
         places = [(save.parts[g], number) for g, number in map(block_map.locate, unclear)]
-        unfit = {block_map.locate(block)[0] for block in scores.unfit.nonzero().flatten().tolist()}
         doubtful = [
             (part.group.name, slot.name, tensor)
-            for g, part in enumerate(save.parts)
-            if g in unfit
+            for part, unfit in zip(save.parts, block_map.by_group(scores.unfit.nonzero().flatten()), strict=True)
+            if unfit
             for slot, tensor in zip(part.group.slots, part.live, strict=True)
             if slot.name in part.codes and part.codes[slot.name].codec.kind == "log"
         ]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_scar.core.bases import Base, Seen
-from lightning_scar.core.blocks import Group, Slot
+from lightning_scar.core.blocks import BlockMap, Group, Slot
 from lightning_scar.core.codec import Codec, decode
 from lightning_scar.core.devices import HostBuffer
 from lightning_scar.core.passes import plan_passes, provide_codes
@@ -60,8 +60,10 @@ def scores_of(
 
 def score_all(parts: list[tuple[Part, Base]], codecs: dict[str, Codec], full: bool = False) -> Scores:
     """The scores of several groups, all with the same codecs."""
-    passes = plan_passes(parts, {part.group.name: codecs for part, _ in parts}, full)
-    return Scores.of(score(parts, passes, provide_codes(passes, [part for part, _ in parts], HostBuffer()), 1, full))
+    block_map = BlockMap(tuple(part.group for part, _ in parts), 0)
+    passes = plan_passes(block_map, parts, {part.group.name: codecs for part, _ in parts}, full)
+    codes = provide_codes(passes, [part for part, _ in parts], HostBuffer())
+    return Scores.of(score(block_map, parts, passes, codes, 1))
 
 
 def distances(live: Tensor, base: Tensor, rows_per_block: int) -> Tensor:
